@@ -1,0 +1,66 @@
+"""The one place that copes with Triton's absence, and what every launcher asks about its tensors.
+
+Without Triton the kernels are inert functions and every operation runs its PyTorch reference, so the package imports
+and works anywhere; launching a kernel then says what is missing.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+
+    class _Inert:
+        """Stands where a kernel would be."""
+
+        def __init__(self, fn: Any) -> None:
+            self.fn = fn
+
+        def __getitem__(self, grid: Any) -> Any:
+            raise RuntimeError(f"{self.fn.__name__} needs Triton: pip install 'triton>=3.6'")
+
+    triton = SimpleNamespace(jit=_Inert, cdiv=lambda a, b: -(-a // b))
+    tl = SimpleNamespace(constexpr=lambda value: SimpleNamespace(value=value))
+
+INTERPRETED = not isinstance(triton, SimpleNamespace) and bool(triton.knobs.runtime.interpret)
+
+
+def launches_kernel(x: Tensor) -> bool:
+    """Does an operation on `x` run its Triton kernel (a GPU, or Triton's interpreter) or its reference?"""
+    return x.is_cuda or INTERPRETED
+
+
+def image_strides(x: Tensor, name: str) -> tuple[int, int, int]:
+    """(image, channel, pixel) strides of x [B, C, H, W]; ValueError unless the rows of an image follow one another.
+
+    Channels-first, channels-last and a slice of channels of either qualify: nothing is ever copied to make them fit.
+    """
+    _, _, h, w = x.shape
+    image, channel, row, pixel = x.stride()
+    if w == 1:
+        pixel = row
+    elif h > 1 and row != w * pixel:
+        raise ValueError(f"{name} {tuple(x.shape)} has strides {x.stride()}; expected whole images, channels-first or channels-last")
+    return image, channel, pixel
+
+
+def is_element_order(x: Tensor, strides: tuple[int, int, int]) -> bool:
+    """Do the elements of an image lie in memory as (h * W + w) * C + c? (Channels-last, or a single channel.)"""
+    _, c, h, w = x.shape
+    return (c == 1 or strides[1] == 1) and (h * w == 1 or strides[2] == c)
+
+
+def check_per_image(batch: int, device: torch.device, **vectors: Tensor) -> None:
+    """ValueError unless every one of `vectors` is integer, [batch], contiguous and on `device`."""
+    for name, v in vectors.items():
+        if v.shape != (batch,) or v.dtype not in (torch.int32, torch.int64) or v.device != device or not v.is_contiguous():
+            raise ValueError(
+                f"{name} is {v.dtype} {tuple(v.shape)} on {v.device}; expected int32 or int64 [{batch}], contiguous, on {device}"
+            )

@@ -1,0 +1,159 @@
+"""One reverse step, x_t -> x_{t-1}, for every first-order solver: DDPM, DDIM and their relatives differ in coefficients only.
+
+A solver is a table; a row of it says, for one step (`ddpm_fast.solver` derives the rows from the papers):
+
+    x_0   = clamp(x_0_x * x_t + x_0_out * out, -clip, clip)         the image as the network sees it
+    x_t-1 = mean_x_0 * x_0 + mean_x * x_t + mean_out * out + sigma * z
+
+`out` is the network's output, whichever quantity it predicts. Where the network learns the variance, its second half of
+channels v places log sigma between log_sigma_min (v = -1) and log_sigma_max (v = 1) (Nichol & Dhariwal 2021, eq. 15).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._triton import check_per_image, image_strides, is_element_order, launches_kernel, tl, triton
+from .noise import BLOCK, NUM_WARPS, REVERSE, grid, image_normals, noise_reference
+
+COLUMNS = ("x_0_x", "x_0_out", "clip", "mean_x_0", "mean_x", "mean_out", "sigma", "log_sigma_min", "log_sigma_max")
+WIDTH = tl.constexpr(len(COLUMNS))
+
+
+def ddpm_step_reference(x_t: Tensor, out: Tensor, z: Tensor, table: Tensor, row: Tensor, learned: bool = False) -> Tensor:
+    """x_t, z [B, C, H, W]; out [B, C, H, W], learned [B, 2C, H, W]; table [R, 9]; row [B] -> x_{t-1} in the table's dtype."""
+    x_0_x, x_0_out, clip, mean_x_0, mean_x, mean_out, sigma, log_min, log_max = table[row.long()].T[:, :, None, None, None]
+    x_t, out, z = x_t.to(table.dtype), out.to(table.dtype), z.to(table.dtype)
+    if learned:
+        out, v = out.chunk(2, dim=1)
+        fraction = (v + 1) * 0.5
+        learned_sigma = (fraction * log_max + (1 - fraction) * log_min).exp()
+        sigma = torch.where(sigma > 0, learned_sigma, 0)  # selected, not multiplied: 0 * inf is NaN
+    x_0 = torch.clamp(x_0_x * x_t + x_0_out * out, -clip, clip)
+    return mean_x_0 * x_0 + mean_x * x_t + mean_out * out + sigma * z
+
+
+@triton.jit
+def _ddpm_step_kernel(
+    x_ptr,
+    out_ptr,
+    table_ptr,
+    row_ptr,
+    seed_ptr,
+    image_ptr,
+    x_image,
+    x_channel,
+    x_pixel,
+    out_image,
+    out_channel,
+    out_pixel,
+    ELEMENTS,
+    TAG: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    X_DENSE: tl.constexpr,
+    OUT_DENSE: tl.constexpr,
+    LEARNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    n = tl.program_id(1)
+    first = tl.program_id(0) * BLOCK
+    z = image_normals(seed_ptr, image_ptr, row_ptr, n, TAG, first + tl.arange(0, BLOCK))
+    element = first * 4 + tl.arange(0, 4 * BLOCK)  # [4 * BLOCK]
+    inside = element < ELEMENTS
+    x_ptr += n.to(tl.int64) * x_image
+    out_ptr += n.to(tl.int64) * out_image
+    x_at = element if X_DENSE else element % CHANNELS * x_channel + element // CHANNELS * x_pixel
+    out_at = element if OUT_DENSE else element % CHANNELS * out_channel + element // CHANNELS * out_pixel
+
+    # the row is read on the device, so one CUDA graph serves every step, and every image may be at its own
+    table_ptr += tl.load(row_ptr + n).to(tl.int64) * WIDTH
+    x_0_x, x_0_out, clip = tl.load(table_ptr), tl.load(table_ptr + 1), tl.load(table_ptr + 2)
+    mean_x_0, mean_x, mean_out = tl.load(table_ptr + 3), tl.load(table_ptr + 4), tl.load(table_ptr + 5)
+    sigma = tl.load(table_ptr + 6)
+
+    x_t = tl.load(x_ptr + x_at, mask=inside)
+    out = tl.load(out_ptr + out_at, mask=inside).to(tl.float32)
+    if LEARNED:
+        v = tl.load(out_ptr + CHANNELS * out_channel + out_at, mask=inside).to(tl.float32)
+        fraction = (v + 1) * 0.5
+        learned_sigma = tl.exp(fraction * tl.load(table_ptr + 8) + (1 - fraction) * tl.load(table_ptr + 7))
+        sigma = tl.where(sigma > 0, learned_sigma, 0.0)
+    # a NaN must come out as NaN, not as a clipped pixel
+    x_0 = tl.clamp(x_0_x * x_t + x_0_out * out, -clip, clip, propagate_nan=tl.PropagateNan.ALL)
+    x_prev = mean_x_0 * x_0 + mean_x * x_t + mean_out * out + sigma * z
+    tl.store(x_ptr + x_at, x_prev, mask=inside)
+
+
+def _check(x_t: Tensor, out: Tensor, table: Tensor, row: Tensor, seed: Tensor, image: Tensor, learned: bool) -> None:
+    if x_t.ndim != 4 or x_t.dtype != torch.float32:
+        raise ValueError(f"x_t is {x_t.dtype} {tuple(x_t.shape)}; expected float32 [B, C, H, W]: the state is never kept in less")
+    b, c, h, w = x_t.shape
+    expected = (b, 2 * c if learned else c, h, w)
+    if out.shape != expected or not out.is_floating_point() or out.device != x_t.device:
+        raise ValueError(
+            f"the network's output is {out.dtype} {tuple(out.shape)} on {out.device}; "
+            f"expected floating {expected} on {x_t.device}{' (mean and variance)' if learned else ''}"
+        )
+    if table.dtype != torch.float32 or table.ndim != 2 or table.shape[1] != len(COLUMNS) or not table.is_contiguous():
+        raise ValueError(f"table is {table.dtype} {tuple(table.shape)}; expected contiguous float32 [R, {len(COLUMNS)}]")
+    check_per_image(b, x_t.device, row=row, seed=seed, image=image)
+
+
+def _launch(x_t: Tensor, out: Tensor, table: Tensor, row: Tensor, seed: Tensor, image: Tensor, learned: bool) -> None:
+    b, c, h, w = x_t.shape
+    x_strides, out_strides = image_strides(x_t, "x_t"), image_strides(out, "the network's output")
+    if x_t.numel():
+        _ddpm_step_kernel[grid(c * h * w, b)](
+            x_t,
+            out,
+            table,
+            row,
+            seed,
+            image,
+            *x_strides,
+            *out_strides,
+            c * h * w,
+            TAG=REVERSE,
+            CHANNELS=c,
+            X_DENSE=is_element_order(x_t, x_strides),
+            OUT_DENSE=not learned and is_element_order(out, out_strides),
+            LEARNED=learned,
+            BLOCK=BLOCK,
+            num_warps=NUM_WARPS,
+            enable_fp_fusion=False,
+        )
+
+
+@torch.library.custom_op("ddpm_fast::ddpm_step", mutates_args=("x_t",))
+def ddpm_step(
+    x_t: Tensor, out: Tensor, table: Tensor, row: Tensor, seed: Tensor, image: Tensor, learned: bool = False
+) -> None:
+    """x_t becomes x_{t-1}, in place: `ddpm_step_reference` with its noise made inside.
+
+    x_t    [B, C, H, W] fp32, channels-first or channels-last; read once, written once
+    out    [B, C, H, W] fp32, fp16 or bf16, either layout; [B, 2C, H, W] where `learned`; read once
+    table  [R, 9] fp32, columns `COLUMNS`: `ddpm_fast.solver.StepTable`
+    row    [B] integer in 0..R-1: each image's own step, which also counts its noise (stream `noise.REVERSE`)
+    seed, image   [B] integer: whose noise
+
+    ValueError for wrong shapes, types or devices.
+    """
+    _check(x_t, out, table, row, seed, image, learned)
+    _launch(x_t, out, table, row, seed, image, learned)
+
+
+@ddpm_step.register_kernel("cpu")
+def _(x_t, out, table, row, seed, image, learned=False):
+    _check(x_t, out, table, row, seed, image, learned)
+    if launches_kernel(x_t):
+        return _launch(x_t, out, table, row, seed, image, learned)
+    z = torch.zeros((), dtype=x_t.dtype)
+    if table[row.long(), COLUMNS.index("sigma")].any():  # DDIM draws no noise, so none is made
+        z = noise_reference(seed, image, row, REVERSE, x_t.shape[1:])
+    x_t.copy_(ddpm_step_reference(x_t, out, z, table, row, learned))
+
+
+@ddpm_step.register_fake
+def _(x_t, out, table, row, seed, image, learned=False):
+    return None

@@ -1,0 +1,265 @@
+"""Philox 4x32-10 and the normal numbers made from it: the same bits from PyTorch and Triton, on a CPU and on a GPU.
+
+The key is the 64-bit seed. The counter's four words say which number is meant, so nothing is stored between draws:
+
+    c0  element // 4 (the word is element % 4)
+    c1  stream tag (8 bits) above the row of the step table (24 bits)
+    c2, c3  image index, low and high word
+
+element = (h * W + w) * C + c, whatever the memory layout. Words become normals by Box-Muller, built of additions,
+multiplications and one correctly rounded square root only: log, sin and cos of the libraries differ in the last bit, these
+do not, as long as no multiplication is fused with an addition (`enable_fp_fusion=False` at every launch).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._triton import check_per_image, launches_kernel, tl, triton
+
+# Streams. Their values are part of what "image i of seed s" means: never renumber.
+X_T, REVERSE, Q_SAMPLE, TRAIN_T, LABEL, DEQUANTISE = range(6)
+
+PHILOX_M0, PHILOX_M1 = tl.constexpr(0xD2511F53), tl.constexpr(0xCD9E8D57)  # multipliers
+PHILOX_W0, PHILOX_W1 = tl.constexpr(0x9E3779B9), tl.constexpr(0xBB67AE85)  # what the key grows by each round
+
+# Box-Muller's constants, every one exact in fp32; the polynomials are minimax.
+# -2 log(1 + f) = f (Q[0] + Q[1] f + ...) on sqrt(1/2) <= 1 + f < sqrt(2), relative error 4e-8
+Q = tl.constexpr(
+    (
+        -2.0,
+        0.9999996423721313,
+        -0.6666786670684814,
+        0.5000516772270203,
+        -0.3992695212364197,
+        0.3310358226299286,
+        -0.2976740300655365,
+        0.2885371446609497,
+        -0.17958888411521912,
+    )
+)
+# sin(a) = a (1 + S[1] a^2 + ...), cos(a) = 1 + C[1] a^2 + ... on |a| <= pi / 4: errors 6e-9, 4e-8
+S = tl.constexpr((1.0, -0.16666655242443085, 0.008332177996635437, -0.00019517296459525824))
+C = tl.constexpr((1.0, -0.49999895691871643, 0.04165629297494888, -0.0013597821816802025))
+MINUS_2_LN2 = tl.constexpr(-1.3862943649291992)
+RADIANS = tl.constexpr(1.4629180836468095e-09)  # 2 pi / 2^32: one word is one turn
+SQRT_HALF = tl.constexpr(0x3F3504F3)  # the bits of sqrt(1/2) in fp32
+SQRT_HALF_2_32 = tl.constexpr(0x4F3504F3)  # and of sqrt(1/2) 2^32
+
+
+# ---- the reference
+
+
+def philox_reference(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """Four random words for each counter (Salmon et al. 2011, Philox 4x32-10).
+
+    counter: four int64 tensors, key: two, broadcastable, each holding a 32-bit word; returns four of that kind.
+    """
+    word = 0xFFFFFFFF
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        # int64 products wrap, which leaves both halves right once they are masked
+        p0, p1 = c0 * PHILOX_M0.value, c2 * PHILOX_M1.value
+        c0, c1, c2, c3 = ((p1 >> 32) & word) ^ c1 ^ k0, p1 & word, ((p0 >> 32) & word) ^ c3 ^ k1, p0 & word
+        k0, k1 = (k0 + PHILOX_W0.value) & word, (k1 + PHILOX_W1.value) & word
+    return c0, c1, c2, c3
+
+
+def box_muller_reference(radius_word: Tensor, angle_word: Tensor) -> tuple[Tensor, Tensor]:
+    """Two independent standard normals, fp32, from two words (int64 tensors of one shape). Largest magnitude 6.76.
+
+    r (cos, sin)(angle) with r = sqrt(-2 log u), u = (radius_word + 1/2) / 2^32 rounded to fp32, in (0, 1].
+    """
+    bits = (radius_word.float() + 0.5).view(torch.int32) - SQRT_HALF_2_32.value
+    exponent = bits >> 23
+    f = ((bits & 0x7FFFFF) + SQRT_HALF.value).view(torch.float32) - 1.0  # u = 2^exponent (1 + f)
+    minus_2_log_u = exponent.float() * MINUS_2_LN2.value + f * _horner(f, Q.value)
+    radius = minus_2_log_u.double().sqrt().float()  # fp32 sqrt is a bit off on some CPUs; the rounded fp64 root is exact
+
+    turned = (angle_word + 0x20000000) & 0xFFFFFFFF  # quadrant in the two top bits, nearest axis in the middle
+    a = ((turned & 0x3FFFFFFF) - 0x20000000).float() * RADIANS.value  # in [-pi/4, pi/4)
+    aa = a * a
+    sin, cos = a * _horner(aa, S.value), _horner(aa, C.value)
+    quadrant = turned >> 30
+    odd = (quadrant & 1) == 1
+    cos_sign = torch.where((quadrant == 1) | (quadrant == 2), -1.0, 1.0)
+    sin_sign = torch.where(quadrant >= 2, -1.0, 1.0)
+    return radius * cos_sign * torch.where(odd, sin, cos), radius * sin_sign * torch.where(odd, cos, sin)
+
+
+def _horner(x: Tensor, coefficients: tuple[float, ...]) -> Tensor:
+    y = x * coefficients[-1] + coefficients[-2]
+    for c in coefficients[-3::-1]:
+        y = y * x + c
+    return y
+
+
+def words_reference(seed: Tensor, image: Tensor, row: Tensor, tag: int, count: int) -> Tensor:
+    """The first `count` words of each image's stream: seed, image, row [B] -> int64 [B, count] in 0..2^32-1."""
+    return torch.stack(_blocks(seed, image, row, tag, count), dim=-1).flatten(1)[:, :count]
+
+
+def normals_reference(seed: Tensor, image: Tensor, row: Tensor, tag: int, count: int) -> Tensor:
+    """The first `count` normals of each image's stream: fp32 [B, count]."""
+    w0, w1, w2, w3 = _blocks(seed, image, row, tag, count)
+    return torch.stack((*box_muller_reference(w0, w1), *box_muller_reference(w2, w3)), dim=-1).flatten(1)[:, :count]
+
+
+def noise_reference(seed: Tensor, image: Tensor, row: Tensor, tag: int, shape: tuple[int, int, int]) -> Tensor:
+    """z [B, C, H, W] of shape (C, H, W), fp32, channels-last in memory."""
+    c, h, w = shape
+    return normals_reference(seed, image, row, tag, c * h * w).view(-1, h, w, c).permute(0, 3, 1, 2)
+
+
+def _blocks(seed: Tensor, image: Tensor, row: Tensor, tag: int, count: int) -> tuple[Tensor, ...]:
+    word = 0xFFFFFFFF
+    seed, image, row = (v.long()[:, None] for v in (seed, image, row))
+    block = torch.arange(-(-count // 4), device=seed.device)[None, :]
+    counter = (block, row | (tag << 24), image & word, (image >> 32) & word)
+    return philox_reference(counter, (seed & word, (seed >> 32) & word))
+
+
+# ---- the kernel
+
+
+@triton.jit
+def philox(c0, c1, c2, c3, k0, k1):
+    """`philox_reference` on uint32 words."""
+    for _ in tl.static_range(10):
+        # one 64-bit product gives both halves in one instruction; tl.umulhi takes another for the low half
+        p0, p1 = c0.to(tl.uint64) * PHILOX_M0, c2.to(tl.uint64) * PHILOX_M1
+        c0, c1 = (p1 >> 32).to(tl.uint32) ^ c1 ^ k0, p1.to(tl.uint32)
+        c2, c3 = (p0 >> 32).to(tl.uint32) ^ c3 ^ k1, p0.to(tl.uint32)
+        k0 += PHILOX_W0
+        k1 += PHILOX_W1
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def box_muller(radius_word, angle_word):
+    """`box_muller_reference`, bit for bit. No tl.fma, and fp fusion off at the launch."""
+    bits = (radius_word.to(tl.float32) + 0.5).to(tl.int32, bitcast=True) - SQRT_HALF_2_32
+    f = ((bits & 0x7FFFFF) + SQRT_HALF).to(tl.float32, bitcast=True) - 1.0
+    q = (((Q[8] * f + Q[7]) * f + Q[6]) * f + Q[5]) * f + Q[4]
+    q = (((q * f + Q[3]) * f + Q[2]) * f + Q[1]) * f + Q[0]
+    radius = tl.sqrt_rn((bits >> 23).to(tl.float32) * MINUS_2_LN2 + f * q).to(tl.uint32, bitcast=True)
+
+    turned = angle_word + 0x20000000
+    a = ((turned & 0x3FFFFFFF).to(tl.int32) - 0x20000000).to(tl.float32) * RADIANS
+    aa = a * a
+    sin = a * (((S[3] * aa + S[2]) * aa + S[1]) * aa + S[0])
+    cos = ((C[3] * aa + C[2]) * aa + C[1]) * aa + C[0]
+    odd = (turned & 0x40000000) != 0
+    # the signs of sine and cosine are bits of the word: moved into the radius
+    cos_radius = (radius ^ ((turned + 0x40000000) & 0x80000000)).to(tl.float32, bitcast=True)
+    sin_radius = (radius ^ (turned & 0x80000000)).to(tl.float32, bitcast=True)
+    return cos_radius * tl.where(odd, sin, cos), sin_radius * tl.where(odd, cos, sin)
+
+
+@triton.jit
+def image_words(seed_ptr, image_ptr, row_ptr, n, tag, block):
+    """The words of Philox blocks `block` [BLOCK] of image n of the batch, in order: four uint32 [BLOCK]."""
+    seed = tl.load(seed_ptr + n).to(tl.int64)
+    image = tl.load(image_ptr + n).to(tl.int64)
+    c1 = (tl.load(row_ptr + n).to(tl.int64) | (tag << 24)).to(tl.uint32)
+    return philox(
+        block.to(tl.uint32), c1, image.to(tl.uint32), (image >> 32).to(tl.uint32), seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
+    )
+
+
+@triton.jit
+def image_normals(seed_ptr, image_ptr, row_ptr, n, tag, block):
+    """The normals of Philox blocks `block` [BLOCK] of image n of the batch, in element order: fp32 [4 * BLOCK]."""
+    w0, w1, w2, w3 = image_words(seed_ptr, image_ptr, row_ptr, n, tag, block)
+    n0, n1 = box_muller(w0, w1)
+    n2, n3 = box_muller(w2, w3)
+    return tl.interleave(tl.interleave(n0, n2), tl.interleave(n1, n3))
+
+
+@triton.jit
+def _noise_kernel(z_ptr, seed_ptr, image_ptr, row_ptr, tag, COUNT, NORMAL: tl.constexpr, BLOCK: tl.constexpr):
+    n = tl.program_id(1)
+    first = tl.program_id(0) * BLOCK
+    block = first + tl.arange(0, BLOCK)
+    element = first * 4 + tl.arange(0, 4 * BLOCK)
+    if NORMAL:
+        z = image_normals(seed_ptr, image_ptr, row_ptr, n, tag, block)
+    else:
+        w0, w1, w2, w3 = image_words(seed_ptr, image_ptr, row_ptr, n, tag, block)
+        z = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3)).to(tl.int64)
+    tl.store(z_ptr + n.to(tl.int64) * COUNT + element, z, mask=element < COUNT)
+
+
+# Philox blocks per program. Two warps give each thread four blocks, 16 elements: the round keys, addresses and table entries
+# of an image are computed once per thread, so this takes a fifth fewer instructions than one block a thread.
+BLOCK, NUM_WARPS = 256, 2
+
+
+def grid(count: int, batch: int) -> tuple[int, int]:
+    """Programs for `count` elements in each of `batch` images: BLOCK Philox blocks each, images along the second axis."""
+    if batch > 65535:
+        raise ValueError(f"a batch of {batch} images; one launch takes at most 65535")
+    return triton.cdiv(count, 4 * BLOCK), batch
+
+
+def _fill(out: Tensor, seed: Tensor, image: Tensor, row: Tensor, tag: int, normal: bool) -> Tensor:
+    batch, count = out.shape
+    check_per_image(batch, seed.device, seed=seed, image=image, row=row)
+    if out.numel():
+        _noise_kernel[grid(count, batch)](
+            out, seed, image, row, tag, count, NORMAL=normal, BLOCK=BLOCK, num_warps=NUM_WARPS, enable_fp_fusion=False
+        )
+    return out
+
+
+# ---- the operations
+
+
+@torch.library.custom_op("ddpm_fast::words", mutates_args=())
+def words(seed: Tensor, image: Tensor, row: Tensor, tag: int, count: int) -> Tensor:
+    """`count` random words for each image: int64 [B, count] in 0..2^32-1. See `noise`."""
+    out = torch.empty(len(seed), count, dtype=torch.int64, device=seed.device)
+    return _fill(out, seed, image, row, tag, normal=False)
+
+
+@torch.library.custom_op("ddpm_fast::noise", mutates_args=())
+def noise(seed: Tensor, image: Tensor, row: Tensor, tag: int, channels: int, height: int, width: int) -> Tensor:
+    """Standard normals for each image: fp32 [B, C, H, W], channels-last in memory, written once.
+
+    seed, image [B] integer (64-bit patterns); row [B] integer in 0..2^24-1, the row of the step table; tag: a stream of this
+    module. The same bits on every device. ValueError for vectors of another shape, type or device.
+    """
+    out = torch.empty(len(seed), height * width * channels, device=seed.device)
+    z = _fill(out, seed, image, row, tag, normal=True)
+    return z.view(-1, height, width, channels).permute(0, 3, 1, 2)
+
+
+@words.register_kernel("cpu")
+def _(seed, image, row, tag, count):
+    if launches_kernel(seed):
+        return _fill(torch.empty(len(seed), count, dtype=torch.int64), seed, image, row, tag, normal=False)
+    check_per_image(len(seed), seed.device, seed=seed, image=image, row=row)
+    return words_reference(seed, image, row, tag, count).contiguous()
+
+
+@noise.register_kernel("cpu")
+def _(seed, image, row, tag, channels, height, width):
+    count = height * width * channels
+    if launches_kernel(seed):
+        z = _fill(torch.empty(len(seed), count), seed, image, row, tag, normal=True)
+    else:
+        check_per_image(len(seed), seed.device, seed=seed, image=image, row=row)
+        z = normals_reference(seed, image, row, tag, count).contiguous()
+    return z.view(-1, height, width, channels).permute(0, 3, 1, 2)
+
+
+@words.register_fake
+def _(seed, image, row, tag, count):
+    return seed.new_empty(len(seed), count, dtype=torch.int64)
+
+
+@noise.register_fake
+def _(seed, image, row, tag, channels, height, width):
+    return seed.new_empty(len(seed), height, width, channels, dtype=torch.float32).permute(0, 3, 1, 2)

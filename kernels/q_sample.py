@@ -1,0 +1,117 @@
+"""The forward process in one jump: x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps (Ho et al. 2020, eq. 4).
+
+eps is made inside the kernel, so x_0 is read once, x_t written once and the noise never touches memory.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._triton import check_per_image, image_strides, is_element_order, launches_kernel, tl, triton
+from .noise import BLOCK, NUM_WARPS, Q_SAMPLE, grid, image_normals, noise_reference
+
+
+def q_sample_reference(x_0: Tensor, eps: Tensor, coef: Tensor, t: Tensor) -> Tensor:
+    """x_0, eps [B, C, H, W]; coef [T, 2] = (sqrt(alpha_bar), sqrt(1 - alpha_bar)); t [B] -> x_t, computed in coef's dtype."""
+    signal, sigma = coef[t.long()].T[:, :, None, None, None]
+    return x_0.to(coef.dtype) * signal + eps.to(coef.dtype) * sigma
+
+
+@triton.jit
+def _q_sample_kernel(
+    x_0_ptr,
+    x_t_ptr,
+    coef_ptr,
+    t_ptr,
+    seed_ptr,
+    image_ptr,
+    row_ptr,
+    x_0_image,
+    x_0_channel,
+    x_0_pixel,
+    ELEMENTS,
+    TAG: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    DENSE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    n = tl.program_id(1)
+    first = tl.program_id(0) * BLOCK
+    eps = image_normals(seed_ptr, image_ptr, row_ptr, n, TAG, first + tl.arange(0, BLOCK))
+    element = first * 4 + tl.arange(0, 4 * BLOCK)  # [4 * BLOCK], x_t's own order: it is channels-last
+    inside = element < ELEMENTS
+
+    t = tl.load(t_ptr + n).to(tl.int64)
+    signal, sigma = tl.load(coef_ptr + 2 * t), tl.load(coef_ptr + 2 * t + 1)
+    offset = element if DENSE else element % CHANNELS * x_0_channel + element // CHANNELS * x_0_pixel
+    x_0 = tl.load(x_0_ptr + n.to(tl.int64) * x_0_image + offset, mask=inside).to(tl.float32)
+    tl.store(x_t_ptr + n.to(tl.int64) * ELEMENTS + element, x_0 * signal + eps * sigma, mask=inside)
+
+
+def _check(x_0: Tensor, coef: Tensor, t: Tensor, row: Tensor, seed: Tensor, image: Tensor) -> None:
+    if x_0.ndim != 4 or not x_0.is_floating_point():
+        raise ValueError(f"x_0 is {x_0.dtype} {tuple(x_0.shape)}; expected floating [B, C, H, W]")
+    if coef.dtype != torch.float32 or coef.ndim != 2 or coef.shape[1] != 2 or not coef.is_contiguous():
+        raise ValueError(f"coef is {coef.dtype} {tuple(coef.shape)}; expected contiguous float32 [T, 2]")
+    check_per_image(len(x_0), x_0.device, t=t, row=row, seed=seed, image=image)
+
+
+def _empty_x_t(x_0: Tensor) -> Tensor:
+    b, c, h, w = x_0.shape
+    return x_0.new_empty(b, h, w, c, dtype=torch.float32).permute(0, 3, 1, 2)
+
+
+def _launch(x_0: Tensor, coef: Tensor, t: Tensor, row: Tensor, seed: Tensor, image: Tensor) -> Tensor:
+    x_t = _empty_x_t(x_0)
+    b, c, h, w = x_0.shape
+    strides = image_strides(x_0, "x_0")
+    if x_0.numel():
+        _q_sample_kernel[grid(c * h * w, b)](
+            x_0,
+            x_t,
+            coef,
+            t,
+            seed,
+            image,
+            row,
+            *strides,
+            c * h * w,
+            TAG=Q_SAMPLE,
+            CHANNELS=c,
+            DENSE=is_element_order(x_0, strides),
+            BLOCK=BLOCK,
+            num_warps=NUM_WARPS,
+            enable_fp_fusion=False,
+        )
+    return x_t
+
+
+@torch.library.custom_op("ddpm_fast::q_sample", mutates_args=())
+def q_sample(x_0: Tensor, coef: Tensor, t: Tensor, row: Tensor, seed: Tensor, image: Tensor) -> Tensor:
+    """Draw x_t ~ q(x_t | x_0) for every image at its own timestep (Ho et al. 2020, eq. 4).
+
+    x_0    [B, C, H, W] fp32, fp16 or bf16, channels-first or channels-last; read once
+    coef   [T, 2] fp32, (sqrt(alpha_bar_t), sqrt(1 - alpha_bar_t)): `NoiseSchedule.q_sample_table`
+    t      [B] integer in 0..T-1
+    row    [B] integer in 0..2^24-1: which noise of the image; the training step, or t itself
+    seed, image   [B] integer: whose noise (stream `noise.Q_SAMPLE`)
+
+    Returns x_t [B, C, H, W] fp32, channels-last, written once. ValueError for wrong shapes, types or devices.
+    """
+    _check(x_0, coef, t, row, seed, image)
+    return _launch(x_0, coef, t, row, seed, image)
+
+
+@q_sample.register_kernel("cpu")
+def _(x_0, coef, t, row, seed, image):
+    _check(x_0, coef, t, row, seed, image)
+    if launches_kernel(x_0):
+        return _launch(x_0, coef, t, row, seed, image)
+    eps = noise_reference(seed, image, row, Q_SAMPLE, x_0.shape[1:])
+    return _empty_x_t(x_0).copy_(q_sample_reference(x_0, eps, coef, t))
+
+
+@q_sample.register_fake
+def _(x_0, coef, t, row, seed, image):
+    return _empty_x_t(x_0)
