@@ -1,7 +1,48 @@
-"""ddpm_fast: an exact and fast engine for denoising diffusion probabilistic models."""
+"""ddpm_fast: an exact and fast engine for denoising diffusion probabilistic models (Ho et al. 2020)."""
 
-from .schedule import NoiseSchedule
-from .unet import UNet
-from .unet_config import UNetConfig
+from __future__ import annotations
 
-__all__ = ["NoiseSchedule", "UNet", "UNetConfig"]
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .checkpoint import Checkpoint, load_pretrained, save_pretrained
+    from .sampler import Sampler, Trajectory
+    from .schedule import NoiseSchedule
+    from .unet import UNet
+    from .unet_config import UNetConfig
+
+__version__ = "0.1.0"
+
+# Names are fetched on first use, so that importing the package costs next to nothing: Triton alone takes a quarter second.
+_HOME = {
+    "Checkpoint": "checkpoint",
+    "NoiseSchedule": "schedule",
+    "Sampler": "sampler",
+    "Trajectory": "sampler",
+    "UNet": "unet",
+    "UNetConfig": "unet_config",
+    "load_pretrained": "checkpoint",
+    "save_pretrained": "checkpoint",
+}
+
+__all__ = [
+    "Checkpoint",
+    "NoiseSchedule",
+    "Sampler",
+    "Trajectory",
+    "UNet",
+    "UNetConfig",
+    "load_pretrained",
+    "save_pretrained",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -81,19 +81,17 @@ def ddpm_table(
     """
     if variance not in VARIANCES:
         raise ValueError(f"variance {variance!r}; expected one of {', '.join(VARIANCES)}")
-    coef = _predicted_x_0(schedule, t, prediction, clip)
     chain = schedule.respaced(t[::-1])
-    _set(coef, "mean_x_0", chain.posterior_mean_x_0[::-1])
-    _set(coef, "mean_x", chain.posterior_mean_x_t[::-1])
+    columns = _predicted_x_0(schedule, t, prediction, clip)
+    columns |= dict(mean_x_0=chain.posterior_mean_x_0[::-1], mean_x=chain.posterior_mean_x_t[::-1])
     if variance == "learned_range":
-        # the last step, whose sigma is 0, needs no logarithm of it
-        _set(coef, "log_sigma_min", np.log(chain.posterior_var[:0:-1]) / 2, rows=slice(0, -1))
-        _set(coef, "log_sigma_max", np.log(chain.beta[:0:-1]) / 2, rows=slice(0, -1))
         sigma = np.ones(len(t))
+        with np.errstate(divide="ignore"):  # the last step's posterior variance is 0; its logarithm is not used
+            columns["log_sigma_min"] = _but_last(np.log(chain.posterior_var[::-1]) / 2)
+        columns["log_sigma_max"] = _but_last(np.log(chain.beta[::-1]) / 2)
     else:
         sigma = np.sqrt((chain.posterior_var if variance == "fixed_small" else chain.beta)[::-1])
-    _set(coef, "sigma", sigma, rows=slice(0, -1))
-    return StepTable(t, coef, learned=variance == "learned_range")
+    return _table(t, columns | dict(sigma=_but_last(sigma)), learned=variance == "learned_range")
 
 
 def ddim_table(
@@ -111,22 +109,21 @@ def ddim_table(
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta = {eta}; expected 0 (deterministic) to 1 (as noisy as DDPM)")
-    coef = _predicted_x_0(schedule, t, prediction, clip)
     chain = schedule.respaced(t[::-1])
+    columns = _predicted_x_0(schedule, t, prediction, clip)
     signal, noise = np.sqrt(schedule.alpha_bar[t]), np.sqrt(schedule.noise_var[t])
     sigma = eta * np.sqrt(chain.posterior_var[::-1])
     toward_eps = np.sqrt(chain.noise_var_prev[::-1] - sigma**2)
     signal_prev = np.sqrt(chain.alpha_bar_prev[::-1])
     if eps_from == "x_0":  # eps = (x_t - signal x_0) / noise
-        _set(coef, "mean_x_0", signal_prev - toward_eps * signal / noise)
-        _set(coef, "mean_x", toward_eps / noise)
-    else:  # eps = eps_x x_t + eps_out out, the same line through the unclipped x_0
-        x_0_x, x_0_out = coef[:, COLUMNS.index("x_0_x")], coef[:, COLUMNS.index("x_0_out")]
-        _set(coef, "mean_x_0", signal_prev)
-        _set(coef, "mean_x", toward_eps * (0 * noise if prediction == "eps" else (1 - signal * x_0_x) / noise))
-        _set(coef, "mean_out", toward_eps * -signal * x_0_out / noise)
-    _set(coef, "sigma", sigma)
-    return StepTable(t, coef, learned=False)
+        columns |= dict(mean_x_0=signal_prev - toward_eps * signal / noise, mean_x=toward_eps / noise)
+    elif eps_from == "network":  # the same, with the unclipped x_0 = x_0_x x_t + x_0_out out
+        eps_x = np.zeros_like(noise) if prediction == "eps" else (1 - signal * columns["x_0_x"]) / noise
+        eps_out = -signal * columns["x_0_out"] / noise
+        columns |= dict(mean_x_0=signal_prev, mean_x=toward_eps * eps_x, mean_out=toward_eps * eps_out)
+    else:
+        raise ValueError(f'eps_from {eps_from!r}; expected "x_0" or "network"')
+    return _table(t, columns | dict(sigma=sigma), learned=False)
 
 
 SOLVERS = ("ddpm", "ddim")
@@ -152,8 +149,8 @@ def step_table(
     raise ValueError(f"solver {solver!r}; expected one of {', '.join(SOLVERS)}")
 
 
-def _predicted_x_0(schedule: NoiseSchedule, t: NDArray[np.int64], prediction: str, clip: float | None) -> Array:
-    """A table whose x_0 columns are set: x_0 = x_0_x x_t + x_0_out out, from x_t = signal x_0 + noise eps."""
+def _predicted_x_0(schedule: NoiseSchedule, t: NDArray[np.int64], prediction: str, clip: float | None) -> dict[str, Array]:
+    """The columns of x_0 = clamp(x_0_x x_t + x_0_out out, -clip, clip), from x_t = signal x_0 + noise eps."""
     signal, noise = np.sqrt(schedule.alpha_bar[t]), np.sqrt(schedule.noise_var[t])
     if prediction == "eps":
         of_x, of_out = 1 / signal, -noise / signal
@@ -165,13 +162,14 @@ def _predicted_x_0(schedule: NoiseSchedule, t: NDArray[np.int64], prediction: st
         raise ValueError(f"prediction {prediction!r}; expected one of {', '.join(PREDICTIONS)}")
     if clip is not None and not clip > 0:
         raise ValueError(f"clip = {clip}; expected a positive bound for |x_0|, or None")
-    coef = np.zeros((len(t), len(COLUMNS)))
-    _set(coef, "x_0_x", of_x)
-    _set(coef, "x_0_out", of_out)
-    _set(coef, "clip", np.inf if clip is None else clip)
-    return coef
+    return dict(x_0_x=of_x, x_0_out=of_out, clip=np.full(len(t), np.inf if clip is None else clip))
 
 
-def _set(coef: Array, column: str, values: Array | float, rows: slice = slice(None)) -> None:
-    values = np.broadcast_to(values, len(coef))[rows] if np.size(values) in (1, len(coef)) else values
-    coef[rows, COLUMNS.index(column)] = values
+def _table(t: NDArray[np.int64], columns: dict[str, Array], learned: bool) -> StepTable:
+    """Columns by name, absent ones zero."""
+    return StepTable(t.copy(), np.stack([columns.get(name, np.zeros(len(t))) for name in COLUMNS], axis=1), learned)
+
+
+def _but_last(values: Array) -> Array:
+    """The same with 0 for the last step."""
+    return np.append(values[:-1], 0.0)

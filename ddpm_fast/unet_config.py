@@ -130,6 +130,9 @@ class UNetConfig:
             if set(self.heads) != {1}:
                 raise ValueError(f"heads={self.heads} and head_dim={head_dim} were both given: give one of them")
             dims = self._per_level("head_dim", head_dim)
+            for c, d, a in zip(self.channels, dims, self.attends, strict=True):
+                if a and c % d:
+                    raise ValueError(f"a level of {c} channels cannot be split into attention heads of {d}")
             store("heads", tuple(c // d if a else 1 for c, d, a in zip(self.channels, dims, self.attends, strict=True)))
         else:
             store("heads", tuple(h if a else 1 for h, a in zip(self.heads, self.attends, strict=True)))

@@ -1,0 +1,230 @@
+"""The command line: ddpm-fast sample | info | collect-env."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+import torch
+
+from . import __version__, pictures
+from .checkpoint import load_pretrained
+from .cost import unet_cost
+from .environment import environment
+from .sampler import Sampler, image_indices
+from .solver import SOLVERS, SPACINGS
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# both spellings of every flag: --batch-size and --batch_size
+_SETTINGS: dict[str, Any] = dict(
+    help_option_names=["-h", "--help"], token_normalize_func=lambda s: s.replace("_", "-"), max_content_width=110
+)
+_weights = click.Path(path_type=Path)
+
+
+@click.group(context_settings=_SETTINGS)
+@click.version_option(__version__, prog_name="ddpm-fast")
+def cli() -> None:
+    """Exact and fast sampling from denoising diffusion models."""
+
+
+@cli.command()
+@click.option("--weights", type=_weights, required=True, help="Checkpoint: a diffusers folder.")
+@click.option("--images", default="64", show_default=True, help="How many, or a range of image indices: 64 or 100-199 (both ends drawn).")
+@click.option("--seed", type=int, default=0, show_default=True, help="0 to 2^64 - 1.")
+@click.option("--solver", type=click.Choice(SOLVERS), default="ddpm", show_default=True)
+@click.option("--steps", type=int, help="How many steps.  [default: all for ddpm, 50 for ddim]")
+@click.option("--spacing", type=click.Choice(SPACINGS), default="linspace", show_default=True, help="Which steps, if not all.")
+@click.option("--eta", type=float, default=0.0, show_default=True, help="Noise of ddim: 0 deterministic, 1 as noisy as ddpm.")
+@click.option("--batch-size", type=int, default=64, show_default=True)
+@click.option("--label", type=int, help="Class of every image.  [default: each draws its own]")
+@click.option("--out", default="samples.png", show_default=True, help="FILE.png: a grid; FILE.npz or .npy: an array; a directory: a PNG each.")
+@click.option("--device", help="cpu, cuda, cuda:1 ...  [default: the GPU if there is one]")
+@click.option("--dtype", type=click.Choice(list(DTYPES)), default="fp32", show_default=True, help="Of the network; the state is always fp32.")
+@click.option("--progress/--quiet", default=None, help="A progress bar.  [default: on a terminal]")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+def sample(
+    weights: Path,
+    images: str,
+    seed: int,
+    solver: str,
+    steps: int | None,
+    spacing: str,
+    eta: float,
+    batch_size: int,
+    label: int | None,
+    out: str,
+    device: str | None,
+    dtype: str,
+    progress: bool | None,
+    as_json: bool,
+) -> None:
+    """Draw images. Image i of a seed is the same in whatever batch it is drawn."""
+    indices = parse_images(images)
+    target = _check_target(out)
+    sampler = Sampler.from_pretrained(weights, _device(device), DTYPES[dtype])
+    options: dict[str, Any] = dict(seed=seed, solver=solver, steps=steps, spacing=spacing, eta=eta, labels=label)
+    began = time.perf_counter()
+    show = sys.stderr.isatty() if progress is None else progress
+    stream = sampler.stream(indices, batch_size, **options, progress=show)
+    _write(target, stream, indices, sampler.shape)
+    seconds = time.perf_counter() - began
+    count, table = len(indices), sampler.table(solver, steps, spacing=spacing, eta=eta)
+    report = dict(
+        out=str(target),
+        images=count,
+        seed=seed,
+        solver=solver,
+        steps=len(table),
+        device=_device_name(sampler.device),
+        dtype=dtype,
+        seconds=round(seconds, 3),
+        images_per_second=round(count / seconds, 3),
+        milliseconds_per_image_step=round(1e3 * seconds / (count * len(table)), 4),
+    )
+    _say(
+        report,
+        as_json,
+        f"{count} images of seed {seed}, {len(table)} {solver} steps, {dtype} on {report['device']}: {seconds:.1f} s, "
+        f"{count / seconds:.2f} images/s, {report['milliseconds_per_image_step']:.2f} ms per image and step -> {target}",
+    )
+
+
+@cli.command()
+@click.argument("directory", type=_weights)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+def info(directory: Path, as_json: bool) -> None:
+    """What a checkpoint is, and what it costs."""
+    c = load_pretrained(directory)
+    config, schedule = c.unet.config, c.schedule
+    cost = unet_cost(config, config.size or (32, 32))
+    report = dict(
+        directory=str(directory),
+        config={k: v for k, v in config.to_diffusers().items() if not k.startswith("_")},
+        timesteps=len(schedule),
+        beta=[float(schedule.beta[0]), float(schedule.beta[-1])],
+        prediction=c.prediction,
+        variance=c.variance,
+        clip=c.clip,
+        **cost.as_dict(),
+    )
+    h, w = config.size or (32, 32)
+    lines = [
+        f"{directory}",
+        f"  images      {config.in_channels} x {h} x {w}" + (f", {config.num_classes} classes" if config.num_classes else ""),
+        f"  network     widths {config.channels}, {config.layers} residual blocks, attention {_where(config.attention)}",
+        f"  predicts    {c.prediction}, variance {c.variance}, x_0 clipped to {c.clip}",
+        f"  schedule    {len(schedule)} steps, beta {schedule.beta[0]:.3g} to {schedule.beta[-1]:.3g}",
+        f"  parameters  {cost.parameters:,} ({_bytes(cost.weight_bytes)} in fp32)",
+        f"  per image   {cost.flops / 1e9:.3f} GFLOP a step, {_bytes(cost.activation_bytes)} of activations at the peak in fp32",
+    ]
+    _say(report, as_json, "\n".join(lines))
+
+
+@cli.command("collect-env")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+def collect_env(as_json: bool) -> None:
+    """What a bug report should say about this machine."""
+    report = environment()
+    width = max(map(len, report))
+    _say(report, as_json, "\n".join(f"{k:{width}}  {v if v not in (None, []) else 'none'}" for k, v in report.items()))
+
+
+def parse_images(text: str) -> range:
+    """"64" -> images 0..63; "100-199" -> images 100..199. ValueError for anything else."""
+    first, dash, last = text.partition("-")
+    try:
+        indices = range(int(first), int(last) + 1) if dash else range(int(first))
+    except ValueError:
+        raise ValueError(f"--images {text}: expected a count such as 64, or a range such as 100-199") from None
+    if not len(indices) or indices[0] < 0:
+        raise ValueError(f"--images {text}: that is no image; expected a count such as 64, or a range such as 100-199")
+    return indices
+
+
+def _check_target(out: str) -> Path:
+    """The output, refused now rather than after sampling."""
+    path = Path(out)
+    known = pictures.PICTURES + pictures.ARRAYS
+    if path.suffix and path.suffix not in known and not path.is_dir():
+        raise ValueError(f"--out {out}: unknown kind of file; expected {', '.join(known)}, or a directory")
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"--out {out}: the directory {path.absolute().parent} does not exist; create it first")
+    if path.suffix in known and path.is_dir():
+        raise ValueError(f"--out {out} is a directory; expected a file name")
+    if not path.suffix and path.is_file():
+        raise ValueError(f"--out {out} is a file; expected a directory, or a name ending in {', '.join(known)}")
+    return path
+
+
+def _write(target: Path, stream: Any, indices: range, shape: tuple[int, ...]) -> None:
+    """Whole files at the end, single pictures as they come."""
+    if target.suffix in pictures.PICTURES + pictures.ARRAYS:
+        images = torch.cat([x for _, x in stream]).numpy()
+        if target.suffix in pictures.PICTURES:
+            pictures.save_grid(target, images)
+        else:
+            pictures.save_array(target, images, indices=image_indices(indices).numpy())
+        return
+    target.mkdir(exist_ok=True)
+    digits = max(6, len(str(indices[-1])))
+    for first, batch in stream:
+        for i, image in enumerate(batch.numpy(), start=first):
+            pictures.write_atomically(target / f"{i:0{digits}d}.png", pictures.encode_png(image))
+
+
+def _device(name: str | None) -> torch.device | None:
+    if name is None:
+        return None
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU ({torch.get_num_threads()} threads)" if device.type == "cpu" else str(device)
+
+
+def _where(flags: Any) -> str:
+    return "on levels " + ", ".join(str(i) for i, f in enumerate(flags) if f) if any(flags) else "at the bottom only"
+
+
+def _bytes(n: int) -> str:
+    return f"{n / 2**20:.1f} MiB"
+
+
+def _say(report: dict[str, Any], as_json: bool, text: str) -> None:
+    click.echo(json.dumps(report) if as_json else text)
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """The `ddpm-fast` command. Bad input ends in one line on stderr and exit code 2, a failed run in one and 1."""
+    try:
+        cli.main(arguments, prog_name="ddpm-fast", standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message())
+        sys.exit(2)
+    except click.ClickException as error:
+        _fail(error.format_message())
+    except (ValueError, OSError) as error:
+        _fail(str(error))
+    except RuntimeError as error:
+        _fail(str(error), code=1)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("ddpm-fast: interrupted", err=True)
+        sys.exit(130)
+    sys.exit(0)
+
+
+def _fail(message: str, code: int = 2) -> NoReturn:
+    click.echo(f"ddpm-fast: error: {' '.join(message.split())}", err=True)
+    sys.exit(code)

@@ -1,0 +1,56 @@
+"""Images to files: grids, single pictures and arrays, each there whole or not at all."""
+
+from __future__ import annotations
+
+import io
+import math
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .checkpoint import write_atomically
+
+Pixels = NDArray[np.uint8]
+ARRAYS, PICTURES = (".npy", ".npz"), (".png",)
+
+
+def grid(images: Pixels, columns: int | None = None, gap: int = 2, scale: int = 1) -> Pixels:
+    """uint8 [N, H, W, C] -> one picture [rows (H + gap) + gap, ...], white between; each pixel drawn `scale` times."""
+    n, h, w, c = images.shape
+    columns = columns or math.ceil(math.sqrt(n))
+    rows = math.ceil(n / columns)
+    images = images.repeat(scale, axis=1).repeat(scale, axis=2)
+    h, w = h * scale, w * scale
+    sheet = np.full((rows * (h + gap) + gap, columns * (w + gap) + gap, c), 255, dtype=np.uint8)
+    for i, image in enumerate(images):
+        top, left = gap + i // columns * (h + gap), gap + i % columns * (w + gap)
+        sheet[top : top + h, left : left + w] = image
+    return sheet
+
+
+def encode_png(image: Pixels) -> bytes:
+    """One image [H, W, C] with 1, 3 or 4 channels as PNG."""
+    from PIL import Image
+
+    if image.shape[2] not in (1, 3, 4):
+        raise ValueError(f"an image of {image.shape[2]} channels is no picture; write .npy or .npz instead")
+    buffer = io.BytesIO()
+    Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def save_array(path: Path, images: Pixels, **others: NDArray[np.int64]) -> None:
+    """.npy: the images alone; .npz: under "images", with `others` beside them."""
+    buffer = io.BytesIO()
+    if path.suffix == ".npy":
+        np.save(buffer, images)
+    else:
+        np.savez_compressed(buffer, images=images, **others)
+    write_atomically(path, buffer.getvalue())
+
+
+def save_grid(path: Path, images: Pixels) -> None:
+    """A grid of all images as PNG, small ones enlarged to about 64 pixels."""
+    scale = max(1, 64 // max(images.shape[1:3])) if len(images) <= 256 else 1
+    write_atomically(path, encode_png(grid(images, scale=scale)))

@@ -1,0 +1,351 @@
+"""The sampling loop (Ho et al. 2020, algorithm 2), for any solver that is a table and any network that is a function.
+
+Image i of seed s has noise of its own, counted by (seed, image, step, element). So it does not matter in which batch it is
+drawn, at which place, or beside which others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .checkpoint import load_pretrained
+from .kernels import noise
+from .kernels.ddpm_step import ddpm_step
+from .kernels.q_sample import q_sample
+from .schedule import NoiseSchedule
+from .solver import PREDICTIONS, VARIANCES, StepTable, choose_timesteps, step_table
+from .unet import UNet
+
+DEFAULT_STEPS = {"ddpm": None, "ddim": 50}  # None: the whole chain
+Images = int | range | Sequence[int] | Tensor
+
+
+@dataclass
+class State:
+    """A batch on its way: everything a step reads and writes, on the device."""
+
+    x: Tensor  # [B, C, H, W] fp32, channels-last
+    row: Tensor  # [B] int32, each image's own place in the step table
+    seed: Tensor  # [B] int64, the seed's 64 bits
+    image: Tensor  # [B] int64
+    labels: Tensor | None  # [B] int64
+
+
+class Trajectory:
+    """A callback that keeps x after every `every`-th step: `t` [K] the timesteps, `x` [K, N, C, H, W] fp32 on the CPU."""
+
+    def __init__(self, every: int = 1) -> None:
+        self.every = every
+        self._kept: dict[int, list[Tensor]] = {}
+        self._t: dict[int, int] = {}
+
+    def __call__(self, step: int, t: int, x: Tensor) -> None:
+        if (step + 1) % self.every == 0:
+            self._kept.setdefault(step, []).append(x.cpu().clone())
+            self._t[step] = t
+
+    @property
+    def t(self) -> list[int]:
+        return list(self._t.values())
+
+    @property
+    def x(self) -> Tensor:
+        return torch.stack([torch.cat(batches) for batches in self._kept.values()])
+
+
+class Sampler:
+    """Draws images from a network and a schedule.
+
+    model       any callable (x_t [B, C, H, W], t int64 [B]) -> [B, C, H, W], or [B, 2C, H, W] if it predicts its variance;
+                with classes (x_t, t, labels int64 [B])
+    schedule    the `NoiseSchedule` it was trained with
+    shape       (C, H, W)
+    prediction  what the model predicts: "eps", "x_0" or "v"
+    variance    of the "ddpm" solver: "fixed_small", "fixed_large" or "learned_range"
+    clip        bound on the predicted |x_0| at every step, None for none
+    num_classes for a class-conditional callable; read from the model where it is a `UNet`
+    device      default: where the model's parameters are, or the CPU
+
+    A module with fp16 or bf16 weights gets its input in that type; the state x_t is always fp32.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Tensor],
+        schedule: NoiseSchedule,
+        shape: tuple[int, int, int],
+        prediction: str = "eps",
+        variance: str = "fixed_large",
+        clip: float | None = 1.0,
+        num_classes: int | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        if len(shape) != 3 or min(shape) < 1:
+            raise ValueError(f"shape {tuple(shape)}; expected (channels, height, width)")
+        if prediction not in PREDICTIONS or variance not in VARIANCES:
+            raise ValueError(
+                f"prediction {prediction!r}, variance {variance!r}; expected one of {', '.join(PREDICTIONS)} and one of {', '.join(VARIANCES)}"
+            )
+        self.model, self.schedule, self.shape = model, schedule, tuple(shape)
+        self.prediction, self.variance, self.clip = prediction, variance, clip
+        self.num_classes = model.config.num_classes if isinstance(model, UNet) else num_classes
+        parameter = next((p for p in model.parameters() if p.is_floating_point()), None) if isinstance(model, nn.Module) else None
+        self.device = torch.device(device if device is not None else parameter.device if parameter is not None else "cpu")
+        self.dtype = parameter.dtype if parameter is not None and parameter.dtype.itemsize == 2 else torch.float32
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        directory: str | Path,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        size: tuple[int, int] | None = None,
+    ) -> Sampler:
+        """From a diffusers folder. Device: the GPU if there is one; dtype of the weights: fp32; size (H, W): the one trained with."""
+        checkpoint = load_pretrained(directory)
+        size = size or checkpoint.unet.config.size
+        if size is None:
+            raise ValueError(f"{directory} names no sample_size; give size=(height, width)")
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        unet = checkpoint.unet.to(device, dtype, memory_format=torch.channels_last)
+        shape = (unet.config.in_channels, *size)
+        return cls(unet, checkpoint.schedule, shape, checkpoint.prediction, checkpoint.variance, checkpoint.clip)
+
+    # ---- whole images
+
+    def sample(self, images: Images, seed: int = 0, *, batch_size: int = 64, output: str = "uint8", **options: Any) -> Tensor:
+        """Images of seed `seed`: uint8 [N, H, W, C] on the CPU, or with output="float" fp32 [N, C, H, W] on the device.
+
+        images      how many (0 ... N-1), or a range or list of image indices
+        seed        0 ... 2^64-1
+        solver      "ddpm" or "ddim"; eta (DDIM): 0 deterministic ... 1
+        steps       how many, the timesteps themselves, or None: all for "ddpm", 50 for "ddim"
+        spacing     "linspace", "leading" or "trailing"
+        labels      one class, or one per image; None with a class-conditional network: each image draws its own from its noise
+        start       (x_t [N, C, H, W], t): go on from partly noised images instead of from noise
+        batch_size  how many are drawn at once; pad: fill the last batch up, so that every batch has one size
+        progress    show a bar
+        callback    called as callback(step, t, x) after every step; x is the state [B, C, H, W], not to be changed
+
+        uint8 is round((x + 1) 127.5) of x clipped to [-1, 1]. ValueError for bad arguments, RuntimeError when an image comes
+        out with values that are not finite.
+        """
+        indices = image_indices(images)
+        batches = [x for _, x in self.stream(indices, batch_size, seed=seed, output=output, **options)]
+        if not batches:
+            c, h, w = self.shape
+            return torch.empty(0, h, w, c, dtype=torch.uint8) if output == "uint8" else torch.empty(0, c, h, w, device=self.device)
+        return torch.cat(batches)
+
+    def stream(
+        self,
+        images: Images,
+        batch_size: int = 64,
+        *,
+        seed: int = 0,
+        solver: str = "ddpm",
+        steps: int | Sequence[int] | None = None,
+        spacing: str = "linspace",
+        eta: float = 0.0,
+        labels: int | Sequence[int] | Tensor | None = None,
+        start: tuple[Tensor, int] | None = None,
+        output: str = "uint8",
+        pad: bool = False,
+        progress: bool = False,
+        callback: Callable[[int, int, Tensor], None] | None = None,
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Yields (index of the first image, images) batch by batch, for runs that should not be held in memory. See `sample`."""
+        indices = image_indices(images)
+        if batch_size < 1:
+            raise ValueError(f"batch_size = {batch_size}; expected at least 1")
+        if output not in ("uint8", "float"):
+            raise ValueError(f'output {output!r}; expected "uint8" or "float"')
+        table = self.table(solver, steps, spacing=spacing, eta=eta, start=None if start is None else start[1])
+        chosen = self._check_labels(labels, len(indices))
+        x_start = None if start is None else self._check_start(start[0], len(indices))
+        return self._batches(indices, batch_size, seed_bits(seed), table, chosen, x_start, output, pad, progress, callback)
+
+    def _batches(
+        self,
+        indices: Tensor,
+        batch_size: int,
+        seed: int,
+        table: StepTable,
+        labels: Tensor | None,
+        x_start: Tensor | None,
+        output: str,
+        pad: bool,
+        progress: bool,
+        callback: Callable[[int, int, Tensor], None] | None,
+    ) -> Iterator[tuple[int, Tensor]]:
+        with _bar(progress, len(table) * -(-len(indices) // batch_size)) as bar:
+            for first in range(0, len(indices), batch_size):
+                chosen = torch.arange(first, min(first + batch_size, len(indices)))
+                count = len(chosen)
+                if pad and count < batch_size:
+                    chosen = torch.cat([chosen, chosen[-1:].expand(batch_size - count)])
+                state = self.begin(
+                    indices[chosen],
+                    seed,
+                    labels=None if labels is None else labels[chosen],
+                    x=None if x_start is None else x_start[chosen],
+                )
+                self.run(state, table, bar.update, callback and (lambda step, t, x, n=count: callback(step, t, x[:n])))
+                yield int(indices[first]), self._finish(state.x[:count], indices[chosen[:count]], output)
+
+    # ---- one batch
+
+    def table(
+        self,
+        solver: str = "ddpm",
+        steps: int | Sequence[int] | None = None,
+        *,
+        spacing: str = "linspace",
+        eta: float = 0.0,
+        start: int | None = None,
+    ) -> StepTable:
+        """The step table of a solver; from timestep `start` down where the images are noised only so far."""
+        if steps is None:
+            steps = DEFAULT_STEPS.get(solver)
+        t = choose_timesteps(len(self.schedule), steps, spacing)
+        if start is not None:
+            if not 0 <= start < len(self.schedule):
+                raise ValueError(f"start timestep {start}; expected 0..{len(self.schedule) - 1}")
+            t = np.concatenate([[start], t[t < start]])
+        return step_table(
+            self.schedule, solver, t, prediction=self.prediction, variance=self.variance, clip=self.clip, eta=eta
+        )
+
+    def begin(self, image: Tensor, seed: int, labels: Tensor | None = None, x: Tensor | None = None) -> State:
+        """The state before the first step: x, or x_T drawn from the images' own noise; labels, or each image's own."""
+        c, h, w = self.shape
+        image = image.to(self.device)
+        seeds = torch.full_like(image, seed)
+        row = torch.zeros(len(image), dtype=torch.int32, device=self.device)
+        if self.num_classes is not None and labels is None:
+            word = noise.words(seeds, image, row, noise.LABEL, 1)[:, 0]
+            labels = (word * self.num_classes) >> 32  # equal shares of 2^32
+        if x is None:
+            x = noise.noise(seeds, image, row, noise.X_T, c, h, w)
+        else:
+            x = x.to(self.device, torch.float32, copy=True).contiguous(memory_format=torch.channels_last)
+        return State(x, row, seeds, image, None if labels is None else labels.to(self.device))
+
+    @torch.no_grad()
+    def run(
+        self,
+        state: State,
+        table: StepTable,
+        advance: Callable[[], Any] | None = None,
+        callback: Callable[[int, int, Tensor], None] | None = None,
+    ) -> None:
+        """Takes the state through the whole table, in place."""
+        t, coef = table.to(self.device)
+        for i in range(len(table)):
+            self.step(state, t, coef, table.learned)
+            if advance is not None:
+                advance()
+            if callback is not None:
+                callback(i, int(table.t[i]), state.x)
+
+    def step(self, state: State, t: Tensor, coef: Tensor, learned: bool) -> None:
+        """x_t -> x_{t-1} for every image at its own row of the table; nothing here looks at a device value from the host."""
+        labels = () if state.labels is None else (state.labels,)
+        out = self.model(state.x.to(self.dtype), t[state.row], *labels)
+        if not learned:
+            out = out[:, : self.shape[0]]  # a network that predicts its variance, under a solver that sets its own
+        ddpm_step(state.x, out, coef, state.row, state.seed, state.image, learned)
+        state.row += 1
+
+    def diffuse(self, x_0: Tensor, t: int, images: Images | None = None, seed: int = 0) -> Tensor:
+        """x_t of x_0 [N, C, H, W] in [-1, 1]: noised up to timestep t with the images' own noise (default: images 0 ... N-1).
+
+        With `sample(..., start=(x_t, t))`, the way to vary given images (Meng et al. 2022).
+        """
+        x_0 = self._check_start(x_0, len(x_0))
+        if not 0 <= t < len(self.schedule):
+            raise ValueError(f"t = {t}; expected 0..{len(self.schedule) - 1}")
+        image = image_indices(len(x_0) if images is None else images).to(self.device)
+        times = torch.full_like(image, t)
+        coef = self.schedule.q_sample_table(self.device)
+        return q_sample(x_0.to(self.device), coef, times, times, torch.full_like(image, seed_bits(seed)), image)
+
+    # ---- borders
+
+    def _finish(self, x: Tensor, images: Tensor, output: str) -> Tensor:
+        if not x.isfinite().all():
+            broken = images[~x.isfinite().flatten(1).all(1).cpu()].tolist()
+            raise RuntimeError(
+                f"images {broken[:8]} came out with values that are not finite; check the weights, or use a wider dtype than {self.dtype}"
+            )
+        return to_uint8(x).cpu() if output == "uint8" else x.contiguous()
+
+    def _check_labels(self, labels: int | Sequence[int] | Tensor | None, count: int) -> Tensor | None:
+        if labels is None:
+            return None
+        if self.num_classes is None:
+            raise ValueError("labels were given, but the network is unconditional; leave them out")
+        chosen = torch.as_tensor(labels)
+        if chosen.is_floating_point() or chosen.shape not in ((), (count,)):
+            raise ValueError(f"labels have shape {tuple(chosen.shape)}, type {chosen.dtype}; expected one integer, or {count}, one per image")
+        if count and (chosen.min() < 0 or chosen.max() >= self.num_classes):
+            raise ValueError(f"labels from {chosen.min()} to {chosen.max()}; expected 0..{self.num_classes - 1}")
+        return chosen.long().cpu().expand(count)
+
+    def _check_start(self, x: Tensor, count: int) -> Tensor:
+        if tuple(x.shape) != (count, *self.shape):
+            raise ValueError(f"images of shape {tuple(x.shape)}; expected {(count, *self.shape)}")
+        return x
+
+
+def image_indices(images: Images) -> Tensor:
+    """Image indices as int64 [N] on the CPU. ValueError for a negative count or index."""
+    if isinstance(images, int):
+        if images < 0:
+            raise ValueError(f"{images} images; expected a count of at least 0, or a range")
+        images = range(images)
+    if isinstance(images, range):
+        indices = torch.arange(images.start, images.stop, images.step)
+    else:
+        indices = torch.as_tensor(images, dtype=torch.int64).cpu()
+    if len(indices) and indices.min() < 0:
+        raise ValueError(f"image index {int(indices.min())}; expected 0 or more")
+    return indices
+
+
+def seed_bits(seed: int) -> int:
+    """A seed in 0..2^64-1 as the int64 with the same bits."""
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed = {seed}; expected 0 to 2^64 - 1")
+    return seed - 2**64 if seed >= 2**63 else seed
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """[N, C, H, W] in [-1, 1] -> uint8 [N, H, W, C], rounded to the nearest, ties to even."""
+    return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+class _Silent:
+    def __enter__(self) -> _Silent:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def update(self) -> None:
+        pass
+
+
+def _bar(progress: bool, total: int) -> Any:
+    if not progress:
+        return _Silent()
+    from tqdm import tqdm
+
+    return tqdm(total=total, unit="step", leave=False)

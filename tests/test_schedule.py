@@ -1,0 +1,102 @@
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler
+
+from ddpm_fast import NoiseSchedule
+
+FAMILIES = {
+    "linear": (NoiseSchedule.linear(), "linear"),
+    "scaled_linear": (NoiseSchedule.scaled_linear(), "scaled_linear"),
+    "cosine": (NoiseSchedule.cosine(), "squaredcos_cap_v2"),
+    "sigmoid": (NoiseSchedule.sigmoid(), None),
+}
+each_family = pytest.mark.parametrize(("schedule", "theirs"), FAMILIES.values(), ids=FAMILIES)
+
+
+def exact_chain(schedule):
+    """alpha_bar and 1 - alpha_bar in 50 digits."""
+    import mpmath
+
+    mpmath.mp.dps = 50
+    bar, out = mpmath.mpf(1), []
+    for beta in schedule.beta:
+        bar *= 1 - mpmath.mpf(float(beta))
+        out.append((bar, 1 - bar))
+    return out
+
+
+@each_family
+def test_matches_diffusers(schedule, theirs):
+    if theirs is None:
+        pytest.skip("diffusers' sigmoid is another function")
+    beta = DDPMScheduler(beta_schedule=theirs).betas.double().numpy()
+    np.testing.assert_allclose(schedule.beta, beta, rtol=2e-4, atol=1e-7)  # theirs is fp32, and cancels at small t
+
+
+@each_family
+def test_every_quantity_against_fifty_digits(schedule, theirs):
+    chain = exact_chain(schedule)
+    prev = [(1, 0), *chain[:-1]]
+    import mpmath
+
+    want = {
+        "alpha_bar": [b for b, _ in chain],
+        "noise_var": [n for _, n in chain],
+        "snr": [b / n for b, n in chain],
+        "posterior_var": [float(be) * pn / n for be, (_, pn), (_, n) in zip(schedule.beta, prev, chain, strict=True)],
+        "posterior_mean_x_0": [
+            mpmath.sqrt(pb) * float(be) / n for be, (pb, _), (_, n) in zip(schedule.beta, prev, chain, strict=True)
+        ],
+        "posterior_mean_x_t": [
+            mpmath.sqrt(1 - mpmath.mpf(float(be))) * pn / n for be, (_, pn), (_, n) in zip(schedule.beta, prev, chain, strict=True)
+        ],
+    }
+    for name, exact in want.items():
+        # 1 - beta is rounded once in fp64: near beta = 1 that is the largest error anything here can have
+        np.testing.assert_allclose(getattr(schedule, name), np.array(exact, float), rtol=1e-12, err_msg=name)
+
+
+@each_family
+def test_exact_at_both_ends(schedule, theirs):
+    assert schedule.noise_var[0] == schedule.beta[0]
+    assert (schedule.posterior_mean_x_0[0], schedule.posterior_mean_x_t[0], schedule.posterior_var[0]) == (1, 0, 0)
+    assert schedule.alpha_bar_prev[0] == 1
+    assert 0 < schedule.alpha_bar[-1] < 1e-2
+
+
+def test_published_values():
+    schedule = NoiseSchedule.linear()
+    assert schedule.alpha_bar[-1] == pytest.approx(4.0358e-5, rel=1e-4)  # sqrt(1 / alpha_bar) = 157.41
+    assert schedule.posterior_var[1] == pytest.approx(5.453e-5, rel=1e-3)
+
+
+@pytest.mark.parametrize("betas", [[], [0.1, 0.0], [1.0], [0.1, -0.1], [float("nan")], [float("inf")], [[0.1]]])
+def test_refuses_bad_betas(betas):
+    with pytest.raises(ValueError, match="beta"):
+        NoiseSchedule.from_betas(betas)
+
+
+@each_family
+@pytest.mark.parametrize("visited", [range(1000), range(0, 1000, 7), [999], [0, 1, 998, 999]])
+def test_respaced_keeps_alpha_bar(schedule, theirs, visited):
+    sub = schedule.respaced(visited)
+    np.testing.assert_allclose(sub.alpha_bar, schedule.alpha_bar[list(visited)], rtol=1e-6)
+    np.testing.assert_allclose(sub.noise_var, schedule.noise_var[list(visited)], rtol=1e-13)
+
+
+@pytest.mark.parametrize("visited", [[], [3, 2], [0, 1000], [-1, 5], [5, 5]])
+def test_respaced_refuses(visited):
+    with pytest.raises(ValueError, match="timesteps"):
+        NoiseSchedule.linear().respaced(visited)
+
+
+def test_arrays_cannot_be_changed():
+    with pytest.raises(ValueError, match="read-only"):
+        NoiseSchedule.linear().alpha_bar[0] = 2
+
+
+def test_q_sample_table():
+    table = NoiseSchedule.linear().q_sample_table()
+    assert table.dtype == torch.float32
+    np.testing.assert_allclose((table.double() ** 2).sum(1), 1, rtol=2e-7)

@@ -1,0 +1,119 @@
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler
+
+from ddpm_fast import NoiseSchedule
+from ddpm_fast.kernels.ddpm_step import COLUMNS, ddpm_step_reference
+from ddpm_fast.solver import choose_timesteps, ddim_table, ddpm_table, step_table
+
+SCHEDULE = NoiseSchedule.linear()
+NAMES = {"eps": "epsilon", "x_0": "sample", "v": "v_prediction"}
+
+
+def take(table, i, x, out, z):
+    """Step i of a table in fp64."""
+    row = torch.full((len(x),), i)
+    return ddpm_step_reference(x, out, z, torch.from_numpy(table.coef), row, table.learned)
+
+
+@pytest.mark.parametrize("steps", [1000, 50])
+@pytest.mark.parametrize("clip", [1.0, None])
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned_range"])
+@pytest.mark.parametrize("prediction", NAMES)
+def test_ddpm_is_diffusers_ddpm(prediction, variance, clip, steps, monkeypatch):
+    theirs = DDPMScheduler(prediction_type=NAMES[prediction], variance_type=variance, clip_sample=clip is not None)
+    theirs.set_timesteps(steps)
+    t = choose_timesteps(1000, steps, "leading")
+    assert theirs.timesteps.tolist() == t.tolist()
+    table = ddpm_table(SCHEDULE, t, prediction, variance, clip)
+    torch.manual_seed(0)
+    worst = 0.0
+    for i in sorted({0, 1, steps // 2, steps - 3, steps - 2, steps - 1}):
+        x, out, v, z = torch.randn(4, 2, 3, 8, 8)
+        monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *a, z=z, **k: z)
+        out = torch.cat([out, v], dim=1) if table.learned else out
+        want = theirs.step(out, int(t[i]), x).prev_sample
+        got = take(table, i, x, out, z)
+        worst = max(worst, float((got - want).abs().max() / want.abs().max()))
+    assert worst < 5e-4  # their tables are fp32: beta from a ratio is off by 4.9e-4 near t = 4
+
+
+@pytest.mark.parametrize(("eps_from", "clip", "eta"), itertools.product(["x_0", "network"], [1.0, None], [0.0, 0.7, 1.0]))
+@pytest.mark.parametrize("prediction", NAMES)
+def test_ddim_is_diffusers_ddim(prediction, eps_from, clip, eta):
+    theirs = DDIMScheduler(prediction_type=NAMES[prediction], clip_sample=clip is not None)
+    theirs.set_timesteps(50)
+    t = choose_timesteps(1000, 50, "leading")
+    table = ddim_table(SCHEDULE, t, prediction, eta, clip, eps_from)
+    torch.manual_seed(0)
+    for i in (0, 25, 48, 49):
+        x, out, z = torch.randn(3, 2, 3, 8, 8)
+        options = dict(eta=eta, use_clipped_model_output=eps_from == "x_0", variance_noise=z)
+        want = theirs.step(out, int(t[i]), x, **options).prev_sample
+        got = take(table, i, x, out, z)
+        assert float((got - want).abs().max() / want.abs().max()) < 5e-4
+
+
+def test_ddim_with_eta_one_is_ddpm_with_the_small_variance():
+    t = choose_timesteps(1000, 37)
+    ddim, ddpm = ddim_table(SCHEDULE, t, eta=1.0), ddpm_table(SCHEDULE, t, variance="fixed_small")
+    np.testing.assert_allclose(ddim.coef, ddpm.coef, rtol=1e-9, atol=1e-12)
+
+
+def test_predictions_convert_into_one_another():
+    """eps, x_0 and v of one x_t give one step."""
+    t = choose_timesteps(1000, 10)
+    torch.manual_seed(0)
+    for i, x_0, eps, z in ((i, *torch.randn(3, 1, 3, 4, 4, dtype=torch.float64)) for i in range(10)):
+        a, n = SCHEDULE.alpha_bar[t[i]] ** 0.5, SCHEDULE.noise_var[t[i]] ** 0.5
+        x_t = a * x_0 + n * eps
+        outs = {"eps": eps, "x_0": x_0, "v": a * eps - n * x_0}
+        steps = [take(ddpm_table(SCHEDULE, t, p, clip=None), i, x_t, out, z) for p, out in outs.items()]
+        torch.testing.assert_close(steps[0], steps[1], rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(steps[0], steps[2], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("solver", ["ddpm", "ddim"])
+@pytest.mark.parametrize("steps", [1, 2, 1000])
+def test_last_step_returns_x_0_without_noise(solver, steps):
+    table = step_table(SCHEDULE, solver, choose_timesteps(1000, steps))
+    last = dict(zip(COLUMNS, table.coef[-1], strict=True))
+    assert (last["sigma"], last["mean_out"]) == (0, 0)
+    assert last["mean_x"] == pytest.approx(0, abs=1e-12)
+    assert last["mean_x_0"] == pytest.approx(1, abs=1e-12)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 7, 50, 250, 999, 1000])
+@pytest.mark.parametrize("spacing", ["linspace", "leading", "trailing"])
+def test_spacings(steps, spacing):
+    t = choose_timesteps(1000, steps, spacing)
+    assert len(t) == steps and (np.diff(t) < 0).all() and t[0] <= 999 and t[-1] >= 0
+    scheduler = DDIMScheduler(timestep_spacing=spacing)
+    scheduler.set_timesteps(steps)
+    if spacing != "linspace" or steps > 1:  # one step: theirs is t = 0, which no noise is like
+        assert t.tolist() == scheduler.timesteps.tolist()
+
+
+@pytest.mark.parametrize("steps", [0, 1001, -1, [], [5, 5], [3, 9], [1000, 2], [4, -1]])
+def test_refuses_steps(steps):
+    with pytest.raises(ValueError, match="steps"):
+        choose_timesteps(1000, steps)
+
+
+def test_refuses_options():
+    t = choose_timesteps(1000, 10)
+    with pytest.raises(ValueError, match="spacing 'even'"):
+        choose_timesteps(1000, 10, "even")
+    for options, message in [
+        (dict(solver="euler"), "solver 'euler'"),
+        (dict(solver="ddpm", prediction="noise"), "prediction 'noise'"),
+        (dict(solver="ddpm", variance="learned"), "variance 'learned'"),
+        (dict(solver="ddpm", clip=0.0), "clip = 0.0"),
+        (dict(solver="ddpm", eta=0.5), "belongs to solver"),
+        (dict(solver="ddim", eta=1.5), "eta = 1.5"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            step_table(SCHEDULE, t=t, **options)

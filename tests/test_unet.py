@@ -1,0 +1,203 @@
+import dataclasses
+import warnings
+
+import pytest
+import torch
+from diffusers import UNet2DModel
+
+from ddpm_fast import UNet, UNetConfig
+from ddpm_fast.testing import relative_error
+
+HO = dict(
+    layers_per_block=2,
+    attention_head_dim=None,
+    norm_num_groups=32,
+    norm_eps=1e-6,
+    downsample_padding=0,
+    flip_sin_to_cos=False,
+    freq_shift=1,
+)
+CIFAR = dict(
+    HO,
+    sample_size=32,
+    block_out_channels=(128, 256, 256, 256),
+    down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+    up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+)
+CELEBA = dict(
+    HO,
+    sample_size=256,
+    block_out_channels=(128, 128, 256, 256, 512, 512),
+    down_block_types=("DownBlock2D",) * 4 + ("AttnDownBlock2D", "DownBlock2D"),
+    up_block_types=("UpBlock2D", "AttnUpBlock2D") + ("UpBlock2D",) * 4,
+)
+IMPROVED = dict(
+    sample_size=32,
+    layers_per_block=3,
+    block_out_channels=(128, 256, 256, 256),
+    down_block_types=("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+    up_block_types=("UpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+    out_channels=6,
+    attention_head_dim=64,
+    attn_norm_num_groups=32,
+    resnet_time_scale_shift="scale_shift",
+    downsample_padding=1,
+    flip_sin_to_cos=True,
+    freq_shift=0,
+    norm_eps=1e-5,
+)
+SMALL = dict(
+    in_channels=1,
+    out_channels=1,
+    block_out_channels=(16, 32, 32),
+    down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+    up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+    norm_num_groups=4,  # widths of 4 and 8 channels
+)
+RESNET = dict(
+    SMALL,
+    down_block_types=("ResnetDownsampleBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
+    up_block_types=("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"),
+    downsample_type="resnet",
+    upsample_type="resnet",
+    resnet_time_scale_shift="scale_shift",
+)
+# name -> diffusers' configuration, (B, C, H, W), parameters as published or None
+MODELS = {
+    "CIFAR-10 (Ho)": (CIFAR, (2, 3, 32, 32), 35_746_307),
+    "CelebA-HQ 256 (Ho)": (CELEBA, (1, 3, 256, 256), 113_673_219),
+    "CIFAR-10 (improved-diffusion)": (IMPROVED, (2, 3, 32, 32), 52_546_438),
+    "class-conditional": (dict(SMALL, num_class_embeds=10), (3, 1, 32, 32), None),
+    "non-square 32x48": (SMALL, (2, 1, 32, 48), None),
+    "28x28": (SMALL, (2, 1, 28, 28), None),
+    "ADM's residual resampling, mid attention without norm": (RESNET, (2, 1, 16, 16), None),
+    "no attention at the bottom, mid scale, centred input, other time width": (
+        dict(SMALL, add_attention=False, mid_block_scale_factor=1.5, center_input_sample=True, time_embedding_dim=40),
+        (2, 1, 16, 16),
+        None,
+    ),
+    "diffusers' defaults, narrowed": (dict(block_out_channels=(32, 64, 64, 64)), (2, 3, 16, 16), None),
+}
+
+
+def ours_and_theirs(config):
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = UNet2DModel(**config).eval()
+    ours = UNet(UNetConfig.from_diffusers(dict(theirs.config))).eval()
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    return ours, theirs
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_parity_with_diffusers(name, figure):
+    config, shape, parameters = MODELS[name]
+    ours, theirs = ours_and_theirs(config)
+    count = sum(p.numel() for p in ours.parameters())
+    assert parameters in (None, count)
+    x, t = torch.randn(shape), torch.tensor([3, 977, 500])[: shape[0]]
+    labels = torch.tensor([1, 9, 0])[: shape[0]] if ours.config.num_classes else None
+    want = theirs(x, t, class_labels=labels).sample
+    got = ours(x, t, labels)
+    assert got.shape == want.shape
+    error = relative_error(got, want)
+    figure(f"UNet and diffusers, {name}, {count / 1e6:.1f} M parameters: relative error", f"{error:.1e}")
+    assert error < 1e-5
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_config_round_trip(name):
+    config = UNetConfig.from_diffusers(MODELS[name][0])
+    assert UNetConfig.from_diffusers(config.to_diffusers()) == config
+    assert hash(config) == hash(dataclasses.replace(config))
+
+
+def test_default_is_the_cifar_network():
+    assert UNetConfig() == UNetConfig.from_diffusers(CIFAR)
+
+
+def test_missing_keys_take_diffusers_defaults_and_underscored_ones_are_metadata():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        defaults = dict(UNet2DModel().config)
+    assert UNetConfig.from_diffusers({"_class_name": "UNet2DModel", "_anything": 1}) == UNetConfig.from_diffusers(defaults)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(cross_attention_dim=8), "unknown key cross_attention_dim"),
+        (dict(time_embedding_type="fourier"), "time_embedding_type='fourier' is not supported"),
+        (dict(act_fn="gelu"), "act_fn='gelu' is not supported"),
+        (dict(class_embed_type="timestep"), "class_embed_type='timestep' is not supported"),
+        (dict(mid_block_type=None), "mid_block_type=None is not supported"),
+        (dict(down_block_types=("SkipDownBlock2D",) * 3), "block type 'SkipDownBlock2D' is not supported"),
+        (dict(block_out_channels=(16, 32)), "one entry per level"),
+        (dict(norm_num_groups=5), "norm_groups=5"),
+        (dict(attention_head_dim=12), "attention heads"),
+    ],
+)
+def test_refuses_what_it_does_not_compute(change, message):
+    with pytest.raises(ValueError, match=message):
+        UNetConfig.from_diffusers({**SMALL, **change})
+
+
+def test_heads_by_number_or_by_width_per_level():
+    by_number = UNetConfig(channels=(32, 64), attention=(True, True), heads=(4, 4))
+    assert UNetConfig(channels=(32, 64), attention=(True, True), head_dim=(8, 16)) == by_number
+    assert UNet(by_number).down_blocks[1].attentions[0].heads == 4
+    with pytest.raises(ValueError, match="attention_head_dim"):
+        by_number.to_diffusers()
+    with pytest.raises(ValueError, match="give one of them"):
+        UNetConfig(heads=4, head_dim=8)
+
+
+def test_residual_blocks_per_level():
+    config = UNetConfig(channels=(32, 64), attention=(False, True), layers=(1, 3))
+    unet = UNet(config).eval()
+    assert [len(level.resnets) for level in unet.down_blocks] == [1, 3]
+    assert [len(level.resnets) for level in unet.up_blocks] == [4, 2]
+    assert unet(torch.randn(1, 3, 8, 8), 5).shape == (1, 3, 8, 8)
+    with pytest.raises(ValueError, match="layers_per_block"):
+        config.to_diffusers()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_runs_in_every_precision(dtype):
+    ours, _ = ours_and_theirs(dict(SMALL, num_class_embeds=10))
+    x, t, labels = torch.randn(2, 1, 16, 16), torch.tensor([5, 990]), torch.tensor([0, 9])
+    exact = ours.double()(x.double(), t, labels)
+    got = ours.to(dtype)(x, t, labels)
+    assert got.dtype == dtype
+    assert relative_error(got, exact) < {8: 1e-6, 4: 1e-5}.get(dtype.itemsize, 0.05)
+
+
+@torch.no_grad()
+def test_fractional_and_single_timesteps():
+    ours, theirs = ours_and_theirs(SMALL)
+    x = torch.randn(2, 1, 16, 16)
+    t = torch.tensor([0.25, 998.5])
+    assert relative_error(ours(x, t), theirs(x, t).sample) < 1e-5
+    assert torch.equal(ours(x, 7), ours(x, torch.tensor([7, 7])))
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 32, 32), (1, 1, 30, 32), (1, 32, 32)])
+def test_refuses_wrong_images(shape):
+    unet = UNet(UNetConfig.from_diffusers(SMALL))
+    with pytest.raises(ValueError, match=r"expected \[B, 1, H, W\] with H and W divisible by 4"):
+        unet(torch.zeros(shape), 0)
+
+
+def test_refuses_wrong_labels():
+    plain, classy = UNet(UNetConfig.from_diffusers(SMALL)), UNet(UNetConfig.from_diffusers(dict(SMALL, num_class_embeds=10)))
+    x = torch.zeros(2, 1, 16, 16)
+    with pytest.raises(ValueError, match="labels given"):
+        plain(x, 0, torch.tensor([1, 2]))
+    with pytest.raises(ValueError, match=r"labels missing; expected labels \[B\] in 0..9"):
+        classy(x, 0)
+    with pytest.raises(ValueError, match=r"expected \[2\]"):
+        classy(x, 0, torch.tensor([1]))
