@@ -3,11 +3,12 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
 
 from ddpm_fast import NoiseSchedule
 from ddpm_fast.kernels.ddpm_step import COLUMNS, ddpm_step_reference
 from ddpm_fast.solver import choose_timesteps, ddim_table, ddpm_table, step_table
+
+diffusers = pytest.importorskip("diffusers")
 
 SCHEDULE = NoiseSchedule.linear()
 NAMES = {"eps": "epsilon", "x_0": "sample", "v": "v_prediction"}
@@ -24,7 +25,7 @@ def take(table, i, x, out, z):
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned_range"])
 @pytest.mark.parametrize("prediction", NAMES)
 def test_ddpm_is_diffusers_ddpm(prediction, variance, clip, steps, monkeypatch):
-    theirs = DDPMScheduler(prediction_type=NAMES[prediction], variance_type=variance, clip_sample=clip is not None)
+    theirs = diffusers.DDPMScheduler(prediction_type=NAMES[prediction], variance_type=variance, clip_sample=clip is not None)
     theirs.set_timesteps(steps)
     t = choose_timesteps(1000, steps, "leading")
     assert theirs.timesteps.tolist() == t.tolist()
@@ -41,10 +42,10 @@ def test_ddpm_is_diffusers_ddpm(prediction, variance, clip, steps, monkeypatch):
     assert worst < 5e-4  # their tables are fp32: beta from a ratio is off by 4.9e-4 near t = 4
 
 
-@pytest.mark.parametrize(("eps_from", "clip", "eta"), itertools.product(["x_0", "network"], [1.0, None], [0.0, 0.7, 1.0]))
+@pytest.mark.parametrize(("eps_from", "clip", "eta"), list(itertools.product(["x_0", "network"], [1.0, None], [0.0, 0.7, 1.0])))
 @pytest.mark.parametrize("prediction", NAMES)
 def test_ddim_is_diffusers_ddim(prediction, eps_from, clip, eta):
-    theirs = DDIMScheduler(prediction_type=NAMES[prediction], clip_sample=clip is not None)
+    theirs = diffusers.DDIMScheduler(prediction_type=NAMES[prediction], clip_sample=clip is not None)
     theirs.set_timesteps(50)
     t = choose_timesteps(1000, 50, "leading")
     table = ddim_table(SCHEDULE, t, prediction, eta, clip, eps_from)
@@ -91,7 +92,7 @@ def test_last_step_returns_x_0_without_noise(solver, steps):
 def test_spacings(steps, spacing):
     t = choose_timesteps(1000, steps, spacing)
     assert len(t) == steps and (np.diff(t) < 0).all() and t[0] <= 999 and t[-1] >= 0
-    scheduler = DDIMScheduler(timestep_spacing=spacing)
+    scheduler = diffusers.DDIMScheduler(timestep_spacing=spacing)
     scheduler.set_timesteps(steps)
     if spacing != "linspace" or steps > 1:  # one step: theirs is t = 0, which no noise is like
         assert t.tolist() == scheduler.timesteps.tolist()

@@ -3,10 +3,11 @@ import warnings
 
 import pytest
 import torch
-from diffusers import UNet2DModel
 
 from ddpm_fast import UNet, UNetConfig
 from ddpm_fast.testing import relative_error
+
+diffusers = pytest.importorskip("diffusers")
 
 HO = dict(
     layers_per_block=2,
@@ -84,7 +85,7 @@ def ours_and_theirs(config):
     torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        theirs = UNet2DModel(**config).eval()
+        theirs = diffusers.UNet2DModel(**config).eval()
     ours = UNet(UNetConfig.from_diffusers(dict(theirs.config))).eval()
     ours.load_state_dict(theirs.state_dict(), strict=True)
     theirs.load_state_dict(ours.state_dict(), strict=True)
@@ -122,7 +123,7 @@ def test_default_is_the_cifar_network():
 def test_missing_keys_take_diffusers_defaults_and_underscored_ones_are_metadata():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        defaults = dict(UNet2DModel().config)
+        defaults = dict(diffusers.UNet2DModel().config)
     assert UNetConfig.from_diffusers({"_class_name": "UNet2DModel", "_anything": 1}) == UNetConfig.from_diffusers(defaults)
 
 

@@ -1,0 +1,52 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from bench.clock import measure
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_gpu_bench_runs_in_tiny(tmp_path):
+    """The command that a GPU machine gets, so that it cannot be broken on the day one is there."""
+    command = [sys.executable, "-m", "bench.gpu", "--tiny", "--out", tmp_path / "r.json"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert list(result["parts"]) == ["tests", "copy", "kernels", "forward", "sampling"]
+    rows = [row for part in result["parts"].values() for row in part["rows"]]
+    assert not any(row.get("failed") for row in rows)
+    timed = {row["what"] for row in rows if row.get("ms", 0) > 0}
+    assert {"copy", "noise", "q_sample", "ddpm_step", "reference forward", "eager sampling"} <= timed
+    assert result["environment"]["torch"] == torch.__version__ and "--tiny" in result["command"]
+    assert done.stdout.splitlines()[-1].startswith("-> ")
+
+
+def test_gpu_bench_refuses_unknown_parts_and_goes_past_broken_ones(tmp_path, monkeypatch, capsys):
+    from bench import gpu
+
+    monkeypatch.setattr(gpu.Bench, "copy", lambda self: 1 / 0)
+    monkeypatch.setattr(sys, "argv", ["gpu", "--tiny", "--only", "copy", "forward", "--out", str(tmp_path / "r.json")])
+    assert gpu.main() == 1
+    parts = json.loads((tmp_path / "r.json").read_text())["parts"]
+    assert parts["copy"]["rows"][0]["summary"] == "ZeroDivisionError: division by zero" and len(parts["forward"]["rows"]) == 4
+    done = subprocess.run([sys.executable, "-m", "bench.gpu", "--tiny", "--only", "nonsense"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "unknown part nonsense" in done.stderr
+
+
+def test_a_wrong_kernel_is_not_timed(monkeypatch, tmp_path):
+    from bench import gpu
+
+    monkeypatch.setattr(gpu, "ddpm_step", lambda x, *rest: x.mul_(1.001))
+    monkeypatch.setattr(sys, "argv", ["gpu", "--tiny", "--only", "kernels", "--out", str(tmp_path / "r.json")])
+    assert gpu.main() == 1
+    (row,) = json.loads((tmp_path / "r.json").read_text())["parts"]["kernels"]["rows"]
+    assert "nothing timed" in row["summary"]
+
+
+def test_measure():
+    timing = measure(lambda: torch.ones(1000).sum(), torch.device("cpu"), seconds=0.01)
+    assert timing.runs >= 5 and 0 < timing.median < 0.1

@@ -1,0 +1,69 @@
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def python(code, *flags):
+    done = subprocess.run([sys.executable, *flags, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_kernels_is_a_link_and_no_package_of_its_own():
+    """A top-level package `kernels` would collide with the one that other libraries look for."""
+    assert (ROOT / "ddpm_fast" / "kernels").resolve() == ROOT / "kernels"
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_wheel_and_sdist_hold_one_package(tmp_path):
+    pytest.importorskip("build")
+    subprocess.run([sys.executable, "-m", "build", "-q", "--outdir", tmp_path, ROOT], check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {n.split("/")[0] for n in names if ".dist-info" not in n} == {"ddpm_fast"}
+    assert {"ddpm_fast/py.typed", "ddpm_fast/kernels/ddpm_step.py", "ddpm_fast/sampler.py"} <= set(names)
+    (sdist,) = tmp_path.glob("*.tar.gz")
+    assert any(n.endswith("kernels/ddpm_step.py") for n in tarfile.open(sdist).getnames())
+
+
+def test_import_needs_torch_and_numpy_alone():
+    """Nothing else can be imported; the package, and sampling with it, still work."""
+    code = """
+import sys
+for name in ("triton", "safetensors", "PIL", "tqdm", "click", "diffusers", "matplotlib", "scipy", "ray"):
+    sys.modules[name] = None
+import torch, ddpm_fast
+from ddpm_fast import *
+x = Sampler(lambda x, t: x, NoiseSchedule.linear(), (3, 8, 8)).sample(2, steps=3)
+assert x.shape == (2, 8, 8, 3)
+print("ok")
+"""
+    assert python(code).endswith("ok\n")
+
+
+def test_import_adds_little_to_torch(figure):
+    code = "import time, torch; began = time.perf_counter(); import ddpm_fast{}; print(time.perf_counter() - began)"
+    bare = min(float(python(code.format(""))) for _ in range(3))
+    sampler = min(float(python(code.format("; ddpm_fast.Sampler"))) for _ in range(3))
+    figure("import ddpm_fast beyond import torch; with its Sampler (and Triton)", f"{bare:.3f} s; {sampler:.3f} s")
+    assert bare < 0.3
+
+
+def test_public_names():
+    import ddpm_fast
+
+    assert all(getattr(ddpm_fast, name).__name__ == name for name in ddpm_fast.__all__)
+    assert set(ddpm_fast.__all__) == set(ddpm_fast._HOME) and set(ddpm_fast.__all__) <= set(dir(ddpm_fast))
+    with pytest.raises(AttributeError, match="no attribute 'Unet'"):
+        _ = ddpm_fast.Unet
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE", "Makefile", "constraints.txt"])
+def test_the_house_is_whole(name):
+    assert (ROOT / name).stat().st_size > 0
