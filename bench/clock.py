@@ -19,7 +19,7 @@ class Timing:
 
 
 def measure(call: Callable[[], object], device: torch.device, seconds: float = 0.5, least: int = 5) -> Timing:
-    """Warms up, then times single calls until `seconds` have passed, at least `least`: by events on a GPU, by the clock on a CPU."""
+    """Warms up, then times at least `least` single calls until `seconds` have passed: by events on a GPU, by the clock on a CPU."""
     began = time.perf_counter()
     for _ in range(3):
         call()

@@ -18,6 +18,7 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,11 @@ from ddpm_fast.kernels.ddpm_step import ddpm_step, ddpm_step_reference
 from ddpm_fast.kernels.q_sample import q_sample, q_sample_reference
 from ddpm_fast.solver import choose_timesteps, step_table
 from ddpm_fast.testing import relative_error
+from ddpm_fast.unet import channels_last
 
 ROOT = Path(__file__).parent.parent
 Row = dict[str, Any]
-TINY_UNET = UNetConfig(sample_size=8, channels=(16, 32), layers=1, attention=(False, True), norm_groups=8, mid_attention_norm_groups=8)
+TINY_UNET = UNetConfig(sample_size=8, channels=(16, 32), layers=1, attention=(False, True), norm_groups=8)
 
 
 class Bench:
@@ -76,7 +78,9 @@ class Bench:
             output = late.stdout or b""
             return [dict(what="tests", failed=True, summary="out of time", output=output[-4000:].decode(errors="replace"))]
         lines = [line for line in done.stdout.splitlines() if line.strip()]
-        return [dict(what="tests", failed=done.returncode not in (0, 5), summary=lines[-1] if lines else "", output=done.stdout[-6000:])]
+        return [
+            dict(what="tests", failed=done.returncode not in (0, 5), summary=lines[-1] if lines else "", output=done.stdout[-6000:])
+        ]
 
     def copy(self) -> list[Row]:
         """The rate at which the device copies its own memory: bytes read and written per second."""
@@ -152,8 +156,8 @@ class Bench:
         """The reference UNet, fp32 and channels-last bf16. Random weights: times do not depend on them."""
         torch.manual_seed(0)
         config = TINY_UNET if self.tiny else UNetConfig()
-        unet = UNet(config).eval().to(self.device, memory_format=torch.channels_last)
-        half = UNet(config).eval().to(self.device, torch.bfloat16, memory_format=torch.channels_last)
+        unet = channels_last(UNet(config).eval().to(self.device))
+        half = channels_last(UNet(config).eval().to(self.device, torch.bfloat16))
         half.load_state_dict(unet.state_dict())
         rows: list[Row] = []
         for batch in (1, 2) if self.tiny else (1, 16, 64, 256):
@@ -167,7 +171,7 @@ class Bench:
                 for name, model in (("fp32", unet), ("bf16", half)):
                     if self.late():
                         return [*rows, dict(what="forward", failed=True, summary="out of time")]
-                    timing = self.clock(lambda model=model: model(x, t))  # type: ignore[misc]
+                    timing = self.clock(partial(model, x, t))
                     rows.append(dict(what="reference forward", dtype=name, batch=batch, **row_of(timing), error=error))
         return rows
 
@@ -178,13 +182,13 @@ class Bench:
         schedule, steps = NoiseSchedule.linear(), 3 if self.tiny else 20
         rows: list[Row] = []
         for dtype in (torch.float32, torch.bfloat16):
-            unet = UNet(config).eval().to(self.device, dtype, memory_format=torch.channels_last)
+            unet = channels_last(UNet(config).eval().to(self.device, dtype))
             sampler = Sampler(unet, schedule, (config.in_channels, *(config.size or (32, 32))))
             for batch in (1, 2) if self.tiny else (1, 16, 256):
                 if self.late():
                     return [*rows, dict(what="sampling", failed=True, summary="out of time")]
                 sampler.sample(batch, steps=2, batch_size=batch)
-                timing = self.clock(lambda s=sampler, n=batch: s.sample(n, steps=steps, batch_size=n))  # type: ignore[misc]
+                timing = self.clock(partial(sampler.sample, batch, steps=steps, batch_size=batch))
                 per_step = timing.median / steps
                 rows.append(
                     dict(
@@ -211,7 +215,7 @@ class Bench:
             sampler = Sampler.from_pretrained(directory, self.device)
             count, steps = (2, 2) if self.tiny else (256, 50)
             sampler.sample(count, solver="ddim", steps=2, batch_size=count)
-            timing = self.clock(lambda s=sampler: s.sample(count, solver="ddim", steps=steps, batch_size=count))  # type: ignore[misc]
+            timing = self.clock(partial(sampler.sample, count, solver="ddim", steps=steps, batch_size=count))
             rate = count / timing.median
             rows.append(dict(what=f"{directory.name}, ddim", batch=count, steps=steps, **row_of(timing), images_per_s=rate))
         return rows

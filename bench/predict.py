@@ -78,12 +78,18 @@ def predict(case: tuple[str, torch.dtype, tuple[int, ...], bool, bool], sm: int)
     compiled = compile_launch(launch, sm)
     per_thread = 4 * launch.args["BLOCK"] / (32 * launch.options["num_warps"])
     moved = {"noise": 4, "q_sample": dtype.itemsize + 4, "ddpm_step": 8 + dtype.itemsize * (1 + learned)}[op]
-    parts = [op, str(dtype).removeprefix("torch."), "x".join(map(str, shape)), "channels-last" if channels_last else "channels-first"]
+    parts = [
+        op,
+        str(dtype).removeprefix("torch."),
+        "x".join(map(str, shape)),
+        "channels-last" if channels_last else "channels-first",
+    ]
     return Prediction(" ".join(parts + ["learned"] * learned), sm, compiled, len(compiled.sass) / per_thread, moved)
 
 
 def main() -> None:
-    print(f"{'launch':58} {'sm':>3} {'regs':>4} {'spills':>6} {'shared':>6} {'instr/el':>8} {'bytes/el':>8}  H100 copy share, predicted")
+    columns = f"{'launch':58} {'sm':>3} {'regs':>4} {'spills':>6} {'shared':>6} {'instr/el':>8} {'bytes/el':>8}"
+    print(f"{columns}  predicted share of an H100's copy rate")
     for case in CASES:
         for sm in (80, 90, 100):
             p = predict(case, sm)

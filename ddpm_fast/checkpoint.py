@@ -1,8 +1,8 @@
 """Checkpoints in diffusers' folder layout, both ways. Weights are safetensors: data, never code.
 
-    model_index.json
-    unet/config.json, unet/diffusion_pytorch_model.safetensors
-    scheduler/scheduler_config.json
+model_index.json
+unet/config.json, unet/diffusion_pytorch_model.safetensors
+scheduler/scheduler_config.json
 """
 
 from __future__ import annotations

@@ -34,7 +34,9 @@ def cli() -> None:
 
 @cli.command()
 @click.option("--weights", type=_weights, required=True, help="Checkpoint: a diffusers folder.")
-@click.option("--images", default="64", show_default=True, help="How many, or a range of image indices: 64 or 100-199 (both ends drawn).")
+@click.option(
+    "--images", default="64", show_default=True, help="How many, or a range of image indices: 64 or 100-199 (both ends drawn)."
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="0 to 2^64 - 1.")
 @click.option("--solver", type=click.Choice(SOLVERS), default="ddpm", show_default=True)
 @click.option("--steps", type=int, help="How many steps.  [default: all for ddpm, 50 for ddim]")
@@ -42,9 +44,13 @@ def cli() -> None:
 @click.option("--eta", type=float, default=0.0, show_default=True, help="Noise of ddim: 0 deterministic, 1 as noisy as ddpm.")
 @click.option("--batch-size", type=int, default=64, show_default=True)
 @click.option("--label", type=int, help="Class of every image.  [default: each draws its own]")
-@click.option("--out", default="samples.png", show_default=True, help="FILE.png: a grid; FILE.npz or .npy: an array; a directory: a PNG each.")
+@click.option(
+    "--out", default="samples.png", show_default=True, help="FILE.png: a grid; FILE.npz or .npy: an array; a directory: a PNG each."
+)
 @click.option("--device", help="cpu, cuda, cuda:1 ...  [default: the GPU if there is one]")
-@click.option("--dtype", type=click.Choice(list(DTYPES)), default="fp32", show_default=True, help="Of the network; the state is always fp32.")
+@click.option(
+    "--dtype", type=click.Choice(list(DTYPES)), default="fp32", show_default=True, help="Of the network; the state is always fp32."
+)
 @click.option("--progress/--quiet", default=None, help="A progress bar.  [default: on a terminal]")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def sample(
@@ -116,7 +122,7 @@ def info(directory: Path, as_json: bool) -> None:
     lines = [
         f"{directory}",
         f"  images      {config.in_channels} x {h} x {w}" + (f", {config.num_classes} classes" if config.num_classes else ""),
-        f"  network     widths {config.channels}, {config.layers} residual blocks, attention {_where(config.attention)}",
+        f"  network     widths {config.channels}, {config.levels_of('layers')} residual blocks, {_where(config.attends)}",
         f"  predicts    {c.prediction}, variance {c.variance}, x_0 clipped to {c.clip}",
         f"  schedule    {len(schedule)} steps, beta {schedule.beta[0]:.3g} to {schedule.beta[-1]:.3g}",
         f"  parameters  {cost.parameters:,} ({_bytes(cost.weight_bytes)} in fp32)",
@@ -135,7 +141,7 @@ def collect_env(as_json: bool) -> None:
 
 
 def parse_images(text: str) -> range:
-    """"64" -> images 0..63; "100-199" -> images 100..199. ValueError for anything else."""
+    """ "64" -> images 0..63; "100-199" -> images 100..199. ValueError for anything else."""
     first, dash, last = text.partition("-")
     try:
         indices = range(int(first), int(last) + 1) if dash else range(int(first))
@@ -168,7 +174,7 @@ def _write(target: Path, stream: Any, indices: range, shape: tuple[int, ...]) ->
         if target.suffix in pictures.PICTURES:
             pictures.save_grid(target, images)
         else:
-            pictures.save_array(target, images, indices=image_indices(indices).numpy())
+            pictures.save_array(target, images, image_indices(indices).numpy())
         return
     target.mkdir(exist_ok=True)
     digits = max(6, len(str(indices[-1])))
@@ -195,7 +201,7 @@ def _device_name(device: torch.device) -> str:
 
 
 def _where(flags: Any) -> str:
-    return "on levels " + ", ".join(str(i) for i, f in enumerate(flags) if f) if any(flags) else "at the bottom only"
+    return "attention on " + ", ".join(f"level {i}" for i, f in enumerate(flags) if f) if any(flags) else "no attention"
 
 
 def _bytes(n: int) -> str:

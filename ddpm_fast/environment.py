@@ -33,7 +33,10 @@ def environment() -> dict[str, Any]:
 def _gpu(index: int) -> dict[str, Any]:
     p = torch.cuda.get_device_properties(index)
     return dict(
-        name=p.name, capability=f"{p.major}.{p.minor}", memory_gib=round(p.total_memory / 2**30, 1), processors=p.multi_processor_count
+        name=p.name,
+        capability=f"{p.major}.{p.minor}",
+        memory_gib=round(p.total_memory / 2**30, 1),
+        processors=p.multi_processor_count,
     )
 
 

@@ -40,13 +40,13 @@ def encode_png(image: Pixels) -> bytes:
     return buffer.getvalue()
 
 
-def save_array(path: Path, images: Pixels, **others: NDArray[np.int64]) -> None:
-    """.npy: the images alone; .npz: under "images", with `others` beside them."""
+def save_array(path: Path, images: Pixels, indices: NDArray[np.int64]) -> None:
+    """.npy: the images alone; .npz: "images", and "indices" beside them."""
     buffer = io.BytesIO()
     if path.suffix == ".npy":
         np.save(buffer, images)
     else:
-        np.savez_compressed(buffer, images=images, **others)
+        np.savez_compressed(buffer, images=images, indices=indices)
     write_atomically(path, buffer.getvalue())
 
 

@@ -21,10 +21,11 @@ from .kernels.ddpm_step import ddpm_step
 from .kernels.q_sample import q_sample
 from .schedule import NoiseSchedule
 from .solver import PREDICTIONS, VARIANCES, StepTable, choose_timesteps, step_table
-from .unet import UNet
+from .unet import UNet, channels_last
 
 DEFAULT_STEPS = {"ddpm": None, "ddim": 50}  # None: the whole chain
 Images = int | range | Sequence[int] | Tensor
+Callback = Callable[[int, int, Tensor], None]  # (step, t, x)
 
 
 @dataclass
@@ -89,10 +90,9 @@ class Sampler:
     ) -> None:
         if len(shape) != 3 or min(shape) < 1:
             raise ValueError(f"shape {tuple(shape)}; expected (channels, height, width)")
-        if prediction not in PREDICTIONS or variance not in VARIANCES:
-            raise ValueError(
-                f"prediction {prediction!r}, variance {variance!r}; expected one of {', '.join(PREDICTIONS)} and one of {', '.join(VARIANCES)}"
-            )
+        for name, value, known in (("prediction", prediction, PREDICTIONS), ("variance", variance, VARIANCES)):
+            if value not in known:
+                raise ValueError(f"{name} {value!r}; expected one of {', '.join(known)}")
         self.model, self.schedule, self.shape = model, schedule, tuple(shape)
         self.prediction, self.variance, self.clip = prediction, variance, clip
         self.num_classes = model.config.num_classes if isinstance(model, UNet) else num_classes
@@ -108,13 +108,13 @@ class Sampler:
         dtype: torch.dtype | None = None,
         size: tuple[int, int] | None = None,
     ) -> Sampler:
-        """From a diffusers folder. Device: the GPU if there is one; dtype of the weights: fp32; size (H, W): the one trained with."""
+        """From a diffusers folder. By default on the GPU if there is one, in fp32, and for the size (H, W) it was trained at."""
         checkpoint = load_pretrained(directory)
         size = size or checkpoint.unet.config.size
         if size is None:
             raise ValueError(f"{directory} names no sample_size; give size=(height, width)")
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        unet = checkpoint.unet.to(device, dtype, memory_format=torch.channels_last)
+        unet = channels_last(checkpoint.unet.to(device, dtype))
         shape = (unet.config.in_channels, *size)
         return cls(unet, checkpoint.schedule, shape, checkpoint.prediction, checkpoint.variance, checkpoint.clip)
 
@@ -159,7 +159,7 @@ class Sampler:
         output: str = "uint8",
         pad: bool = False,
         progress: bool = False,
-        callback: Callable[[int, int, Tensor], None] | None = None,
+        callback: Callback | None = None,
     ) -> Iterator[tuple[int, Tensor]]:
         """Yields (index of the first image, images) batch by batch, for runs that should not be held in memory. See `sample`."""
         indices = image_indices(images)
@@ -183,7 +183,7 @@ class Sampler:
         output: str,
         pad: bool,
         progress: bool,
-        callback: Callable[[int, int, Tensor], None] | None,
+        callback: Callback | None,
     ) -> Iterator[tuple[int, Tensor]]:
         with _bar(progress, len(table) * -(-len(indices) // batch_size)) as bar:
             for first in range(0, len(indices), batch_size):
@@ -197,7 +197,7 @@ class Sampler:
                     labels=None if labels is None else labels[chosen],
                     x=None if x_start is None else x_start[chosen],
                 )
-                self.run(state, table, bar.update, callback and (lambda step, t, x, n=count: callback(step, t, x[:n])))
+                self.run(state, table, bar.update, _of_first(count, callback))
                 yield int(indices[first]), self._finish(state.x[:count], indices[chosen[:count]], output)
 
     # ---- one batch
@@ -219,9 +219,7 @@ class Sampler:
             if not 0 <= start < len(self.schedule):
                 raise ValueError(f"start timestep {start}; expected 0..{len(self.schedule) - 1}")
             t = np.concatenate([[start], t[t < start]])
-        return step_table(
-            self.schedule, solver, t, prediction=self.prediction, variance=self.variance, clip=self.clip, eta=eta
-        )
+        return step_table(self.schedule, solver, t, prediction=self.prediction, variance=self.variance, clip=self.clip, eta=eta)
 
     def begin(self, image: Tensor, seed: int, labels: Tensor | None = None, x: Tensor | None = None) -> State:
         """The state before the first step: x, or x_T drawn from the images' own noise; labels, or each image's own."""
@@ -244,7 +242,7 @@ class Sampler:
         state: State,
         table: StepTable,
         advance: Callable[[], Any] | None = None,
-        callback: Callable[[int, int, Tensor], None] | None = None,
+        callback: Callback | None = None,
     ) -> None:
         """Takes the state through the whole table, in place."""
         t, coef = table.to(self.device)
@@ -283,7 +281,7 @@ class Sampler:
         if not x.isfinite().all():
             broken = images[~x.isfinite().flatten(1).all(1).cpu()].tolist()
             raise RuntimeError(
-                f"images {broken[:8]} came out with values that are not finite; check the weights, or use a wider dtype than {self.dtype}"
+                f"images {broken[:8]} came out with values that are not finite; check the weights, or widen {self.dtype}"
             )
         return to_uint8(x).cpu() if output == "uint8" else x.contiguous()
 
@@ -294,7 +292,9 @@ class Sampler:
             raise ValueError("labels were given, but the network is unconditional; leave them out")
         chosen = torch.as_tensor(labels)
         if chosen.is_floating_point() or chosen.shape not in ((), (count,)):
-            raise ValueError(f"labels have shape {tuple(chosen.shape)}, type {chosen.dtype}; expected one integer, or {count}, one per image")
+            raise ValueError(
+                f"labels have shape {tuple(chosen.shape)}, type {chosen.dtype}; expected one integer, or {count}, one per image"
+            )
         if count and (chosen.min() < 0 or chosen.max() >= self.num_classes):
             raise ValueError(f"labels from {chosen.min()} to {chosen.max()}; expected 0..{self.num_classes - 1}")
         return chosen.long().cpu().expand(count)
@@ -330,6 +330,11 @@ def seed_bits(seed: int) -> int:
 def to_uint8(x: Tensor) -> Tensor:
     """[N, C, H, W] in [-1, 1] -> uint8 [N, H, W, C], rounded to the nearest, ties to even."""
     return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+def _of_first(count: int, callback: Callback | None) -> Callback | None:
+    """The callback on the images that were asked for, without the padding."""
+    return None if callback is None else lambda step, t, x: callback(step, t, x[:count])
 
 
 class _Silent:

@@ -58,7 +58,7 @@ class NoiseSchedule:
         cls, timesteps: int = 1000, start: float = -3.0, end: float = 3.0, tau: float = 1.0, max_beta: float = 0.999
     ) -> NoiseSchedule:
         """alpha_bar falls as a sigmoid from `start` to `end` at temperature `tau` (Jabri et al. 2022, algorithm 1)."""
-        sigmoid = lambda u: 1 / (1 + np.exp(-(u * (end - start) + start) / tau))  # noqa: E731
+        sigmoid = lambda u: 1 / (1 + np.exp(-(u * (end - start) + start) / tau))
         return cls._from_alpha_bar(lambda u: (sigmoid(1.0) - sigmoid(u)) / (sigmoid(1.0) - sigmoid(0.0)), timesteps, max_beta)
 
     @classmethod
@@ -86,7 +86,7 @@ class NoiseSchedule:
     @cached_property
     def alpha_bar(self) -> Array:
         """alpha_bar_t = prod of alpha up to t: x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps (Ho eq. 4)."""
-        return _frozen(np.cumprod(self.alpha))
+        return _frozen(np.cumprod(self.alpha, dtype=np.float64))
 
     @cached_property
     def alpha_bar_prev(self) -> Array:
@@ -136,7 +136,10 @@ class NoiseSchedule:
         return torch.from_numpy(np.sqrt(np.stack([self.alpha_bar, self.noise_var], axis=1))).float().to(device)
 
     def respaced(self, timesteps: Sequence[int] | NDArray[np.int64]) -> NoiseSchedule:
-        """The schedule of the chain that visits only `timesteps` (increasing): same alpha_bar there (Nichol & Dhariwal 2021, eq. 19)."""
+        """The schedule of the chain that visits only `timesteps` (increasing), with the same alpha_bar there.
+
+        Nichol & Dhariwal 2021, eq. 19. ValueError for a list that is empty, not increasing, or leaves 0..T-1.
+        """
         visited = np.asarray(timesteps, dtype=np.int64)
         if not visited.size or visited[0] < 0 or visited[-1] >= len(self) or (np.diff(visited) <= 0).any():
             raise ValueError(f"timesteps {list(timesteps)[:8]} ...; expected an increasing list within 0..{len(self) - 1}")

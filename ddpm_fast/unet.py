@@ -7,6 +7,7 @@ This is the reference that every faster form of the network answers to. Its para
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -137,14 +138,32 @@ class Level(nn.Module):
         self.resnets = nn.ModuleList(ResBlock(c, c_in, c_out) for c_in in inputs)
         if attends:
             self.attentions = nn.ModuleList(Attention(c_out, heads, c.norm_groups, c.norm_eps) for _ in inputs)
+        self.downsamplers: nn.ModuleList | None = None
+        self.upsamplers: nn.ModuleList | None = None
 
     def block(self, j: int, x: Tensor, temb: Tensor) -> Tensor:
         x = self.resnets[j](x, temb)
         return self.attentions[j](x) if hasattr(self, "attentions") else x
 
-    def resample(self, kind: str, x: Tensor, temb: Tensor) -> Tensor:
-        layer = getattr(self, kind)[0]
-        return layer(x, temb) if isinstance(layer, ResBlock) else layer(x)
+    def down(self, x: Tensor, temb: Tensor, skips: list[Tensor]) -> Tensor:
+        """Every output is kept for the way up."""
+        for j in range(len(self.resnets)):
+            x = self.block(j, x, temb)
+            skips.append(x)
+        if self.downsamplers is not None:
+            x = _resample(self.downsamplers[0], x, temb)
+            skips.append(x)
+        return x
+
+    def up(self, x: Tensor, temb: Tensor, skips: list[Tensor]) -> Tensor:
+        """Every block sees what the way down kept, joined along the channels."""
+        for j in range(len(self.resnets)):
+            x = self.block(j, torch.cat([x, skips.pop()], dim=1), temb)
+        return _resample(self.upsamplers[0], x, temb) if self.upsamplers is not None else x
+
+
+def _resample(layer: nn.Module, x: Tensor, temb: Tensor) -> Tensor:
+    return layer(x, temb) if isinstance(layer, ResBlock) else layer(x)
 
 
 class Middle(nn.Module):
@@ -156,7 +175,7 @@ class Middle(nn.Module):
         self.resnets = nn.ModuleList(ResBlock(c, width, width, scale=c.mid_scale) for _ in range(2))
         self.attentions = nn.ModuleList()
         if c.mid_attention:
-            self.attentions.append(Attention(width, c.heads[-1], c.mid_attention_norm_groups, c.norm_eps, c.mid_scale))
+            self.attentions.append(Attention(width, c.levels[-1].heads, c.mid_norm_groups or None, c.norm_eps, c.mid_scale))
 
     def forward(self, x: Tensor, temb: Tensor) -> Tensor:
         x = self.resnets[0](x, temb)
@@ -177,26 +196,27 @@ class UNet(nn.Module):
             self.class_embedding = nn.Embedding(c.num_classes, c.time_dim)
 
         self.down_blocks, self.up_blocks = nn.ModuleList(), nn.ModuleList()
-        skips, width = [c.channels[0]], c.channels[0]
-        last = len(c.channels) - 1
-        for i, c_out in enumerate(c.channels):
-            level = Level(c, [width] + [c_out] * (c.layers[i] - 1), c_out, c.attention[i], c.heads[i])
-            skips += [c_out] * c.layers[i]
-            if i < last:
-                down = Downsample(c_out, c.downsample_padding) if c.down_resample[i] == "conv" else ResBlock(c, c_out, c_out, "down")
+        levels, width = c.levels, c.channels[0]
+        skips = [width]  # channels of everything that the way down keeps
+        for i, at in enumerate(levels):
+            level = Level(c, [width] + [at.channels] * (at.layers - 1), at.channels, at.attention, at.heads)
+            skips += [at.channels] * at.layers
+            if i < len(levels) - 1:
+                plain = at.down_resample == "conv"
+                down = Downsample(at.channels, c.downsample_padding) if plain else ResBlock(c, at.channels, at.channels, "down")
                 level.downsamplers = nn.ModuleList([down])
-                skips.append(c_out)
+                skips.append(at.channels)
             self.down_blocks.append(level)
-            width = c_out
+            width = at.channels
         self.mid_block = Middle(c)
-        for i, c_out in reversed(list(enumerate(c.channels))):
-            widths = [width] + [c_out] * c.layers[i]
-            level = Level(c, [w + skips.pop() for w in widths], c_out, c.up_attention[i], c.heads[i])
+        for i, at in reversed(list(enumerate(levels))):
+            widths = [width] + [at.channels] * at.layers
+            level = Level(c, [w + skips.pop() for w in widths], at.channels, at.up_attention, at.heads)
             if i > 0:
-                up = Upsample(c_out) if c.up_resample[i] == "conv" else ResBlock(c, c_out, c_out, "up")
+                up = Upsample(at.channels) if at.up_resample == "conv" else ResBlock(c, at.channels, at.channels, "up")
                 level.upsamplers = nn.ModuleList([up])
             self.up_blocks.append(level)
-            width = c_out
+            width = at.channels
         self.conv_norm_out = nn.GroupNorm(c.norm_groups, c.channels[0], c.norm_eps)
         self.conv_out = nn.Conv2d(c.channels[0], c.out_channels, 3, padding=1)
 
@@ -214,19 +234,11 @@ class UNet(nn.Module):
         x = self.conv_in(2 * x - 1 if self.config.center_input else x)
         temb = F.silu(self.embed(torch.as_tensor(t, device=x.device).expand(len(x)), labels))
         skips = [x]
-        for level in self.down_blocks:
-            for j in range(len(level.resnets)):
-                x = level.block(j, x, temb)
-                skips.append(x)
-            if hasattr(level, "downsamplers"):
-                x = level.resample("downsamplers", x, temb)
-                skips.append(x)
+        for level in cast("list[Level]", self.down_blocks):
+            x = level.down(x, temb, skips)
         x = self.mid_block(x, temb)
-        for level in self.up_blocks:
-            for j in range(len(level.resnets)):
-                x = level.block(j, torch.cat([x, skips.pop()], dim=1), temb)
-            if hasattr(level, "upsamplers"):
-                x = level.resample("upsamplers", x, temb)
+        for level in cast("list[Level]", self.up_blocks):
+            x = level.up(x, temb, skips)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
     def embed(self, t: Tensor, labels: Tensor | None) -> Tensor:
@@ -249,3 +261,11 @@ class UNet(nn.Module):
             raise ValueError(f"labels {'missing' if labels is None else 'given'}; expected {wanted}")
         if labels is not None and labels.shape != x_t.shape[:1]:
             raise ValueError(f"labels have shape {tuple(labels.shape)}; expected [{len(x_t)}], one per image")
+
+
+def channels_last(unet: UNet) -> UNet:
+    """The same network with its convolutions' weights channels-last, the layout in which the activations then flow."""
+    for p in unet.parameters():
+        if p.ndim == 4:
+            p.data = p.data.contiguous(memory_format=torch.channels_last)
+    return unet

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import InitVar, dataclass, fields
-from typing import Any
+from collections.abc import Iterator, Mapping
+from dataclasses import InitVar, dataclass
+from typing import Any, NamedTuple
 
 # diffusers' own defaults: a key that a config.json leaves out means these.
 _DIFFUSERS_DEFAULTS: dict[str, Any] = dict(
@@ -64,6 +64,18 @@ _UP_BLOCKS = {
 }
 
 
+class LevelConfig(NamedTuple):
+    """One level of a `UNetConfig`, every choice spelled out."""
+
+    channels: int
+    layers: int
+    attention: bool
+    up_attention: bool
+    heads: int
+    down_resample: str
+    up_resample: str
+
+
 @dataclass(frozen=True)
 class UNetConfig:
     """Everything that decides which function a `UNet` is. Defaults: the CIFAR-10 network of Ho et al. 2020.
@@ -78,12 +90,14 @@ class UNetConfig:
     mid_attention    self-attention at the bottom.
     heads            attention heads of each level (the bottom uses the last). Give either this or
     head_dim           channels per head of each level; constructor only, stored as `heads`.
-    down_resample    "conv" (strided 3x3) or "resnet" (average pooling inside a residual block, as in ADM), per level
-    up_resample      "conv" (nearest 2x, 3x3) or "resnet", per level
+    down_resample    "conv" (strided 3x3) or "resnet" (average pooling inside a residual block, as in ADM), per level;
+                     the coarsest level has none
+    up_resample      "conv" (nearest 2x, 3x3) or "resnet", per level; the finest level has none
     downsample_padding  1: symmetric (OpenAI); 0: right and bottom only (Ho, TensorFlow's SAME)
-    norm_groups, norm_eps   of every GroupNorm; mid_attention_norm_groups None: the bottom's attention has no norm
+    norm_groups, norm_eps   of every GroupNorm
+    mid_norm_groups  of the bottom's attention; None: norm_groups; 0: that attention has no norm
     scale_shift      the time embedding scales and shifts the second norm instead of being added before it
-    time_dim         width of the time embedding; None: 4 * channels[0]
+    time_dim         width of the time embedding; 0: 4 * channels[0]
     cos_first        order of the sinusoid's halves; freq_shift: its frequencies are 1e4^(-i / (half - freq_shift))
     num_classes      size of the class embedding, added to the time embedding; None: unconditional
     mid_scale        outputs at the bottom are divided by this
@@ -106,10 +120,10 @@ class UNetConfig:
     up_resample: str | tuple[str, ...] = "conv"
     downsample_padding: int = 0
     norm_groups: int = 32
-    mid_attention_norm_groups: int | None = 32
+    mid_norm_groups: int | None = None
     norm_eps: float = 1e-6
     scale_shift: bool = False
-    time_dim: int | None = None
+    time_dim: int = 0
     cos_first: bool = False
     freq_shift: float = 1
     num_classes: int | None = None
@@ -118,25 +132,28 @@ class UNetConfig:
     center_input: bool = False
 
     def __post_init__(self, head_dim: int | tuple[int, ...] | None) -> None:
-        store = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731 (frozen)
-        store("channels", tuple(self.channels))
+        self._store("channels", tuple(self.channels))
         if isinstance(self.sample_size, list):
-            store("sample_size", tuple(self.sample_size))
-        for name in ("layers", "attention", "heads", "down_resample", "up_resample"):
-            store(name, self._per_level(name, getattr(self, name)))
-        store("up_attention", self._per_level("up_attention", self.attention if self.up_attention is None else self.up_attention))
-        store("time_dim", self.time_dim or 4 * self.channels[0])
+            self._store("sample_size", tuple(self.sample_size))
+        if self.up_attention is None:
+            self._store("up_attention", self.attention)
+        for name in ("layers", "attention", "up_attention", "heads", "down_resample", "up_resample"):
+            self._store(name, self._per_level(name, getattr(self, name)))
+        self._store("time_dim", self.time_dim or 4 * self.channels[0])
+        if self.mid_norm_groups is None:
+            self._store("mid_norm_groups", self.norm_groups)
         if head_dim is not None:
-            if set(self.heads) != {1}:
+            if set(self.levels_of("heads")) != {1}:
                 raise ValueError(f"heads={self.heads} and head_dim={head_dim} were both given: give one of them")
-            dims = self._per_level("head_dim", head_dim)
-            for c, d, a in zip(self.channels, dims, self.attends, strict=True):
-                if a and c % d:
-                    raise ValueError(f"a level of {c} channels cannot be split into attention heads of {d}")
-            store("heads", tuple(c // d if a else 1 for c, d, a in zip(self.channels, dims, self.attends, strict=True)))
-        else:
-            store("heads", tuple(h if a else 1 for h, a in zip(self.heads, self.attends, strict=True)))
+            self._store("heads", tuple(self._split(head_dim)))
+        # what no layer reads is set to one value, so that equal networks have equal configurations
+        self._store("heads", tuple(h if a else 1 for h, a in zip(self.levels_of("heads"), self.attends, strict=True)))
+        self._store("down_resample", (*self.levels_of("down_resample")[:-1], "conv"))
+        self._store("up_resample", ("conv", *self.levels_of("up_resample")[1:]))
         self._check()
+
+    def _store(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)  # frozen for everyone else
 
     def _per_level(self, name: str, value: Any) -> tuple[Any, ...]:
         levels = len(self.channels)
@@ -145,24 +162,41 @@ class UNetConfig:
             raise ValueError(f"{name}={value} has {len(value)} entries, channels={self.channels} has {levels} levels")
         return value
 
+    def _split(self, head_dim: int | tuple[int, ...]) -> Iterator[int]:
+        for c, d, attends in zip(self.channels, self._per_level("head_dim", head_dim), self.attends, strict=True):
+            if attends and c % d:
+                raise ValueError(f"a level of {c} channels cannot be split into attention heads of {d}")
+            yield c // d
+
     def _check(self) -> None:
-        for c, h, a in zip(self.channels, self.heads, self.attends, strict=True):
-            if c % self.norm_groups:
-                raise ValueError(f"a level of {c} channels cannot be split into norm_groups={self.norm_groups} equal groups")
-            if a and (h < 1 or c % h):
-                raise ValueError(f"a level of {c} channels cannot be split into {h} attention heads")
-        for name in ("down_resample", "up_resample"):
-            if bad := set(getattr(self, name)) - {"conv", "resnet"}:
-                raise ValueError(f'{name} has {bad}; expected "conv" or "resnet"')
+        for level, attends in zip(self.levels, self.attends, strict=True):
+            if level.channels % self.norm_groups:
+                raise ValueError(
+                    f"a level of {level.channels} channels cannot be split into norm_groups={self.norm_groups} equal groups"
+                )
+            if attends and (level.heads < 1 or level.channels % level.heads):
+                raise ValueError(f"a level of {level.channels} channels cannot be split into {level.heads} attention heads")
+            for resample in (level.down_resample, level.up_resample):
+                if resample not in ("conv", "resnet"):
+                    raise ValueError(f'resampling {resample!r}; expected "conv" or "resnet"')
         if self.downsample_padding not in (0, 1):
             raise ValueError(f"downsample_padding={self.downsample_padding}; expected 0 (right and bottom) or 1 (symmetric)")
         if self.channels[0] % 2:
             raise ValueError(f"channels[0]={self.channels[0]}; the sinusoid needs an even number")
 
+    def levels_of(self, name: str) -> tuple[Any, ...]:
+        """A per-level field as the tuple that it is once constructed."""
+        return getattr(self, name)
+
+    @property
+    def levels(self) -> list[LevelConfig]:
+        """The levels, finest first."""
+        return [LevelConfig(*values) for values in zip(*map(self.levels_of, LevelConfig._fields), strict=True)]
+
     @property
     def attends(self) -> tuple[bool, ...]:
         """Per level: does any attention run at its width (down, up, or at the bottom)?"""
-        both = [bool(d or u) for d, u in zip(self.attention, self.up_attention, strict=True)]  # type: ignore[arg-type]
+        both = [down or up for down, up in zip(self.levels_of("attention"), self.levels_of("up_attention"), strict=True)]
         return (*both[:-1], both[-1] or self.mid_attention)
 
     @property
@@ -179,7 +213,9 @@ class UNetConfig:
         """
         given = {k: v for k, v in config.items() if not k.startswith("_")}
         if unknown := sorted(set(given) - set(_DIFFUSERS_DEFAULTS)):
-            raise ValueError(f"unknown key {', '.join(unknown)} in the UNet2DModel configuration; known: {', '.join(_DIFFUSERS_DEFAULTS)}")
+            raise ValueError(
+                f"unknown key {', '.join(unknown)} in the UNet2DModel configuration; known: {', '.join(_DIFFUSERS_DEFAULTS)}"
+            )
         d = {**_DIFFUSERS_DEFAULTS, **given}
         for key, supported in _SUPPORTED.items():
             if d[key] not in supported:
@@ -191,8 +227,8 @@ class UNetConfig:
         if not len(down) == len(up) == len(d["block_out_channels"]):
             raise ValueError("down_block_types, up_block_types and block_out_channels must have one entry per level")
         mid_groups = d["attn_norm_num_groups"]
-        if mid_groups is None and d["resnet_time_scale_shift"] == "default":
-            mid_groups = d["norm_num_groups"]
+        if mid_groups is None and d["resnet_time_scale_shift"] == "scale_shift":
+            mid_groups = 0  # diffusers then leaves this norm out
         return cls(
             sample_size=d["sample_size"],
             in_channels=d["in_channels"],
@@ -207,10 +243,10 @@ class UNetConfig:
             up_resample=tuple(r for _, r in up),
             downsample_padding=d["downsample_padding"],
             norm_groups=d["norm_num_groups"],
-            mid_attention_norm_groups=mid_groups,
+            mid_norm_groups=mid_groups,
             norm_eps=d["norm_eps"],
             scale_shift=d["resnet_time_scale_shift"] == "scale_shift",
-            time_dim=d["time_embedding_dim"],
+            time_dim=d["time_embedding_dim"] or 0,
             cos_first=d["flip_sin_to_cos"],
             freq_shift=d["freq_shift"],
             num_classes=d["num_class_embeds"],
@@ -221,18 +257,18 @@ class UNetConfig:
 
     def to_diffusers(self) -> dict[str, Any]:
         """The dictionary for diffusers' `unet/config.json`. ValueError where `UNet2DModel` cannot express this network."""
-        if len(set(self.layers)) > 1:  # type: ignore[arg-type]
+        levels = self.levels
+        if len({level.layers for level in levels}) > 1:
             raise ValueError(f"layers={self.layers}: diffusers has one layers_per_block for all levels")
-        heads: tuple[int, ...] = self.heads  # type: ignore[assignment]
-        split = [(c, h) for c, h, a in zip(self.channels, heads, self.attends, strict=True) if a]
+        split = [(level.channels, level.heads) for level, attends in zip(levels, self.attends, strict=True) if attends]
         head_dims = {c // h for c, h in split}
         single = all(h == 1 for _, h in split)
         if len(head_dims) > 1 and not single:
-            raise ValueError(f"heads={heads} at channels={self.channels}: diffusers has one attention_head_dim for all levels")
-        if self.mid_attention and not self.scale_shift and self.mid_attention_norm_groups is None:
-            raise ValueError("mid_attention_norm_groups=None: diffusers drops this norm only under scale_shift")
-        down, down_type = _names(self.attention, self.down_resample, _DOWN_BLOCKS)
-        up, up_type = _names(self.up_attention, self.up_resample, _UP_BLOCKS)
+            raise ValueError(f"heads={self.heads} at channels={self.channels}: diffusers has one attention_head_dim for all levels")
+        if self.mid_attention and not self.scale_shift and not self.mid_norm_groups:
+            raise ValueError("mid_norm_groups=0: diffusers leaves this norm out only under scale_shift")
+        down, down_type = _names([(level.attention, level.down_resample) for level in levels], len(levels) - 1, _DOWN_BLOCKS)
+        up, up_type = _names([(level.up_attention, level.up_resample) for level in levels], 0, _UP_BLOCKS)
         return dict(
             _class_name="UNet2DModel",
             sample_size=list(self.sample_size) if isinstance(self.sample_size, tuple) else self.sample_size,
@@ -247,7 +283,7 @@ class UNetConfig:
             mid_block_type="UNetMidBlock2D",
             up_block_types=up[::-1],
             block_out_channels=list(self.channels),
-            layers_per_block=self.layers[0],  # type: ignore[index]
+            layers_per_block=levels[0].layers,
             mid_block_scale_factor=self.mid_scale,
             downsample_padding=self.downsample_padding,
             downsample_type=down_type,
@@ -256,7 +292,7 @@ class UNetConfig:
             act_fn="silu",
             attention_head_dim=None if single else head_dims.pop(),
             norm_num_groups=self.norm_groups,
-            attn_norm_num_groups=self.mid_attention_norm_groups,
+            attn_norm_num_groups=self.mid_norm_groups or None,
             norm_eps=self.norm_eps,
             resnet_time_scale_shift="scale_shift" if self.scale_shift else "default",
             add_attention=self.mid_attention,
@@ -275,15 +311,14 @@ def _block(name: str, known: Mapping[str, tuple[bool, str | None]], resample: st
     return attention, own or resample
 
 
-def _names(attention: Any, resample: Any, known: Mapping[str, tuple[bool, str | None]]) -> tuple[list[str], str]:
-    """diffusers' block names, and the one resampling type that its attention blocks share."""
+def _names(levels: list[tuple[bool, str]], without: int, known: Mapping[str, tuple[bool, str | None]]) -> tuple[list[str], str]:
+    """diffusers' block names for (attention, resampling) per level, and the one resampling that its attention blocks share.
+
+    `without` is the level that does not resample.
+    """
     plain, attending, resnet = known
-    shared = {r for a, r in zip(attention, resample, strict=True) if a}
-    # The last level has no resampling, so a block that would only differ there is free to take either name.
+    shared = {resample for i, (attention, resample) in enumerate(levels) if attention and i != without}
     if len(shared) > 1:
-        raise ValueError(f"resampling {resample} at attention {attention}: diffusers has one type for all its attention blocks")
-    names = [attending if a else resnet if r == "resnet" else plain for a, r in zip(attention, resample, strict=True)]
+        raise ValueError(f"(attention, resampling) {levels}: diffusers has one resampling for all its attention blocks")
+    names = [attending if attention else resnet if resample == "resnet" else plain for attention, resample in levels]
     return names, (shared or {"conv"}).pop()
-
-
-CONFIG_FIELDS = tuple(f.name for f in fields(UNetConfig))

@@ -47,7 +47,9 @@ def image_strides(x: Tensor, name: str) -> tuple[int, int, int]:
     if w == 1:
         pixel = row
     elif h > 1 and row != w * pixel:
-        raise ValueError(f"{name} {tuple(x.shape)} has strides {x.stride()}; expected whole images, channels-first or channels-last")
+        raise ValueError(
+            f"{name} {tuple(x.shape)} has strides {x.stride()}; expected whole images, channels-first or channels-last"
+        )
     return image, channel, pixel
 
 

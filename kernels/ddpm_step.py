@@ -126,9 +126,7 @@ def _launch(x_t: Tensor, out: Tensor, table: Tensor, row: Tensor, seed: Tensor, 
 
 
 @torch.library.custom_op("ddpm_fast::ddpm_step", mutates_args=("x_t",))
-def ddpm_step(
-    x_t: Tensor, out: Tensor, table: Tensor, row: Tensor, seed: Tensor, image: Tensor, learned: bool = False
-) -> None:
+def ddpm_step(x_t: Tensor, out: Tensor, table: Tensor, row: Tensor, seed: Tensor, image: Tensor, learned: bool = False) -> None:
     """x_t becomes x_{t-1}, in place: `ddpm_step_reference` with its noise made inside.
 
     x_t    [B, C, H, W] fp32, channels-first or channels-last; read once, written once

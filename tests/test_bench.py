@@ -33,7 +33,9 @@ def test_gpu_bench_refuses_unknown_parts_and_goes_past_broken_ones(tmp_path, mon
     assert gpu.main() == 1
     parts = json.loads((tmp_path / "r.json").read_text())["parts"]
     assert parts["copy"]["rows"][0]["summary"] == "ZeroDivisionError: division by zero" and len(parts["forward"]["rows"]) == 4
-    done = subprocess.run([sys.executable, "-m", "bench.gpu", "--tiny", "--only", "nonsense"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.gpu", "--tiny", "--only", "nonsense"], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 2 and "unknown part nonsense" in done.stderr
 
 

@@ -19,7 +19,6 @@ CONFIG = UNetConfig(
     layers=1,
     attention=(False, True),
     norm_groups=4,
-    mid_attention_norm_groups=4,
 )
 WEIGHTS = Path("unet/diffusion_pytorch_model.safetensors")
 
@@ -40,7 +39,9 @@ def edit(path, **changes):
 
 
 @pytest.mark.parametrize("schedule", [NoiseSchedule.linear(), NoiseSchedule.cosine(), NoiseSchedule.sigmoid(100)], ids=len)
-@pytest.mark.parametrize(("prediction", "variance", "clip"), [("eps", "fixed_large", 1.0), ("v", "learned_range", None), ("x_0", "fixed_small", 2.0)])
+@pytest.mark.parametrize(
+    ("prediction", "variance", "clip"), [("eps", "fixed_large", 1.0), ("v", "learned_range", None), ("x_0", "fixed_small", 2.0)]
+)
 def test_round_trip(tmp_path, schedule, prediction, variance, clip):
     model = unet()
     save_pretrained(tmp_path / "m", model, schedule, prediction, variance, clip)
@@ -88,7 +89,9 @@ def test_reads_attention_names_from_before_2023(folder):
 
 @pytest.mark.parametrize("schedule", ["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"])
 def test_reads_every_schedule_of_diffusers(folder, schedule):
-    edit(folder / "scheduler/scheduler_config.json", beta_schedule=schedule, beta_start=2e-4, beta_end=0.03, num_train_timesteps=500)
+    edit(
+        folder / "scheduler/scheduler_config.json", beta_schedule=schedule, beta_start=2e-4, beta_end=0.03, num_train_timesteps=500
+    )
     theirs = diffusers.DDPMScheduler(500, 2e-4, 0.03, schedule).betas
     np.testing.assert_allclose(load_pretrained(folder).schedule.beta, theirs, rtol=2e-4, atol=1e-7)
 

@@ -18,7 +18,7 @@ def weights(tmp_path_factory):
     torch.manual_seed(0)
     options = dict(sample_size=8, in_channels=1, out_channels=1, channels=(8, 16), layers=1, attention=(False, True))
     directory = tmp_path_factory.mktemp("weights") / "model"
-    unet = UNet(UNetConfig(**options, norm_groups=4, mid_attention_norm_groups=4, num_classes=10))
+    unet = UNet(UNetConfig(**options, norm_groups=4, num_classes=10))
     save_pretrained(directory, unet, NoiseSchedule.linear())
     return directory
 
@@ -48,7 +48,9 @@ def test_sample_an_array_is_what_python_draws(run, weights, tmp_path):
     report = json.loads(out)
     assert (report["images"], report["steps"], report["solver"]) == (5, 4, "ddim")
     array = np.load(tmp_path / "a.npz")
-    want = Sampler.from_pretrained(weights).sample(range(100, 105), 2**64 - 1, solver="ddim", eta=0.5, steps=4, labels=3, batch_size=2)
+    want = Sampler.from_pretrained(weights).sample(
+        range(100, 105), 2**64 - 1, solver="ddim", eta=0.5, steps=4, labels=3, batch_size=2
+    )
     assert array["indices"].tolist() == list(range(100, 105))
     assert np.array_equal(array["images"], want)
 

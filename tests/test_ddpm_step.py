@@ -138,6 +138,6 @@ def test_refuses(change, message):
 
 @pytest.mark.kernel
 def test_refuses_rows_that_do_not_follow_one_another(device):
-    x_t, out, *rest = case((2, 3, 8, 8), device=device)
+    x_t, _, *rest = case((2, 3, 8, 8), device=device)
     with pytest.raises(ValueError, match="expected whole images"):
         ddpm_step(x_t, torch.randn(2, 3, 8, 16, device=device)[..., ::2].transpose(2, 3), *rest)

@@ -62,7 +62,20 @@ def test_golden_layout():
 
 
 GOLDEN_WORDS = ["948ef781", "39c40e91", "3b63b2c9", "284b7d22", "6d7da0da"]
-GOLDEN_NORMALS = ["3fba8e9c", "3f003c5d", "3f013e01", "be5bee5f", "3fc469cd", "bfa94f3d", "3fb46654", "3f2af79c", "3f8469fd", "be32ecaa", "bf3cd04c", "be2fdeee"]
+GOLDEN_NORMALS = [
+    "3fba8e9c",
+    "3f003c5d",
+    "3f013e01",
+    "be5bee5f",
+    "3fc469cd",
+    "bfa94f3d",
+    "3fb46654",
+    "3f2af79c",
+    "3f8469fd",
+    "be32ecaa",
+    "bf3cd04c",
+    "be2fdeee",
+]
 
 
 def test_normals_against_fp64():

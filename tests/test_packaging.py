@@ -29,7 +29,8 @@ def test_wheel_and_sdist_hold_one_package(tmp_path):
     assert {n.split("/")[0] for n in names if ".dist-info" not in n} == {"ddpm_fast"}
     assert {"ddpm_fast/py.typed", "ddpm_fast/kernels/ddpm_step.py", "ddpm_fast/sampler.py"} <= set(names)
     (sdist,) = tmp_path.glob("*.tar.gz")
-    assert any(n.endswith("kernels/ddpm_step.py") for n in tarfile.open(sdist).getnames())
+    with tarfile.open(sdist) as archive:
+        assert any(n.endswith("kernels/ddpm_step.py") for n in archive.getnames())
 
 
 def test_import_needs_torch_and_numpy_alone():

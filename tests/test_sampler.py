@@ -24,7 +24,7 @@ def gaussian_sampler(**options):
 def small_unet(num_classes=10, **options):
     torch.manual_seed(0)
     config = dict(sample_size=16, in_channels=1, out_channels=1, channels=(16, 32), layers=1, attention=(False, True))
-    return UNet(UNetConfig(**config, norm_groups=4, mid_attention_norm_groups=4, num_classes=num_classes, **options)).eval()
+    return UNet(UNetConfig(**config, norm_groups=4, num_classes=num_classes, **options)).eval()
 
 
 def unet_sampler(**options):
@@ -76,7 +76,9 @@ def test_an_image_does_not_depend_on_its_batch_pointwise(options):
     sampler = gaussian_sampler()
     whole = sampler.sample(7, seed=3, output="float", **options)
     for batch_size in (1, 3):
-        torch.testing.assert_close(sampler.sample(7, seed=3, output="float", batch_size=batch_size, **options), whole, rtol=0, atol=1e-6)
+        torch.testing.assert_close(
+            sampler.sample(7, seed=3, output="float", batch_size=batch_size, **options), whole, rtol=0, atol=1e-6
+        )
     torch.testing.assert_close(sampler.sample(range(4, 6), seed=3, output="float", **options), whole[4:6], rtol=0, atol=1e-6)
     torch.testing.assert_close(sampler.sample([6, 2], seed=3, output="float", **options), whole[[6, 2]], rtol=0, atol=1e-6)
 

@@ -25,7 +25,6 @@ CONFIG = UNetConfig(
     attention=(False, False, True),
     head_dim=32,
     norm_groups=8,
-    mid_attention_norm_groups=8,
     downsample_padding=1,
     num_classes=10,
 )
