@@ -6,6 +6,7 @@ drawn, at which place, or beside which others.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,42 +164,27 @@ class Sampler:
     ) -> Iterator[tuple[int, Tensor]]:
         """Yields (index of the first image, images) batch by batch, for runs that should not be held in memory. See `sample`."""
         indices = image_indices(images)
-        if batch_size < 1:
+        if _integer("batch_size", batch_size) < 1:
             raise ValueError(f"batch_size = {batch_size}; expected at least 1")
         if output not in ("uint8", "float"):
             raise ValueError(f'output {output!r}; expected "uint8" or "float"')
         table = self.table(solver, steps, spacing=spacing, eta=eta, start=None if start is None else start[1])
-        chosen = self._check_labels(labels, len(indices))
+        wanted = self._check_labels(labels, len(indices))
         x_start = None if start is None else self._check_start(start[0], len(indices))
-        return self._batches(indices, batch_size, seed_bits(seed), table, chosen, x_start, output, pad, progress, callback)
+        bits = seed_bits(seed)
 
-    def _batches(
-        self,
-        indices: Tensor,
-        batch_size: int,
-        seed: int,
-        table: StepTable,
-        labels: Tensor | None,
-        x_start: Tensor | None,
-        output: str,
-        pad: bool,
-        progress: bool,
-        callback: Callback | None,
-    ) -> Iterator[tuple[int, Tensor]]:
-        with _bar(progress, len(table) * -(-len(indices) // batch_size)) as bar:
-            for first in range(0, len(indices), batch_size):
-                chosen = torch.arange(first, min(first + batch_size, len(indices)))
-                count = len(chosen)
-                if pad and count < batch_size:
-                    chosen = torch.cat([chosen, chosen[-1:].expand(batch_size - count)])
-                state = self.begin(
-                    indices[chosen],
-                    seed,
-                    labels=None if labels is None else labels[chosen],
-                    x=None if x_start is None else x_start[chosen],
-                )
-                self.run(state, table, bar.update, _of_first(count, callback))
-                yield int(indices[first]), self._finish(state.x[:count], indices[chosen[:count]], output)
+        def batches() -> Iterator[tuple[int, Tensor]]:
+            with _bar(progress, len(table) * -(-len(indices) // batch_size)) as bar:
+                for first in range(0, len(indices), batch_size):
+                    chosen = torch.arange(first, min(first + batch_size, len(indices)))
+                    count = len(chosen)
+                    if pad:
+                        chosen = torch.cat([chosen, chosen[-1:].expand(batch_size - count)])
+                    state = self.begin(indices[chosen], bits, _at(wanted, chosen), _at(x_start, chosen))
+                    self.run(state, table, bar.update, _of_first(count, callback))
+                    yield int(indices[first]), self._finish(state.x[:count], indices[chosen[:count]], output)
+
+        return batches()  # so that bad arguments are refused here, not at the first image
 
     # ---- one batch
 
@@ -306,25 +292,40 @@ class Sampler:
 
 
 def image_indices(images: Images) -> Tensor:
-    """Image indices as int64 [N] on the CPU. ValueError for a negative count or index."""
-    if isinstance(images, int):
-        if images < 0:
-            raise ValueError(f"{images} images; expected a count of at least 0, or a range")
-        images = range(images)
+    """Image indices as int64 [N] on the CPU. ValueError for a negative count or index, or anything that is no integer."""
     if isinstance(images, range):
         indices = torch.arange(images.start, images.stop, images.step)
+    elif isinstance(images, (list, tuple, Tensor, np.ndarray)):
+        indices = torch.as_tensor(images).cpu() if len(images) else torch.empty(0, dtype=torch.int64)
     else:
-        indices = torch.as_tensor(images, dtype=torch.int64).cpu()
+        count = _integer("images", images)
+        if count < 0:
+            raise ValueError(f"images = {count}; expected a count of at least 0, or a range")
+        indices = torch.arange(count)
+    if indices.ndim != 1 or indices.is_floating_point() or indices.dtype == torch.bool:
+        raise ValueError(f"images are {indices.dtype} {tuple(indices.shape)}; expected a count, or a range or list of integers")
     if len(indices) and indices.min() < 0:
         raise ValueError(f"image index {int(indices.min())}; expected 0 or more")
-    return indices
+    return indices.long()
 
 
 def seed_bits(seed: int) -> int:
     """A seed in 0..2^64-1 as the int64 with the same bits."""
+    seed = _integer("seed", seed)
     if not 0 <= seed < 2**64:
         raise ValueError(f"seed = {seed}; expected 0 to 2^64 - 1")
     return seed - 2**64 if seed >= 2**63 else seed
+
+
+def _integer(name: str, value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} = {value!r}; expected an integer") from None
+
+
+def _at(per_image: Tensor | None, chosen: Tensor) -> Tensor | None:
+    return None if per_image is None else per_image[chosen.to(per_image.device)]
 
 
 def to_uint8(x: Tensor) -> Tensor:

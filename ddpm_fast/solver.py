@@ -52,13 +52,21 @@ def choose_timesteps(total: int, steps: int | Sequence[int] | None, spacing: str
     """
     if spacing not in SPACINGS:
         raise ValueError(f"spacing {spacing!r}; expected one of {', '.join(SPACINGS)}")
+    if isinstance(steps, (Sequence, np.ndarray)):
+        chosen = np.asarray(steps)
+        if (
+            not chosen.size
+            or chosen.dtype.kind not in "iu"
+            or chosen.max() >= total
+            or chosen.min() < 0
+            or (np.diff(chosen) >= 0).any()
+        ):
+            raise ValueError(f"steps {chosen.tolist()[:8]} ...; expected decreasing timesteps within 0..{total - 1}")
+        return chosen.astype(np.int64)
     if steps is None:
         steps = total
     if not isinstance(steps, (int, np.integer)):
-        chosen = np.asarray(steps, dtype=np.int64)
-        if not chosen.size or chosen.max() >= total or chosen.min() < 0 or (np.diff(chosen) >= 0).any():
-            raise ValueError(f"steps {chosen.tolist()[:8]} ...; expected decreasing timesteps within 0..{total - 1}")
-        return chosen
+        raise ValueError(f"steps = {steps!r}; expected a number of steps, or a list of timesteps")
     if not 1 <= steps <= total:
         raise ValueError(f"{steps} steps; expected 1 to {total}, the length of the training chain")
     if spacing == "leading":

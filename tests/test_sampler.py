@@ -138,6 +138,14 @@ def test_x_T_and_noise_are_the_streams_of_the_image():
     assert torch.equal(state.x, N.noise_reference(seed, image, row, N.X_T, (1, 8, 8)))
 
 
+def test_counts_and_indices_of_every_kind():
+    sampler = gaussian_sampler()
+    want = sampler.sample(3, steps=2)
+    for images in (np.int64(3), range(3), [0, 1, 2], (0, 1, 2), np.arange(3), torch.arange(3, dtype=torch.int32)):
+        assert torch.equal(sampler.sample(images, np.uint64(0), steps=np.int32(2)), want)
+    assert sampler.sample([]).shape == sampler.sample(range(5, 5)).shape == (0, 8, 8, 1)
+
+
 def test_trajectory_and_callback():
     sampler, trajectory, seen = gaussian_sampler(), Trajectory(every=2), []
     final = sampler.sample(5, steps=6, batch_size=2, output="float", callback=trajectory)
@@ -228,7 +236,12 @@ def test_nothing_broken_is_returned():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(images=-1), "-1 images"),
+        (dict(images=-1), "images = -1"),
+        (dict(images=2.5), "images = 2.5; expected an integer"),
+        (dict(images=[0.5]), "expected a count, or a range or list of integers"),
+        (dict(images=[[1, 2]]), "expected a count, or a range or list of integers"),
+        (dict(images=2, seed=0.5), "seed = 0.5; expected an integer"),
+        (dict(images=2, batch_size=1.5), "batch_size = 1.5; expected an integer"),
         (dict(images=[3, -2]), "image index -2"),
         (dict(images=2, seed=-1), "seed = -1"),
         (dict(images=2, seed=2**64), "seed = 18446744073709551616"),

@@ -98,7 +98,7 @@ def test_spacings(steps, spacing):
         assert t.tolist() == scheduler.timesteps.tolist()
 
 
-@pytest.mark.parametrize("steps", [0, 1001, -1, [], [5, 5], [3, 9], [1000, 2], [4, -1]])
+@pytest.mark.parametrize("steps", [0, 1001, -1, 5.5, "many", [], [5, 5], [3, 9], [1000, 2], [4, -1], [5.5, 2.5]])
 def test_refuses_steps(steps):
     with pytest.raises(ValueError, match="steps"):
         choose_timesteps(1000, steps)
