@@ -21,6 +21,9 @@ ISSUE_RATE = 132 * 4 * 32 * 1.7e9  # lanes x instructions per second: processors
 # operation, dtype of x_0 or of the network's output, shape, channels-last?, learned variance?
 CASES = [
     ("noise", torch.float32, (4096, 3, 32, 32), True, False),
+    ("noise", torch.float32, (1, 1, 1, 1), True, False),
+    ("q_sample", torch.float32, (1, 1, 1, 1), True, False),
+    ("ddpm_step", torch.float32, (1, 1, 1, 1), True, False),
     ("q_sample", torch.float32, (4096, 3, 32, 32), True, False),
     ("q_sample", torch.bfloat16, (4096, 3, 32, 32), True, False),
     ("q_sample", torch.float32, (2048, 3, 128, 128), False, False),

@@ -45,6 +45,7 @@ _SCHEDULER_DEFAULTS: dict[str, Any] = dict(
     prediction_type="epsilon",
     thresholding=False,
     rescale_betas_zero_snr=False,
+    timestep_values=None,
 )
 # How to sample, not what was trained: chosen at each call instead.
 _SCHEDULER_CHOICES = {
@@ -95,6 +96,11 @@ def save_pretrained(
     """
     from safetensors.torch import save
 
+    for name, value, known in (("prediction", prediction, _PREDICTIONS.values()), ("variance", variance, _VARIANCES.values())):
+        if value not in known:
+            raise ValueError(f"{name} {value!r}; expected one of {', '.join(sorted(set(known)))}")
+    if clip is not None and not clip > 0:
+        raise ValueError(f"clip = {clip}; expected a positive bound, or None")
     directory = Path(directory)
     if directory.exists() and not (directory / "model_index.json").is_file() and (directory.is_file() or any(directory.iterdir())):
         raise ValueError(f"{directory} exists and is not a checkpoint; choose another directory")
@@ -196,12 +202,15 @@ def _read_scheduler(config: Mapping[str, Any]) -> tuple[NoiseSchedule, str, str,
     if unknown := sorted(set(given) - set(_SCHEDULER_DEFAULTS)):
         raise ValueError(f"unknown key {', '.join(unknown)} in scheduler_config.json")
     d = {**_SCHEDULER_DEFAULTS, **given}
-    for key in ("thresholding", "rescale_betas_zero_snr"):
-        if d[key]:
+    for key in ("thresholding", "rescale_betas_zero_snr", "timestep_values"):
+        if d[key] not in (False, None):
             raise ValueError(f"scheduler_config.json: {key}={d[key]} is not supported")
     for key, known in (("prediction_type", _PREDICTIONS), ("variance_type", _VARIANCES)):
-        if d[key] not in known:
+        if str(d[key]) not in known:
             raise ValueError(f"scheduler_config.json: {key}={d[key]!r} is not supported; supported: {', '.join(known)}")
+    for key in ("beta_start", "beta_end", "clip_sample_range"):
+        if not isinstance(d[key], (int, float)) or not d[key] > 0:
+            raise ValueError(f"scheduler_config.json: {key}={d[key]!r}; expected a positive number")
     clip = float(d["clip_sample_range"]) if d["clip_sample"] else None
     return _read_schedule(d), _PREDICTIONS[d["prediction_type"]], _VARIANCES[d["variance_type"]], clip
 
@@ -209,7 +218,10 @@ def _read_scheduler(config: Mapping[str, Any]) -> tuple[NoiseSchedule, str, str,
 def _read_schedule(d: Mapping[str, Any]) -> NoiseSchedule:
     start, end, count = d["beta_start"], d["beta_end"], d["num_train_timesteps"]
     if d["trained_betas"] is not None:
-        return NoiseSchedule.from_betas(d["trained_betas"])
+        betas = d["trained_betas"]
+        if not isinstance(betas, list) or len(betas) != count or not all(isinstance(b, float) for b in betas):
+            raise ValueError(f"scheduler_config.json: trained_betas must be a list of num_train_timesteps={count!r} numbers")
+        return NoiseSchedule.from_betas(betas)
     if d["beta_schedule"] == "linear":
         return NoiseSchedule.linear(start, end, count)
     if d["beta_schedule"] == "scaled_linear":
@@ -217,7 +229,8 @@ def _read_schedule(d: Mapping[str, Any]) -> NoiseSchedule:
     if d["beta_schedule"] == "squaredcos_cap_v2":
         return NoiseSchedule.cosine(count)
     if d["beta_schedule"] == "sigmoid":  # beta itself is a sigmoid here, unlike NoiseSchedule.sigmoid
-        return NoiseSchedule.from_betas(start + (end - start) / (1 + np.exp(-np.linspace(-6, 6, count))))
+        unit = NoiseSchedule.linear(timesteps=count)  # refuses a bad count
+        return NoiseSchedule.from_betas(start + (end - start) / (1 + np.exp(-np.linspace(-6, 6, len(unit)))))
     raise ValueError(
         f"scheduler_config.json: beta_schedule={d['beta_schedule']!r} is not supported; "
         "supported: linear, scaled_linear, squaredcos_cap_v2, sigmoid, or trained_betas"

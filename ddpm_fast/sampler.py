@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 import torch
@@ -24,9 +25,25 @@ from .schedule import NoiseSchedule
 from .solver import PREDICTIONS, VARIANCES, StepTable, choose_timesteps, step_table
 from .unet import UNet, channels_last
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 DEFAULT_STEPS = {"ddpm": None, "ddim": 50}  # None: the whole chain
 Images = int | range | Sequence[int] | Tensor
+Labels = int | Sequence[int] | Tensor | None
+Steps = int | Sequence[int] | None
 Callback = Callable[[int, int, Tensor], None]  # (step, t, x)
+
+
+class Options(TypedDict, total=False):
+    """What `sample` and `stream` take besides: see `Sampler.sample`."""
+
+    spacing: str
+    eta: float
+    start: tuple[Tensor, int] | None
+    pad: bool
+    progress: bool
+    callback: Callback | None
 
 
 @dataclass
@@ -44,6 +61,8 @@ class Trajectory:
     """A callback that keeps x after every `every`-th step: `t` [K] the timesteps, `x` [K, N, C, H, W] fp32 on the CPU."""
 
     def __init__(self, every: int = 1) -> None:
+        if every < 1:
+            raise ValueError(f"every = {every}; expected at least 1")
         self.every = every
         self._kept: dict[int, list[Tensor]] = {}
         self._t: dict[int, int] = {}
@@ -75,7 +94,8 @@ class Sampler:
     num_classes for a class-conditional callable; read from the model where it is a `UNet`
     device      default: where the model's parameters are, or the CPU
 
-    A module with fp16 or bf16 weights gets its input in that type; the state x_t is always fp32.
+    A module runs in eval mode; one with fp16 or bf16 weights gets its input in that type, one with fp32 weights computes in
+    fp32 (TF32 is switched off around it). The state x_t is always fp32.
     """
 
     def __init__(
@@ -89,11 +109,13 @@ class Sampler:
         num_classes: int | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        if len(shape) != 3 or min(shape) < 1:
+        if len(shape) != 3 or min(_integer("shape", n) for n in shape) < 1:
             raise ValueError(f"shape {tuple(shape)}; expected (channels, height, width)")
         for name, value, known in (("prediction", prediction, PREDICTIONS), ("variance", variance, VARIANCES)):
             if value not in known:
                 raise ValueError(f"{name} {value!r}; expected one of {', '.join(known)}")
+        if num_classes is not None and _integer("num_classes", num_classes) < 1:
+            raise ValueError(f"num_classes = {num_classes}; expected at least 1, or None")
         self.model, self.schedule, self.shape = model, schedule, tuple(shape)
         self.prediction, self.variance, self.clip = prediction, variance, clip
         self.num_classes = model.config.num_classes if isinstance(model, UNet) else num_classes
@@ -121,7 +143,17 @@ class Sampler:
 
     # ---- whole images
 
-    def sample(self, images: Images, seed: int = 0, *, batch_size: int = 64, output: str = "uint8", **options: Any) -> Tensor:
+    def sample(
+        self,
+        images: Images,
+        seed: int = 0,
+        solver: str = "ddpm",
+        steps: Steps = None,
+        labels: Labels = None,
+        output: str = "uint8",
+        batch_size: int = 64,
+        **options: Unpack[Options],
+    ) -> Tensor:
         """Images of seed `seed`: uint8 [N, H, W, C] on the CPU, or with output="float" fp32 [N, C, H, W] on the device.
 
         images      how many (0 ... N-1), or a range or list of image indices
@@ -138,8 +170,8 @@ class Sampler:
         uint8 is round((x + 1) 127.5) of x clipped to [-1, 1]. ValueError for bad arguments, RuntimeError when an image comes
         out with values that are not finite.
         """
-        indices = image_indices(images)
-        batches = [x for _, x in self.stream(indices, batch_size, seed=seed, output=output, **options)]
+        stream = self.stream(images, batch_size, seed=seed, solver=solver, steps=steps, labels=labels, output=output, **options)
+        batches = [x for _, x in stream]
         if not batches:
             c, h, w = self.shape
             return torch.empty(0, h, w, c, dtype=torch.uint8) if output == "uint8" else torch.empty(0, c, h, w, device=self.device)
@@ -152,59 +184,53 @@ class Sampler:
         *,
         seed: int = 0,
         solver: str = "ddpm",
-        steps: int | Sequence[int] | None = None,
+        steps: Steps = None,
+        labels: Labels = None,
+        output: str = "uint8",
         spacing: str = "linspace",
         eta: float = 0.0,
-        labels: int | Sequence[int] | Tensor | None = None,
         start: tuple[Tensor, int] | None = None,
-        output: str = "uint8",
         pad: bool = False,
         progress: bool = False,
         callback: Callback | None = None,
     ) -> Iterator[tuple[int, Tensor]]:
         """Yields (index of the first image, images) batch by batch, for runs that should not be held in memory. See `sample`."""
-        indices = image_indices(images)
+        indices = check_images(images)
         if _integer("batch_size", batch_size) < 1:
             raise ValueError(f"batch_size = {batch_size}; expected at least 1")
         if output not in ("uint8", "float"):
             raise ValueError(f'output {output!r}; expected "uint8" or "float"')
-        table = self.table(solver, steps, spacing=spacing, eta=eta, start=None if start is None else start[1])
+        x_start, t_start = (None, None) if start is None else self._check_start(start, len(indices))
+        table = self.table(solver, steps, spacing=spacing, eta=eta, start=t_start)
         wanted = self._check_labels(labels, len(indices))
-        x_start = None if start is None else self._check_start(start[0], len(indices))
         bits = seed_bits(seed)
 
         def batches() -> Iterator[tuple[int, Tensor]]:
             with _bar(progress, len(table) * -(-len(indices) // batch_size)) as bar:
                 for first in range(0, len(indices), batch_size):
-                    chosen = torch.arange(first, min(first + batch_size, len(indices)))
-                    count = len(chosen)
+                    place = torch.arange(first, min(first + batch_size, len(indices)), device="cpu")
+                    image = image_indices(indices[first : first + batch_size])
+                    count = len(image)
                     if pad:
-                        chosen = torch.cat([chosen, chosen[-1:].expand(batch_size - count)])
-                    state = self.begin(indices[chosen], bits, _at(wanted, chosen), _at(x_start, chosen))
+                        extra = batch_size - count
+                        place, image = (torch.cat([v, v[-1:].expand(extra)]) for v in (place, image))
+                    state = self.begin(image, bits, _at(wanted, place), _at(x_start, place))
                     self.run(state, table, bar.update, _of_first(count, callback))
-                    yield int(indices[first]), self._finish(state.x[:count], indices[chosen[:count]], output)
+                    yield int(image[0]), self._finish(state.x[:count], image[:count], output)
 
         return batches()  # so that bad arguments are refused here, not at the first image
 
     # ---- one batch
 
     def table(
-        self,
-        solver: str = "ddpm",
-        steps: int | Sequence[int] | None = None,
-        *,
-        spacing: str = "linspace",
-        eta: float = 0.0,
-        start: int | None = None,
+        self, solver: str = "ddpm", steps: Steps = None, *, spacing: str = "linspace", eta: float = 0.0, start: int | None = None
     ) -> StepTable:
         """The step table of a solver; from timestep `start` down where the images are noised only so far."""
         if steps is None:
             steps = DEFAULT_STEPS.get(solver)
         t = choose_timesteps(len(self.schedule), steps, spacing)
         if start is not None:
-            if not 0 <= start < len(self.schedule):
-                raise ValueError(f"start timestep {start}; expected 0..{len(self.schedule) - 1}")
-            t = np.concatenate([[start], t[t < start]])
+            t = np.concatenate([[self._check_t(start)], t[t < start]])
         return step_table(self.schedule, solver, t, prediction=self.prediction, variance=self.variance, clip=self.clip, eta=eta)
 
     def begin(self, image: Tensor, seed: int, labels: Tensor | None = None, x: Tensor | None = None) -> State:
@@ -224,27 +250,27 @@ class Sampler:
 
     @torch.no_grad()
     def run(
-        self,
-        state: State,
-        table: StepTable,
-        advance: Callable[[], Any] | None = None,
-        callback: Callback | None = None,
+        self, state: State, table: StepTable, advance: Callable[[], Any] | None = None, callback: Callback | None = None
     ) -> None:
         """Takes the state through the whole table, in place."""
         t, coef = table.to(self.device)
-        for i in range(len(table)):
-            self.step(state, t, coef, table.learned)
-            if advance is not None:
-                advance()
-            if callback is not None:
-                callback(i, int(table.t[i]), state.x)
+        with _inference(self.model):
+            for i in range(len(table)):
+                self.step(state, t, coef, table.learned)
+                if advance is not None:
+                    advance()
+                if callback is not None:
+                    callback(i, int(table.t[i]), state.x)
 
     def step(self, state: State, t: Tensor, coef: Tensor, learned: bool) -> None:
         """x_t -> x_{t-1} for every image at its own row of the table; nothing here looks at a device value from the host."""
         labels = () if state.labels is None else (state.labels,)
+        version, channels = state.x._version, self.shape[0]
         out = self.model(state.x.to(self.dtype), t[state.row], *labels)
-        if not learned:
-            out = out[:, : self.shape[0]]  # a network that predicts its variance, under a solver that sets its own
+        if state.x._version != version:
+            raise ValueError("the model changed its input x_t in place; let it return a new tensor")
+        if not learned and out.shape[1] == 2 * channels:
+            out = out[:, :channels]  # a network that predicts its variance, under a solver that sets its own
         ddpm_step(state.x, out, coef, state.row, state.seed, state.image, learned)
         state.row += 1
 
@@ -253,10 +279,8 @@ class Sampler:
 
         With `sample(..., start=(x_t, t))`, the way to vary given images (Meng et al. 2022).
         """
-        x_0 = self._check_start(x_0, len(x_0))
-        if not 0 <= t < len(self.schedule):
-            raise ValueError(f"t = {t}; expected 0..{len(self.schedule) - 1}")
-        image = image_indices(len(x_0) if images is None else images).to(self.device)
+        image = image_indices(check_images(len(x_0) if images is None else images)).to(self.device)
+        x_0, t = self._check_start((x_0, t), len(image))
         times = torch.full_like(image, t)
         coef = self.schedule.q_sample_table(self.device)
         return q_sample(x_0.to(self.device), coef, times, times, torch.full_like(image, seed_bits(seed)), image)
@@ -271,42 +295,58 @@ class Sampler:
             )
         return to_uint8(x).cpu() if output == "uint8" else x.contiguous()
 
-    def _check_labels(self, labels: int | Sequence[int] | Tensor | None, count: int) -> Tensor | None:
+    def _check_labels(self, labels: Labels, count: int) -> Tensor | None:
         if labels is None:
             return None
         if self.num_classes is None:
             raise ValueError("labels were given, but the network is unconditional; leave them out")
-        chosen = torch.as_tensor(labels)
-        if chosen.is_floating_point() or chosen.shape not in ((), (count,)):
-            raise ValueError(
-                f"labels have shape {tuple(chosen.shape)}, type {chosen.dtype}; expected one integer, or {count}, one per image"
-            )
+        try:
+            chosen = torch.as_tensor(labels, device="cpu")
+            whole = not chosen.is_floating_point() and chosen.dtype != torch.bool
+            chosen = chosen.long()
+        except (TypeError, ValueError, RuntimeError):
+            whole = False
+        if not whole or chosen.shape not in ((), (count,)):
+            raise ValueError(f"labels {str(labels)[:60]}; expected one integer, or {count}, one per image")
         if count and (chosen.min() < 0 or chosen.max() >= self.num_classes):
             raise ValueError(f"labels from {chosen.min()} to {chosen.max()}; expected 0..{self.num_classes - 1}")
-        return chosen.long().cpu().expand(count)
+        return chosen.expand(count)
 
-    def _check_start(self, x: Tensor, count: int) -> Tensor:
-        if tuple(x.shape) != (count, *self.shape):
-            raise ValueError(f"images of shape {tuple(x.shape)}; expected {(count, *self.shape)}")
-        return x
+    def _check_start(self, start: tuple[Tensor, int], count: int) -> tuple[Tensor, int]:
+        if not isinstance(start, tuple) or len(start) != 2 or not isinstance(start[0], Tensor):
+            raise ValueError(f"start is {type(start).__name__}; expected (x_t tensor [N, C, H, W], timestep)")
+        x, t = start
+        if tuple(x.shape) != (count, *self.shape) or not x.is_floating_point():
+            raise ValueError(f"images are {x.dtype} {tuple(x.shape)}; expected floating {(count, *self.shape)}")
+        return x, self._check_t(t)
+
+    def _check_t(self, t: int) -> int:
+        if not 0 <= _integer("timestep", t) < len(self.schedule):
+            raise ValueError(f"timestep = {t}; expected 0..{len(self.schedule) - 1}")
+        return int(t)
 
 
-def image_indices(images: Images) -> Tensor:
-    """Image indices as int64 [N] on the CPU. ValueError for a negative count or index, or anything that is no integer."""
+def check_images(images: Images) -> range | Tensor:
+    """Image indices as a range, never written out, or as int64 [N]. ValueError for what is no integer of 0..2^63-1."""
+    if not isinstance(images, (range, list, tuple, Tensor, np.ndarray)):
+        images = range(_integer("images", images))
+        if images.stop < 0:
+            raise ValueError(f"images = {images.stop}; expected a count of at least 0, or a range")
     if isinstance(images, range):
-        indices = torch.arange(images.start, images.stop, images.step)
-    elif isinstance(images, (list, tuple, Tensor, np.ndarray)):
-        indices = torch.as_tensor(images).cpu() if len(images) else torch.empty(0, dtype=torch.int64)
-    else:
-        count = _integer("images", images)
-        if count < 0:
-            raise ValueError(f"images = {count}; expected a count of at least 0, or a range")
-        indices = torch.arange(count)
+        if images and (min(images[0], images[-1]) < 0 or max(images[0], images[-1]) >= 2**63):
+            raise ValueError(f"image indices from {images[0]} to {images[-1]}; expected 0 to 2^63 - 1")
+        return images
+    indices = torch.as_tensor(images, device="cpu") if len(images) else torch.empty(0, dtype=torch.int64, device="cpu")
     if indices.ndim != 1 or indices.is_floating_point() or indices.dtype == torch.bool:
         raise ValueError(f"images are {indices.dtype} {tuple(indices.shape)}; expected a count, or a range or list of integers")
     if len(indices) and indices.min() < 0:
         raise ValueError(f"image index {int(indices.min())}; expected 0 or more")
     return indices.long()
+
+
+def image_indices(images: range | Tensor) -> Tensor:
+    """Checked image indices as int64 [N] on the CPU."""
+    return images if isinstance(images, Tensor) else torch.tensor(list(images), dtype=torch.int64, device="cpu")
 
 
 def seed_bits(seed: int) -> int:
@@ -317,8 +357,15 @@ def seed_bits(seed: int) -> int:
     return seed - 2**64 if seed >= 2**63 else seed
 
 
+def to_uint8(x: Tensor) -> Tensor:
+    """[N, C, H, W] in [-1, 1] -> uint8 [N, H, W, C], rounded to the nearest, ties to even."""
+    return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
 def _integer(name: str, value: Any) -> int:
     try:
+        if isinstance(value, bool):
+            raise TypeError
         return operator.index(value)
     except TypeError:
         raise ValueError(f"{name} = {value!r}; expected an integer") from None
@@ -328,14 +375,24 @@ def _at(per_image: Tensor | None, chosen: Tensor) -> Tensor | None:
     return None if per_image is None else per_image[chosen.to(per_image.device)]
 
 
-def to_uint8(x: Tensor) -> Tensor:
-    """[N, C, H, W] in [-1, 1] -> uint8 [N, H, W, C], rounded to the nearest, ties to even."""
-    return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
-
-
 def _of_first(count: int, callback: Callback | None) -> Callback | None:
     """The callback on the images that were asked for, without the padding."""
     return None if callback is None else lambda step, t, x: callback(step, t, x[:count])
+
+
+@contextmanager
+def _inference(model: Callable[..., Tensor]) -> Iterator[None]:
+    """A module in eval mode, and convolutions that mean fp32 when they say so: cuDNN takes TF32 by default."""
+    training = model if isinstance(model, nn.Module) and model.training else None
+    tf32, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+    if training is not None:
+        training.eval()
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = tf32
+        if training is not None:
+            training.train()
 
 
 class _Silent:

@@ -140,8 +140,14 @@ class NoiseSchedule:
 
         Nichol & Dhariwal 2021, eq. 19. ValueError for a list that is empty, not increasing, or leaves 0..T-1.
         """
-        visited = np.asarray(timesteps, dtype=np.int64)
-        if not visited.size or visited[0] < 0 or visited[-1] >= len(self) or (np.diff(visited) <= 0).any():
+        visited = np.asarray(timesteps)
+        if (
+            not visited.size
+            or visited.dtype.kind not in "iu"
+            or visited[0] < 0
+            or visited[-1] >= len(self)
+            or (np.diff(visited) <= 0).any()
+        ):
             raise ValueError(f"timesteps {list(timesteps)[:8]} ...; expected an increasing list within 0..{len(self) - 1}")
         if len(visited) == len(self):
             return self  # so that "all steps" is this schedule to the bit
@@ -161,6 +167,6 @@ def _frozen(array: Array) -> Array:
 
 
 def _count(timesteps: int) -> int:
-    if timesteps < 1:
-        raise ValueError(f"timesteps = {timesteps}; expected at least 1")
+    if not isinstance(timesteps, (int, np.integer)) or not 1 <= timesteps < 2**24:
+        raise ValueError(f"timesteps = {timesteps!r}; expected an integer from 1 to 2^24 - 1")  # the noise counts steps in 24 bits
     return int(timesteps)

@@ -52,7 +52,7 @@ def choose_timesteps(total: int, steps: int | Sequence[int] | None, spacing: str
     """
     if spacing not in SPACINGS:
         raise ValueError(f"spacing {spacing!r}; expected one of {', '.join(SPACINGS)}")
-    if isinstance(steps, (Sequence, np.ndarray)):
+    if isinstance(steps, (Sequence, np.ndarray, torch.Tensor)):
         chosen = np.asarray(steps)
         if (
             not chosen.size
@@ -65,7 +65,7 @@ def choose_timesteps(total: int, steps: int | Sequence[int] | None, spacing: str
         return chosen.astype(np.int64)
     if steps is None:
         steps = total
-    if not isinstance(steps, (int, np.integer)):
+    if not isinstance(steps, (int, np.integer)) or isinstance(steps, bool):
         raise ValueError(f"steps = {steps!r}; expected a number of steps, or a list of timesteps")
     if not 1 <= steps <= total:
         raise ValueError(f"{steps} steps; expected 1 to {total}, the length of the training chain")
@@ -121,7 +121,7 @@ def ddim_table(
     columns = _predicted_x_0(schedule, t, prediction, clip)
     signal, noise = np.sqrt(schedule.alpha_bar[t]), np.sqrt(schedule.noise_var[t])
     sigma = eta * np.sqrt(chain.posterior_var[::-1])
-    toward_eps = np.sqrt(chain.noise_var_prev[::-1] - sigma**2)
+    toward_eps = np.sqrt(np.maximum(chain.noise_var_prev[::-1] - sigma**2, 0))  # rounding may pass 0 at eta = 1
     signal_prev = np.sqrt(chain.alpha_bar_prev[::-1])
     if eps_from == "x_0":  # eps = (x_t - signal x_0) / noise
         columns |= dict(mean_x_0=signal_prev - toward_eps * signal / noise, mean_x=toward_eps / noise)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import InitVar, dataclass
 from typing import Any, NamedTuple
 
@@ -36,6 +37,35 @@ _DIFFUSERS_DEFAULTS: dict[str, Any] = dict(
     class_embed_type=None,
     num_class_embeds=None,
     num_train_timesteps=None,
+)
+
+_COUNT = ("an integer of at least 1", lambda v: _is_int(v) and v >= 1)
+_NUMBER = ("a number", lambda v: _is_number(v))
+_POSITIVE = ("a positive number", lambda v: _is_number(v) and v > 0)
+_FLAG = ("true or false", lambda v: isinstance(v, bool))
+_NAMES = ("a list of names", lambda v: isinstance(v, (list, tuple)) and bool(v) and all(isinstance(n, str) for n in v))
+_OPTIONAL_COUNT = ("an integer of at least 1, or null", lambda v: v is None or _COUNT[1](v))
+# What each key that holds a number, a flag or a list must be: a damaged file is one clear line.
+_KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = dict(
+    sample_size=("an integer, a pair of them, or null", lambda v: v is None or _COUNT[1](v) or _is_counts(v, 2)),
+    in_channels=_COUNT,
+    out_channels=_COUNT,
+    center_input_sample=_FLAG,
+    time_embedding_dim=_OPTIONAL_COUNT,
+    freq_shift=_NUMBER,
+    flip_sin_to_cos=_FLAG,
+    down_block_types=_NAMES,
+    up_block_types=_NAMES,
+    block_out_channels=("a list of integers of at least 1", lambda v: _is_counts(v, None)),
+    layers_per_block=_COUNT,
+    mid_block_scale_factor=_POSITIVE,
+    dropout=("a number from 0 to below 1", lambda v: _is_number(v) and 0 <= v < 1),
+    attention_head_dim=_OPTIONAL_COUNT,
+    norm_num_groups=_COUNT,
+    attn_norm_num_groups=_OPTIONAL_COUNT,
+    norm_eps=_POSITIVE,
+    add_attention=_FLAG,
+    num_class_embeds=_OPTIONAL_COUNT,
 )
 
 # The values for which this network computes what diffusers computes; everything else is refused.
@@ -132,6 +162,8 @@ class UNetConfig:
     center_input: bool = False
 
     def __post_init__(self, head_dim: int | tuple[int, ...] | None) -> None:
+        if not _is_counts(self.channels, None):
+            raise ValueError(f"channels={self.channels!r}; expected a tuple of integers of at least 1, one per level")
         self._store("channels", tuple(self.channels))
         if isinstance(self.sample_size, list):
             self._store("sample_size", tuple(self.sample_size))
@@ -169,6 +201,13 @@ class UNetConfig:
             yield c // d
 
     def _check(self) -> None:
+        numbers = (self.in_channels, self.out_channels, self.time_dim, self.norm_groups, *self.channels, *self.levels_of("layers"))
+        if not all(_is_int(n) and n >= 1 for n in (*numbers, self.num_classes or 1)) or self.num_classes == 0:
+            raise ValueError(f"{self}: channels, layers, time_dim, norm_groups and num_classes must be integers of at least 1")
+        if not (self.norm_eps > 0 and self.mid_scale > 0 and 0 <= self.dropout < 1):
+            raise ValueError(
+                f"norm_eps={self.norm_eps}, mid_scale={self.mid_scale}, dropout={self.dropout}; expected > 0, > 0, 0 to 1"
+            )
         for level, attends in zip(self.levels, self.attends, strict=True):
             if level.channels % self.norm_groups:
                 raise ValueError(
@@ -220,8 +259,9 @@ class UNetConfig:
         for key, supported in _SUPPORTED.items():
             if d[key] not in supported:
                 raise ValueError(f"{key}={d[key]!r} is not supported; supported: {', '.join(map(repr, supported))}")
-        if not isinstance(d["norm_num_groups"], int):
-            raise ValueError(f"norm_num_groups={d['norm_num_groups']!r} is not supported; expected a number of groups")
+        for key, (expected, fits) in _KINDS.items():
+            if not fits(d[key]):
+                raise ValueError(f"{key}={d[key]!r} in the UNet2DModel configuration; expected {expected}")
         down = [_block(name, _DOWN_BLOCKS, d["downsample_type"]) for name in d["down_block_types"]]
         up = [_block(name, _UP_BLOCKS, d["upsample_type"]) for name in reversed(d["up_block_types"])]
         if not len(down) == len(up) == len(d["block_out_channels"]):
@@ -300,6 +340,18 @@ class UNetConfig:
             num_class_embeds=self.num_classes,
             num_train_timesteps=None,
         )
+
+
+def _is_int(v: Any) -> bool:
+    return isinstance(v, int) and not isinstance(v, bool)
+
+
+def _is_number(v: Any) -> bool:
+    return isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)
+
+
+def _is_counts(v: Any, length: int | None) -> bool:
+    return isinstance(v, (list, tuple)) and length in (None, len(v)) and bool(v) and all(_is_int(n) and n >= 1 for n in v)
 
 
 def _block(name: str, known: Mapping[str, tuple[bool, str | None]], resample: str) -> tuple[bool, str]:

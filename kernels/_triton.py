@@ -29,12 +29,13 @@ except ImportError:
     triton = SimpleNamespace(jit=_Inert, cdiv=lambda a, b: -(-a // b))
     tl = SimpleNamespace(constexpr=lambda value: SimpleNamespace(value=value))
 
-INTERPRETED = not isinstance(triton, SimpleNamespace) and bool(triton.knobs.runtime.interpret)
+PRESENT = not isinstance(triton, SimpleNamespace)
+INTERPRETED = PRESENT and bool(triton.knobs.runtime.interpret)
 
 
 def launches_kernel(x: Tensor) -> bool:
     """Does an operation on `x` run its Triton kernel (a GPU, or Triton's interpreter) or its reference?"""
-    return x.is_cuda or INTERPRETED
+    return INTERPRETED or (PRESENT and x.is_cuda)
 
 
 def image_strides(x: Tensor, name: str) -> tuple[int, int, int]:
@@ -42,7 +43,7 @@ def image_strides(x: Tensor, name: str) -> tuple[int, int, int]:
 
     Channels-first, channels-last and a slice of channels of either qualify: nothing is ever copied to make them fit.
     """
-    _, _, h, w = x.shape
+    _, c, h, w = x.shape
     image, channel, row, pixel = x.stride()
     if w == 1:
         pixel = row
@@ -50,6 +51,8 @@ def image_strides(x: Tensor, name: str) -> tuple[int, int, int]:
         raise ValueError(
             f"{name} {tuple(x.shape)} has strides {x.stride()}; expected whole images, channels-first or channels-last"
         )
+    if (c - 1) * channel + (h * w - 1) * pixel >= 2**31 - 2**16:
+        raise ValueError(f"{name} {tuple(x.shape)}: one image spans more than 2^31 elements")  # offsets inside an image are int32
     return image, channel, pixel
 
 
@@ -66,3 +69,17 @@ def check_per_image(batch: int, device: torch.device, **vectors: Tensor) -> None
             raise ValueError(
                 f"{name} is {v.dtype} {tuple(v.shape)} on {v.device}; expected int32 or int64 [{batch}], contiguous, on {device}"
             )
+
+
+def check_table(name: str, table: Tensor, columns: int, device: torch.device) -> None:
+    """ValueError unless `table` is fp32, [rows, columns], contiguous and on `device`."""
+    if (
+        table.dtype != torch.float32
+        or table.ndim != 2
+        or table.shape[1] != columns
+        or table.device != device
+        or not table.is_contiguous()
+    ):
+        raise ValueError(
+            f"{name} is {table.dtype} {tuple(table.shape)} on {table.device}; expected contiguous float32 [rows, {columns}] on {device}"
+        )

@@ -14,8 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._triton import check_per_image, image_strides, is_element_order, launches_kernel, tl, triton
-from .noise import BLOCK, NUM_WARPS, REVERSE, grid, image_normals, noise_reference
+from ._triton import check_per_image, check_table, image_strides, is_element_order, launches_kernel, tl, triton
+from .noise import BLOCK, NUM_WARPS, REVERSE, grid, image_normals, noise_reference, place
 
 COLUMNS = ("x_0_x", "x_0_out", "clip", "mean_x_0", "mean_x", "mean_out", "sigma", "log_sigma_min", "log_sigma_max")
 WIDTH = tl.constexpr(len(COLUMNS))
@@ -56,8 +56,7 @@ def _ddpm_step_kernel(
     LEARNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    n = tl.program_id(1)
-    first = tl.program_id(0) * BLOCK
+    n, first = place(ELEMENTS, BLOCK)
     z = image_normals(seed_ptr, image_ptr, row_ptr, n, TAG, first + tl.arange(0, BLOCK))
     element = first * 4 + tl.arange(0, 4 * BLOCK)  # [4 * BLOCK]
     inside = element < ELEMENTS
@@ -95,8 +94,8 @@ def _check(x_t: Tensor, out: Tensor, table: Tensor, row: Tensor, seed: Tensor, i
             f"the network's output is {out.dtype} {tuple(out.shape)} on {out.device}; "
             f"expected floating {expected} on {x_t.device}{' (mean and variance)' if learned else ''}"
         )
-    if table.dtype != torch.float32 or table.ndim != 2 or table.shape[1] != len(COLUMNS) or not table.is_contiguous():
-        raise ValueError(f"table is {table.dtype} {tuple(table.shape)}; expected contiguous float32 [R, {len(COLUMNS)}]")
+    image_strides(x_t, "x_t"), image_strides(out, "the network's output")
+    check_table("table", table, len(COLUMNS), x_t.device)
     check_per_image(b, x_t.device, row=row, seed=seed, image=image)
 
 
@@ -104,25 +103,26 @@ def _launch(x_t: Tensor, out: Tensor, table: Tensor, row: Tensor, seed: Tensor, 
     b, c, h, w = x_t.shape
     x_strides, out_strides = image_strides(x_t, "x_t"), image_strides(out, "the network's output")
     if x_t.numel():
-        _ddpm_step_kernel[grid(c * h * w, b)](
-            x_t,
-            out,
-            table,
-            row,
-            seed,
-            image,
-            *x_strides,
-            *out_strides,
-            c * h * w,
-            TAG=REVERSE,
-            CHANNELS=c,
-            X_DENSE=is_element_order(x_t, x_strides),
-            OUT_DENSE=not learned and is_element_order(out, out_strides),
-            LEARNED=learned,
-            BLOCK=BLOCK,
-            num_warps=NUM_WARPS,
-            enable_fp_fusion=False,
-        )
+        with torch.cuda.device_of(x_t):
+            _ddpm_step_kernel[grid(c * h * w, b)](
+                x_t,
+                out,
+                table,
+                row,
+                seed,
+                image,
+                *x_strides,
+                *out_strides,
+                c * h * w,
+                TAG=REVERSE,
+                CHANNELS=c,
+                X_DENSE=is_element_order(x_t, x_strides),
+                OUT_DENSE=not learned and is_element_order(out, out_strides),
+                LEARNED=learned,
+                BLOCK=BLOCK,
+                num_warps=NUM_WARPS,
+                enable_fp_fusion=False,
+            )
 
 
 @torch.library.custom_op("ddpm_fast::ddpm_step", mutates_args=("x_t",))
@@ -138,17 +138,12 @@ def ddpm_step(x_t: Tensor, out: Tensor, table: Tensor, row: Tensor, seed: Tensor
     ValueError for wrong shapes, types or devices.
     """
     _check(x_t, out, table, row, seed, image, learned)
-    _launch(x_t, out, table, row, seed, image, learned)
-
-
-@ddpm_step.register_kernel("cpu")
-def _(x_t, out, table, row, seed, image, learned=False):
-    _check(x_t, out, table, row, seed, image, learned)
     if launches_kernel(x_t):
-        return _launch(x_t, out, table, row, seed, image, learned)
-    z = torch.zeros((), dtype=x_t.dtype)
-    if table[row.long(), COLUMNS.index("sigma")].any():  # DDIM draws no noise, so none is made
-        z = noise_reference(seed, image, row, REVERSE, x_t.shape[1:])
+        _launch(x_t, out, table, row, seed, image, learned)
+        return
+    z = torch.zeros((), dtype=x_t.dtype, device=x_t.device)
+    if x_t.is_cuda or table[row.long(), COLUMNS.index("sigma")].any():  # DDIM draws no noise, so a CPU makes none
+        z = noise_reference(seed, image, row, REVERSE, tuple(x_t.shape[1:]))
     x_t.copy_(ddpm_step_reference(x_t, out, z, table, row, learned))
 
 

@@ -84,8 +84,8 @@ def box_muller_reference(radius_word: Tensor, angle_word: Tensor) -> tuple[Tenso
     sin, cos = a * _horner(aa, S.value), _horner(aa, C.value)
     quadrant = turned >> 30
     odd = (quadrant & 1) == 1
-    cos_sign = torch.where((quadrant == 1) | (quadrant == 2), -1.0, 1.0)
-    sin_sign = torch.where(quadrant >= 2, -1.0, 1.0)
+    cos_sign = 1.0 - 2.0 * ((quadrant == 1) | (quadrant == 2)).float()
+    sin_sign = 1.0 - 2.0 * (quadrant >= 2).float()
     return radius * cos_sign * torch.where(odd, sin, cos), radius * sin_sign * torch.where(odd, cos, sin)
 
 
@@ -107,7 +107,7 @@ def normals_reference(seed: Tensor, image: Tensor, row: Tensor, tag: int, count:
     return torch.stack((*box_muller_reference(w0, w1), *box_muller_reference(w2, w3)), dim=-1).flatten(1)[:, :count]
 
 
-def noise_reference(seed: Tensor, image: Tensor, row: Tensor, tag: int, shape: tuple[int, int, int]) -> Tensor:
+def noise_reference(seed: Tensor, image: Tensor, row: Tensor, tag: int, shape: tuple[int, ...]) -> Tensor:
     """z [B, C, H, W] of shape (C, H, W), fp32, channels-last in memory."""
     c, h, w = shape
     return normals_reference(seed, image, row, tag, c * h * w).view(-1, h, w, c).permute(0, 3, 1, 2)
@@ -179,9 +179,16 @@ def image_normals(seed_ptr, image_ptr, row_ptr, n, tag, block):
 
 
 @triton.jit
+def place(count, BLOCK: tl.constexpr):
+    """This program's image of the batch, and its first Philox block there."""
+    programs = tl.cdiv(count, 4 * BLOCK)  # for each image
+    n = tl.program_id(0) // programs
+    return n, (tl.program_id(0) - n * programs) * BLOCK
+
+
+@triton.jit
 def _noise_kernel(z_ptr, seed_ptr, image_ptr, row_ptr, tag, COUNT, NORMAL: tl.constexpr, BLOCK: tl.constexpr):
-    n = tl.program_id(1)
-    first = tl.program_id(0) * BLOCK
+    n, first = place(COUNT, BLOCK)
     block = first + tl.arange(0, BLOCK)
     element = first * 4 + tl.arange(0, 4 * BLOCK)
     if NORMAL:
@@ -197,21 +204,22 @@ def _noise_kernel(z_ptr, seed_ptr, image_ptr, row_ptr, tag, COUNT, NORMAL: tl.co
 BLOCK, NUM_WARPS = 256, 2
 
 
-def grid(count: int, batch: int) -> tuple[int, int]:
-    """Programs for `count` elements in each of `batch` images: BLOCK Philox blocks each, images along the second axis."""
-    if batch > 65535:
-        raise ValueError(f"a batch of {batch} images; one launch takes at most 65535")
-    return triton.cdiv(count, 4 * BLOCK), batch
+def grid(count: int, batch: int) -> tuple[int]:
+    """Programs for `count` elements in each of `batch` images, image by image: see `place`."""
+    programs = triton.cdiv(count, 4 * BLOCK) * batch
+    if programs >= 2**31:
+        raise ValueError(f"{batch} images of {count} elements; one launch takes at most {2**31 // (programs // batch)} such images")
+    return (programs,)
 
 
-def _fill(out: Tensor, seed: Tensor, image: Tensor, row: Tensor, tag: int, normal: bool) -> Tensor:
+def _fill(out: Tensor, seed: Tensor, image: Tensor, row: Tensor, tag: int, normal: bool) -> None:
+    """Launches the kernel that writes every element of out [B, count]."""
     batch, count = out.shape
-    check_per_image(batch, seed.device, seed=seed, image=image, row=row)
     if out.numel():
-        _noise_kernel[grid(count, batch)](
-            out, seed, image, row, tag, count, NORMAL=normal, BLOCK=BLOCK, num_warps=NUM_WARPS, enable_fp_fusion=False
-        )
-    return out
+        with torch.cuda.device_of(out):
+            _noise_kernel[grid(count, batch)](
+                out, seed, image, row, tag, count, NORMAL=normal, BLOCK=BLOCK, num_warps=NUM_WARPS, enable_fp_fusion=False
+            )
 
 
 # ---- the operations
@@ -220,8 +228,12 @@ def _fill(out: Tensor, seed: Tensor, image: Tensor, row: Tensor, tag: int, norma
 @torch.library.custom_op("ddpm_fast::words", mutates_args=())
 def words(seed: Tensor, image: Tensor, row: Tensor, tag: int, count: int) -> Tensor:
     """`count` random words for each image: int64 [B, count] in 0..2^32-1. See `noise`."""
+    check_per_image(len(seed), seed.device, seed=seed, image=image, row=row)
+    if not launches_kernel(seed):
+        return words_reference(seed, image, row, tag, count).contiguous()
     out = torch.empty(len(seed), count, dtype=torch.int64, device=seed.device)
-    return _fill(out, seed, image, row, tag, normal=False)
+    _fill(out, seed, image, row, tag, normal=False)
+    return out
 
 
 @torch.library.custom_op("ddpm_fast::noise", mutates_args=())
@@ -231,26 +243,12 @@ def noise(seed: Tensor, image: Tensor, row: Tensor, tag: int, channels: int, hei
     seed, image [B] integer (64-bit patterns); row [B] integer in 0..2^24-1, the row of the step table; tag: a stream of this
     module. The same bits on every device. ValueError for vectors of another shape, type or device.
     """
-    out = torch.empty(len(seed), height * width * channels, device=seed.device)
-    z = _fill(out, seed, image, row, tag, normal=True)
-    return z.view(-1, height, width, channels).permute(0, 3, 1, 2)
-
-
-@words.register_kernel("cpu")
-def _(seed, image, row, tag, count):
-    if launches_kernel(seed):
-        return _fill(torch.empty(len(seed), count, dtype=torch.int64), seed, image, row, tag, normal=False)
     check_per_image(len(seed), seed.device, seed=seed, image=image, row=row)
-    return words_reference(seed, image, row, tag, count).contiguous()
-
-
-@noise.register_kernel("cpu")
-def _(seed, image, row, tag, channels, height, width):
     count = height * width * channels
     if launches_kernel(seed):
-        z = _fill(torch.empty(len(seed), count), seed, image, row, tag, normal=True)
+        z = torch.empty(len(seed), count, dtype=torch.float32, device=seed.device)
+        _fill(z, seed, image, row, tag, normal=True)
     else:
-        check_per_image(len(seed), seed.device, seed=seed, image=image, row=row)
         z = normals_reference(seed, image, row, tag, count).contiguous()
     return z.view(-1, height, width, channels).permute(0, 3, 1, 2)
 

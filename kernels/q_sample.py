@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._triton import check_per_image, image_strides, is_element_order, launches_kernel, tl, triton
-from .noise import BLOCK, NUM_WARPS, Q_SAMPLE, grid, image_normals, noise_reference
+from ._triton import check_per_image, check_table, image_strides, is_element_order, launches_kernel, tl, triton
+from .noise import BLOCK, NUM_WARPS, Q_SAMPLE, grid, image_normals, noise_reference, place
 
 
 def q_sample_reference(x_0: Tensor, eps: Tensor, coef: Tensor, t: Tensor) -> Tensor:
@@ -36,8 +36,7 @@ def _q_sample_kernel(
     DENSE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    n = tl.program_id(1)
-    first = tl.program_id(0) * BLOCK
+    n, first = place(ELEMENTS, BLOCK)
     eps = image_normals(seed_ptr, image_ptr, row_ptr, n, TAG, first + tl.arange(0, BLOCK))
     element = first * 4 + tl.arange(0, 4 * BLOCK)  # [4 * BLOCK], x_t's own order: it is channels-last
     inside = element < ELEMENTS
@@ -52,8 +51,8 @@ def _q_sample_kernel(
 def _check(x_0: Tensor, coef: Tensor, t: Tensor, row: Tensor, seed: Tensor, image: Tensor) -> None:
     if x_0.ndim != 4 or not x_0.is_floating_point():
         raise ValueError(f"x_0 is {x_0.dtype} {tuple(x_0.shape)}; expected floating [B, C, H, W]")
-    if coef.dtype != torch.float32 or coef.ndim != 2 or coef.shape[1] != 2 or not coef.is_contiguous():
-        raise ValueError(f"coef is {coef.dtype} {tuple(coef.shape)}; expected contiguous float32 [T, 2]")
+    image_strides(x_0, "x_0")
+    check_table("coef", coef, 2, x_0.device)
     check_per_image(len(x_0), x_0.device, t=t, row=row, seed=seed, image=image)
 
 
@@ -67,23 +66,24 @@ def _launch(x_0: Tensor, coef: Tensor, t: Tensor, row: Tensor, seed: Tensor, ima
     b, c, h, w = x_0.shape
     strides = image_strides(x_0, "x_0")
     if x_0.numel():
-        _q_sample_kernel[grid(c * h * w, b)](
-            x_0,
-            x_t,
-            coef,
-            t,
-            seed,
-            image,
-            row,
-            *strides,
-            c * h * w,
-            TAG=Q_SAMPLE,
-            CHANNELS=c,
-            DENSE=is_element_order(x_0, strides),
-            BLOCK=BLOCK,
-            num_warps=NUM_WARPS,
-            enable_fp_fusion=False,
-        )
+        with torch.cuda.device_of(x_0):
+            _q_sample_kernel[grid(c * h * w, b)](
+                x_0,
+                x_t,
+                coef,
+                t,
+                seed,
+                image,
+                row,
+                *strides,
+                c * h * w,
+                TAG=Q_SAMPLE,
+                CHANNELS=c,
+                DENSE=is_element_order(x_0, strides),
+                BLOCK=BLOCK,
+                num_warps=NUM_WARPS,
+                enable_fp_fusion=False,
+            )
     return x_t
 
 
@@ -100,15 +100,9 @@ def q_sample(x_0: Tensor, coef: Tensor, t: Tensor, row: Tensor, seed: Tensor, im
     Returns x_t [B, C, H, W] fp32, channels-last, written once. ValueError for wrong shapes, types or devices.
     """
     _check(x_0, coef, t, row, seed, image)
-    return _launch(x_0, coef, t, row, seed, image)
-
-
-@q_sample.register_kernel("cpu")
-def _(x_0, coef, t, row, seed, image):
-    _check(x_0, coef, t, row, seed, image)
     if launches_kernel(x_0):
         return _launch(x_0, coef, t, row, seed, image)
-    eps = noise_reference(seed, image, row, Q_SAMPLE, x_0.shape[1:])
+    eps = noise_reference(seed, image, row, Q_SAMPLE, tuple(x_0.shape[1:]))
     return _empty_x_t(x_0).copy_(q_sample_reference(x_0, eps, coef, t))
 
 

@@ -110,6 +110,13 @@ def test_a_failed_write_keeps_the_old_checkpoint(folder, monkeypatch):
     assert torch.equal(load_pretrained(folder).unet.conv_in.weight, unet(1).conv_in.weight)
 
 
+@pytest.mark.parametrize("options", [dict(prediction="foo"), dict(variance="foo"), dict(clip=-1.0)], ids=str)
+def test_does_not_write_what_it_would_not_read(tmp_path, options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        save_pretrained(tmp_path / "m", unet(), NoiseSchedule.linear(), **options)
+    assert not list(tmp_path.iterdir())
+
+
 def test_does_not_overwrite_what_is_not_a_checkpoint(tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "one.txt").write_text("mine")
@@ -132,6 +139,42 @@ def change_weights(change):
     return damage
 
 
+BAD_UNET_VALUES = [
+    {"norm_num_groups": 0},
+    {"attention_head_dim": 0},
+    {"attention_head_dim": [1, 2]},
+    {"block_out_channels": 5},
+    {"block_out_channels": None},
+    {"block_out_channels": ["a"]},
+    {"down_block_types": None},
+    {"up_block_types": [1, 2]},
+    {"in_channels": "3"},
+    {"layers_per_block": 1.5},
+    {"norm_eps": None},
+    {"freq_shift": "a"},
+    {"dropout": 1.0},
+    {"time_embedding_dim": -4},
+    {"num_class_embeds": -1},
+    {"mid_block_scale_factor": 0},
+    {"sample_size": "8"},
+    {"sample_size": [8]},
+    {"add_attention": "yes"},
+]
+BAD_SCHEDULER_VALUES = [
+    {"num_train_timesteps": "1000"},
+    {"num_train_timesteps": None},
+    {"num_train_timesteps": 1000.5},
+    {"num_train_timesteps": 10**12},
+    {"beta_start": None},
+    {"clip_sample_range": None},
+    {"prediction_type": []},
+    {"variance_type": {}},
+    {"trained_betas": {}},
+    {"trained_betas": [0.1, 0.2]},
+    {"timestep_values": [1, 2]},
+]
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -145,6 +188,11 @@ def change_weights(change):
         (lambda d: edit(d / "unet/config.json", surprise=1), "unknown key surprise"),
         (lambda d: edit(d / "unet/config.json", in_channels=1), "has shape"),
         (lambda d: edit(d / "unet/config.json", layers_per_block=2), "missing parameter"),
+        *[(lambda d, c=change: edit(d / "unet/config.json", **c), f"{next(iter(change))}=") for change in BAD_UNET_VALUES],
+        *[
+            (lambda d, c=change: edit(d / "scheduler/scheduler_config.json", **c), next(iter(change)).replace("num_train_", ""))
+            for change in BAD_SCHEDULER_VALUES
+        ],
         (lambda d: edit(d / "scheduler/scheduler_config.json", surprise=1), "unknown key surprise"),
         (lambda d: edit(d / "scheduler/scheduler_config.json", thresholding=True), "thresholding=True is not supported"),
         (lambda d: edit(d / "scheduler/scheduler_config.json", prediction_type="flow"), "prediction_type='flow'"),

@@ -183,15 +183,45 @@ def test_classes():
 
 @pytest.mark.parametrize("solver", ["ddpm", "ddim"])
 def test_learned_variance(solver):
-    """A network whose second half says "the upper end" samples like fixed_large."""
+    """A network whose second half says "the upper end" samples like fixed_large; DDIM does not read that half."""
 
     def model(x_t, t):
         return torch.cat([gaussian_denoiser(x_t, t), torch.ones_like(x_t)], dim=1)
 
     options = dict(solver=solver, steps=10, output="float")
-    learned = gaussian_sampler(variance="learned_range") if solver == "ddpm" else gaussian_sampler()
-    got = Sampler(model, SCHEDULE, (1, 8, 8), variance=learned.variance, clip=None).sample(4, **options)
+    got = Sampler(model, SCHEDULE, (1, 8, 8), variance="learned_range", clip=None).sample(4, **options)
     torch.testing.assert_close(got, gaussian_sampler().sample(4, **options), rtol=0, atol=1e-5)
+
+
+def test_a_model_must_not_write_into_the_state():
+    with pytest.raises(ValueError, match="changed its input x_t in place"):
+        Sampler(lambda x, t: x.mul_(0.5), SCHEDULE, (1, 4, 4)).sample(1, steps=2)
+
+
+def test_a_model_of_other_channels_is_refused():
+    with pytest.raises(ValueError, match="the network's output is"):
+        Sampler(lambda x, t: x.repeat(1, 5, 1, 1), SCHEDULE, (1, 4, 4)).sample(1, steps=2)
+
+
+def test_dropout_is_off_while_sampling_and_training_mode_comes_back():
+    unet = small_unet(dropout=0.5).train()
+    sampler = Sampler(unet, SCHEDULE, (1, 16, 16))
+    assert torch.equal(sampler.sample(1, steps=3), sampler.sample(1, steps=3))
+    assert unet.training
+
+
+def test_the_default_dtype_does_not_reach_the_noise():
+    want = gaussian_sampler().sample(2, steps=3, output="float")
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(gaussian_sampler().sample(2, steps=3, output="float"), want)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_long_ranges_are_not_written_out():
+    first, images = next(gaussian_sampler().stream(range(10**15, 2 * 10**15), 2, steps=2))
+    assert first == 10**15 and images.shape == (2, 8, 8, 1)
 
 
 @pytest.mark.parametrize("prediction", ["x_0", "v"])
@@ -250,8 +280,13 @@ def test_nothing_broken_is_returned():
         (dict(images=2, batch_size=0), "batch_size = 0"),
         (dict(images=2, output="pil"), "output 'pil'"),
         (dict(images=2, labels=3), "unconditional"),
-        (dict(images=2, start=(torch.zeros(1, 1, 8, 8), 5)), r"expected \(2, 1, 8, 8\)"),
-        (dict(images=2, start=(torch.zeros(2, 1, 8, 8), 1000)), "start timestep 1000"),
+        (dict(images=2, start=(torch.zeros(1, 1, 8, 8), 5)), r"expected floating \(2, 1, 8, 8\)"),
+        (dict(images=2, start=(torch.zeros(2, 1, 8, 8, dtype=torch.uint8), 5)), "images are torch.uint8"),
+        (dict(images=2, start=(torch.zeros(2, 1, 8, 8), 1000)), "timestep = 1000"),
+        (dict(images=2, start=(torch.zeros(2, 1, 8, 8), None)), "timestep = None"),
+        (dict(images=2, start=torch.zeros(2, 1, 8, 8)), "start is Tensor"),
+        (dict(images=2**63 + 1), "image indices from 0 to"),
+        (dict(images=True), "images = True; expected an integer"),
     ],
     ids=lambda v: str(v)[:40],
 )
@@ -260,13 +295,24 @@ def test_refuses(options, message):
         gaussian_sampler().sample(**options)
 
 
-@pytest.mark.parametrize("labels", [10, -1, [1, 2, 3], [0.5, 0.5]])
+@pytest.mark.parametrize("labels", [10, -1, [1, 2, 3], [0.5, 0.5], True, [True, False], "a", [1, None]])
 def test_refuses_labels(labels):
     with pytest.raises(ValueError, match="labels"):
         unet_sampler().sample(2, labels=labels, steps=2)
 
 
 def test_refuses_at_construction():
-    for options in (dict(shape=(8, 8)), dict(prediction="noise"), dict(variance="learned")):
+    for options in (
+        dict(shape=(8, 8)),
+        dict(shape=(1, 8.5, 8)),
+        dict(prediction="noise"),
+        dict(variance="learned"),
+        dict(num_classes=0),
+    ):
         with pytest.raises(ValueError, match="expected"):
             gaussian_sampler(**options)
+    with pytest.raises(ValueError, match="every = 0"):
+        Trajectory(0)
+    for t in (5.5, 1000, -1):
+        with pytest.raises(ValueError, match="timestep"):
+            gaussian_sampler().diffuse(torch.zeros(1, 1, 8, 8), t)
