@@ -9,21 +9,27 @@ OLDEST_TRITON := 3.6.0
 NEWEST_TRITON := 3.9.0
 
 PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install -q --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
-OLDEST := PYTHONPATH=$(CURDIR)/$(VENV)/triton-$(OLDEST_TRITON)
-HAS_TORCH = $(PYTHON) -c 'import torch; assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)' 2>/dev/null
+# each release as one wheel in a folder of its own: the environment's Triton is whichever its torch wants
+OLDEST := PYTHONPATH="$(CURDIR)/$(VENV)/triton-$(OLDEST_TRITON)"
+NEWEST := PYTHONPATH="$(CURDIR)/$(VENV)/triton-$(NEWEST_TRITON)"
+IS_TRITON = -c 'import sys, triton; sys.exit(triton.__version__ != sys.argv[1] and "wrong Triton: " + triton.__version__)'
 
 .PHONY: sample test check proof clean
 
 sample: $(INSTALLED)
 	$(PY) -m ddpm_fast sample --weights $(WEIGHTS) --images 64 --solver ddim --steps 50 --out samples.png
 
-# The kernels run by Triton's interpreter under the oldest and the newest release that is supported, everything else once.
+# The kernels run by Triton's interpreter and compile under the oldest and the newest release; on a GPU they run there too.
 test: $(INSTALLED)
+	$(OLDEST) $(PY) $(IS_TRITON) $(OLDEST_TRITON)
 	$(OLDEST) TRITON_INTERPRET=1 $(PY) -m pytest -q -m kernel
-	TRITON_INTERPRET=1 $(PY) -m pytest -q -m kernel
 	$(OLDEST) $(PY) -m pytest -q -m compile
-	$(PY) -m pytest -q -m "not kernel"
+	$(NEWEST) $(PY) $(IS_TRITON) $(NEWEST_TRITON)
+	$(NEWEST) TRITON_INTERPRET=1 $(PY) -m pytest -q -m kernel
+	$(NEWEST) $(PY) -m pytest -q -m compile
+	$(PY) -m pytest -q -m "not compile"
 
 proof: $(INSTALLED)
 	$(PY) -m pytest -q --proof -m proof
@@ -33,16 +39,18 @@ check: $(INSTALLED)
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-# torch first: builds for a GPU bring the Triton they need, builds for a CPU bring none
+# With a new enough torch in reach of $(PYTHON), the environment looks through to it; else torch is the first thing installed.
 $(INSTALLED): pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, this is " + sys.version.split()[0])'
-	@if $(HAS_TORCH); then echo "using the torch of $$($(PYTHON) -c 'import sys; print(sys.prefix)')"; fi
-	$(PYTHON) -m venv --clear $$($(HAS_TORCH) && echo --system-site-packages) $(VENV)
-	$(HAS_TORCH) || $(PY) -m pip install -q --disable-pip-version-check -c constraints.txt torch
-	$(PY) -c 'import triton' 2>/dev/null || $(PY) -m pip install -q --disable-pip-version-check triton==$(NEWEST_TRITON)
-	$(HAS_TORCH) && grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt || cp constraints.txt $(VENV)/constraints.txt
-	$(PY) -m pip install -q --disable-pip-version-check -c $(VENV)/constraints.txt -e '.[dev]'
-	$(PY) -m pip install -q --disable-pip-version-check --no-deps --target $(VENV)/triton-$(OLDEST_TRITON) triton==$(OLDEST_TRITON)
+	$(PYTHON) -m venv --clear --system-site-packages $(VENV)
+	@if $(PY) -c 'import torch; assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)' 2>/dev/null; then \
+	  echo "using the torch that this machine has"; grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt; \
+	else \
+	  $(PYTHON) -m venv --clear $(VENV) && cp constraints.txt $(VENV)/ && $(PIP) -c constraints.txt torch; \
+	fi
+	$(PIP) -c $(VENV)/constraints.txt -e '.[dev]'
+	$(PIP) --no-deps --target $(VENV)/triton-$(OLDEST_TRITON) triton==$(OLDEST_TRITON)
+	$(PY) $(IS_TRITON) $(NEWEST_TRITON) 2>/dev/null || $(PIP) --no-deps --target $(VENV)/triton-$(NEWEST_TRITON) triton==$(NEWEST_TRITON)
 	touch $@
 
 clean:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -15,7 +16,8 @@ from . import __version__, pictures
 from .checkpoint import load_pretrained
 from .cost import unet_cost
 from .environment import environment
-from .sampler import Sampler, image_indices
+from .images import check_images, image_indices
+from .sampler import Sampler
 from .solver import SOLVERS, SPACINGS
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -51,6 +53,7 @@ def cli() -> None:
 @click.option(
     "--dtype", type=click.Choice(list(DTYPES)), default="fp32", show_default=True, help="Of the network; the state is always fp32."
 )
+@click.option("--size", help="HEIGHTxWIDTH in pixels, such as 32x48.  [default: as trained]")
 @click.option("--progress/--quiet", default=None, help="A progress bar.  [default: on a terminal]")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def sample(
@@ -66,13 +69,18 @@ def sample(
     out: str,
     device: str | None,
     dtype: str,
+    size: str | None,
     progress: bool | None,
     as_json: bool,
 ) -> None:
     """Draw images. Image i of a seed is the same in whatever batch it is drawn."""
     indices = parse_images(images)
     target = _check_target(out)
-    sampler = Sampler.from_pretrained(weights, _device(device), DTYPES[dtype])
+    sampler = Sampler.from_pretrained(weights, _device(device), DTYPES[dtype], parse_size(size))
+    if target.suffix not in pictures.ARRAYS and sampler.shape[0] not in pictures.PNG_CHANNELS:
+        raise ValueError(
+            f"--out {out}: images of {sampler.shape[0]} channels are no pictures; write {' or '.join(pictures.ARRAYS)}"
+        )
     options: dict[str, Any] = dict(seed=seed, solver=solver, steps=steps, spacing=spacing, eta=eta, labels=label)
     began = time.perf_counter()
     show = sys.stderr.isatty() if progress is None else progress
@@ -119,9 +127,10 @@ def info(directory: Path, as_json: bool) -> None:
         **cost.as_dict(),
     )
     h, w = config.size or (32, 32)
+    classes = f", {config.num_classes} classes" if config.num_classes else ""
     lines = [
         f"{directory}",
-        f"  images      {config.in_channels} x {h} x {w}" + (f", {config.num_classes} classes" if config.num_classes else ""),
+        f"  images      {config.in_channels} x {h} x {w}{'' if config.size else ' assumed, none is recorded'}{classes}",
         f"  network     widths {config.channels}, {config.levels_of('layers')} residual blocks, {_where(config.attends)}",
         f"  predicts    {c.prediction}, variance {c.variance}, x_0 clipped to {c.clip}",
         f"  schedule    {len(schedule)} steps, beta {schedule.beta[0]:.3g} to {schedule.beta[-1]:.3g}",
@@ -147,13 +156,26 @@ def parse_images(text: str) -> range:
         indices = range(int(first), int(last) + 1) if dash else range(int(first))
     except ValueError:
         raise ValueError(f"--images {text}: expected a count such as 64, or a range such as 100-199") from None
-    if not len(indices) or indices[0] < 0:
+    if not indices or indices[0] < 0:
         raise ValueError(f"--images {text}: that is no image; expected a count such as 64, or a range such as 100-199")
+    check_images(indices)
     return indices
 
 
+def parse_size(text: str | None) -> tuple[int, int] | None:
+    """ "32x48" -> (32, 48). ValueError for anything else."""
+    if text is None:
+        return None
+    height, _, width = text.partition("x")
+    if not (height.isdecimal() and width.isdecimal() and int(height) and int(width)):
+        raise ValueError(f"--size {text}: expected HEIGHTxWIDTH in pixels, such as 32x48")
+    return int(height), int(width)
+
+
 def _check_target(out: str) -> Path:
-    """The output, refused now rather than after sampling."""
+    """The output's path, refused now rather than after sampling."""
+    if not out or (out.endswith("/") and Path(out).suffix):
+        raise ValueError(f"--out {out!r}: expected the name of a file or of a directory")
     path = Path(out)
     known = pictures.PICTURES + pictures.ARRAYS
     if path.suffix and path.suffix not in known and not path.is_dir():
@@ -164,6 +186,9 @@ def _check_target(out: str) -> Path:
         raise ValueError(f"--out {out} is a directory; expected a file name")
     if not path.suffix and path.is_file():
         raise ValueError(f"--out {out} is a file; expected a directory, or a name ending in {', '.join(known)}")
+    writable = path if path.is_dir() else path.absolute().parent
+    if not os.access(writable, os.W_OK):
+        raise ValueError(f"--out {out}: the directory {writable} cannot be written to")
     return path
 
 
@@ -188,7 +213,7 @@ def _device(name: str | None) -> torch.device | None:
         return None
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
     return device

@@ -13,6 +13,7 @@ from .checkpoint import write_atomically
 
 Pixels = NDArray[np.uint8]
 ARRAYS, PICTURES = (".npy", ".npz"), (".png",)
+PNG_CHANNELS = (1, 3, 4)
 
 
 def grid(images: Pixels, columns: int | None = None, gap: int = 2, scale: int = 1) -> Pixels:
@@ -33,7 +34,7 @@ def encode_png(image: Pixels) -> bytes:
     """One image [H, W, C] with 1, 3 or 4 channels as PNG."""
     from PIL import Image
 
-    if image.shape[2] not in (1, 3, 4):
+    if image.shape[2] not in PNG_CHANNELS:
         raise ValueError(f"an image of {image.shape[2]} channels is no picture; write .npy or .npz instead")
     buffer = io.BytesIO()
     Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).save(buffer, format="PNG")

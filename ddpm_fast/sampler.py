@@ -6,7 +6,6 @@ drawn, at which place, or beside which others.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint import load_pretrained
+from .checks import integer
+from .images import Images, check_images, image_indices, seed_bits, to_uint8
 from .kernels import noise
 from .kernels.ddpm_step import ddpm_step
 from .kernels.q_sample import q_sample
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 DEFAULT_STEPS = {"ddpm": None, "ddim": 50}  # None: the whole chain
-Images = int | range | Sequence[int] | Tensor
 Labels = int | Sequence[int] | Tensor | None
 Steps = int | Sequence[int] | None
 Callback = Callable[[int, int, Tensor], None]  # (step, t, x)
@@ -109,12 +109,12 @@ class Sampler:
         num_classes: int | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        if len(shape) != 3 or min(_integer("shape", n) for n in shape) < 1:
+        if len(shape) != 3 or min(integer("shape", n) for n in shape) < 1:
             raise ValueError(f"shape {tuple(shape)}; expected (channels, height, width)")
         for name, value, known in (("prediction", prediction, PREDICTIONS), ("variance", variance, VARIANCES)):
             if value not in known:
                 raise ValueError(f"{name} {value!r}; expected one of {', '.join(known)}")
-        if num_classes is not None and _integer("num_classes", num_classes) < 1:
+        if num_classes is not None and integer("num_classes", num_classes) < 1:
             raise ValueError(f"num_classes = {num_classes}; expected at least 1, or None")
         self.model, self.schedule, self.shape = model, schedule, tuple(shape)
         self.prediction, self.variance, self.clip = prediction, variance, clip
@@ -196,7 +196,7 @@ class Sampler:
     ) -> Iterator[tuple[int, Tensor]]:
         """Yields (index of the first image, images) batch by batch, for runs that should not be held in memory. See `sample`."""
         indices = check_images(images)
-        if _integer("batch_size", batch_size) < 1:
+        if integer("batch_size", batch_size) < 1:
             raise ValueError(f"batch_size = {batch_size}; expected at least 1")
         if output not in ("uint8", "float"):
             raise ValueError(f'output {output!r}; expected "uint8" or "float"')
@@ -321,54 +321,9 @@ class Sampler:
         return x, self._check_t(t)
 
     def _check_t(self, t: int) -> int:
-        if not 0 <= _integer("timestep", t) < len(self.schedule):
+        if not 0 <= integer("timestep", t) < len(self.schedule):
             raise ValueError(f"timestep = {t}; expected 0..{len(self.schedule) - 1}")
         return int(t)
-
-
-def check_images(images: Images) -> range | Tensor:
-    """Image indices as a range, never written out, or as int64 [N]. ValueError for what is no integer of 0..2^63-1."""
-    if not isinstance(images, (range, list, tuple, Tensor, np.ndarray)):
-        images = range(_integer("images", images))
-        if images.stop < 0:
-            raise ValueError(f"images = {images.stop}; expected a count of at least 0, or a range")
-    if isinstance(images, range):
-        if images and (min(images[0], images[-1]) < 0 or max(images[0], images[-1]) >= 2**63):
-            raise ValueError(f"image indices from {images[0]} to {images[-1]}; expected 0 to 2^63 - 1")
-        return images
-    indices = torch.as_tensor(images, device="cpu") if len(images) else torch.empty(0, dtype=torch.int64, device="cpu")
-    if indices.ndim != 1 or indices.is_floating_point() or indices.dtype == torch.bool:
-        raise ValueError(f"images are {indices.dtype} {tuple(indices.shape)}; expected a count, or a range or list of integers")
-    if len(indices) and indices.min() < 0:
-        raise ValueError(f"image index {int(indices.min())}; expected 0 or more")
-    return indices.long()
-
-
-def image_indices(images: range | Tensor) -> Tensor:
-    """Checked image indices as int64 [N] on the CPU."""
-    return images if isinstance(images, Tensor) else torch.tensor(list(images), dtype=torch.int64, device="cpu")
-
-
-def seed_bits(seed: int) -> int:
-    """A seed in 0..2^64-1 as the int64 with the same bits."""
-    seed = _integer("seed", seed)
-    if not 0 <= seed < 2**64:
-        raise ValueError(f"seed = {seed}; expected 0 to 2^64 - 1")
-    return seed - 2**64 if seed >= 2**63 else seed
-
-
-def to_uint8(x: Tensor) -> Tensor:
-    """[N, C, H, W] in [-1, 1] -> uint8 [N, H, W, C], rounded to the nearest, ties to even."""
-    return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
-
-
-def _integer(name: str, value: Any) -> int:
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        return operator.index(value)
-    except TypeError:
-        raise ValueError(f"{name} = {value!r}; expected an integer") from None
 
 
 def _at(per_image: Tensor | None, chosen: Tensor) -> Tensor | None:

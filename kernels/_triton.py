@@ -81,5 +81,6 @@ def check_table(name: str, table: Tensor, columns: int, device: torch.device) ->
         or not table.is_contiguous()
     ):
         raise ValueError(
-            f"{name} is {table.dtype} {tuple(table.shape)} on {table.device}; expected contiguous float32 [rows, {columns}] on {device}"
+            f"{name} is {table.dtype} {tuple(table.shape)} on {table.device}; "
+            f"expected contiguous float32 [rows, {columns}] on {device}"
         )

@@ -12,8 +12,10 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
+    if not (GPU or INTERPRETED):  # they run in an invocation of their own, by the interpreter
+        config.hook.pytest_deselected(items=[i for i in items if i.get_closest_marker("kernel")])
+        items[:] = [i for i in items if not i.get_closest_marker("kernel")]
     reasons = {
-        "kernel": None if GPU or INTERPRETED else "no GPU; TRITON_INTERPRET=1 runs it by Triton's interpreter",
         "gpu": None if GPU else "no GPU",
         "compile": "kernels are being interpreted" if INTERPRETED else None,
         "proof": None if config.getoption("--proof") else "long; runs with --proof",
@@ -22,6 +24,16 @@ def pytest_collection_modifyitems(config, items):
         for marker, reason in reasons.items():
             if reason and item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_report_header():
+    try:
+        import triton
+
+        found = f"triton {triton.__version__}{', interpreting' if INTERPRETED else ''}"
+    except ImportError:
+        found = "no triton"
+    return f"torch {torch.__version__}, {found}, {torch.cuda.get_device_name() if GPU else 'no GPU'}"
 
 
 @pytest.fixture(autouse=True)

@@ -1,16 +1,20 @@
 import json
 import subprocess
 import sys
+from importlib import import_module
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from ddpm_fast import NoiseSchedule, Sampler, UNet, UNetConfig, save_pretrained
-from ddpm_fast.cli import main, parse_images
 
-Image = pytest.importorskip("PIL.Image")
+pytest.importorskip("click")
 pytest.importorskip("safetensors")
+Image = pytest.importorskip("PIL.Image")
+cli = import_module("ddpm_fast.cli")
+main, parse_images = cli.main, cli.parse_images
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +60,8 @@ def test_sample_an_array_is_what_python_draws(run, weights, tmp_path):
 
 
 def test_sample_a_directory(run, weights, tmp_path):
-    code, _, _ = run("sample", "--weights", weights, "--images", "8-10", "--steps", 2, "--out", tmp_path / "many")
+    arguments = ("--images", "8-10", "--steps", 2, "--batch-size", 1)  # of one batch size: equal to the bit
+    code, _, _ = run("sample", "--weights", weights, *arguments, "--out", tmp_path / "many")
     assert code == 0
     assert sorted(p.name for p in (tmp_path / "many").iterdir()) == ["000008.png", "000009.png", "000010.png"]
     one = np.array(Image.open(tmp_path / "many" / "000009.png"))
@@ -98,6 +103,12 @@ def test_help_names_every_command(run):
         (["sample", "--weights", "W", "--batch-size", "0"], "batch_size = 0"),
         (["sample", "--weights", "W", "--solver", "euler"], "'euler' is not one of"),
         (["sample", "--weights", "W", "--device", "toaster"], "--device toaster"),
+        (["sample", "--weights", "W", "--device", "meta"], "--device meta"),
+        (["sample", "--weights", "W", "--images", "9" * 20], "image indices from 0"),
+        (["sample", "--weights", "W", "--out", ""], "expected the name of a file"),
+        (["sample", "--weights", "W", "--out", "x.npy/"], "expected the name of a file"),
+        (["sample", "--weights", "W", "--size", "32"], "expected HEIGHTxWIDTH"),
+        (["sample", "--weights", "W", "--size", "7x8"], "divisible by 2"),
         (["sample", "--weights", "W", "--shiny"], "No such option"),
         (["info", "nowhere"], "nowhere is not a directory"),
         (["dance"], "No such command"),
@@ -120,6 +131,11 @@ def test_refuses_the_output_before_sampling(run, weights, tmp_path, monkeypatch)
     assert run("sample", "--weights", weights, "--out", tmp_path / "no" / "x.png")[0] == 2
 
 
+def test_another_size(run, weights, tmp_path):
+    assert run("sample", "--weights", weights, "--images", 1, "--steps", 2, "--size", "8x12", "--out", tmp_path / "a.npy")[0] == 0
+    assert np.load(tmp_path / "a.npy").shape == (1, 8, 12, 1)
+
+
 def test_parse_images():
     assert (parse_images("64"), parse_images("100-199")) == (range(64), range(100, 200))
 
@@ -127,6 +143,6 @@ def test_parse_images():
 @pytest.mark.parametrize("command", [[sys.executable, "-m", "ddpm_fast"], ["ddpm-fast"]], ids=["module", "script"])
 def test_installed_command(command, tmp_path):
     if command[0] == "ddpm-fast":
-        command = [str(__import__("pathlib").Path(sys.executable).with_name("ddpm-fast"))]
+        command = [str(Path(sys.executable).with_name("ddpm-fast"))]
     done = subprocess.run([*command, "info", "nowhere"], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr

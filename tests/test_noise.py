@@ -202,3 +202,23 @@ def test_statistics(figure):
 def _correlation(a, b):
     """The correlation in standard errors."""
     return np.corrcoef(a.ravel(), b.ravel())[0, 1] * np.sqrt(a.size)
+
+
+@pytest.mark.proof
+def test_statistics_of_sixty_million(figure):
+    """60 seeds, 1,024,000 normals each: the moments of all, and whether the 60 p-values are uniform."""
+    from scipy import stats
+
+    sums, size, p = np.zeros(4), 0, []
+    for seed in range(60):
+        x = N.normals_reference(*stream(1000, seed=7919 * seed + 1, image=0, row=0), N.X_T, 1024).double().numpy().ravel()
+        sums += [(x**k).sum() for k in (1, 2, 3, 4)]
+        size += x.size
+        p.append(stats.kstest(x, "norm").pvalue)
+    m = sums / size
+    z = np.array([m[0], (m[1] - 1) / 2**0.5, m[2] / 15**0.5, (m[3] - 3) / 96**0.5]) * size**0.5
+    figure(f"{size:,} normals: first four moments, standard errors off", " ".join(f"{v:+.2f}" for v in z))
+    uniform = stats.kstest(p, "uniform").pvalue
+    figure("60 Kolmogorov-Smirnov p-values: p that they are uniform", f"{uniform:.2f}")
+    assert abs(z).max() < 4
+    assert uniform > 0.001

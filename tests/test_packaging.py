@@ -23,7 +23,8 @@ def test_kernels_is_a_link_and_no_package_of_its_own():
 
 def test_wheel_and_sdist_hold_one_package(tmp_path):
     pytest.importorskip("build")
-    subprocess.run([sys.executable, "-m", "build", "-q", "--outdir", tmp_path, ROOT], check=True, capture_output=True)
+    built = subprocess.run([sys.executable, "-m", "build", "--outdir", tmp_path, ROOT], capture_output=True, text=True)
+    assert built.returncode == 0, built.stdout + built.stderr
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {n.split("/")[0] for n in names if ".dist-info" not in n} == {"ddpm_fast"}
@@ -46,6 +47,18 @@ assert x.shape == (2, 8, 8, 3)
 print("ok")
 """
     assert python(code).endswith("ok\n")
+
+
+def test_the_gpu_tests_need_no_other_library():
+    """A bare machine with a GPU has torch, triton, numpy and pytest: everything must at least be collected there."""
+    code = """
+import sys
+for name in ("safetensors", "PIL", "tqdm", "click", "diffusers", "matplotlib", "scipy", "build", "mpmath"):
+    sys.modules[name] = None
+import pytest
+sys.exit(pytest.main(["-q", "--collect-only", "-m", "gpu or kernel", "tests"]))
+"""
+    assert "error" not in python(code).lower()
 
 
 def test_import_adds_little_to_torch(figure):

@@ -3,8 +3,8 @@ import pytest
 import torch
 
 from ddpm_fast import NoiseSchedule, Sampler, Trajectory, UNet, UNetConfig
+from ddpm_fast.images import seed_bits, to_uint8
 from ddpm_fast.kernels import noise as N
-from ddpm_fast.sampler import seed_bits, to_uint8
 
 SCHEDULE = NoiseSchedule.linear()
 MEAN, STD = 0.3, 0.25

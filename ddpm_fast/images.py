@@ -1,0 +1,49 @@
+"""Which images are meant, and what they come out as."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .checks import integer
+
+Images = int | range | Sequence[int] | Tensor
+
+
+def check_images(images: Images) -> range | Tensor:
+    """Image indices as a range, never written out, or as int64 [N]. ValueError for what is no integer of 0..2^63-1."""
+    if not isinstance(images, (range, list, tuple, Tensor, np.ndarray)):
+        images = range(integer("images", images))
+        if images.stop < 0:
+            raise ValueError(f"images = {images.stop}; expected a count of at least 0, or a range")
+    if isinstance(images, range):
+        if images and (min(images[0], images[-1]) < 0 or max(images[0], images[-1]) >= 2**63):
+            raise ValueError(f"image indices from {images[0]} to {images[-1]}; expected 0 to 2^63 - 1")
+        return images
+    indices = torch.as_tensor(images, device="cpu") if len(images) else torch.empty(0, dtype=torch.int64, device="cpu")
+    if indices.ndim != 1 or indices.is_floating_point() or indices.dtype == torch.bool:
+        raise ValueError(f"images are {indices.dtype} {tuple(indices.shape)}; expected a count, or a range or list of integers")
+    if len(indices) and indices.min() < 0:
+        raise ValueError(f"image index {int(indices.min())}; expected 0 or more")
+    return indices.long()
+
+
+def image_indices(images: range | Tensor) -> Tensor:
+    """Checked image indices as int64 [N] on the CPU."""
+    return images if isinstance(images, Tensor) else torch.tensor(list(images), dtype=torch.int64, device="cpu")
+
+
+def seed_bits(seed: int) -> int:
+    """A seed in 0..2^64-1 as the int64 with the same bits."""
+    seed = integer("seed", seed)
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed = {seed}; expected 0 to 2^64 - 1")
+    return seed - 2**64 if seed >= 2**63 else seed
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """[N, C, H, W] in [-1, 1] -> uint8 [N, H, W, C], rounded to the nearest, ties to even."""
+    return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
