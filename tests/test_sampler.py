@@ -58,12 +58,12 @@ def test_gaussian_data_comes_out_as_the_chain_says(variance, options, ratio, fig
     """100,000 samples: each of 100 pixels of 1,000 images is one."""
     sampler = gaussian_sampler(shape=(1, 10, 10), variance=variance)
     x = sampler.sample(1000, batch_size=500, output="float", **options).double()
+    name = f"{x.numel():,} samples of a Gaussian, {variance} {options or ''}".strip()
     options = dict(options)
     mean, std = chain_of_the_gaussian(sampler.table(options.pop("solver", "ddpm"), options.pop("steps", None), **options))
     n = x.numel()
     z_mean = float(x.mean() - mean) / (std / n**0.5)
     z_std = float(x.std() - std) / (std / (2 * n) ** 0.5)
-    name = f"{n:,} samples of a Gaussian, {variance} {options or ''}".strip()
     figure(f"{name}: standard errors off, mean and std", f"{z_mean:+.2f} {z_std:+.2f}")
     assert abs(z_mean) < 4 and abs(z_std) < 4
     if ratio:
