@@ -22,6 +22,8 @@ ISSUE_RATE = 132 * 4 * 32 * 1.7e9  # lanes x instructions per second: processors
 CASES = [
     ("noise", torch.float32, (4096, 3, 32, 32), True, False),
     ("noise", torch.float32, (1, 1, 1, 1), True, False),
+    ("words", torch.int64, (4096, 1, 1, 1), True, False),
+    ("words", torch.int64, (16, 3, 32, 32), True, False),
     ("q_sample", torch.float32, (1, 1, 1, 1), True, False),
     ("ddpm_step", torch.float32, (1, 1, 1, 1), True, False),
     ("q_sample", torch.float32, (4096, 3, 32, 32), True, False),
@@ -64,8 +66,8 @@ def launch_of(op: str, dtype: torch.dtype, shape: tuple[int, ...], channels_last
 
     with torch.device("meta"), record_launches() as launches:
         index, row = torch.empty(b, dtype=torch.int64), torch.empty(b, dtype=torch.int32)
-        if op == "noise":
-            noise._fill(torch.empty(b, c * h * w), index, index, row, noise.X_T, normal=True)
+        if op in ("noise", "words"):
+            noise._fill(torch.empty(b, c * h * w, dtype=dtype), index, index, row, noise.X_T, normal=op == "noise")
         elif op == "q_sample":
             q_sample._launch(images(c, dtype), torch.empty(1000, 2), index, row, index, index)
         else:
@@ -80,7 +82,7 @@ def predict(case: tuple[str, torch.dtype, tuple[int, ...], bool, bool], sm: int)
     launch = launch_of(*case)
     compiled = compile_launch(launch, sm)
     per_thread = 4 * launch.args["BLOCK"] / (32 * launch.options["num_warps"])
-    moved = {"noise": 4, "q_sample": dtype.itemsize + 4, "ddpm_step": 8 + dtype.itemsize * (1 + learned)}[op]
+    moved = {"noise": 4, "words": 8, "q_sample": dtype.itemsize + 4, "ddpm_step": 8 + dtype.itemsize * (1 + learned)}[op]
     parts = [
         op,
         str(dtype).removeprefix("torch."),

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint, load_pretrained, save_pretrained
-    from .sampler import Sampler, Trajectory
+    from .sampler import Sampler
     from .schedule import NoiseSchedule
     from .unet import UNet
     from .unet_config import UNetConfig
+    from .watching import Trajectory
 
 __version__ = "0.1.0"
 
@@ -19,7 +20,7 @@ _HOME = {
     "Checkpoint": "checkpoint",
     "NoiseSchedule": "schedule",
     "Sampler": "sampler",
-    "Trajectory": "sampler",
+    "Trajectory": "watching",
     "UNet": "unet",
     "UNetConfig": "unet_config",
     "load_pretrained": "checkpoint",

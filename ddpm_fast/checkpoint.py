@@ -92,7 +92,8 @@ def save_pretrained(
 ) -> None:
     """Writes the folder that `load_pretrained` and diffusers' `DDPMPipeline.from_pretrained` read; it appears whole or not at all.
 
-    An existing checkpoint there is replaced; ValueError if something else is in the way.
+    An existing checkpoint there is replaced, by two renames: a kill exactly between them leaves the old and the new one
+    whole beside it under hidden names. ValueError if something else is in the way.
     """
     from safetensors.torch import save
 
@@ -124,7 +125,11 @@ def save_pretrained(
         if directory.exists():
             old = staging.with_name(staging.name + "-old")
             directory.rename(old)
-            staging.rename(directory)
+            try:
+                staging.rename(directory)
+            except OSError:
+                old.rename(directory)
+                raise
             shutil.rmtree(old)
         else:
             staging.rename(directory)

@@ -85,7 +85,7 @@ def sample(
     began = time.perf_counter()
     show = sys.stderr.isatty() if progress is None else progress
     stream = sampler.stream(indices, batch_size, **options, progress=show)
-    _write(target, stream, indices, sampler.shape)
+    _write(target, stream, indices)
     seconds = time.perf_counter() - began
     count, table = len(indices), sampler.table(solver, steps, spacing=spacing, eta=eta)
     report = dict(
@@ -192,7 +192,7 @@ def _check_target(out: str) -> Path:
     return path
 
 
-def _write(target: Path, stream: Any, indices: range, shape: tuple[int, ...]) -> None:
+def _write(target: Path, stream: Any, indices: range) -> None:
     """Whole files at the end, single pictures as they come."""
     if target.suffix in pictures.PICTURES + pictures.ARRAYS:
         images = torch.cat([x for _, x in stream]).numpy()

@@ -151,8 +151,8 @@ def to_diffusers(c: UNetConfig) -> dict[str, Any]:
     if len({level.layers for level in levels}) > 1:
         raise ValueError(f"layers={c.layers}: diffusers has one layers_per_block for all levels")
     split = [(level.channels, level.heads) for level, attends in zip(levels, c.attends, strict=True) if attends]
-    head_dims = {c // h for c, h in split}
-    single = all(h == 1 for _, h in split)
+    head_dims = {width // heads for width, heads in split}
+    single = all(heads == 1 for _, heads in split)
     if len(head_dims) > 1 and not single:
         raise ValueError(f"heads={c.heads} at channels={c.channels}: diffusers has one attention_head_dim for all levels")
     if c.mid_attention and not c.scale_shift and not c.mid_norm_groups:

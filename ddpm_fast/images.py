@@ -11,6 +11,7 @@ from torch import Tensor
 from .checks import integer
 
 Images = int | range | Sequence[int] | Tensor
+Labels = int | Sequence[int] | Tensor | None
 
 
 def check_images(images: Images) -> range | Tensor:
@@ -34,6 +35,25 @@ def check_images(images: Images) -> range | Tensor:
 def image_indices(images: range | Tensor) -> Tensor:
     """Checked image indices as int64 [N] on the CPU."""
     return images if isinstance(images, Tensor) else torch.tensor(list(images), dtype=torch.int64, device="cpu")
+
+
+def check_labels(labels: Labels, count: int, num_classes: int | None) -> Tensor | None:
+    """One class for all or one per image as int64 [count] on the CPU, None as None. ValueError for what is no class."""
+    if labels is None:
+        return None
+    if num_classes is None:
+        raise ValueError("labels were given, but the network is unconditional; leave them out")
+    try:
+        chosen = torch.as_tensor(labels, device="cpu")
+        whole = not chosen.is_floating_point() and chosen.dtype != torch.bool
+        chosen = chosen.long()
+    except (TypeError, ValueError, RuntimeError):
+        whole = False
+    if not whole or chosen.shape not in ((), (count,)):
+        raise ValueError(f"labels {str(labels)[:60]}; expected one integer, or {count}, one per image")
+    if count and (chosen.min() < 0 or chosen.max() >= num_classes):
+        raise ValueError(f"labels from {chosen.min()} to {chosen.max()}; expected 0..{num_classes - 1}")
+    return chosen.expand(count)
 
 
 def seed_bits(seed: int) -> int:

@@ -18,21 +18,20 @@ from torch import Tensor, nn
 
 from .checkpoint import load_pretrained
 from .checks import integer
-from .images import Images, check_images, image_indices, seed_bits, to_uint8
+from .images import Images, Labels, check_images, check_labels, image_indices, seed_bits, to_uint8
 from .kernels import noise
 from .kernels.ddpm_step import ddpm_step
 from .kernels.q_sample import q_sample
 from .schedule import NoiseSchedule
 from .solver import PREDICTIONS, VARIANCES, StepTable, choose_timesteps, step_table
 from .unet import UNet, channels_last
+from .watching import Callback, bar_of, of_first
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 DEFAULT_STEPS = {"ddpm": None, "ddim": 50}  # None: the whole chain
-Labels = int | Sequence[int] | Tensor | None
 Steps = int | Sequence[int] | None
-Callback = Callable[[int, int, Tensor], None]  # (step, t, x)
 
 
 class Options(TypedDict, total=False):
@@ -55,30 +54,6 @@ class State:
     seed: Tensor  # [B] int64, the seed's 64 bits
     image: Tensor  # [B] int64
     labels: Tensor | None  # [B] int64
-
-
-class Trajectory:
-    """A callback that keeps x after every `every`-th step: `t` [K] the timesteps, `x` [K, N, C, H, W] fp32 on the CPU."""
-
-    def __init__(self, every: int = 1) -> None:
-        if every < 1:
-            raise ValueError(f"every = {every}; expected at least 1")
-        self.every = every
-        self._kept: dict[int, list[Tensor]] = {}
-        self._t: dict[int, int] = {}
-
-    def __call__(self, step: int, t: int, x: Tensor) -> None:
-        if (step + 1) % self.every == 0:
-            self._kept.setdefault(step, []).append(x.cpu().clone())
-            self._t[step] = t
-
-    @property
-    def t(self) -> list[int]:
-        return list(self._t.values())
-
-    @property
-    def x(self) -> Tensor:
-        return torch.stack([torch.cat(batches) for batches in self._kept.values()])
 
 
 class Sampler:
@@ -202,11 +177,11 @@ class Sampler:
             raise ValueError(f'output {output!r}; expected "uint8" or "float"')
         x_start, t_start = (None, None) if start is None else self._check_start(start, len(indices))
         table = self.table(solver, steps, spacing=spacing, eta=eta, start=t_start)
-        wanted = self._check_labels(labels, len(indices))
+        wanted = check_labels(labels, len(indices), self.num_classes)
         bits = seed_bits(seed)
 
         def batches() -> Iterator[tuple[int, Tensor]]:
-            with _bar(progress, len(table) * -(-len(indices) // batch_size)) as bar:
+            with bar_of(progress, len(table) * -(-len(indices) // batch_size)) as bar:
                 for first in range(0, len(indices), batch_size):
                     place = torch.arange(first, min(first + batch_size, len(indices)), device="cpu")
                     image = image_indices(indices[first : first + batch_size])
@@ -215,7 +190,7 @@ class Sampler:
                         extra = batch_size - count
                         place, image = (torch.cat([v, v[-1:].expand(extra)]) for v in (place, image))
                     state = self.begin(image, bits, _at(wanted, place), _at(x_start, place))
-                    self.run(state, table, bar.update, _of_first(count, callback))
+                    self.run(state, table, bar.update, of_first(count, callback))
                     yield int(image[0]), self._finish(state.x[:count], image[:count], output)
 
         return batches()  # so that bad arguments are refused here, not at the first image
@@ -267,6 +242,10 @@ class Sampler:
         labels = () if state.labels is None else (state.labels,)
         version, channels = state.x._version, self.shape[0]
         out = self.model(state.x.to(self.dtype), t[state.row], *labels)
+        if not isinstance(out, Tensor):
+            raise ValueError(
+                f"the model returned {type(out).__name__}; expected a tensor: for diffusers' networks, `.sample` of it"
+            )
         if state.x._version != version:
             raise ValueError("the model changed its input x_t in place; let it return a new tensor")
         if not learned and out.shape[1] == 2 * channels:
@@ -295,23 +274,6 @@ class Sampler:
             )
         return to_uint8(x).cpu() if output == "uint8" else x.contiguous()
 
-    def _check_labels(self, labels: Labels, count: int) -> Tensor | None:
-        if labels is None:
-            return None
-        if self.num_classes is None:
-            raise ValueError("labels were given, but the network is unconditional; leave them out")
-        try:
-            chosen = torch.as_tensor(labels, device="cpu")
-            whole = not chosen.is_floating_point() and chosen.dtype != torch.bool
-            chosen = chosen.long()
-        except (TypeError, ValueError, RuntimeError):
-            whole = False
-        if not whole or chosen.shape not in ((), (count,)):
-            raise ValueError(f"labels {str(labels)[:60]}; expected one integer, or {count}, one per image")
-        if count and (chosen.min() < 0 or chosen.max() >= self.num_classes):
-            raise ValueError(f"labels from {chosen.min()} to {chosen.max()}; expected 0..{self.num_classes - 1}")
-        return chosen.expand(count)
-
     def _check_start(self, start: tuple[Tensor, int], count: int) -> tuple[Tensor, int]:
         if not isinstance(start, tuple) or len(start) != 2 or not isinstance(start[0], Tensor):
             raise ValueError(f"start is {type(start).__name__}; expected (x_t tensor [N, C, H, W], timestep)")
@@ -330,11 +292,6 @@ def _at(per_image: Tensor | None, chosen: Tensor) -> Tensor | None:
     return None if per_image is None else per_image[chosen.to(per_image.device)]
 
 
-def _of_first(count: int, callback: Callback | None) -> Callback | None:
-    """The callback on the images that were asked for, without the padding."""
-    return None if callback is None else lambda step, t, x: callback(step, t, x[:count])
-
-
 @contextmanager
 def _inference(model: Callable[..., Tensor]) -> Iterator[None]:
     """A module in eval mode, and convolutions that mean fp32 when they say so: cuDNN takes TF32 by default."""
@@ -348,22 +305,3 @@ def _inference(model: Callable[..., Tensor]) -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = tf32
         if training is not None:
             training.train()
-
-
-class _Silent:
-    def __enter__(self) -> _Silent:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def update(self) -> None:
-        pass
-
-
-def _bar(progress: bool, total: int) -> Any:
-    if not progress:
-        return _Silent()
-    from tqdm import tqdm
-
-    return tqdm(total=total, unit="step", leave=False)

@@ -44,8 +44,8 @@ def choose_timesteps(total: int, steps: int | Sequence[int] | None, spacing: str
     """The timesteps to visit, decreasing, each in 0..total-1.
 
     steps: how many; or the timesteps themselves, decreasing; or None for all of them. With n of T steps
-      linspace  from T-1 to 0, both visited, rounded to the nearest (OpenAI's respacing)
-      leading   0, k, 2k, ... with k = T // n: never starts from pure noise (diffusers' default)
+      linspace  from T-1 to 0, both visited, rounded to the nearest; one step: T-1
+      leading   0, k, 2k, ... with k = T // n: starts below T-1 unless k = 1 (diffusers' default)
       trailing  T-1, T-1 - T/n, ...: ends above 0 (Lin et al. 2024)
 
     ValueError for a count outside 1..total, a list that does not decrease or leaves 0..total-1, an unknown spacing.

@@ -112,14 +112,17 @@ class UNetConfig:
 
     def _split(self, head_dim: int | tuple[int, ...]) -> Iterator[int]:
         for c, d, attends in zip(self.channels, self._per_level("head_dim", head_dim), self.attends, strict=True):
-            if attends and c % d:
+            if attends and (not is_count(d) or c % d):
                 raise ValueError(f"a level of {c} channels cannot be split into attention heads of {d}")
-            yield c // d
+            yield c // d if attends else 1
 
     def _check(self) -> None:
         numbers = (self.in_channels, self.out_channels, self.time_dim, self.norm_groups, *self.channels, *self.levels_of("layers"))
+        numbers += self.levels_of("heads")
         if not all(is_count(n) for n in (*numbers, self.num_classes or 1)) or self.num_classes == 0:
-            raise ValueError(f"{self}: channels, layers, time_dim, norm_groups and num_classes must be integers of at least 1")
+            raise ValueError(
+                f"{self}: channels, layers, heads, time_dim, norm_groups and num_classes must be integers of at least 1"
+            )
         if not (self.norm_eps > 0 and self.mid_scale > 0 and 0 <= self.dropout < 1):
             raise ValueError(
                 f"norm_eps={self.norm_eps}, mid_scale={self.mid_scale}, dropout={self.dropout}; expected > 0, > 0, 0 to 1"

@@ -1,4 +1,4 @@
-"""Philox 4x32-10 and the normal numbers made from it: the same bits from PyTorch and Triton, on a CPU and on a GPU.
+"""Philox 4x32-10 and the normal numbers made from it, built to be the same bits from PyTorch and Triton on any device.
 
 The key is the 64-bit seed. The counter's four words say which number is meant, so nothing is stored between draws:
 
@@ -200,7 +200,7 @@ def _noise_kernel(z_ptr, seed_ptr, image_ptr, row_ptr, tag, COUNT, NORMAL: tl.co
 
 
 # Philox blocks per program. Two warps give each thread four blocks, 16 elements: the round keys, addresses and table entries
-# of an image are computed once per thread, so this takes a fifth fewer instructions than one block a thread.
+# of an image are computed once per thread, so this takes a quarter fewer instructions than one block a thread.
 BLOCK, NUM_WARPS = 256, 2
 
 
@@ -241,7 +241,7 @@ def noise(seed: Tensor, image: Tensor, row: Tensor, tag: int, channels: int, hei
     """Standard normals for each image: fp32 [B, C, H, W], channels-last in memory, written once.
 
     seed, image [B] integer (64-bit patterns); row [B] integer in 0..2^24-1, the row of the step table; tag: a stream of this
-    module. The same bits on every device. ValueError for vectors of another shape, type or device.
+    module. ValueError for vectors of another shape, type or device.
     """
     check_per_image(len(seed), seed.device, seed=seed, image=image, row=row)
     count = height * width * channels

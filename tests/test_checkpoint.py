@@ -110,6 +110,21 @@ def test_a_failed_write_keeps_the_old_checkpoint(folder, monkeypatch):
     assert torch.equal(load_pretrained(folder).unet.conv_in.weight, unet(1).conv_in.weight)
 
 
+def test_a_failed_swap_puts_the_old_checkpoint_back(folder, monkeypatch):
+    rename = Path.rename
+
+    def once(self, target):
+        if Path(target) == folder and not self.name.endswith("-old"):
+            raise OSError(5, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", once)
+    with pytest.raises(OSError, match="Input/output error"):
+        save_pretrained(folder, unet(1), NoiseSchedule.linear())
+    assert torch.equal(load_pretrained(folder).unet.conv_in.weight, unet(0).conv_in.weight)
+    assert [p.name for p in folder.parent.iterdir()] == ["model"]
+
+
 @pytest.mark.parametrize("options", [dict(prediction="foo"), dict(variance="foo"), dict(clip=-1.0)], ids=str)
 def test_does_not_write_what_it_would_not_read(tmp_path, options):
     with pytest.raises(ValueError, match=next(iter(options))):

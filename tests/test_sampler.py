@@ -203,6 +203,11 @@ def test_a_model_of_other_channels_is_refused():
         Sampler(lambda x, t: x.repeat(1, 5, 1, 1), SCHEDULE, (1, 4, 4)).sample(1, steps=2)
 
 
+def test_a_model_that_returns_no_tensor_is_refused():
+    with pytest.raises(ValueError, match=r"the model returned tuple; expected a tensor"):
+        Sampler(lambda x, t: (x,), SCHEDULE, (1, 4, 4)).sample(1, steps=2)
+
+
 def test_dropout_is_off_while_sampling_and_training_mode_comes_back():
     unet = small_unet(dropout=0.5).train()
     sampler = Sampler(unet, SCHEDULE, (1, 16, 16))

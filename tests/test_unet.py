@@ -154,6 +154,9 @@ def test_heads_by_number_or_by_width_per_level():
         by_number.to_diffusers()
     with pytest.raises(ValueError, match="give one of them"):
         UNetConfig(heads=4, head_dim=8)
+    for bad in (dict(heads=1.5), dict(heads=0), dict(head_dim=0), dict(channels=5), dict(layers=0), dict(num_classes=0)):
+        with pytest.raises(ValueError, match=r"heads|integers of at least 1"):
+            UNetConfig(**bad)
 
 
 def test_residual_blocks_per_level():
