@@ -1,4 +1,4 @@
-"""The command line: ddpm-fast sample | info | collect-env."""
+"""The command line: ddpm-fast sample | train | info | collect-env."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 
 from . import __version__, pictures
 from .checkpoint import load_pretrained
+from .cli_train import train
 from .cost import unet_cost
 from .environment import environment
 from .images import check_images, image_indices
@@ -76,7 +77,7 @@ def sample(
     """Draw images. Image i of a seed is the same in whatever batch it is drawn."""
     indices = parse_images(images)
     target = _check_target(out)
-    sampler = Sampler.from_pretrained(weights, _device(device), DTYPES[dtype], parse_size(size))
+    sampler = Sampler.from_pretrained(weights, pick_device(device), DTYPES[dtype], parse_size(size))
     if target.suffix not in pictures.ARRAYS and sampler.shape[0] not in pictures.PNG_CHANNELS:
         raise ValueError(
             f"--out {out}: images of {sampler.shape[0]} channels are no pictures; write {' or '.join(pictures.ARRAYS)}"
@@ -100,7 +101,7 @@ def sample(
         images_per_second=round(count / seconds, 3),
         milliseconds_per_image_step=round(1e3 * seconds / (count * len(table)), 4),
     )
-    _say(
+    report_of(
         report,
         as_json,
         f"{count} images of seed {seed}, {len(table)} {solver} steps, {dtype} on {report['device']}: {seconds:.1f} s, "
@@ -137,7 +138,7 @@ def info(directory: Path, as_json: bool) -> None:
         f"  parameters  {cost.parameters:,} ({_bytes(cost.weight_bytes)} in fp32)",
         f"  per image   {cost.flops / 1e9:.3f} GFLOP a step, {_bytes(cost.activation_bytes)} of activations at the peak in fp32",
     ]
-    _say(report, as_json, "\n".join(lines))
+    report_of(report, as_json, "\n".join(lines))
 
 
 @cli.command("collect-env")
@@ -146,7 +147,10 @@ def collect_env(as_json: bool) -> None:
     """What a bug report should say about this machine."""
     report = environment()
     width = max(map(len, report))
-    _say(report, as_json, "\n".join(f"{k:{width}}  {v if v not in (None, []) else 'none'}" for k, v in report.items()))
+    report_of(report, as_json, "\n".join(f"{k:{width}}  {v if v not in (None, []) else 'none'}" for k, v in report.items()))
+
+
+cli.add_command(train)
 
 
 def parse_images(text: str) -> range:
@@ -208,7 +212,8 @@ def _write(target: Path, stream: Any, indices: range) -> None:
             pictures.write_atomically(target / f"{i:0{digits}d}.png", pictures.encode_png(image))
 
 
-def _device(name: str | None) -> torch.device | None:
+def pick_device(name: str | None) -> torch.device | None:
+    """A device that answers; ValueError otherwise. None: the default."""
     if name is None:
         return None
     try:
@@ -233,7 +238,8 @@ def _bytes(n: int) -> str:
     return f"{n / 2**20:.1f} MiB"
 
 
-def _say(report: dict[str, Any], as_json: bool, text: str) -> None:
+def report_of(report: dict[str, Any], as_json: bool, text: str) -> None:
+    """The result of a command: one JSON object, or text for a person."""
     click.echo(json.dumps(report) if as_json else text)
 
 

@@ -67,3 +67,8 @@ def seed_bits(seed: int) -> int:
 def to_uint8(x: Tensor) -> Tensor:
     """[N, C, H, W] in [-1, 1] -> uint8 [N, H, W, C], rounded to the nearest, ties to even."""
     return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+def from_uint8(images: Tensor) -> Tensor:
+    """uint8 [N, H, W, C] -> fp32 [N, C, H, W] in [-1, 1], channels-last: what `to_uint8` takes back."""
+    return images.float().div_(127.5).sub_(1).permute(0, 3, 1, 2)

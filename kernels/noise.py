@@ -19,7 +19,7 @@ from torch import Tensor
 from ._triton import check_per_image, launches_kernel, tl, triton
 
 # Streams. Their values are part of what "image i of seed s" means: never renumber.
-X_T, REVERSE, Q_SAMPLE, TRAIN_T, LABEL, DEQUANTISE = range(6)
+X_T, REVERSE, Q_SAMPLE, TRAIN_T, LABEL, DEQUANTISE, SHUFFLE = range(7)
 
 PHILOX_M0, PHILOX_M1 = tl.constexpr(0xD2511F53), tl.constexpr(0xCD9E8D57)  # multipliers
 PHILOX_W0, PHILOX_W1 = tl.constexpr(0x9E3779B9), tl.constexpr(0xBB67AE85)  # what the key grows by each round

@@ -1,0 +1,272 @@
+"""A training run and its directory, which always holds something whole to go on from.
+
+model/                            the averaged weights, a diffusers folder: what `Sampler.from_pretrained` reads
+checkpoint-00001000.safetensors   everything that the run needs to go on to the bit
+log.jsonl                         one JSON object a line
+samples/00001000.png              a grid drawn from the averaged weights
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checkpoint import save_pretrained, write_atomically
+from .data import ImageData
+from .pictures import save_grid
+from .sampler import Sampler
+from .train import Trainer
+
+LOG, MODEL, SAMPLES = "log.jsonl", "model", "samples"
+_PATTERN = "checkpoint-*.safetensors"
+_VERSION = "1"
+
+
+@dataclass(frozen=True)
+class Every:
+    """How often, in steps; 0: never."""
+
+    log: int = 50
+    checkpoint: int = 500
+    model: int = 0
+    samples: int = 0
+    validation: int = 0
+
+
+class TrainingRun:
+    """Drives a `Trainer` and keeps its directory.
+
+    checkpoints_total_limit   older checkpoints are deleted
+    validation                images for the loss of `ema` and weights over time; None: the first ones of the training data
+    say                       gets one line for a person now and then
+
+    ValueError if the directory cannot be written to.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        trainer: Trainer,
+        every: Every,
+        checkpoints_total_limit: int = 2,
+        validation: ImageData | None = None,
+        say: Callable[[str], Any] = print,
+    ) -> None:
+        self.directory, self.trainer, self.every, self.limit = Path(directory), trainer, every, checkpoints_total_limit
+        self.validation, self.say = validation, say
+        self.spent = 0.0  # seconds of training, all parts of the run together
+        if not self.directory.absolute().parent.is_dir():
+            raise ValueError(f"{self.directory.absolute().parent} does not exist; create it first")
+        self.directory.mkdir(exist_ok=True)
+        if not os.access(self.directory, os.W_OK):
+            raise ValueError(f"the directory {self.directory} cannot be written to")
+
+    # ---- resume
+
+    def resume(self, path: Path) -> None:
+        """Goes on from a checkpoint. ValueError if it is damaged, or from a run with other settings, naming them."""
+        state, header = read_checkpoint(path)
+        then, now = header["identity"], self.trainer.identity()
+        if changed := [f"{k} was {_short(then.get(k))} and is {_short(now[k])}" for k in now if now[k] != then.get(k)]:
+            raise ValueError(f"{path} belongs to another run: {'; '.join(changed)}")
+        self.trainer.load_state(state, header["step"])
+        self.trainer.scaler.load_state_dict(header["scaler"])
+        self.spent = header["seconds"]
+        kept = [line for line in read_log(self.directory / LOG) if line["step"] <= header["step"]]
+        write_atomically(self.directory / LOG, "".join(json.dumps(line) + "\n" for line in kept).encode())
+
+    # ---- the loop
+
+    def train(self, max_seconds: float = math.inf) -> str:
+        """Trains until the last step, the time or a signal ends it, and leaves a checkpoint and the model. Returns which it was.
+
+        RuntimeError when no step of a whole log interval had a finite gradient; the last checkpoint is then left as it is.
+        """
+        trainer, every, last = self.trainer, self.every, self.trainer.config.max_train_steps
+        began, before, saved = time.perf_counter(), self.spent, trainer.done
+        logged, logged_at = trainer.done, began
+        ended = "all steps done"
+        with _signals() as stopped:
+            while trainer.done < last:
+                if stopped or time.perf_counter() - began >= max_seconds:
+                    ended = stopped[0] if stopped else f"{max_seconds:g} seconds are over"
+                    break
+                trainer.step()
+                step, self.spent = trainer.done, before + time.perf_counter() - began
+                if _due(step, every.log) or step == last:
+                    self._log_means(step, step - logged, time.perf_counter() - logged_at)
+                if _due(step, every.validation) or step == last:
+                    self._validate()
+                if _due(step, every.samples):
+                    self._draw()
+                if _due(step, every.model) and step < last:
+                    self.save_model()
+                if _due(step, every.checkpoint) and step < last:
+                    self.save_checkpoint()
+                    saved = step
+                if _due(step, every.log):
+                    logged, logged_at = step, time.perf_counter()
+        if trainer.done > saved or not self._latest():
+            self.save_checkpoint()
+        self.save_model()
+        return ended
+
+    def _log_means(self, step: int, steps: int, seconds: float) -> None:
+        trainer = self.trainer
+        config, means = trainer.config, trainer.means()
+        if math.isnan(means["loss"]):
+            raise RuntimeError(f"no gradient was finite from step {step - steps} to {step}; lower the rate, or widen the precision")
+        images = config.train_batch_size * config.gradient_accumulation_steps
+        line = dict(
+            step=step,
+            images=step * images,
+            epoch=round(step * images / len(trainer.data), 3),
+            **means,
+            lr=config.rate(step - 1),
+            images_per_second=round(steps * images / seconds, 2),
+            seconds=round(self.spent, 1),
+        )
+        self._append(line)
+        self.say(
+            f"step {step} of {config.max_train_steps}, epoch {line['epoch']:.2f}: loss {means['loss']:.4f}, "
+            f"{line['images_per_second']:.0f} images/s"
+        )
+
+    def _validate(self) -> None:
+        trainer, data = self.trainer, self.validation or self.trainer.data
+        average, raw = (trainer.validation_loss(unet, data) for unet in (trainer.ema, trainer.unet))
+        self._append(dict(step=trainer.done, ema_loss=average, raw_loss=raw, held_out=self.validation is not None))
+        which = "held-out images" if self.validation else "training images"
+        self.say(f"step {trainer.done}: loss on {which} {average:.4f} with the averaged weights, {raw:.4f} without")
+
+    def _draw(self, count: int = 64) -> None:
+        trainer = self.trainer
+        h, w = trainer.data.images.shape[1:3]
+        c = trainer.unet.config
+        sampler = Sampler(trainer.ema, trainer.schedule, (c.in_channels, h, w), trainer.config.prediction_type)
+        labels = torch.arange(count) % c.num_classes if c.num_classes else None
+        images = sampler.sample(count, seed=0, solver="ddim", steps=50, labels=labels)
+        (self.directory / SAMPLES).mkdir(exist_ok=True)
+        save_grid(self.directory / SAMPLES / f"{trainer.done:08d}.png", images.numpy())
+
+    def _append(self, line: dict[str, Any]) -> None:
+        with open(self.directory / LOG, "a") as f:
+            f.write(json.dumps(line) + "\n")
+
+    # ---- files
+
+    def save_model(self) -> None:
+        """The averaged weights as a diffusers folder."""
+        trainer = self.trainer
+        save_pretrained(self.directory / MODEL, trainer.ema, trainer.schedule, trainer.config.prediction_type)
+
+    def save_checkpoint(self) -> None:
+        """Everything, in one file that appears whole; then the oldest ones over the limit go."""
+        trainer = self.trainer
+        header = dict(step=trainer.done, seconds=self.spent, scaler=trainer.scaler.state_dict(), identity=trainer.identity())
+        write_checkpoint(self.directory / f"checkpoint-{trainer.done:08d}.safetensors", trainer.state(), header)
+        for old in checkpoints(self.directory)[: -self.limit]:
+            old.unlink()
+
+    def _latest(self) -> list[Path]:
+        return checkpoints(self.directory)[-1:]
+
+
+def checkpoints(directory: Path) -> list[Path]:
+    """The checkpoints of a run's directory, oldest first."""
+    return sorted(directory.glob(_PATTERN))
+
+
+def latest_checkpoint(directory: Path, say: Callable[[str], Any] = print) -> Path | None:
+    """The newest checkpoint that is whole; None if there is none. Damaged ones are passed over with a word."""
+    for path in reversed(checkpoints(directory)):
+        try:
+            read_checkpoint(path)
+            return path
+        except ValueError as error:
+            say(f"{error}; trying the one before")
+    return None
+
+
+def write_checkpoint(path: Path, state: dict[str, Tensor], header: dict[str, Any]) -> None:
+    """Tensors and a JSON header in one safetensors file, with a checksum of both."""
+    from safetensors.torch import save
+
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    text = json.dumps(header, sort_keys=True)
+    write_atomically(path, save(tensors, dict(format="pt", version=_VERSION, header=text, sha256=_checksum(tensors, text))))
+
+
+def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `write_checkpoint` wrote. ValueError for a file that is damaged or something else."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as f:
+            metadata, tensors = f.metadata() or {}, {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist") from None
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    if metadata.get("version") != _VERSION:
+        raise ValueError(f"{path} is no training checkpoint of this version")
+    if _checksum(tensors, metadata["header"]) != metadata["sha256"]:
+        raise ValueError(f"{path} is damaged: its checksum does not fit")
+    return tensors, json.loads(metadata["header"])
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log; a torn last line, as a kill leaves it, is left out."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    found = []
+    for line in lines:
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return found
+
+
+def _checksum(tensors: dict[str, Tensor], text: str) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(memoryview(tensors[name].numpy()))
+    return digest.hexdigest()
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _short(value: Any) -> str:
+    return str(value) if len(str(value)) < 60 else f"{str(value)[:57]}..."
+
+
+@contextmanager
+def _signals() -> Iterator[list[str]]:
+    """SIGINT and SIGTERM end the run after the step at hand: the list then names the signal."""
+    came: list[str] = []
+    caught = (signal.SIGINT, signal.SIGTERM)
+    try:
+        before = [signal.signal(number, lambda n, _: came.append(signal.Signals(n).name)) for number in caught]
+    except ValueError:  # not the main thread: signals are somebody else's business
+        yield came
+        return
+    try:
+        yield came
+    finally:
+        for number, handler in zip(caught, before, strict=True):
+            signal.signal(number, handler)
