@@ -1,4 +1,4 @@
-"""The command line: ddpm-fast sample | train | info | collect-env."""
+"""The command line: ddpm-fast sample | train | eval | plot | info | collect-env."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ import torch
 
 from . import __version__, pictures
 from .checkpoint import load_pretrained
+from .cli_eval import evaluate
+from .cli_plot import plot
 from .cli_train import train
 from .cost import unet_cost
 from .environment import environment
@@ -151,6 +153,8 @@ def collect_env(as_json: bool) -> None:
 
 
 cli.add_command(train)
+cli.add_command(evaluate)
+cli.add_command(plot)
 
 
 def parse_images(text: str) -> range:

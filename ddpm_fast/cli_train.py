@@ -83,7 +83,7 @@ def _option(name: str, default: Any, help: str, **more: Any) -> Any:
 @_option("--checkpoints-total-limit", 2, "How many are kept.", type=click.IntRange(1))
 @_option("--save-model-epochs", 10, "Write model/ every so many epochs; 0: at the end only.", type=click.IntRange(0))
 @_option(
-    "--save-images-epochs", 10, "Draw a grid and take the validation loss every so many epochs; 0: never.", type=click.IntRange(0)
+    "--save-images-epochs", 10, "Draw a grid, take the validation loss every so many epochs; 0: never.", type=click.IntRange(0)
 )
 @_option("--resume-from-checkpoint", None, '"latest", or a checkpoint of this run: go on from it, to the bit.')
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout at the end.")
@@ -112,10 +112,10 @@ def train(as_json: bool, **options: Any) -> None:
     if start is not None:
         run.resume(start)
         say(f"going on from {start}")
-    size = sum(p.numel() for p in trainer.unet.parameters())
+    classes, (count, side, _, channels) = trainer.unet.config.num_classes or "no", data.images.shape
     say(
-        f"{len(data)} images of {data.images.shape[3]} x {data.images.shape[1]} x {data.images.shape[2]}, "
-        f"{trainer.unet.config.num_classes or 'no'} classes; {size:,} parameters; {config.max_train_steps} steps on {trainer.device}"
+        f"{count} images of {channels} x {side} x {side}, {classes} classes; {trainer.weights.numel():,} parameters; "
+        f"{config.max_train_steps} steps on {trainer.device}"
     )
     ended = run.train(math.inf if options["max_seconds"] is None else options["max_seconds"])
     report = dict(

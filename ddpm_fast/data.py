@@ -56,9 +56,9 @@ class ImageData:
         """SHA-256 over shape, pixels and labels: which data this is."""
         digest = hashlib.sha256(repr(self.images.shape).encode())
         for first in range(0, len(self.images), 4096):
-            digest.update(memoryview(np.ascontiguousarray(self.images[first : first + 4096])))
+            digest.update(np.ascontiguousarray(self.images[first : first + 4096]).data)
         if self.labels is not None:
-            digest.update(memoryview(np.ascontiguousarray(self.labels)))
+            digest.update(np.ascontiguousarray(self.labels).data)
         return digest.hexdigest()
 
 

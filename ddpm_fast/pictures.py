@@ -14,9 +14,10 @@ from .checkpoint import write_atomically
 Pixels = NDArray[np.uint8]
 ARRAYS, PICTURES = (".npy", ".npz"), (".png",)
 PNG_CHANNELS = (1, 3, 4)
+GAP = 2  # pixels between the images of a grid
 
 
-def grid(images: Pixels, columns: int | None = None, gap: int = 2, scale: int = 1) -> Pixels:
+def grid(images: Pixels, columns: int | None = None, gap: int = GAP, scale: int = 1) -> Pixels:
     """uint8 [N, H, W, C] -> one picture [rows (H + gap) + gap, ...], white between; each pixel drawn `scale` times."""
     n, h, w, c = images.shape
     columns = columns or math.ceil(math.sqrt(n))
@@ -30,14 +31,18 @@ def grid(images: Pixels, columns: int | None = None, gap: int = 2, scale: int = 
     return sheet
 
 
-def encode_png(image: Pixels) -> bytes:
-    """One image [H, W, C] with 1, 3 or 4 channels as PNG."""
+def encode_png(image: Pixels, **words: str) -> bytes:
+    """One image [H, W, C] with 1, 3 or 4 channels as PNG, with `words` in its text chunks."""
     from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
 
     if image.shape[2] not in PNG_CHANNELS:
         raise ValueError(f"an image of {image.shape[2]} channels is no picture; write .npy or .npz instead")
     buffer = io.BytesIO()
-    Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).save(buffer, format="PNG")
+    text = PngInfo()
+    for key, value in words.items():
+        text.add_text(key, value)
+    Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).save(buffer, format="PNG", pnginfo=text)
     return buffer.getvalue()
 
 
@@ -51,7 +56,20 @@ def save_array(path: Path, images: Pixels, indices: NDArray[np.int64]) -> None:
     write_atomically(path, buffer.getvalue())
 
 
-def save_grid(path: Path, images: Pixels) -> None:
+def save_grid(path: Path, images: Pixels, columns: int | None = None) -> None:
     """A grid of all images as PNG, small ones enlarged to about 64 pixels."""
     scale = max(1, 64 // max(images.shape[1:3])) if len(images) <= 256 else 1
-    write_atomically(path, encode_png(grid(images, scale=scale)))
+    columns = columns or math.ceil(math.sqrt(len(images)))
+    write_atomically(path, encode_png(grid(images, columns, scale=scale), rows=str(math.ceil(len(images) / columns))))
+
+
+def first_row(path: Path) -> Pixels:
+    """The top row of a grid that `save_grid` wrote, without the line under it: uint8 [H', W', C]."""
+    from PIL import Image
+
+    with Image.open(path) as sheet:
+        rows = int(sheet.info.get("rows", 0))
+        if not rows:
+            raise ValueError(f"{path} is no grid of ours: it does not say how many rows it has")
+        pixels = np.asarray(sheet).reshape(sheet.height, sheet.width, -1)
+    return pixels[: (len(pixels) - GAP) // rows]

@@ -215,8 +215,7 @@ class Sampler:
         seeds = torch.full_like(image, seed)
         row = torch.zeros(len(image), dtype=torch.int32, device=self.device)
         if self.num_classes is not None and labels is None:
-            word = noise.words(seeds, image, row, noise.LABEL, 1)[:, 0]
-            labels = (word * self.num_classes) >> 32  # equal shares of 2^32
+            labels = self._own_labels(seeds, image)
         if x is None:
             x = noise.noise(seeds, image, row, noise.X_T, c, h, w)
         else:
@@ -252,6 +251,17 @@ class Sampler:
             out = out[:, :channels]  # a network that predicts its variance, under a solver that sets its own
         ddpm_step(state.x, out, coef, state.row, state.seed, state.image, learned)
         state.row += 1
+
+    def labels(self, images: Images, seed: int = 0) -> Tensor:
+        """The classes int64 [N] that images draw for themselves where none is asked for. ValueError without classes."""
+        if self.num_classes is None:
+            raise ValueError("the network is unconditional: its images have no labels")
+        image = image_indices(check_images(images)).to(self.device)
+        return self._own_labels(torch.full_like(image, seed_bits(seed)), image)
+
+    def _own_labels(self, seeds: Tensor, image: Tensor) -> Tensor:
+        word = noise.words(seeds, image, torch.zeros_like(image), noise.LABEL, 1)[:, 0]
+        return (word * int(self.num_classes or 0)) >> 32  # equal shares of 2^32
 
     def diffuse(self, x_0: Tensor, t: int, images: Images | None = None, seed: int = 0) -> Tensor:
         """x_t of x_0 [N, C, H, W] in [-1, 1]: noised up to timestep t with the images' own noise (default: images 0 ... N-1).

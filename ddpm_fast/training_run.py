@@ -151,15 +151,18 @@ class TrainingRun:
         which = "held-out images" if self.validation else "training images"
         self.say(f"step {trainer.done}: loss on {which} {average:.4f} with the averaged weights, {raw:.4f} without")
 
-    def _draw(self, count: int = 64) -> None:
+    def _draw(self) -> None:
+        """Images 0 ... of seed 0: a column for each class and four rows, or 8 x 8."""
         trainer = self.trainer
         h, w = trainer.data.images.shape[1:3]
         c = trainer.unet.config
         sampler = Sampler(trainer.ema, trainer.schedule, (c.in_channels, h, w), trainer.config.prediction_type)
-        labels = torch.arange(count) % c.num_classes if c.num_classes else None
+        classes = min(c.num_classes or 0, 16)
+        count, columns = (4 * classes, classes) if classes else (64, 8)
+        labels = torch.arange(count) % classes if classes else None
         images = sampler.sample(count, seed=0, solver="ddim", steps=50, labels=labels)
         (self.directory / SAMPLES).mkdir(exist_ok=True)
-        save_grid(self.directory / SAMPLES / f"{trainer.done:08d}.png", images.numpy())
+        save_grid(self.directory / SAMPLES / f"{trainer.done:08d}.png", images.numpy(), columns)
 
     def _append(self, line: dict[str, Any]) -> None:
         with open(self.directory / LOG, "a") as f:
@@ -243,7 +246,7 @@ def _checksum(tensors: dict[str, Tensor], text: str) -> str:
     digest = hashlib.sha256(text.encode())
     for name in sorted(tensors):
         digest.update(name.encode())
-        digest.update(memoryview(tensors[name].numpy()))
+        digest.update(tensors[name].numpy().data)
     return digest.hexdigest()
 
 

@@ -1,0 +1,138 @@
+"""The command line of scores: ddpm-fast eval."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from torch import Tensor
+
+from .classifier import load_classifier
+from .data import FITS, ImageData, load_images
+from .metrics import CONFIDENT, FEATURES, FID_FROM, ClassScores, Features, class_scores, fid, kid
+from .sampler import Sampler
+from .solver import SOLVERS
+
+_path = click.Path(path_type=Path)
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@click.command("eval")
+@click.option("--weights", type=_path, help="Checkpoint to draw from: a diffusers folder.")
+@click.option("--samples", type=_path, help="Score these images instead: a folder, .npz or .npy.")
+@click.option("--data-dir", type=_path, required=True, help="Real images: a folder, .npz, .npy or IDX files.")
+@click.option("--resolution", type=int, default=32, show_default=True, help="Of --samples, in pixels; --weights know theirs.")
+@click.option("--fit", type=click.Choice(FITS), default="crop", show_default=True, help="As in training.")
+@click.option("--images", type=click.IntRange(2), default=2000, show_default=True, help="How many are drawn.")
+@click.option("--seed", type=int, default=0, show_default=True, help="0 to 2^64 - 1.")
+@click.option("--solver", type=click.Choice(SOLVERS), default="ddim", show_default=True)
+@click.option("--steps", type=int, help="How many steps.  [default: all for ddpm, 50 for ddim]")
+@click.option("--batch-size", type=int, default=64, show_default=True)
+@click.option("--classifier", type=_path, help="Also ask this one, such as weights/fashion-mnist-classifier.safetensors.")
+@click.option("--device", help="cpu, cuda, cuda:1 ...  [default: the GPU if there is one]")
+@click.option("--dtype", type=click.Choice(list(_DTYPES)), default="fp32", show_default=True, help="Of the network.")
+@click.option("--progress/--quiet", default=None, help="A progress bar.  [default: on a terminal]")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+def evaluate(as_json: bool, **options: Any) -> None:
+    """Score drawn images against real ones: KID (FID from 10,000 images up), and what a classifier finds.
+
+    The same distance between two sets of real images, train and test, is printed beside it: what perfect images would get.
+    """
+    from .cli import report_of
+
+    device = options["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
+    features = Features(device)
+    classifier = load_classifier(options["classifier"]) if options["classifier"] else None
+    began = time.perf_counter()
+    drawn, labels, source = _drawn(options)
+    seconds = time.perf_counter() - began
+    test, train = _real(options, len(drawn), drawn.shape[1], drawn.shape[3])
+    real, other, ours = (features(x) for x in (torch.from_numpy(test.images), torch.from_numpy(train.images), drawn))
+    report: dict[str, Any] = dict(
+        source=source,
+        images=len(drawn),
+        real_images=len(test),
+        features=FEATURES,
+        rounding="uint8, to the nearest",
+        seconds_of_drawing=round(seconds, 1),
+        kid=kid(real, ours),
+        kid_floor=kid(real, other),
+    )
+    lines = [
+        f"{len(drawn)} images ({source}) against {len(test)} real ones; uint8, rounded to the nearest",
+        f"features: {FEATURES}",
+        f"KID        {_with_deviation(report['kid'])}",
+        f"KID floor  {_with_deviation(report['kid_floor'])}  real images against real ones, {len(train)} and {len(test)}",
+    ]
+    if min(len(drawn), len(test)) >= FID_FROM:
+        report.update(fid=fid(real, ours), fid_floor=fid(real, other))
+        lines.append(f"FID        {report['fid']:.3f}, floor {report['fid_floor']:.3f}")
+    if classifier is not None:
+        wanted = None if test.labels is None else torch.from_numpy(test.labels)
+        of_drawn, of_real = class_scores(classifier, drawn, labels), class_scores(classifier, torch.from_numpy(test.images), wanted)
+        report.update(classes_drawn=vars(of_drawn), classes_real=vars(of_real))
+        lines += _class_lines(of_drawn, of_real)
+    report_of(report, as_json, "\n".join(lines))
+
+
+def _drawn(options: dict[str, Any]) -> tuple[Tensor, Tensor | None, str]:
+    """(images uint8 [N, H, W, C], labels or None, where they are from)"""
+    from .cli import pick_device
+
+    if (options["weights"] is None) == (options["samples"] is None):
+        raise ValueError("give --weights to draw from, or --samples to score")
+    if options["samples"] is not None:
+        data = load_images(options["samples"], options["resolution"], options["fit"])
+        return (
+            torch.from_numpy(data.images),
+            None if data.labels is None else torch.from_numpy(data.labels),
+            str(options["samples"]),
+        )
+    sampler = Sampler.from_pretrained(options["weights"], pick_device(options["device"]), _DTYPES[options["dtype"]])
+    how: dict[str, Any] = dict(seed=options["seed"], solver=options["solver"], steps=options["steps"])
+    show = sys.stderr.isatty() if options["progress"] is None else options["progress"]
+    images = sampler.sample(options["images"], batch_size=options["batch_size"], progress=show, **how)
+    labels = sampler.labels(options["images"], options["seed"]).cpu() if sampler.num_classes else None
+    steps = len(sampler.table(options["solver"], options["steps"]))
+    return images, labels, f"{options['weights']}, seed {options['seed']}, {options['solver']} {steps} steps, {options['dtype']}"
+
+
+def _real(options: dict[str, Any], count: int, resolution: int, channels: int) -> tuple[ImageData, ImageData]:
+    """Two sets of real images, at most `count` each and of one size: the test and the training split, or two parts of one set."""
+    source = options["data_dir"]
+    train = load_images(source, resolution, options["fit"], channels)
+    order = np.random.default_rng(0).permutation(len(train))
+    if source.is_dir() and any(source.glob("t10k-images*")):
+        test = load_images(source, resolution, options["fit"], channels, split="test")
+        count = min(count, len(test), len(train))
+        return _some(test, np.random.default_rng(1).permutation(len(test))[:count]), _some(train, order[:count])
+    count = min(count, len(train) // 2)
+    if count < 2:
+        raise ValueError(f"{source} holds {len(train)} images; expected at least 4")
+    return _some(train, order[:count]), _some(train, order[count : 2 * count])
+
+
+def _some(data: ImageData, chosen: Any) -> ImageData:
+    return ImageData(data.images[chosen], None if data.labels is None else data.labels[chosen], data.classes)
+
+
+def _with_deviation(value: tuple[float, float]) -> str:
+    return f"{value[0]:.4f} +- {value[1]:.4f}"
+
+
+def _class_lines(drawn: ClassScores, real: ClassScores) -> list[str]:
+    def row(name: str, ours: float, theirs: float) -> str:
+        return f"{name:28} {ours:7.3f}  {theirs:7.3f}  {ours / theirs if theirs else float('nan'):7.3f}"
+
+    lines = [
+        f"{'classifier':28} {'drawn':>7}  {'real':>7}  {'ratio':>7}",
+        row(f"confidence above {CONFIDENT}", drawn.confident, real.confident),
+    ]
+    if drawn.right is not None and real.right is not None:
+        lines.append(row("label found", drawn.right, real.right))
+    return lines + [row(f"share of class {i}", *pair) for i, pair in enumerate(zip(drawn.shares, real.shares, strict=True))]

