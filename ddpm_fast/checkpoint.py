@@ -7,6 +7,7 @@ scheduler/scheduler_config.json
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shutil
@@ -92,8 +93,8 @@ def save_pretrained(
 ) -> None:
     """Writes the folder that `load_pretrained` and diffusers' `DDPMPipeline.from_pretrained` read; it appears whole or not at all.
 
-    An existing checkpoint there is replaced, by two renames: a kill exactly between them leaves the old and the new one
-    whole beside it under hidden names. ValueError if something else is in the way.
+    An existing checkpoint there is exchanged in one move (on file systems that cannot, by two renames: a kill exactly between
+    them leaves the old and the new one whole beside it under hidden names). ValueError if something else is in the way.
     """
     from safetensors.torch import save
 
@@ -122,7 +123,7 @@ def save_pretrained(
             (staging / name).parent.mkdir(exist_ok=True)
             write_atomically(staging / name, content)
         staging.chmod(0o755)
-        if directory.exists():
+        if directory.exists() and not _exchange(staging, directory):
             old = staging.with_name(staging.name + "-old")
             directory.rename(old)
             try:
@@ -131,10 +132,20 @@ def save_pretrained(
                 old.rename(directory)
                 raise
             shutil.rmtree(old)
-        else:
+        elif not directory.exists():
             staging.rename(directory)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Lets two directories trade names in one move, as Linux can on most file systems. False where it cannot."""
+    at_fdcwd, rename_exchange = -100, 2
+    try:
+        renameat2 = ctypes.CDLL(None).renameat2
+    except (AttributeError, OSError):
+        return False
+    return renameat2(at_fdcwd, os.fsencode(a), at_fdcwd, os.fsencode(b), rename_exchange) == 0
 
 
 def write_atomically(path: Path, content: bytes) -> None:

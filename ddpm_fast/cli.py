@@ -258,11 +258,11 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         _fail(error.format_message())
     except (ValueError, OSError) as error:
         _fail(str(error))
-    except RuntimeError as error:
-        _fail(str(error), code=1)
-    except (click.Abort, KeyboardInterrupt):
+    except (click.Abort, KeyboardInterrupt):  # before RuntimeError, of which Abort is one
         click.echo("ddpm-fast: interrupted", err=True)
         sys.exit(130)
+    except RuntimeError as error:
+        _fail(str(error), code=1)
     sys.exit(0)
 
 

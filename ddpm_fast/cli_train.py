@@ -108,16 +108,16 @@ def train(as_json: bool, **options: Any) -> None:
         samples=options["save_images_epochs"] * epoch,
         validation=options["save_images_epochs"] * epoch,
     )
-    run = TrainingRun(directory, trainer, every, options["checkpoints_total_limit"], validation, say)
-    if start is not None:
-        run.resume(start)
-        say(f"going on from {start}")
-    classes, (count, side, _, channels) = trainer.unet.config.num_classes or "no", data.images.shape
-    say(
-        f"{count} images of {channels} x {side} x {side}, {classes} classes; {trainer.weights.numel():,} parameters; "
-        f"{config.max_train_steps} steps on {trainer.device}"
-    )
-    ended = run.train(math.inf if options["max_seconds"] is None else options["max_seconds"])
+    with TrainingRun(directory, trainer, every, options["checkpoints_total_limit"], validation, say) as run:
+        if start is not None:
+            run.resume(start)
+            say(f"going on from {start}")
+        classes, (count, side, _, channels) = trainer.unet.config.num_classes or "no", data.images.shape
+        say(
+            f"{count} images of {channels} x {side} x {side}, {classes} classes; {trainer.weights.numel():,} parameters; "
+            f"{config.max_train_steps} steps on {trainer.device}"
+        )
+        ended = run.train(math.inf if options["max_seconds"] is None else options["max_seconds"])
     report = dict(
         directory=str(directory), model=str(directory / "model"), step=trainer.done, seconds=round(run.spent, 1), ended=ended
     )

@@ -58,13 +58,16 @@ class _AsTheyAre(nn.Module):
 
 
 def kid(real: Tensor, drawn: Tensor, subsets: int = 100, subset_size: int = 1000) -> tuple[float, float]:
-    """Kernel distance (Binkowski et al. 2018) of features [N, D], [M, D]: mean and standard deviation over random subsets."""
+    """Kernel distance (Binkowski et al. 2018) of features [N, D], [M, D]: mean and standard deviation over random subsets.
+
+    A subset has `subset_size` images, at most half of those that there are.
+    """
     from torchmetrics.image.kid import KernelInceptionDistance
 
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")  # it will keep the features in memory: as wished
         torch.manual_seed(0)
-        metric = KernelInceptionDistance(_AsTheyAre(real.shape[1]), subsets, min(subset_size, len(real), len(drawn)))
+        metric = KernelInceptionDistance(_AsTheyAre(real.shape[1]), subsets, min(subset_size, len(real) // 2, len(drawn) // 2))
         metric.update(real, real=True)
         metric.update(drawn, real=False)
         mean, deviation = metric.compute()

@@ -53,6 +53,9 @@ class Trainer:
         self.config, self.schedule, self.data = config, schedule, data
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         _check_fit(unet, data)
+        epochs = config.max_train_steps * config.train_batch_size * config.gradient_accumulation_steps // len(data)
+        if epochs >= VALIDATION_ROW:
+            raise ValueError(f"{epochs} epochs of {len(data)} images; expected fewer than {VALIDATION_ROW}")
         self.unet = unet.to(self.device, torch.float32).train()
         self.ema = copy.deepcopy(self.unet).eval().requires_grad_(False) if config.use_ema else self.unet
         self.weights = torch.nn.Parameter(flatten(self.unet))
@@ -150,15 +153,16 @@ class Trainer:
 
     def _noised(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         """(x_t, t, labels, target) of a batch."""
+        labels = batch.labels if self.unet.config.num_classes else None
         seed = torch.full_like(batch.image, seed_bits(self.config.seed))
         x_t = q_sample(batch.x_0, self._coef, batch.t, batch.epoch, seed, batch.image)
         if self.config.prediction_type == "x_0":
-            return x_t, batch.t, batch.labels, batch.x_0
+            return x_t, batch.t, labels, batch.x_0
         eps = noise.noise(seed, batch.image, batch.epoch, noise.Q_SAMPLE, *batch.x_0.shape[1:])
         if self.config.prediction_type == "eps":
-            return x_t, batch.t, batch.labels, eps
+            return x_t, batch.t, labels, eps
         signal, sigma = self._coef[batch.t].T[:, :, None, None, None]
-        return x_t, batch.t, batch.labels, signal * eps - sigma * batch.x_0  # v (Salimans & Ho 2022, section 4)
+        return x_t, batch.t, labels, signal * eps - sigma * batch.x_0  # v (Salimans & Ho 2022, section 4)
 
     def _loss(self, model: Callable[..., Tensor], x_t: Tensor, t: Tensor, labels: Tensor | None, target: Tensor) -> Tensor:
         return F.mse_loss(model(x_t, t, labels).float(), target)
@@ -246,7 +250,10 @@ def sum_in_order(vectors: Sequence[Tensor]) -> Tensor:
 
 
 def _check_fit(unet: UNet, data: ImageData) -> None:
-    channels, c = data.images.shape[3], unet.config
+    (_, height, width, channels), c = data.images.shape, unet.config
+    coarsest = 2 ** (len(c.channels) - 1)
+    if height % coarsest or width % coarsest:
+        raise ValueError(f"the images are {height} x {width}; {len(c.channels)} levels need sides divisible by {coarsest}")
     if c.in_channels != channels or c.out_channels != channels:
         raise ValueError(f"the images have {channels} channels, the network takes {c.in_channels} and gives {c.out_channels}")
     if c.num_classes is not None and (data.num_classes is None or data.num_classes > c.num_classes):

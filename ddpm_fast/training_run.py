@@ -8,10 +8,11 @@ samples/00001000.png              a grid drawn from the averaged weights
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import math
-import os
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -46,13 +47,13 @@ class Every:
 
 
 class TrainingRun:
-    """Drives a `Trainer` and keeps its directory.
+    """Drives a `Trainer` and keeps its directory, for itself alone: `with TrainingRun(...) as run: run.train()`.
 
     checkpoints_total_limit   older checkpoints are deleted
     validation                images for the loss of `ema` and weights over time; None: the first ones of the training data
     say                       gets one line for a person now and then
 
-    ValueError if the directory cannot be written to.
+    ValueError if the directory's parent is missing or another process trains there, OSError if it cannot be written to.
     """
 
     def __init__(
@@ -70,8 +71,14 @@ class TrainingRun:
         if not self.directory.absolute().parent.is_dir():
             raise ValueError(f"{self.directory.absolute().parent} does not exist; create it first")
         self.directory.mkdir(exist_ok=True)
-        if not os.access(self.directory, os.W_OK):
-            raise ValueError(f"the directory {self.directory} cannot be written to")
+        self._lock = _lock(self.directory)
+        self._sweep()
+
+    def __enter__(self) -> TrainingRun:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.close()
 
     # ---- resume
 
@@ -92,8 +99,15 @@ class TrainingRun:
     def train(self, max_seconds: float = math.inf) -> str:
         """Trains until the last step, the time or a signal ends it, and leaves a checkpoint and the model. Returns which it was.
 
-        RuntimeError when no step of a whole log interval had a finite gradient; the last checkpoint is then left as it is.
+        RuntimeError when no step of a whole log interval had a finite gradient, OSError when a file cannot be written: the last
+        checkpoint and model are then left as they are.
         """
+        try:
+            return self._train(max_seconds)
+        except OSError as error:
+            raise OSError(f"{error}; what was finished before is kept, the run can go on from its last checkpoint") from None
+
+    def _train(self, max_seconds: float) -> str:
         trainer, every, last = self.trainer, self.every, self.trainer.config.max_train_steps
         began, before, saved = time.perf_counter(), self.spent, trainer.done
         logged, logged_at = trainer.done, began
@@ -185,6 +199,24 @@ class TrainingRun:
 
     def _latest(self) -> list[Path]:
         return checkpoints(self.directory)[-1:]
+
+    def _sweep(self) -> None:
+        """Removes what a kill left half written. A hidden model stays where it is the only one."""
+        for path in self.directory.glob(".*.tmp"):
+            path.unlink()
+        for path in self.directory.glob(f".{MODEL}-*"):
+            if (self.directory / MODEL).exists():
+                shutil.rmtree(path)
+
+
+def _lock(directory: Path) -> Any:
+    """Held until the process ends, however it ends. ValueError if another process holds it."""
+    held = open(directory / ".lock", "w")  # noqa: SIM115  # open as long as the run
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise ValueError(f"another process is training in {directory}; wait for it, or choose another directory") from None
+    return held
 
 
 def checkpoints(directory: Path) -> list[Path]:

@@ -110,6 +110,15 @@ def test_a_failed_write_keeps_the_old_checkpoint(folder, monkeypatch):
     assert torch.equal(load_pretrained(folder).unet.conv_in.weight, unet(1).conv_in.weight)
 
 
+def test_replaces_a_checkpoint_in_one_move_or_in_two(folder, monkeypatch):
+    for seed, exchange in ((1, None), (2, lambda a, b: False)):
+        if exchange:
+            monkeypatch.setattr("ddpm_fast.checkpoint._exchange", exchange)
+        save_pretrained(folder, unet(seed), NoiseSchedule.linear())
+        assert torch.equal(load_pretrained(folder).unet.conv_in.weight, unet(seed).conv_in.weight)
+        assert [p.name for p in folder.parent.iterdir()] == ["model"]
+
+
 def test_a_failed_swap_puts_the_old_checkpoint_back(folder, monkeypatch):
     rename = Path.rename
 
@@ -118,6 +127,7 @@ def test_a_failed_swap_puts_the_old_checkpoint_back(folder, monkeypatch):
             raise OSError(5, "Input/output error")
         return rename(self, target)
 
+    monkeypatch.setattr("ddpm_fast.checkpoint._exchange", lambda a, b: False)  # a file system that cannot
     monkeypatch.setattr(Path, "rename", once)
     with pytest.raises(OSError, match="Input/output error"):
         save_pretrained(folder, unet(1), NoiseSchedule.linear())
