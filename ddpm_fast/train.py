@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .data import ImageData
 from .feed import Batch, Feed
+from .half_on_cpu import use_wide_backward
 from .images import seed_bits
 from .kernels import noise
 from .kernels.q_sample import q_sample
@@ -78,6 +79,8 @@ class Trainer:
         self._parts, self._pool = self._split_over_cores()
         if self.device.type == "cpu":
             _keep_freed_memory()
+            if AUTOCAST[config.mixed_precision] is not None:
+                use_wide_backward(self.unet)
 
     def step(self) -> None:
         """One optimizer step. Nothing here waits for the device. A step whose gradient is not finite changes no weight."""

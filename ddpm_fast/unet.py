@@ -7,6 +7,7 @@ This is the reference that every faster form of the network answers to. Its para
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -82,6 +83,7 @@ class Attention(nn.Module):
     def __init__(self, channels: int, heads: int, groups: int | None, eps: float, scale: float = 1.0) -> None:
         super().__init__()
         self.heads, self.scale = heads, scale
+        self.mix: Callable[[Tensor, Tensor, Tensor], Tensor] = F.scaled_dot_product_attention
         self.group_norm = nn.GroupNorm(groups, channels, eps) if groups is not None else None
         self.to_q = nn.Linear(channels, channels)
         self.to_k = nn.Linear(channels, channels)
@@ -96,7 +98,7 @@ class Attention(nn.Module):
             project(pixels).view(b, h * w, self.heads, c // self.heads).transpose(1, 2)  # [B, heads, HW, C / heads]
             for project in (self.to_q, self.to_k, self.to_v)
         )
-        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, h * w, c)
+        mixed = self.mix(q, k, v).transpose(1, 2).reshape(b, h * w, c)
         x = x + self.to_out[0](mixed).transpose(1, 2).view(b, c, h, w)
         return x / self.scale if self.scale != 1 else x
 
