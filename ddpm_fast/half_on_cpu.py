@@ -22,6 +22,7 @@ class _GroupNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
         b, c, pixels = x.shape[0], x.shape[1], x[0, 0].numel()
+        x = x.contiguous(memory_format=_layout(x))
         y, mean, rstd = torch.ops.aten.native_group_norm(x, weight, bias, b, c, pixels, groups, eps)
         ctx.save_for_backward(x, weight, mean, rstd)
         ctx.groups = groups
@@ -31,10 +32,15 @@ class _GroupNorm(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, rstd = ctx.saved_tensors
         b, c, pixels = x.shape[0], x.shape[1], x[0, 0].numel()
+        gradient = gradient.float().contiguous(memory_format=_layout(x))  # the kernel believes that it has x's layout
         dx, dweight, dbias = torch.ops.aten.native_group_norm_backward(
-            gradient.float(), x.float(), mean.float(), rstd.float(), weight.float(), b, c, pixels, ctx.groups, [True, True, True]
+            gradient, x.float(), mean.float(), rstd.float(), weight.float(), b, c, pixels, ctx.groups, [True, True, True]
         )
         return dx.to(x.dtype), dweight, dbias, None, None
+
+
+def _layout(x: Tensor) -> torch.memory_format:
+    return torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
 
 
 def _group_norm(norm: nn.GroupNorm, x: Tensor) -> Tensor:
