@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from bench.clock import Timing, measure
+from bench.training import ours, plain
 from ddpm_fast import NoiseSchedule, Sampler, UNet, UNetConfig
 from ddpm_fast.environment import environment
 from ddpm_fast.kernels import noise as N
@@ -56,6 +57,7 @@ class Bench:
             "copy": (self.copy, 15),
             "kernels": (self.kernels, 60),
             "forward": (self.forward, 90),
+            "training": (self.training, 60),
             "sampling": (self.sampling, 90),
         }
 
@@ -175,6 +177,23 @@ class Bench:
                     rows.append(dict(what="reference forward", dtype=name, batch=batch, **row_of(timing), error=error))
         return rows
 
+    def training(self) -> list[Row]:
+        """Steps of `Trainer` beside the same network in a plain PyTorch loop, both under autocast to bf16."""
+        channels, batch = ((8, 16), 8) if self.tiny else ((48, 96, 96), 256)
+        x_t, eps = torch.randn(2, 4, 1, 32, 32, device=self.device)
+        t, labels = torch.tensor([0, 300, 600, 999], device=self.device), torch.arange(4, device=self.device)
+        engines = {"training": ours, "training, plain PyTorch": plain}
+        rows: list[Row] = []
+        for name, make in engines.items():
+            step, loss_of = make(channels, batch, "bf16", self.device)
+            with torch.no_grad():
+                loss = float(loss_of(x_t, t, labels, eps))
+            if rows and abs(loss - rows[0]["loss"]) > 1e-3 * loss:
+                raise AssertionError(f"losses on one input differ, {rows[0]['loss']} and {loss}: nothing timed")
+            timing = self.clock(step)
+            rows.append(dict(what=name, batch=batch, **row_of(timing), images_per_s=batch / timing.median, loss=loss))
+        return rows
+
     def sampling(self) -> list[Row]:
         """Eager sampling through `Sampler`: some steps of the loop, so img-steps/s; divide by 1000 for images/s at T = 1000."""
         torch.manual_seed(0)
@@ -242,7 +261,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="tiny sizes on the CPU")
     parser.add_argument("--out", type=Path, help="JSON file (default: bench/results/gpu-DATE.json)")
-    parser.add_argument("--only", nargs="+", metavar="PART", help="some parts: tests copy kernels forward sampling")
+    parser.add_argument("--only", nargs="+", metavar="PART", help="some parts: tests copy kernels forward training sampling")
     args = parser.parse_args()
     bench = Bench(args.tiny)
     if bench.device.type == "cpu" and not args.tiny:

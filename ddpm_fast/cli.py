@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
@@ -14,6 +13,7 @@ import torch
 
 from . import __version__, pictures
 from .checkpoint import load_pretrained
+from .cli_common import DTYPES, PATH, pick_device, report_of
 from .cli_eval import evaluate
 from .cli_plot import plot
 from .cli_train import train
@@ -23,12 +23,10 @@ from .images import check_images, image_indices
 from .sampler import Sampler
 from .solver import SOLVERS, SPACINGS
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # both spellings of every flag: --batch-size and --batch_size
 _SETTINGS: dict[str, Any] = dict(
     help_option_names=["-h", "--help"], token_normalize_func=lambda s: s.replace("_", "-"), max_content_width=110
 )
-_weights = click.Path(path_type=Path)
 
 
 @click.group(context_settings=_SETTINGS)
@@ -38,7 +36,7 @@ def cli() -> None:
 
 
 @cli.command()
-@click.option("--weights", type=_weights, required=True, help="Checkpoint: a diffusers folder.")
+@click.option("--weights", type=PATH, required=True, help="Checkpoint: a diffusers folder.")
 @click.option(
     "--images", default="64", show_default=True, help="How many, or a range of image indices: 64 or 100-199 (both ends drawn)."
 )
@@ -112,7 +110,7 @@ def sample(
 
 
 @cli.command()
-@click.argument("directory", type=_weights)
+@click.argument("directory", type=PATH)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def info(directory: Path, as_json: bool) -> None:
     """What a checkpoint is, and what it costs."""
@@ -216,18 +214,6 @@ def _write(target: Path, stream: Any, indices: range) -> None:
             pictures.write_atomically(target / f"{i:0{digits}d}.png", pictures.encode_png(image))
 
 
-def pick_device(name: str | None) -> torch.device | None:
-    """A device that answers; ValueError otherwise. None: the default."""
-    if name is None:
-        return None
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
-    return device
-
-
 def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -240,11 +226,6 @@ def _where(flags: Any) -> str:
 
 def _bytes(n: int) -> str:
     return f"{n / 2**20:.1f} MiB"
-
-
-def report_of(report: dict[str, Any], as_json: bool, text: str) -> None:
-    """The result of a command: one JSON object, or text for a person."""
-    click.echo(json.dumps(report) if as_json else text)
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

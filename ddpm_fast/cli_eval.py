@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import click
@@ -13,19 +12,17 @@ import torch
 from torch import Tensor
 
 from .classifier import load_classifier
+from .cli_common import DTYPES, PATH, pick_device, report_of
 from .data import FITS, ImageData, load_images
 from .metrics import CONFIDENT, FEATURES, FID_FROM, ClassScores, Features, class_scores, fid, kid
 from .sampler import Sampler
 from .solver import SOLVERS
 
-_path = click.Path(path_type=Path)
-_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
 
 @click.command("eval")
-@click.option("--weights", type=_path, help="Checkpoint to draw from: a diffusers folder.")
-@click.option("--samples", type=_path, help="Score these images instead: a folder, .npz or .npy.")
-@click.option("--data-dir", type=_path, required=True, help="Real images: a folder, .npz, .npy or IDX files.")
+@click.option("--weights", type=PATH, help="Checkpoint to draw from: a diffusers folder.")
+@click.option("--samples", type=PATH, help="Score these images instead: a folder, .npz or .npy.")
+@click.option("--data-dir", type=PATH, required=True, help="Real images: a folder, .npz, .npy or IDX files.")
 @click.option("--resolution", type=int, default=32, show_default=True, help="Of --samples, in pixels; --weights know theirs.")
 @click.option("--fit", type=click.Choice(FITS), default="crop", show_default=True, help="As in training.")
 @click.option("--images", type=click.IntRange(2), default=2000, show_default=True, help="How many are drawn.")
@@ -33,9 +30,9 @@ _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 @click.option("--solver", type=click.Choice(SOLVERS), default="ddim", show_default=True)
 @click.option("--steps", type=int, help="How many steps.  [default: all for ddpm, 50 for ddim]")
 @click.option("--batch-size", type=int, default=64, show_default=True)
-@click.option("--classifier", type=_path, help="Also ask this one, such as weights/fashion-mnist-classifier.safetensors.")
+@click.option("--classifier", type=PATH, help="Also ask this one, such as weights/fashion-mnist-classifier.safetensors.")
 @click.option("--device", help="cpu, cuda, cuda:1 ...  [default: the GPU if there is one]")
-@click.option("--dtype", type=click.Choice(list(_DTYPES)), default="fp32", show_default=True, help="Of the network.")
+@click.option("--dtype", type=click.Choice(list(DTYPES)), default="fp32", show_default=True, help="Of the network.")
 @click.option("--progress/--quiet", default=None, help="A progress bar.  [default: on a terminal]")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def evaluate(as_json: bool, **options: Any) -> None:
@@ -43,15 +40,22 @@ def evaluate(as_json: bool, **options: Any) -> None:
 
     The same distance between two sets of real images, train and test, is printed beside it: what perfect images would get.
     """
-    from .cli import report_of
-
-    device = options["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
-    features = Features(device)
+    if (options["weights"] is None) == (options["samples"] is None):
+        raise ValueError("give --weights to draw from, or --samples to score")
+    device = pick_device(options["device"])
+    features = Features(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     classifier = load_classifier(options["classifier"]) if options["classifier"] else None
+    # everything that can be wrong is read before the long work begins
+    if options["weights"] is not None:
+        sampler = Sampler.from_pretrained(options["weights"], device, DTYPES[options["dtype"]])
+        count, (channels, side, _) = options["images"], sampler.shape
+    else:
+        given = load_images(options["samples"], options["resolution"], options["fit"])
+        count, side, _, channels = given.images.shape
+    test, train = _real(options, count, side, channels)
     began = time.perf_counter()
-    drawn, labels, source = _drawn(options)
+    drawn, labels, source = _draw(sampler, options) if options["weights"] else _of(given, str(options["samples"]))
     seconds = time.perf_counter() - began
-    test, train = _real(options, len(drawn), drawn.shape[1], drawn.shape[3])
     real, other, ours = (features(x) for x in (torch.from_numpy(test.images), torch.from_numpy(train.images), drawn))
     report: dict[str, Any] = dict(
         source=source,
@@ -80,26 +84,18 @@ def evaluate(as_json: bool, **options: Any) -> None:
     report_of(report, as_json, "\n".join(lines))
 
 
-def _drawn(options: dict[str, Any]) -> tuple[Tensor, Tensor | None, str]:
-    """(images uint8 [N, H, W, C], labels or None, where they are from)"""
-    from .cli import pick_device
-
-    if (options["weights"] is None) == (options["samples"] is None):
-        raise ValueError("give --weights to draw from, or --samples to score")
-    if options["samples"] is not None:
-        data = load_images(options["samples"], options["resolution"], options["fit"])
-        return (
-            torch.from_numpy(data.images),
-            None if data.labels is None else torch.from_numpy(data.labels),
-            str(options["samples"]),
-        )
-    sampler = Sampler.from_pretrained(options["weights"], pick_device(options["device"]), _DTYPES[options["dtype"]])
+def _draw(sampler: Sampler, options: dict[str, Any]) -> tuple[Tensor, Tensor | None, str]:
+    """(images uint8 [N, H, W, C], labels or None, what they are)"""
     how: dict[str, Any] = dict(seed=options["seed"], solver=options["solver"], steps=options["steps"])
     show = sys.stderr.isatty() if options["progress"] is None else options["progress"]
     images = sampler.sample(options["images"], batch_size=options["batch_size"], progress=show, **how)
     labels = sampler.labels(options["images"], options["seed"]).cpu() if sampler.num_classes else None
     steps = len(sampler.table(options["solver"], options["steps"]))
     return images, labels, f"{options['weights']}, seed {options['seed']}, {options['solver']} {steps} steps, {options['dtype']}"
+
+
+def _of(data: ImageData, name: str) -> tuple[Tensor, Tensor | None, str]:
+    return torch.from_numpy(data.images), None if data.labels is None else torch.from_numpy(data.labels), name
 
 
 def _real(options: dict[str, Any], count: int, resolution: int, channels: int) -> tuple[ImageData, ImageData]:

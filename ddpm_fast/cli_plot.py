@@ -6,9 +6,8 @@ from pathlib import Path
 
 import click
 
+from .cli_common import PATH
 from .plot import plot_course, plot_loss
-
-_path = click.Path(path_type=Path)
 
 
 @click.group()
@@ -17,8 +16,8 @@ def plot() -> None:
 
 
 @plot.command()
-@click.argument("run", type=_path)
-@click.option("--out", type=_path, default="loss.png", show_default=True, help="FILE.png, .svg or .pdf")
+@click.argument("run", type=PATH)
+@click.option("--out", type=PATH, default="loss.png", show_default=True, help="FILE.png, .svg or .pdf")
 def loss(run: Path, out: Path) -> None:
     """Losses over images seen, from the log in RUN."""
     plot_loss(run, out)
@@ -26,8 +25,8 @@ def loss(run: Path, out: Path) -> None:
 
 
 @plot.command()
-@click.argument("run", type=_path)
-@click.option("--out", type=_path, default="course.png", show_default=True, help="FILE.png, .svg or .pdf")
+@click.argument("run", type=PATH)
+@click.option("--out", type=PATH, default="course.png", show_default=True, help="FILE.png, .svg or .pdf")
 @click.option("--rows", type=click.IntRange(1), default=10, show_default=True, help="How many moments.")
 def course(run: Path, out: Path, rows: int) -> None:
     """The same images drawn over the course of training, from the grids in RUN."""

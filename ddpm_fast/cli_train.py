@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import click
 import torch
 
 from .checkpoint import load_pretrained
+from .cli_common import PATH, pick_device, report_of
 from .data import FITS, ImageData, load_dataset, load_images
 from .schedule import NoiseSchedule
 from .solver import PREDICTIONS
@@ -27,7 +29,6 @@ SCHEDULES: dict[str, Any] = {
     "sigmoid": NoiseSchedule.sigmoid,
 }
 _AS_DIFFUSERS = {"epsilon": "eps", "sample": "x_0", "v-prediction": "v"}
-_path = click.Path(path_type=Path)
 
 
 def _option(name: str, default: Any, help: str, **more: Any) -> Any:
@@ -35,25 +36,23 @@ def _option(name: str, default: Any, help: str, **more: Any) -> Any:
 
 
 @click.command()
-@_option("--train-data-dir", None, "Folder of images (sub-folders: classes), .npz, .npy, or IDX files.", type=_path)
+@_option("--train-data-dir", None, "Folder of images (sub-folders: classes), .npz, .npy, or IDX files.", type=PATH)
 @_option("--dataset-name", None, "Data set of the Hugging Face hub instead (needs its library).")
-@_option("--output-dir", "ddpm-model", "The run: model/, checkpoints, log.jsonl, samples/.", type=_path)
+@_option("--output-dir", "ddpm-model", "The run: model/, checkpoints, log.jsonl, samples/.", type=PATH)
 @_option("--resolution", 64, "Side of the square training images, in pixels.")
 @_option(
     "--fit", "crop", "crop: scale and keep the middle; pad: shrink if too large, then centre on black.", type=click.Choice(FITS)
 )
 @_option("--random-flip", False, "Mirror half of the images.", is_flag=True)
 @_option("--class-labels/--no-class-labels", True, "Train class-conditionally where the data has classes.")
-@_option(
-    "--validation-data-dir", None, "Held-out images.  [default: the test split of IDX files, else training images]", type=_path
-)
+@_option("--validation-data-dir", None, "Held-out images.  [default: the test split of IDX files, else training images]", type=PATH)
 @_option("--channels", "64,128,128", "Width of each level of the network.")
 @_option("--layers", 2, "Residual blocks of each level.")
 @_option("--attention", None, "Levels with attention, from 0, the finest, such as 1,2.  [default: the coarsest]")
 @_option("--head-dim", 32, "Channels of an attention head.")
 @_option("--dropout", 0.0, "In every residual block.")
-@_option("--model-config-name-or-path", None, "diffusers' UNet2DModel config.json instead of the five above.", type=_path)
-@_option("--weights", None, "Start from this checkpoint's network and weights (a diffusers folder).", type=_path)
+@_option("--model-config-name-or-path", None, "diffusers' UNet2DModel config.json instead of the five above.", type=PATH)
+@_option("--weights", None, "Start from this checkpoint's network and weights (a diffusers folder).", type=PATH)
 @_option("--train-batch-size", 16, "Images of one forward pass.")
 @_option("--gradient-accumulation-steps", 1, "Batches of one optimizer step.")
 @_option("--num-epochs", 100, "Passes over the data.")
@@ -77,6 +76,7 @@ def _option(name: str, default: Any, help: str, **more: Any) -> Any:
 @_option("--ddpm-beta-schedule", "linear", "Noise schedule.", type=click.Choice(list(SCHEDULES)))
 @_option("--seed", 0, "Of everything that is drawn.")
 @_option("--compile/--no-compile", False, "The network through torch.compile.")
+@_option("--deterministic/--no-deterministic", True, "On a GPU: only kernels that repeat to the bit.")
 @_option("--device", None, "cpu, cuda, cuda:1 ...  [default: the GPU if there is one]")
 @_option("--logging-steps", 50, "A line in log.jsonl every so many steps.")
 @_option("--checkpointing-steps", 500, "A checkpoint every so many steps.")
@@ -89,12 +89,12 @@ def _option(name: str, default: Any, help: str, **more: Any) -> Any:
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout at the end.")
 def train(as_json: bool, **options: Any) -> None:
     """Train a network on your images. A killed run goes on with --resume-from-checkpoint latest."""
-    from .cli import pick_device, report_of
-
     directory: Path = options["output_dir"]
     say = (lambda line: click.echo(line, err=True)) if as_json else click.echo
     start = _start(directory, options["resume_from_checkpoint"], say)
     data, validation = _data(options)
+    if options["deterministic"]:
+        _repeat_to_the_bit()
     device = pick_device(options["device"])
     schedule = SCHEDULES[options["ddpm_beta_schedule"]](timesteps=options["ddpm_num_steps"])
     config = _config(options, len(data))
@@ -200,6 +200,14 @@ def _unet(options: dict[str, Any], data: ImageData) -> UNet:
             num_classes=data.num_classes,
         )
     )
+
+
+def _repeat_to_the_bit() -> None:
+    """Before CUDA starts: libraries choose kernels without atomics, so that a resumed run ends in the same weights."""
+    if torch.cuda.is_available():
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def _numbers(name: str, text: str) -> list[int]:

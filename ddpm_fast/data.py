@@ -108,14 +108,14 @@ def load_images(
 
 
 def load_dataset(name: str, resolution: int, fit: str = "crop", channels: int | None = None, split: str = "train") -> ImageData:
-    """A data set of the Hugging Face hub, or a folder that its library reads; needs `pip install datasets`.
+    """A data set of the Hugging Face hub, or a folder that its library reads; needs the extra `train`.
 
     The first column of images is taken, and a column "label" or "labels" where there is one. See `load_images`.
     """
     try:
         import datasets
     except ImportError:
-        raise ValueError(f"data set {name}: needs the library datasets; pip install datasets") from None
+        raise ValueError(f"data set {name}: needs the extra train: pip install 'ddpm-fast[train]'") from None
     try:
         table = datasets.load_dataset(name, split=split)
     except Exception as error:  # the library's own kinds are many, and what went wrong is in the text

@@ -43,7 +43,7 @@ def plot_loss(run: str | Path, out: str | Path) -> None:
             at, [line["ema_loss"] for line in checked], "o-", color=GREEN, markersize=4, label=f"averaged weights, on {which}"
         )
     low = min([*loss, *(line["ema_loss"] for line in checked)])
-    axes.set(xlabel="images seen", ylabel="loss: mean of (eps - eps_theta)^2", yscale="log", ylim=(0.9 * low, 5 * low))
+    axes.set(xlabel="images seen", ylabel="loss (mean squared error)", yscale="log", ylim=(0.9 * low, 5 * low))
     axes.set_title(f"{last['step']:,} steps, {last['epoch']:.1f} epochs, {last['seconds'] / 3600:.1f} hours", loc="left")
     axes.yaxis.set_major_formatter("{x:.3f}")
     axes.yaxis.set_minor_formatter("{x:.3f}")

@@ -3,6 +3,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from bench.clock import measure
@@ -16,11 +17,11 @@ def test_gpu_bench_runs_in_tiny(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads((tmp_path / "r.json").read_text())
-    assert list(result["parts"]) == ["tests", "copy", "kernels", "forward", "sampling"]
+    assert list(result["parts"]) == ["tests", "copy", "kernels", "forward", "training", "sampling"]
     rows = [row for part in result["parts"].values() for row in part["rows"]]
     assert not any(row.get("failed") for row in rows)
     timed = {row["what"] for row in rows if row.get("ms", 0) > 0}
-    assert {"copy", "noise", "q_sample", "ddpm_step", "reference forward", "eager sampling"} <= timed
+    assert {"copy", "noise", "q_sample", "ddpm_step", "reference forward", "training", "eager sampling"} <= timed
     assert result["environment"]["torch"] == torch.__version__ and "--tiny" in result["command"]
     assert done.stdout.splitlines()[-1].startswith("-> ")
 
@@ -52,3 +53,18 @@ def test_a_wrong_kernel_is_not_timed(monkeypatch, tmp_path):
 def test_measure():
     timing = measure(lambda: torch.ones(1000).sum(), torch.device("cpu"), seconds=0.01)
     assert timing.runs >= 5 and 0 < timing.median < 0.1
+
+
+def test_training_engines_take_turns_and_agree(capsys, monkeypatch, tmp_path):
+    """Tiny sizes: the figures mean nothing, the engines' losses agree or nothing is timed."""
+    from bench import training
+
+    arguments = ["--channels", "8,16", "--batch-size", "4", "--rounds", "2", "--steps", "1", "--out", str(tmp_path / "r.json")]
+    monkeypatch.setattr(sys, "argv", ["training", *arguments])
+    training.main()
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert [row["engine"] for row in result["rows"]] == ["ddpm_fast", "plain PyTorch", "diffusers"]
+    assert result["rows"][0]["ours_is_faster_by"] == 1 and "images/s" in capsys.readouterr().out
+    monkeypatch.setattr(training.Engine, "_read", lambda self: json.dumps(dict(loss=float(len(self.name)), first=0.0)))
+    with pytest.raises(RuntimeError, match="the engines disagree"):
+        training.main()

@@ -1,13 +1,17 @@
 """What only a GPU can show. The kernels' own tests run there too: pytest -m "gpu or kernel"."""
 
+import numpy as np
 import pytest
 import torch
 
 from ddpm_fast import NoiseSchedule, Sampler, UNet, UNetConfig
+from ddpm_fast.data import ImageData
 from ddpm_fast.kernels import noise as N
 from ddpm_fast.kernels.ddpm_step import ddpm_step, ddpm_step_reference
 from ddpm_fast.solver import choose_timesteps, step_table
 from ddpm_fast.testing import relative_error
+from ddpm_fast.train import Trainer
+from ddpm_fast.train_config import TrainConfig
 
 pytestmark = pytest.mark.gpu
 SCHEDULE = NoiseSchedule.linear()
@@ -79,3 +83,50 @@ def test_more_elements_than_32_bits_count():
     ddpm_step(x, out, table, row, seed, image)
     z = N.noise_reference(seed[-1:], image[-1:], row[-1:], N.REVERSE, shape)
     assert torch.equal(x[-1:], ddpm_step_reference(torch.zeros_like(z), out[-1:], z, table, row[-1:]))
+
+
+def trainer(device, **options):
+    generator = np.random.default_rng(0)
+    data = ImageData(generator.integers(0, 256, (64, 32, 32, 1), dtype=np.uint8), np.arange(64) % 10)
+    torch.manual_seed(0)
+    config = dict(sample_size=32, in_channels=1, out_channels=1, channels=(32, 64), layers=1, attention=(False, True))
+    return Trainer(UNet(UNetConfig(**config, num_classes=10)), SCHEDULE, data, TrainConfig(32, **options), device)
+
+
+def test_training_on_the_gpu_is_training_on_the_cpu():
+    """Order, timesteps, flips and noise to the bit; the weights after some steps to rounding."""
+    here, there = (trainer(device, random_flip=True) for device in ("cpu", "cuda"))
+    for number in (0, 5):
+        want, got = (t._noised(t.feed.batch(number)) for t in (here, there))
+        assert torch.equal(want[1], got[1].cpu()) and torch.equal(want[2], got[2].cpu()) and torch.equal(want[3], got[3].cpu())
+        assert relative_error(got[0].cpu(), want[0]) < 1e-6
+    for _ in range(3):
+        here.step()
+        there.step()
+    assert relative_error(there.weights.detach().cpu(), here.weights.detach()) < 1e-3
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+def test_a_training_step_never_waits_for_the_device(precision):
+    t = trainer("cuda", mixed_precision=precision)
+    t.step()  # compiles and chooses algorithms
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            t.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert t.means()["skipped"] <= 1
+
+
+def test_a_resumed_training_on_the_gpu_goes_on():
+    straight = trainer("cuda", mixed_precision="bf16")
+    for _ in range(4):
+        straight.step()
+    held = {k: v.clone() for k, v in straight.state().items()}
+    resumed = trainer("cuda", mixed_precision="bf16")
+    resumed.load_state(held, 4)
+    for t in (straight, resumed):
+        for _ in range(4):
+            t.step()
+    assert torch.equal(straight.weights, resumed.weights) and torch.equal(straight.average, resumed.average)
