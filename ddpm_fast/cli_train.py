@@ -18,7 +18,8 @@ from .schedule import NoiseSchedule
 from .solver import PREDICTIONS
 from .train import Trainer
 from .train_config import LR_SCHEDULERS, PRECISIONS, TrainConfig
-from .training_run import Every, TrainingRun, checkpoints, latest_checkpoint
+from .training_files import checkpoints, latest_checkpoint
+from .training_run import Every, TrainingRun
 from .unet import UNet
 from .unet_config import UNetConfig
 
@@ -207,7 +208,7 @@ def _repeat_to_the_bit() -> None:
     if torch.cuda.is_available():
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def _numbers(name: str, text: str) -> list[int]:

@@ -10,7 +10,8 @@ import numpy as np
 
 from .checkpoint import write_atomically
 from .pictures import Pixels, first_row
-from .training_run import LOG, SAMPLES, read_log
+from .training_files import LOG, read_log
+from .training_run import SAMPLES
 
 # Okabe and Ito's colours, which the colour-blind can tell apart
 GREY, BLUE, ORANGE, GREEN = "#999999", "#0072B2", "#D55E00", "#009E73"

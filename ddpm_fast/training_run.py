@@ -8,8 +8,6 @@ samples/00001000.png              a grid drawn from the averaged weights
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import json
 import math
 import shutil
@@ -22,17 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .checkpoint import save_pretrained, write_atomically
 from .data import ImageData
 from .pictures import save_grid
 from .sampler import Sampler
 from .train import Trainer
+from .training_files import LOG, checkpoints, lock, read_checkpoint, read_log, write_checkpoint
 
-LOG, MODEL, SAMPLES = "log.jsonl", "model", "samples"
-_PATTERN = "checkpoint-*.safetensors"
-_VERSION = "1"
+MODEL, SAMPLES = "model", "samples"
 
 
 @dataclass(frozen=True)
@@ -71,7 +67,7 @@ class TrainingRun:
         if not self.directory.absolute().parent.is_dir():
             raise ValueError(f"{self.directory.absolute().parent} does not exist; create it first")
         self.directory.mkdir(exist_ok=True)
-        self._lock = _lock(self.directory)
+        self._lock = lock(self.directory)
         self._sweep()
 
     def __enter__(self) -> TrainingRun:
@@ -207,79 +203,6 @@ class TrainingRun:
         for path in self.directory.glob(f".{MODEL}-*"):
             if (self.directory / MODEL).exists():
                 shutil.rmtree(path)
-
-
-def _lock(directory: Path) -> Any:
-    """Held until the process ends, however it ends. ValueError if another process holds it."""
-    held = open(directory / ".lock", "w")  # noqa: SIM115  # open as long as the run
-    try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise ValueError(f"another process is training in {directory}; wait for it, or choose another directory") from None
-    return held
-
-
-def checkpoints(directory: Path) -> list[Path]:
-    """The checkpoints of a run's directory, oldest first."""
-    return sorted(directory.glob(_PATTERN))
-
-
-def latest_checkpoint(directory: Path, say: Callable[[str], Any] = print) -> Path | None:
-    """The newest checkpoint that is whole; None if there is none. Damaged ones are passed over with a word."""
-    for path in reversed(checkpoints(directory)):
-        try:
-            read_checkpoint(path)
-            return path
-        except ValueError as error:
-            say(f"{error}; trying the one before")
-    return None
-
-
-def write_checkpoint(path: Path, state: dict[str, Tensor], header: dict[str, Any]) -> None:
-    """Tensors and a JSON header in one safetensors file, with a checksum of both."""
-    from safetensors.torch import save
-
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    text = json.dumps(header, sort_keys=True)
-    write_atomically(path, save(tensors, dict(format="pt", version=_VERSION, header=text, sha256=_checksum(tensors, text))))
-
-
-def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What `write_checkpoint` wrote. ValueError for a file that is damaged or something else."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "pt") as f:
-            metadata, tensors = f.metadata() or {}, {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist") from None
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
-    if metadata.get("version") != _VERSION:
-        raise ValueError(f"{path} is no training checkpoint of this version")
-    if _checksum(tensors, metadata["header"]) != metadata["sha256"]:
-        raise ValueError(f"{path} is damaged: its checksum does not fit")
-    return tensors, json.loads(metadata["header"])
-
-
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log; a torn last line, as a kill leaves it, is left out."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    found = []
-    for line in lines:
-        try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return found
-
-
-def _checksum(tensors: dict[str, Tensor], text: str) -> str:
-    digest = hashlib.sha256(text.encode())
-    for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(tensors[name].numpy().data)
-    return digest.hexdigest()
 
 
 def _due(step: int, every: int) -> bool:

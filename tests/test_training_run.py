@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from ddpm_fast import Sampler, load_pretrained
-from ddpm_fast.training_run import checkpoints, latest_checkpoint, read_checkpoint, read_log
+from ddpm_fast.training_files import checkpoints, latest_checkpoint, lock, read_checkpoint, read_log
 
 pytest.importorskip("click")
 pytest.importorskip("safetensors")
@@ -107,7 +107,8 @@ import torch
 torch.set_num_threads(1)  # no thread pool yet, so a fork is safe
 from ddpm_fast.cli import main
 from ddpm_fast import load_pretrained
-from ddpm_fast.training_run import MODEL, checkpoints, read_checkpoint
+from ddpm_fast.training_files import checkpoints, read_checkpoint
+from ddpm_fast.training_run import MODEL
 from ddpm_fast.kernels import noise
 from pathlib import Path
 
@@ -256,10 +257,8 @@ def test_refuses_to_go_on_with_other_settings(train, tmp_path):
 
 
 def test_two_processes_do_not_share_a_run(train, data, tmp_path):
-    from ddpm_fast.training_run import _lock
-
     (tmp_path / "run").mkdir()
-    held = _lock(tmp_path / "run")
+    held = lock(tmp_path / "run")
     assert one_line(train("--max-train-steps", 1), "another process is training in")
     held.close()
     assert train("--max-train-steps", 1)[0] == 0
