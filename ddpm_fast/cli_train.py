@@ -58,7 +58,7 @@ def _option(name: str, default: Any, help: str, **more: Any) -> Any:
 @_option("--gradient-accumulation-steps", 1, "Batches of one optimizer step.")
 @_option("--num-epochs", 100, "Passes over the data.")
 @_option("--max-train-steps", None, "Optimizer steps, instead of --num-epochs.", type=int)
-@_option("--max-seconds", None, "Stop after so long, with a checkpoint.", type=float)
+@_option("--max-seconds", None, "Stop after so long, with a checkpoint.", type=click.FloatRange(0, min_open=True))
 @_option("--learning-rate", 1e-4, "At its highest.")
 @_option("--lr-scheduler", "cosine", "How the rate runs.", type=click.Choice([s.replace("_", "-") for s in LR_SCHEDULERS]))
 @_option("--lr-warmup-steps", 500, "The rate rises over so many steps.")
@@ -164,7 +164,8 @@ def _data(options: dict[str, Any]) -> tuple[ImageData, ImageData | None]:
 def _config(options: dict[str, Any], images: int) -> TrainConfig:
     given = {k: v for k, v in options.items() if k in TrainConfig.__dataclass_fields__}
     per_step = max(1, options["train_batch_size"] * options["gradient_accumulation_steps"])
-    given["max_train_steps"] = options["max_train_steps"] or math.ceil(options["num_epochs"] * images / per_step)
+    if options["max_train_steps"] is None:
+        given["max_train_steps"] = math.ceil(options["num_epochs"] * images / per_step)
     given["lr_scheduler"] = options["lr_scheduler"].replace("-", "_")
     given["prediction_type"] = _AS_DIFFUSERS.get(options["prediction_type"], options["prediction_type"])
     return TrainConfig(**given)

@@ -44,6 +44,10 @@ class ImageData:
     def __len__(self) -> int:
         return len(self.images)
 
+    def first(self, count: int) -> ImageData:
+        """The first `count` images, or all where there are fewer."""
+        return ImageData(self.images[:count], None if self.labels is None else self.labels[:count], self.classes)
+
     @property
     def num_classes(self) -> int | None:
         """How many classes, or None without labels."""

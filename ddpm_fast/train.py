@@ -119,7 +119,8 @@ class Trainer:
     @torch.no_grad()
     def validation_loss(self, unet: UNet, data: ImageData, count: int = 512) -> float:
         """The loss of a network on the first `count` images of `data`: timesteps spread evenly, noise that never changes."""
-        count = min(count, len(data))
+        data = data.first(count)
+        count = len(data)
         feed = Feed(data, self.config.seed, min(count, 64), self.device, False, len(self.schedule))
         total = 0.0
         training = unet.training

@@ -14,7 +14,7 @@ from torch import Tensor
 from .checkpoint import write_atomically
 
 LOG = "log.jsonl"
-_PATTERN = "checkpoint-*.safetensors"
+_PATTERN = "checkpoint-" + 8 * "[0-9]" + ".safetensors"
 _VERSION = "1"
 
 
@@ -31,6 +31,11 @@ def lock(directory: Path) -> Any:
 def checkpoints(directory: Path) -> list[Path]:
     """The checkpoints of a run's directory, oldest first."""
     return sorted(directory.glob(_PATTERN))
+
+
+def step_of(path: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(path.stem.rpartition("-")[2])
 
 
 def latest_checkpoint(directory: Path, say: Callable[[str], Any] = print) -> Path | None:

@@ -26,7 +26,7 @@ from .data import ImageData
 from .pictures import save_grid
 from .sampler import Sampler
 from .train import Trainer
-from .training_files import LOG, checkpoints, lock, read_checkpoint, read_log, write_checkpoint
+from .training_files import LOG, checkpoints, lock, read_checkpoint, read_log, step_of, write_checkpoint
 
 MODEL, SAMPLES = "model", "samples"
 
@@ -68,6 +68,7 @@ class TrainingRun:
             raise ValueError(f"{self.directory.absolute().parent} does not exist; create it first")
         self.directory.mkdir(exist_ok=True)
         self._lock = lock(self.directory)
+        self._identity = trainer.identity()
         self._sweep()
 
     def __enter__(self) -> TrainingRun:
@@ -81,14 +82,18 @@ class TrainingRun:
     def resume(self, path: Path) -> None:
         """Goes on from a checkpoint. ValueError if it is damaged, or from a run with other settings, naming them."""
         state, header = read_checkpoint(path)
-        then, now = header["identity"], self.trainer.identity()
+        then, now = header["identity"], self._identity
         if changed := [f"{k} was {_short(then.get(k))} and is {_short(now[k])}" for k in now if now[k] != then.get(k)]:
             raise ValueError(f"{path} belongs to another run: {'; '.join(changed)}")
         self.trainer.load_state(state, header["step"])
-        self.trainer.scaler.load_state_dict(header["scaler"])
+        if header["scaler"]:  # empty where there was no loss scaling
+            self.trainer.scaler.load_state_dict(header["scaler"])
         self.spent = header["seconds"]
         kept = [line for line in read_log(self.directory / LOG) if line["step"] <= header["step"]]
         write_atomically(self.directory / LOG, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        for later in checkpoints(self.directory):
+            if step_of(later) > header["step"]:  # of a course that is left now, or damaged
+                later.rename(later.with_name(f"abandoned-{later.name}"))
 
     # ---- the loop
 
@@ -188,7 +193,7 @@ class TrainingRun:
     def save_checkpoint(self) -> None:
         """Everything, in one file that appears whole; then the oldest ones over the limit go."""
         trainer = self.trainer
-        header = dict(step=trainer.done, seconds=self.spent, scaler=trainer.scaler.state_dict(), identity=trainer.identity())
+        header = dict(step=trainer.done, seconds=self.spent, scaler=trainer.scaler.state_dict(), identity=self._identity)
         write_checkpoint(self.directory / f"checkpoint-{trainer.done:08d}.safetensors", trainer.state(), header)
         for old in checkpoints(self.directory)[: -self.limit]:
             old.unlink()

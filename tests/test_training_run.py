@@ -281,6 +281,8 @@ def test_gradients_that_are_never_finite_end_the_run(train, tmp_path, monkeypatc
         (["--train-data-dir", "DATA", "--channels", "8,12"], "expected multiples of 8"),
         (["--train-data-dir", "DATA", "--channels", "8,16", "--attention", "2"], "expected levels of 0..1"),
         (["--train-data-dir", "DATA", "--num-epochs", "0"], "max_train_steps = 0"),
+        (["--train-data-dir", "DATA", "--max-train-steps", "0"], "max_train_steps = 0"),
+        (["--train-data-dir", "DATA", "--max-seconds", "0"], "--max-seconds"),
         (["--train-data-dir", "DATA", "--learning-rate", "0"], "learning_rate = 0"),
         (["--train-data-dir", "DATA", "--resolution", "0"], "expected pixels"),
         (["--train-data-dir", "DATA", "--resolution", "9"], "divisible by"),
@@ -311,3 +313,20 @@ def test_goes_on_from_given_weights(train, tmp_path):
     assert train(*more, out=tmp_path / "next")[0] == 0
     a, b = (load_pretrained(tmp_path / run / "model").unet.conv_in.weight for run in ("run", "next"))
     assert torch.allclose(a, b, atol=1e-9)
+
+
+def test_going_back_leaves_the_later_checkpoints_aside(train, tmp_path):
+    """Else `latest` would return to them, and the new ones would be pruned as the oldest."""
+    run, steps = tmp_path / "run", ("--lr-scheduler", "constant", "--checkpointing-steps", 2)
+    assert train("--max-train-steps", 6, *steps, "--checkpoints-total-limit", 9)[0] == 0
+    old = run / "checkpoint-00000002.safetensors"
+    assert train("--max-train-steps", 5, *steps, "--resume-from-checkpoint", old)[0] == 0
+    assert [p.name for p in checkpoints(run)] == ["checkpoint-00000004.safetensors", "checkpoint-00000005.safetensors"]
+    assert len(list(run.glob("abandoned-*"))) == 2
+
+
+def test_precision_may_change_on_the_way(train):
+    assert train("--max-train-steps", 2)[0] == 0
+    for step, precision in ((4, "fp16"), (6, "bf16"), (8, "fp16")):
+        more = ("--max-train-steps", step, "--mixed-precision", precision, "--resume-from-checkpoint", "latest")
+        assert train(*more)[0] == 0
