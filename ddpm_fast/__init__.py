@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint, load_pretrained, save_pretrained
+    from .data import ImageData, load_images
     from .sampler import Sampler
     from .schedule import NoiseSchedule
+    from .train import Trainer
+    from .train_config import TrainConfig
     from .unet import UNet
     from .unet_config import UNetConfig
     from .watching import Trajectory
@@ -18,22 +21,30 @@ __version__ = "0.1.0"
 # Names are fetched on first use, so that importing the package costs next to nothing: Triton alone takes a quarter second.
 _HOME = {
     "Checkpoint": "checkpoint",
+    "ImageData": "data",
     "NoiseSchedule": "schedule",
     "Sampler": "sampler",
+    "TrainConfig": "train_config",
+    "Trainer": "train",
     "Trajectory": "watching",
     "UNet": "unet",
     "UNetConfig": "unet_config",
+    "load_images": "data",
     "load_pretrained": "checkpoint",
     "save_pretrained": "checkpoint",
 }
 
 __all__ = [
     "Checkpoint",
+    "ImageData",
     "NoiseSchedule",
     "Sampler",
+    "TrainConfig",
+    "Trainer",
     "Trajectory",
     "UNet",
     "UNetConfig",
+    "load_images",
     "load_pretrained",
     "save_pretrained",
 ]

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import scipy.linalg
 import torch
 import torch.nn.functional as F
 
@@ -15,6 +14,7 @@ from ddpm_fast.classifier import Classifier, load_classifier, save_classifier
 from ddpm_fast.data import load_images
 from ddpm_fast.metrics import Features, class_scores, fid, kid
 
+linalg = pytest.importorskip("scipy.linalg")
 pytest.importorskip("torchmetrics")
 pytest.importorskip("efficientnet_lite_pytorch")
 cli = import_module("ddpm_fast.cli")
@@ -45,7 +45,7 @@ def test_kid(shift):
 def test_fid():
     real, drawn = features(500), features(400, 0.3, seed=1)
     x, y = real.numpy(), drawn.numpy()
-    product = scipy.linalg.sqrtm(np.cov(x.T) @ np.cov(y.T)).real
+    product = linalg.sqrtm(np.cov(x.T) @ np.cov(y.T)).real
     want = np.square(x.mean(0) - y.mean(0)).sum() + np.trace(np.cov(x.T) + np.cov(y.T) - 2 * product)
     assert fid(real, drawn) == pytest.approx(want, rel=1e-6)
 

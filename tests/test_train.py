@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from scipy import stats
 
 from ddpm_fast import NoiseSchedule, Sampler, UNet, UNetConfig
 from ddpm_fast.data import ImageData
@@ -16,6 +15,7 @@ from ddpm_fast.testing import relative_error
 from ddpm_fast.train import Trainer
 from ddpm_fast.train_config import TrainConfig
 
+stats = pytest.importorskip("scipy.stats")
 GENERATOR = np.random.default_rng(0)
 DATA = ImageData(GENERATOR.integers(0, 256, (20, 8, 8, 1), dtype=np.uint8), np.arange(20) % 3)
 SCHEDULE = NoiseSchedule.linear()
