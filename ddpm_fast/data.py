@@ -38,8 +38,11 @@ class ImageData:
             raise ValueError(f"images are {self.images.dtype} {shape}; expected uint8 [N, H, W, C] with at least one image")
         if self.labels is not None and self.labels.shape != shape[:1]:
             raise ValueError(f"labels have shape {self.labels.shape}; expected ({len(self.images)},), one per image")
-        if self.labels is not None and self.labels.min() < 0:
-            raise ValueError(f"a label of {self.labels.min()}; expected classes counted from 0")
+        most = len(self.classes or self.images)
+        if self.labels is not None and not 0 <= self.labels.min() <= self.labels.max() < most:
+            raise ValueError(
+                f"labels from {self.labels.min()} to {self.labels.max()}; expected classes counted from 0, fewer than {most}"
+            )
 
     def __len__(self) -> int:
         return len(self.images)
@@ -166,6 +169,8 @@ def _read_numpy(path: Path, split: str) -> tuple[Pixels, IntArray | None]:
             if pair is None:
                 raise ValueError(f"its arrays are {', '.join(held)}; expected images, x_{split} or arr_0")
             labels = held.get(pair[1])
+            if labels is not None and (labels.dtype.kind not in "iu" or labels.size != len(labels)):
+                raise ValueError(f"{pair[1]} is {labels.dtype} {labels.shape}; expected integers [N]")
             return held[pair[0]], None if labels is None else labels.astype(np.int64).reshape(-1)
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None

@@ -158,6 +158,12 @@ def test_refuses_what_it_cannot_read(tmp_path):
     refused("b.npz", "expected images")
     np.savez(tmp_path / "c.npz", images=GREY, labels=LABELS[:4])
     refused("c.npz", "one per image")
+    for labels in (LABELS - 1, LABELS * 10**9):
+        np.savez(tmp_path / "c.npz", images=GREY, labels=labels)
+        refused("c.npz", "expected classes counted from 0")
+    for labels in (LABELS + 0.5, np.eye(6, dtype=np.int64), np.array(list("abcabc"))):
+        np.savez(tmp_path / "c.npz", images=GREY, labels=labels)
+        refused("c.npz", "expected integers")
     (tmp_path / "images-idx3").write_bytes(b"\0\0\x08\x03" + bytes(12) + b"x")
     refused("images-idx3", "and says it holds")
     (tmp_path / "images-idx3").write_bytes(b"PK")
