@@ -231,6 +231,11 @@ def _read_scheduler(config: Mapping[str, Any]) -> tuple[NoiseSchedule, str, str,
     return _read_schedule(d), _PREDICTIONS[d["prediction_type"]], _VARIANCES[d["variance_type"]], clip
 
 
+def schedule_of_diffusers(name: str, timesteps: int = 1000) -> NoiseSchedule:
+    """What diffusers' DDPMScheduler(beta_schedule=name) is: linear, scaled_linear, squaredcos_cap_v2 or sigmoid."""
+    return _read_schedule({**_SCHEDULER_DEFAULTS, "beta_schedule": name, "num_train_timesteps": timesteps})
+
+
 def _read_schedule(d: Mapping[str, Any]) -> NoiseSchedule:
     start, end, count = d["beta_start"], d["beta_end"], d["num_train_timesteps"]
     if d["trained_betas"] is not None:

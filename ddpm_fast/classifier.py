@@ -31,12 +31,16 @@ class Classifier(nn.Module):
             x = F.max_pool2d(F.relu(norm(convolution(x))), 2)
         return self.out(self.dropout(F.relu(self.hidden(self.dropout(x.flatten(1))))))
 
+    def check(self, shape: tuple[int, ...]) -> None:
+        """ValueError for pictures of another shape (H, W, C)."""
+        own = self.settings["size"], self.settings["size"], self.settings["channels"]
+        if shape != own:
+            raise ValueError(f"images are {shape}; this classifier was trained on {own}")
+
     @torch.no_grad()
     def probabilities(self, images: Tensor, batch_size: int = 256) -> Tensor:
         """uint8 [N, H, W, C] -> [N, classes]. ValueError for pictures of another size."""
-        size, channels = self.settings["size"], self.settings["channels"]
-        if tuple(images.shape[1:]) != (size, size, channels):
-            raise ValueError(f"images are {tuple(images.shape[1:])}; this classifier was trained on {(size, size, channels)}")
+        self.check(tuple(images.shape[1:]))
         return torch.cat([self(from_uint8(part)).softmax(1) for part in images.split(batch_size)])
 
 

@@ -242,6 +242,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     except (click.Abort, KeyboardInterrupt):  # before RuntimeError, of which Abort is one
         click.echo("ddpm-fast: interrupted", err=True)
         sys.exit(130)
+    except MemoryError as error:
+        _fail(f"out of memory: {error}", code=1)
     except RuntimeError as error:
         _fail(str(error), code=1)
     sys.exit(0)

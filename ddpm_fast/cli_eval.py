@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .classifier import load_classifier
 from .cli_common import DTYPES, PATH, pick_device, report_of
-from .data import FITS, ImageData, load_images
+from .data import FITS, ImageData, has_test_split, load_images
 from .metrics import CONFIDENT, FEATURES, FID_FROM, ClassScores, Features, class_scores, fid, kid
 from .sampler import Sampler
 from .solver import SOLVERS
@@ -25,7 +25,7 @@ from .solver import SOLVERS
 @click.option("--data-dir", type=PATH, required=True, help="Real images: a folder, .npz, .npy or IDX files.")
 @click.option("--resolution", type=int, default=32, show_default=True, help="Of --samples, in pixels; --weights know theirs.")
 @click.option("--fit", type=click.Choice(FITS), default="crop", show_default=True, help="As in training.")
-@click.option("--images", type=click.IntRange(2), default=2000, show_default=True, help="How many are drawn.")
+@click.option("--images", type=click.IntRange(4), default=2000, show_default=True, help="How many are drawn.")
 @click.option("--seed", type=int, default=0, show_default=True, help="0 to 2^64 - 1.")
 @click.option("--solver", type=click.Choice(SOLVERS), default="ddim", show_default=True)
 @click.option("--steps", type=int, help="How many steps.  [default: all for ddpm, 50 for ddim]")
@@ -52,6 +52,10 @@ def evaluate(as_json: bool, **options: Any) -> None:
     else:
         given = load_images(options["samples"], options["resolution"], options["fit"])
         count, side, _, channels = given.images.shape
+        if count < 4:
+            raise ValueError(f"{options['samples']} holds {count} images; expected at least 4")
+    if classifier is not None:
+        classifier.check((side, side, channels))
     test, train = _real(options, count, side, channels)
     began = time.perf_counter()
     drawn, labels, source = _draw(sampler, options) if options["weights"] else _of(given, str(options["samples"]))
@@ -95,21 +99,20 @@ def _draw(sampler: Sampler, options: dict[str, Any]) -> tuple[Tensor, Tensor | N
 
 
 def _of(data: ImageData, name: str) -> tuple[Tensor, Tensor | None, str]:
-    return torch.from_numpy(data.images), None if data.labels is None else torch.from_numpy(data.labels), name
+    return torch.from_numpy(np.array(data.images)), None if data.labels is None else torch.from_numpy(data.labels), name
 
 
 def _real(options: dict[str, Any], count: int, resolution: int, channels: int) -> tuple[ImageData, ImageData]:
-    """Two sets of real images, at most `count` each and of one size: the test and the training split, or two parts of one set."""
+    """Two sets of real images, `count` each or what there is: of the test and the training split, or two parts of one set."""
     source = options["data_dir"]
     train = load_images(source, resolution, options["fit"], channels)
     order = np.random.default_rng(0).permutation(len(train))
-    if source.is_dir() and any(source.glob("t10k-images*")):
+    if has_test_split(source):
         test = load_images(source, resolution, options["fit"], channels, split="test")
-        count = min(count, len(test), len(train))
         return _some(test, np.random.default_rng(1).permutation(len(test))[:count]), _some(train, order[:count])
     count = min(count, len(train) // 2)
-    if count < 2:
-        raise ValueError(f"{source} holds {len(train)} images; expected at least 4")
+    if count < 4:
+        raise ValueError(f"{source} holds {len(train)} images; expected at least 8")
     return _some(train, order[:count]), _some(train, order[count : 2 * count])
 
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
 
-from .checkpoint import load_pretrained
+from .checkpoint import Checkpoint, load_pretrained, schedule_of_diffusers
 from .cli_common import PATH, pick_device, report_of
-from .data import FITS, ImageData, load_dataset, load_images
+from .data import FITS, ImageData, has_test_split, load_dataset, load_images
 from .schedule import NoiseSchedule
 from .solver import PREDICTIONS
 from .train import Trainer
@@ -23,12 +26,7 @@ from .training_run import Every, TrainingRun
 from .unet import UNet
 from .unet_config import UNetConfig
 
-SCHEDULES: dict[str, Any] = {
-    "linear": NoiseSchedule.linear,
-    "scaled-linear": NoiseSchedule.scaled_linear,
-    "squaredcos-cap-v2": NoiseSchedule.cosine,
-    "sigmoid": NoiseSchedule.sigmoid,
-}
+SCHEDULES = ("linear", "scaled-linear", "squaredcos-cap-v2", "sigmoid")
 _AS_DIFFUSERS = {"epsilon": "eps", "sample": "x_0", "v-prediction": "v"}
 
 
@@ -44,6 +42,7 @@ def _option(name: str, default: Any, help: str, **more: Any) -> Any:
 @_option(
     "--fit", "crop", "crop: scale and keep the middle; pad: shrink if too large, then centre on black.", type=click.Choice(FITS)
 )
+@_option("--center-crop", True, "Nothing else is done: for scripts that say so.", is_flag=True, hidden=True)
 @_option("--random-flip", False, "Mirror half of the images.", is_flag=True)
 @_option("--class-labels/--no-class-labels", True, "Train class-conditionally where the data has classes.")
 @_option("--validation-data-dir", None, "Held-out images.  [default: the test split of IDX files, else training images]", type=PATH)
@@ -74,13 +73,13 @@ def _option(name: str, default: Any, help: str, **more: Any) -> Any:
 @_option("--mixed-precision", "no", "Of the network's operations; weights stay fp32.", type=click.Choice(PRECISIONS))
 @_option("--prediction-type", "epsilon", "What the network predicts.", type=click.Choice([*_AS_DIFFUSERS, *PREDICTIONS]))
 @_option("--ddpm-num-steps", 1000, "T of the noise schedule.")
-@_option("--ddpm-beta-schedule", "linear", "Noise schedule.", type=click.Choice(list(SCHEDULES)))
+@_option("--ddpm-beta-schedule", "linear", "Noise schedule.", type=click.Choice(SCHEDULES))
 @_option("--seed", 0, "Of everything that is drawn.")
 @_option("--compile/--no-compile", False, "The network through torch.compile.")
 @_option("--deterministic/--no-deterministic", True, "On a GPU: only kernels that repeat to the bit.")
 @_option("--device", None, "cpu, cuda, cuda:1 ...  [default: the GPU if there is one]")
-@_option("--logging-steps", 50, "A line in log.jsonl every so many steps.")
-@_option("--checkpointing-steps", 500, "A checkpoint every so many steps.")
+@_option("--logging-steps", 50, "A line in log.jsonl every so many steps.", type=click.IntRange(1))
+@_option("--checkpointing-steps", 500, "A checkpoint every so many steps.", type=click.IntRange(1))
 @_option("--checkpoints-total-limit", 2, "How many are kept.", type=click.IntRange(1))
 @_option("--save-model-epochs", 10, "Write model/ every so many epochs; 0: at the end only.", type=click.IntRange(0))
 @_option(
@@ -91,16 +90,20 @@ def _option(name: str, default: Any, help: str, **more: Any) -> Any:
 def train(as_json: bool, **options: Any) -> None:
     """Train a network on your images. A killed run goes on with --resume-from-checkpoint latest."""
     directory: Path = options["output_dir"]
-    say = (lambda line: click.echo(line, err=True)) if as_json else click.echo
+    say = partial(_say, err=as_json)
     start = _start(directory, options["resume_from_checkpoint"], say)
+    checkpoint = _checkpoint(options)
     data, validation = _data(options)
     if options["deterministic"]:
         _repeat_to_the_bit()
     device = pick_device(options["device"])
-    schedule = SCHEDULES[options["ddpm_beta_schedule"]](timesteps=options["ddpm_num_steps"])
-    config = _config(options, len(data))
+    config = _config(options, len(data), checkpoint)
     torch.manual_seed(config.seed % 2**63)
-    trainer = Trainer(_unet(options, data), schedule, data, config, device)
+    unet = _unet(options, data) if checkpoint is None else checkpoint.unet
+    unet.config = replace(unet.config, sample_size=options["resolution"])
+    if data.labels is not None and unet.config.num_classes is None:
+        say("the network is unconditional: the labels are not used")
+    trainer = Trainer(unet, _schedule(options, checkpoint), data, config, device)
     epoch = math.ceil(len(data) / (config.train_batch_size * config.gradient_accumulation_steps))
     every = Every(
         log=options["logging_steps"],
@@ -110,6 +113,8 @@ def train(as_json: bool, **options: Any) -> None:
         validation=options["save_images_epochs"] * epoch,
     )
     with TrainingRun(directory, trainer, every, options["checkpoints_total_limit"], validation, say) as run:
+        if _start(directory, options["resume_from_checkpoint"], say) != start:
+            raise ValueError(f"another process has trained in {directory} meanwhile; start again")
         if start is not None:
             run.resume(start)
             say(f"going on from {start}")
@@ -125,6 +130,44 @@ def train(as_json: bool, **options: Any) -> None:
     report_of(report, as_json, f"{ended}: step {trainer.done}, {run.spent:.0f} s of training -> {directory / 'model'}")
     if ended.startswith("SIG"):
         raise click.Abort
+
+
+def _say(line: str, err: bool) -> None:
+    with contextlib.suppress(BrokenPipeError):  # nobody listens any more: no reason to stop training
+        click.echo(line, err=err)
+
+
+def _given(*names: str) -> list[str]:
+    """Those of the options that were given on the command line."""
+    source = click.get_current_context().get_parameter_source
+    return [f"--{name.replace('_', '-')}" for name in names if source(name) == click.core.ParameterSource.COMMANDLINE]
+
+
+def _checkpoint(options: dict[str, Any]) -> Checkpoint | None:
+    """What --weights names. ValueError where other options would contradict it."""
+    path = options["model_config_name_or_path"]
+    if options["weights"] is None and path is None:
+        return None
+    shape = _given(
+        "channels",
+        "layers",
+        "attention",
+        "head_dim",
+        "dropout",
+        *["model_config_name_or_path"] * (path is not None and options["weights"] is not None),
+    )
+    if shape:
+        raise ValueError(
+            f"{', '.join(shape)} and {'--weights' if options['weights'] else '--model-config-name-or-path'}: give one of them"
+        )
+    return None if options["weights"] is None else load_pretrained(options["weights"])
+
+
+def _schedule(options: dict[str, Any], checkpoint: Checkpoint | None) -> NoiseSchedule:
+    """diffusers' schedule of that name, or the checkpoint's own where no other was asked for."""
+    if checkpoint is not None and not _given("ddpm_beta_schedule", "ddpm_num_steps"):
+        return checkpoint.schedule
+    return schedule_of_diffusers(options["ddpm_beta_schedule"].replace("-", "_"), options["ddpm_num_steps"])
 
 
 def _start(directory: Path, wanted: str | None, say: Any) -> Path | None:
@@ -153,36 +196,40 @@ def _data(options: dict[str, Any]) -> tuple[ImageData, ImageData | None]:
         data, held_out = load_dataset(name, *how), None
     else:
         data = load_images(source, *how)
-        held_out = load_images(source, *how, split="test") if source.is_dir() and any(source.glob("t10k-images*")) else None
+        held_out = load_images(source, *how, split="test") if has_test_split(source) else None
     if options["validation_data_dir"] is not None:
         held_out = load_images(options["validation_data_dir"], *how, channels=data.images.shape[3], split="test")
+        held_out = held_out.with_classes_of(data)
     if not options["class_labels"]:
         data, held_out = ImageData(data.images), held_out and ImageData(held_out.images)
     return data, held_out
 
 
-def _config(options: dict[str, Any], images: int) -> TrainConfig:
+def _config(options: dict[str, Any], images: int, checkpoint: Checkpoint | None) -> TrainConfig:
     given = {k: v for k, v in options.items() if k in TrainConfig.__dataclass_fields__}
     per_step = max(1, options["train_batch_size"] * options["gradient_accumulation_steps"])
     if options["max_train_steps"] is None:
         given["max_train_steps"] = math.ceil(options["num_epochs"] * images / per_step)
     given["lr_scheduler"] = options["lr_scheduler"].replace("-", "_")
     given["prediction_type"] = _AS_DIFFUSERS.get(options["prediction_type"], options["prediction_type"])
+    if checkpoint is not None and not _given("prediction_type"):
+        given["prediction_type"] = checkpoint.prediction
     return TrainConfig(**given)
 
 
 def _unet(options: dict[str, Any], data: ImageData) -> UNet:
-    if options["weights"] is not None:
-        return load_pretrained(options["weights"]).unet
     path = options["model_config_name_or_path"]
     if path is not None:
         try:
-            return UNet(UNetConfig.from_diffusers(json.loads(Path(path).read_text())))
-        except (OSError, json.JSONDecodeError) as error:
+            config = json.loads(Path(path).read_text())
+            if not isinstance(config, dict):
+                raise ValueError("expected a JSON object")
+            return UNet(UNetConfig.from_diffusers(config))
+        except (OSError, ValueError) as error:
             raise ValueError(f"--model-config-name-or-path {path}: {error}") from None
     channels = _numbers("--channels", options["channels"])
     attention = [len(channels) - 1] if options["attention"] is None else _numbers("--attention", options["attention"])
-    if any(level >= len(channels) for level in attention):
+    if not all(0 <= level < len(channels) for level in attention):
         raise ValueError(f"--attention {options['attention']}; expected levels of 0..{len(channels) - 1}")
     groups = max(g for g in (8, 16, 32) if all(c % g == 0 for c in channels)) if all(c % 8 == 0 for c in channels) else 0
     if not groups:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import os
-import zipfile
+import zlib
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -47,9 +47,14 @@ class ImageData:
     def __len__(self) -> int:
         return len(self.images)
 
-    def first(self, count: int) -> ImageData:
-        """The first `count` images, or all where there are fewer."""
-        return ImageData(self.images[:count], None if self.labels is None else self.labels[:count], self.classes)
+    def with_classes_of(self, other: ImageData) -> ImageData:
+        """Labels counted as in `other`, by the classes' names where both have them. ValueError for a class that it lacks."""
+        if self.labels is None or self.classes is None or other.classes is None:
+            return self
+        if unknown := sorted(set(self.classes) - set(other.classes)):
+            raise ValueError(f"the classes {', '.join(unknown)} are not among those of training: {', '.join(other.classes)}")
+        number = np.array([other.classes.index(name) for name in self.classes])
+        return ImageData(self.images, number[self.labels], other.classes)
 
     @property
     def num_classes(self) -> int | None:
@@ -95,10 +100,7 @@ def load_images(
         found = sorted(source.glob("*images*idx3*"))
         if not found:
             return _read_folder(source, resolution, fit, channels)
-        prefix = {"train": "train", "test": "t10k"}[split]
-        source = next((path for path in found if path.name.startswith(prefix)), found[0] if split == "train" else source)
-        if source.is_dir():
-            raise ValueError(f"{source} has no t10k-images file: no test split")
+        source = _of_split(source, found, split)
     if source.suffix in (".npz", ".npy"):
         images, labels = _read_numpy(source, split)
     elif "idx3" in source.name:
@@ -132,8 +134,12 @@ def load_dataset(name: str, resolution: int, fit: str = "crop", channels: int | 
         raise ValueError(f"data set {name} has no column of images; its columns: {', '.join(table.features)}")
     label = next((k for k in ("label", "labels") if k in table.features), None)
     pictures = (partial(_picture_of, table, i, image) for i in range(len(table)))
-    images = _decode(pictures, len(table), resolution, fit, channels or _channels(table[0][image]))
-    labels = None if label is None else np.asarray(table[label], np.int64)
+    if not len(table):
+        raise ValueError(f"data set {name}, split {split}, is empty")
+    if channels is None:
+        channels = 1 if all(_channels(table[i][image]) == 1 for i in range(len(table))) else 3
+    images = _decode(pictures, len(table), resolution, fit, channels)
+    labels = None if label is None else _as_labels(label, np.asarray(table[label]))
     names = None if label is None else getattr(table.features[label], "names", None)
     return ImageData(images, labels, None if names is None else tuple(names))
 
@@ -145,8 +151,25 @@ def _picture_of(table: Any, i: int, column: str) -> Any:
 # ---- readers
 
 
+def has_test_split(source: Path) -> bool:
+    """A folder of IDX files with a test split beside the training split?"""
+    return source.is_dir() and any("t10k" in path.name or "test" in path.name for path in source.glob("*images*idx3*"))
+
+
+def _of_split(source: Path, found: list[Path], split: str) -> Path:
+    """The one file of IDX images for a split: by "train", or "t10k" or "test", in its name."""
+    words = ("t10k", "test") if split == "test" else ("train",)
+    chosen = [path for path in found if any(word in path.name for word in words)]
+    if not chosen and split == "train" and not has_test_split(source):
+        chosen = found
+    if len(chosen) != 1:
+        names = ", ".join(path.name for path in found)
+        raise ValueError(f"{source} has {len(chosen) or 'no'} files of images for the {split} split among {names}; name one file")
+    return chosen[0]
+
+
 def _read_folder(source: Path, resolution: int, fit: str, channels: int | None) -> ImageData:
-    paths = sorted(p for p in source.rglob("*") if p.suffix.lower() in PICTURES and not p.name.startswith("."))
+    paths = sorted(p for p in source.rglob("*") if p.suffix.lower() in PICTURES and not _hidden(p.relative_to(source)))
     if not paths:
         raise ValueError(f"{source} holds no pictures; expected {', '.join(sorted(PICTURES))}, IDX files, or an .npz or .npy file")
     homes = [path.relative_to(source).parts[:-1] for path in paths]
@@ -159,6 +182,10 @@ def _read_folder(source: Path, resolution: int, fit: str, channels: int | None) 
     return ImageData(images, np.array([names.index(home[0]) for home in homes], np.int64), tuple(names))
 
 
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
+
+
 def _read_numpy(path: Path, split: str) -> tuple[Pixels, IntArray | None]:
     try:
         held = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -169,26 +196,30 @@ def _read_numpy(path: Path, split: str) -> tuple[Pixels, IntArray | None]:
             if pair is None:
                 raise ValueError(f"its arrays are {', '.join(held)}; expected images, x_{split} or arr_0")
             labels = held.get(pair[1])
-            if labels is not None and (labels.dtype.kind not in "iu" or labels.size != len(labels)):
-                raise ValueError(f"{pair[1]} is {labels.dtype} {labels.shape}; expected integers [N]")
-            return held[pair[0]], None if labels is None else labels.astype(np.int64).reshape(-1)
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+            return held[pair[0]], None if labels is None else _as_labels(pair[1], labels)
+    except Exception as error:  # damaged files raise errors of zlib, tokenize and others
         raise ValueError(f"{path} cannot be read: {error}") from None
 
 
+def _as_labels(name: str, labels: NDArray[Any]) -> IntArray:
+    if labels.dtype.kind not in "iu" or not len(labels) or labels.size != len(labels):
+        raise ValueError(f"{name} is {labels.dtype} {labels.shape}; expected integers [N]")
+    return labels.astype(np.int64).reshape(-1)
+
+
 def _read_idx_pair(path: Path) -> tuple[Pixels, IntArray | None]:
-    beside = path.with_name(path.name.replace("images", "labels").replace("idx3", "idx1"))
-    labels = _read_idx(beside).astype(np.int64) if beside != path and beside.exists() else None
-    return _read_idx(path), labels
+    name = path.name.removesuffix(".gz").replace("images", "labels").replace("idx3", "idx1")
+    beside = [p for p in (path.with_name(name), path.with_name(f"{name}.gz")) if p.exists() and p != path]
+    return _read_idx(path), _read_idx(beside[0]).astype(np.int64) if beside else None
 
 
 def _read_idx(path: Path) -> Pixels:
     """The format of MNIST's files: two zero bytes, 8 for uint8, the number of dimensions, their lengths, the bytes."""
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
-    if len(content) < 4 or content[:3] != b"\0\0\x08":
+    if len(content) < 4 or content[:3] != b"\0\0\x08" or len(content) < 4 + 4 * content[3]:
         raise ValueError(f"{path} is no IDX file of bytes")
     shape = np.frombuffer(content, ">u4", count=content[3], offset=4)
     pixels = np.frombuffer(content, np.uint8, offset=4 + 4 * content[3])
@@ -201,16 +232,16 @@ def _read_idx(path: Path) -> Pixels:
 
 
 def _open(path: Path) -> Any:
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     try:
         return Image.open(path)
-    except (OSError, UnidentifiedImageError):
+    except Exception:  # of many kinds, for what is damaged or too large to be meant
         raise ValueError(f"{path} cannot be read as a picture; mend or remove it") from None
 
 
 def _channels(image: Any) -> int:
-    return 1 if image.mode in ("1", "L", "I;16") else 3
+    return 1 if image.mode in ("1", "L") or image.mode.startswith("I;16") else 3
 
 
 def _decode(openers: Iterable[Callable[[], Any]], count: int, resolution: int, fit: str, channels: int) -> Pixels:
@@ -221,14 +252,19 @@ def _decode(openers: Iterable[Callable[[], Any]], count: int, resolution: int, f
         image = opener()
         try:
             out[i] = _fit_picture(image, resolution, fit, channels)
-        except OSError as error:
+        except Exception as error:
             raise ValueError(
                 f"{getattr(image, 'filename', None) or f'picture {i}'} cannot be read: {error}; mend or remove it"
             ) from None
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for done in [pool.submit(one, i, opener) for i, opener in enumerate(openers)]:
-            done.result()
+        running = [pool.submit(one, i, opener) for i, opener in enumerate(openers)]
+        try:
+            for done in running:
+                done.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
     return out
 
 
@@ -236,8 +272,10 @@ def _fit_picture(image: Any, resolution: int, fit: str, channels: int) -> Pixels
     from PIL import Image, ImageOps
 
     image = ImageOps.exif_transpose(image)
-    if image.mode == "I;16":
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise ValueError(f"a picture of mode {image.mode}, whose range nobody knows; expected 8 or 16 bits a channel")
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     image = image.convert("L" if channels == 1 else "RGB")

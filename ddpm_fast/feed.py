@@ -53,11 +53,6 @@ class Feed:
             x_0 = torch.where((drawn[:, 1] >= 2**31)[:, None, None, None], x_0.flip(3), x_0)
         return Batch(image, epoch, t, x_0, self.labels(image))
 
-    def pixels(self, image: Tensor) -> tuple[Tensor, Tensor | None]:
-        """x_0 and labels of the images [B] as they are."""
-        x = self._held[image.to(self.device)] if self._held is not None else self._copy(image)
-        return from_uint8(x), self.labels(image.to(self.device))
-
     def labels(self, image: Tensor) -> Tensor | None:
         """The classes of images [B] on the device."""
         return None if self._labels is None else self._labels[image]

@@ -23,8 +23,8 @@ def plot_loss(run: str | Path, out: str | Path) -> None:
     ValueError if `run` has no log, or without the extra `plot`.
     """
     lines = read_log(Path(run) / LOG)
-    trained = [line for line in lines if "loss" in line]
-    checked = [line for line in lines if "ema_loss" in line]
+    trained = [line for line in lines if line.get("loss") is not None]
+    checked = [line for line in lines if line.get("ema_loss") is not None]
     if not trained:
         raise ValueError(f"{Path(run) / LOG} holds no losses; expected the directory of a training run")
     last = trained[-1]

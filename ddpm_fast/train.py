@@ -24,7 +24,7 @@ from torch import Tensor
 from .data import ImageData
 from .feed import Batch, Feed
 from .half_on_cpu import use_wide_backward
-from .images import seed_bits
+from .images import from_uint8, seed_bits
 from .kernels import noise
 from .kernels.q_sample import q_sample
 from .schedule import NoiseSchedule
@@ -53,7 +53,7 @@ class Trainer:
     ) -> None:
         self.config, self.schedule, self.data = config, schedule, data
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        _check_fit(unet, data)
+        check_fit(unet, data)
         epochs = config.max_train_steps * config.train_batch_size * config.gradient_accumulation_steps // len(data)
         if epochs >= VALIDATION_ROW:
             raise ValueError(f"{epochs} epochs of {len(data)} images; expected fewer than {VALIDATION_ROW}")
@@ -72,6 +72,7 @@ class Trainer:
         )
         self.feed = Feed(data, config.seed, config.train_batch_size, self.device, config.random_flip, len(schedule))
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.mixed_precision == "fp16")
+        self.scaler.scale(torch.zeros((), device=self.device))  # made here, not by whichever thread comes first
         self.done = 0
         self._coef = schedule.q_sample_table(self.device)
         self._sums = torch.zeros(4, device=self.device)  # loss, gradient norm, steps kept and skipped since the last `means`
@@ -86,9 +87,11 @@ class Trainer:
         """One optimizer step. Nothing here waits for the device. A step whose gradient is not finite changes no weight."""
         config = self.config
         accumulate = config.gradient_accumulation_steps
-        batches = [self.feed.batch(self.done * accumulate + i) for i in range(accumulate)]
-        losses, gradients = zip(*(self._gradient(batch) for batch in batches), strict=True)
-        loss, self.weights.grad = sum(losses), sum_in_order(gradients)
+        loss, self.weights.grad = self._gradient(self.done * accumulate)
+        for number in range(self.done * accumulate + 1, (self.done + 1) * accumulate):
+            more, gradient = self._gradient(number)
+            loss = loss + more
+            self.weights.grad += gradient
         for group in self.optimizer.param_groups:
             group["lr"] = config.rate(self.done)
         self.scaler.unscale_(self.optimizer)
@@ -118,18 +121,19 @@ class Trainer:
 
     @torch.no_grad()
     def validation_loss(self, unet: UNet, data: ImageData, count: int = 512) -> float:
-        """The loss of a network on the first `count` images of `data`: timesteps spread evenly, noise that never changes."""
-        data = data.first(count)
-        count = len(data)
-        feed = Feed(data, self.config.seed, min(count, 64), self.device, False, len(self.schedule))
-        total = 0.0
-        training = unet.training
+        """The loss of a network on `count` images of `data`, spread over it and over t; noise and choice never change."""
+        count = min(count, len(data))
+        place = torch.arange(count)
+        chosen = place * len(data) // count
+        # multiples of the golden ratio: as even as a grid, and no class of sorted data gets timesteps of its own
+        times = ((place * 0.6180339887498949) % 1 * len(self.schedule)).long()
+        total, training = 0.0, unet.training
         unet.eval()
-        for first in range(0, count, 64):
-            image = torch.arange(first, min(first + 64, count))
-            t = (image * len(self.schedule) // count).to(self.device)
-            row = torch.full_like(t, VALIDATION_ROW)
-            batch = Batch(image.to(self.device), row, t, *feed.pixels(image))
+        for some in place.split(min(64, self.config.train_batch_size)):
+            image, t = chosen[some], times[some].to(self.device)
+            x_0 = from_uint8(torch.from_numpy(data.images[image.numpy()]).to(self.device))
+            labels = None if data.labels is None else torch.from_numpy(data.labels)[image].to(self.device)
+            batch = Batch(image.to(self.device), torch.full_like(t, VALIDATION_ROW), t, x_0, labels)
             with self._autocast():
                 total += float(self._loss(unet, *self._noised(batch))) * len(image)
         unet.train(training)
@@ -137,9 +141,9 @@ class Trainer:
 
     # ---- the gradient
 
-    def _gradient(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Loss and flat gradient of one batch, scaled so that the step's batches add up to their mean."""
-        inputs = self._noised(batch)
+    def _gradient(self, number: int) -> tuple[Tensor, Tensor]:
+        """Loss and flat gradient of batch `number`, scaled so that the step's batches add up to their mean."""
+        inputs = self._noised(self.feed.batch(number))
         share = 1 / (self._parts * self.config.gradient_accumulation_steps)
 
         def part(*inputs: Any) -> tuple[Tensor, Tensor]:
@@ -149,7 +153,7 @@ class Trainer:
             return loss.detach(), torch.cat([_as_vector(g) for g in gradients])
 
         if self._pool is None:
-            with self._dropout_of_this_step():
+            with self._dropout_of(number):
                 return part(*inputs)
         chunks = zip(*(v.chunk(self._parts) if v is not None else [None] * self._parts for v in inputs), strict=True)
         losses, gradients = zip(*self._pool.map(lambda chunk: part(*chunk), chunks), strict=True)
@@ -176,14 +180,14 @@ class Trainer:
         return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
 
     @contextmanager
-    def _dropout_of_this_step(self) -> Iterator[None]:
-        """Dropout is the one thing that draws from torch's generator; so that is set for each step, and put back."""
+    def _dropout_of(self, number: int) -> Iterator[None]:
+        """Dropout is the one thing that draws from torch's generator; so that is set for each batch, and put back."""
         if not self.unet.config.dropout:
             yield
             return
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
-            torch.manual_seed((self.config.seed * 1_000_003 + self.done) % 2**63)
+            torch.manual_seed((self.config.seed * 1_000_003 + number) % 2**63)
             yield
 
     def _split_over_cores(self) -> tuple[int, ThreadPoolExecutor | None]:
@@ -253,7 +257,8 @@ def sum_in_order(vectors: Sequence[Tensor]) -> Tensor:
     return total
 
 
-def _check_fit(unet: UNet, data: ImageData) -> None:
+def check_fit(unet: UNet, data: ImageData) -> None:
+    """ValueError where the network cannot train on these images."""
     (_, height, width, channels), c = data.images.shape, unet.config
     coarsest = 2 ** (len(c.channels) - 1)
     if height % coarsest or width % coarsest:

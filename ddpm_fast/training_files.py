@@ -77,14 +77,16 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log; a torn last line, as a kill leaves it, is left out."""
+    """The entries of a log; a torn last line, as a kill leaves it, and what else is no entry is left out."""
     lines = path.read_text().splitlines() if path.exists() else []
     found = []
     for line in lines:
         try:
-            found.append(json.loads(line))
+            entry = json.loads(line)
         except json.JSONDecodeError:
             continue
+        if isinstance(entry, dict) and isinstance(entry.get("step"), int):
+            found.append(entry)
     return found
 
 

@@ -15,7 +15,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,11 @@ from .checkpoint import save_pretrained, write_atomically
 from .data import ImageData
 from .pictures import save_grid
 from .sampler import Sampler
-from .train import Trainer
+from .train import Trainer, check_fit
 from .training_files import LOG, checkpoints, lock, read_checkpoint, read_log, step_of, write_checkpoint
 
 MODEL, SAMPLES = "model", "samples"
+_PATIENCE = 50  # steps without a finite gradient; loss scaling skips one now and then
 
 
 @dataclass(frozen=True)
@@ -66,9 +67,11 @@ class TrainingRun:
         self.spent = 0.0  # seconds of training, all parts of the run together
         if not self.directory.absolute().parent.is_dir():
             raise ValueError(f"{self.directory.absolute().parent} does not exist; create it first")
+        self._fruitless = 0  # steps in a row without a finite gradient, as far as the log knows
+        self._identity = trainer.identity()
+        self._check()
         self.directory.mkdir(exist_ok=True)
         self._lock = lock(self.directory)
-        self._identity = trainer.identity()
         self._sweep()
 
     def __enter__(self) -> TrainingRun:
@@ -77,11 +80,28 @@ class TrainingRun:
     def __exit__(self, *_: object) -> None:
         self._lock.close()
 
+    def _check(self) -> None:
+        """What would stop the run later stops it now."""
+        if self.validation is not None:
+            try:
+                check_fit(self.trainer.unet, self.validation)
+            except ValueError as error:
+                raise ValueError(f"validation: {error}") from None
+        model = self.directory / MODEL
+        if model.exists() and not (model / "model_index.json").is_file():
+            raise ValueError(f"{model} exists and is not a checkpoint; choose another directory")
+        for path, is_right in ((self.directory / LOG, Path.is_file), (self.directory / SAMPLES, Path.is_dir)):
+            if path.exists() and not is_right(path):
+                raise ValueError(f"{path} is in the way; move it, or choose another directory")
+
     # ---- resume
 
     def resume(self, path: Path) -> None:
         """Goes on from a checkpoint. ValueError if it is damaged, or from a run with other settings, naming them."""
         state, header = read_checkpoint(path)
+        settings = header["settings"]
+        if changed := [f"{k} {settings.get(k)} -> {v}" for k, v in self._settings().items() if settings.get(k) != v]:
+            self.say(f"changed since {path.name}: {', '.join(changed)}")
         then, now = header["identity"], self._identity
         if changed := [f"{k} was {_short(then.get(k))} and is {_short(now[k])}" for k in now if now[k] != then.get(k)]:
             raise ValueError(f"{path} belongs to another run: {'; '.join(changed)}")
@@ -106,11 +126,14 @@ class TrainingRun:
         try:
             return self._train(max_seconds)
         except OSError as error:
-            raise OSError(f"{error}; what was finished before is kept, the run can go on from its last checkpoint") from None
+            kept = "the run can go on from its last checkpoint" if checkpoints(self.directory) else "no checkpoint was there yet"
+            raise OSError(f"{error}; what was finished before is kept: {kept}") from None
 
     def _train(self, max_seconds: float) -> str:
         trainer, every, last = self.trainer, self.every, self.trainer.config.max_train_steps
         began, before, saved = time.perf_counter(), self.spent, trainer.done
+        if not trainer.done:  # lines of a run that was killed before its first checkpoint
+            (self.directory / LOG).unlink(missing_ok=True)
         logged, logged_at = trainer.done, began
         ended = "all steps done"
         with _signals() as stopped:
@@ -122,18 +145,17 @@ class TrainingRun:
                 step, self.spent = trainer.done, before + time.perf_counter() - began
                 if _due(step, every.log) or step == last:
                     self._log_means(step, step - logged, time.perf_counter() - logged_at)
-                if _due(step, every.validation) or step == last:
-                    self._validate()
-                if _due(step, every.samples):
-                    self._draw()
-                if _due(step, every.model) and step < last:
-                    self.save_model()
-                if _due(step, every.checkpoint) and step < last:
+                    logged, logged_at = step, time.perf_counter()
+                if _due(step, every.checkpoint) or step == last:  # before anything that is not needed
                     self.save_checkpoint()
                     saved = step
-                if _due(step, every.log):
-                    logged, logged_at = step, time.perf_counter()
-        if trainer.done > saved or not self._latest():
+                if _due(step, every.validation) or (step == last and every.validation):
+                    self._validate()
+                if _due(step, every.samples) or (step == last and every.samples):
+                    self._draw()
+                if _due(step, every.model):
+                    self.save_model()
+        if trainer.done > saved or not checkpoints(self.directory):
             self.save_checkpoint()
         self.save_model()
         return ended
@@ -141,14 +163,19 @@ class TrainingRun:
     def _log_means(self, step: int, steps: int, seconds: float) -> None:
         trainer = self.trainer
         config, means = trainer.config, trainer.means()
-        if math.isnan(means["loss"]):
-            raise RuntimeError(f"no gradient was finite from step {step - steps} to {step}; lower the rate, or widen the precision")
+        finite = not math.isnan(means["loss"])
+        self._fruitless = 0 if finite else self._fruitless + steps
+        if self._fruitless >= _PATIENCE or self._fruitless == step:
+            raise RuntimeError(
+                f"no gradient was finite in the {self._fruitless} steps before step {step}; lower the rate, or widen the precision"
+            )
         images = config.train_batch_size * config.gradient_accumulation_steps
         line = dict(
             step=step,
             images=step * images,
             epoch=round(step * images / len(trainer.data), 3),
-            **means,
+            **{k: v if finite else None for k, v in means.items() if k != "skipped"},
+            skipped=means["skipped"],
             lr=config.rate(step - 1),
             images_per_second=round(steps * images / seconds, 2),
             seconds=round(self.spent, 1),
@@ -175,7 +202,8 @@ class TrainingRun:
         classes = min(c.num_classes or 0, 16)
         count, columns = (4 * classes, classes) if classes else (64, 8)
         labels = torch.arange(count) % classes if classes else None
-        images = sampler.sample(count, seed=0, solver="ddim", steps=50, labels=labels)
+        steps, batch = min(50, len(trainer.schedule)), min(64, trainer.config.train_batch_size)
+        images = sampler.sample(count, seed=0, solver="ddim", steps=steps, labels=labels, batch_size=batch)
         (self.directory / SAMPLES).mkdir(exist_ok=True)
         save_grid(self.directory / SAMPLES / f"{trainer.done:08d}.png", images.numpy(), columns)
 
@@ -193,17 +221,20 @@ class TrainingRun:
     def save_checkpoint(self) -> None:
         """Everything, in one file that appears whole; then the oldest ones over the limit go."""
         trainer = self.trainer
-        header = dict(step=trainer.done, seconds=self.spent, scaler=trainer.scaler.state_dict(), identity=self._identity)
+        header = dict(step=trainer.done, seconds=self.spent, scaler=trainer.scaler.state_dict())
+        header.update(identity=self._identity, settings=self._settings())
         write_checkpoint(self.directory / f"checkpoint-{trainer.done:08d}.safetensors", trainer.state(), header)
-        for old in checkpoints(self.directory)[: -self.limit]:
+        for old in [path for path in checkpoints(self.directory) if step_of(path) <= trainer.done][: -self.limit]:
             old.unlink()
 
-    def _latest(self) -> list[Path]:
-        return checkpoints(self.directory)[-1:]
+    def _settings(self) -> dict[str, Any]:
+        """What may change between the parts of a run, but not unnoticed."""
+        threads = torch.get_num_threads()
+        return dict(**asdict(self.trainer.config), device=str(self.trainer.device), threads=threads, torch=torch.__version__)
 
     def _sweep(self) -> None:
         """Removes what a kill left half written. A hidden model stays where it is the only one."""
-        for path in self.directory.glob(".*.tmp"):
+        for path in [*self.directory.glob(".*.tmp"), *self.directory.glob(f"{SAMPLES}/.*.tmp")]:
             path.unlink()
         for path in self.directory.glob(f".{MODEL}-*"):
             if (self.directory / MODEL).exists():

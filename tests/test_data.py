@@ -177,4 +177,40 @@ def test_refuses_what_it_cannot_read(tmp_path):
     (tmp_path / "pictures" / "torn.png").write_bytes(b"")
     refused("pictures", "torn.png cannot be read")
     write_idx(tmp_path / "pictures" / "train-images-idx3-ubyte", GREY)
-    refused("pictures", "no test split", split="test")
+    refused("pictures", "no files of images for the test split", split="test")
+
+
+def test_idx_files_of_other_names(tmp_path):
+    """EMNIST's: the split stands inside the name; labels may be gzipped where the images are not."""
+    for split, shift in (("train", 0), ("test", 1)):
+        write_idx(tmp_path / f"emnist-letters-{split}-images-idx3-ubyte", GREY + np.uint8(shift))
+        write_idx(tmp_path / f"emnist-letters-{split}-labels-idx1-ubyte.gz", LABELS)
+    assert np.array_equal(load_images(tmp_path, 8).images[..., 0], GREY)
+    assert np.array_equal(load_images(tmp_path, 8, split="test").images[..., 0], GREY + np.uint8(1))
+    assert np.array_equal(load_images(tmp_path, 8).labels, LABELS)
+    write_idx(tmp_path / "emnist-digits-train-images-idx3-ubyte", GREY)
+    with pytest.raises(ValueError, match="2 files of images for the train split"):
+        load_images(tmp_path, 8)
+
+
+def test_hidden_folders_are_no_classes(tmp_path):
+    for i, name in enumerate([".ipynb_checkpoints", "__MACOSX", "cat", "dog"]):
+        (tmp_path / name).mkdir()
+        Image.fromarray(COLOUR[i]).save(tmp_path / name / "a.png")
+    assert load_images(tmp_path, 8).classes == ("cat", "dog")
+
+
+def test_classes_of_a_second_folder_are_counted_as_in_the_first():
+    first = ImageData(COLOUR[:3], np.arange(3), ("cat", "dog", "owl"))
+    second = ImageData(COLOUR[3:5], np.arange(2), ("dog", "owl")).with_classes_of(first)
+    assert second.labels.tolist() == [1, 2] and second.num_classes == 3
+    with pytest.raises(ValueError, match="the classes fox are not among"):
+        ImageData(COLOUR[:1], np.zeros(1, np.int64), ("fox",)).with_classes_of(first)
+
+
+def test_sixteen_bits_keep_their_range_and_unknown_ranges_are_refused(tmp_path):
+    Image.fromarray(GREY[0].astype(np.uint16) * 257).save(tmp_path / "a.png")
+    assert np.array_equal(load_images(tmp_path, 8).images[0, ..., 0], GREY[0])
+    Image.fromarray(GREY[0].astype(np.float32)).save(tmp_path / "b.tif")
+    with pytest.raises(ValueError, match=r"b\.tif cannot be read: a picture of mode F"):
+        load_images(tmp_path, 8)

@@ -163,7 +163,7 @@ def test_eval_of_samples_finds_real_images_real(run, small, tmp_path):
 )
 def test_bad_input_is_one_line_and_exit_code_2(run, small, arguments, message):
     known = {"W": small / "model", "D": small / "real.npz"}
-    code, out, err = run(*(known.get(a, a) for a in arguments), "--images", 2, "--steps", 1)
+    code, out, err = run(*(known.get(a, a) for a in arguments), "--images", 4, "--steps", 1)
     assert code == 2 and out == "" and message in err and err.count("\n") == 1
 
 

@@ -39,11 +39,9 @@ def plain_steps(count, prediction="eps", **options):
     from diffusers.training_utils import EMAModel
 
     unet, config = small_unet(), trainer(**options).config
-    optimizer = torch.optim.AdamW(
-        unet.parameters(), lr=config.learning_rate, betas=(0.95, 0.999), weight_decay=config.adam_weight_decay, eps=1e-8
-    )
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=config.learning_rate, betas=(0.8, 0.99), weight_decay=0.1, eps=1e-6)
     scheduler = get_scheduler(config.lr_scheduler, optimizer, num_warmup_steps=0, num_training_steps=config.max_train_steps)
-    ema = EMAModel(unet.parameters(), 0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
+    ema = EMAModel(unet.parameters(), 0.6, use_ema_warmup=True, inv_gamma=2.0, power=0.5)
     feed, losses = Feed(DATA, 0, 8, torch.device("cpu")), []
     bar = torch.from_numpy(SCHEDULE.alpha_bar.copy())
     for step in range(count):
@@ -65,7 +63,10 @@ def plain_steps(count, prediction="eps", **options):
 @pytest.mark.parametrize("prediction", ["eps", "x_0", "v"])
 @pytest.mark.parametrize("scheduler", ["constant_with_warmup", "cosine", "linear"])
 def test_equals_a_plain_loop(prediction, scheduler):
-    ours = trainer(prediction_type=prediction, lr_scheduler=scheduler, max_train_steps=12, lr_warmup_steps=0)
+    adam = dict(adam_beta1=0.8, adam_beta2=0.99, adam_weight_decay=0.1, adam_epsilon=1e-6)
+    ema = dict(ema_max_decay=0.6, ema_inv_gamma=2.0, ema_power=0.5)
+    steps = dict(lr_scheduler=scheduler, max_train_steps=12, lr_warmup_steps=0)
+    ours = trainer(prediction_type=prediction, **steps, **adam, **ema)
     unet, average, losses = plain_steps(6, prediction, lr_scheduler=scheduler, max_train_steps=12)
     # Adam divides by the root of what may be tiny: rounding is magnified, the first steps are what tells
     for step in range(6):
@@ -232,8 +233,8 @@ def test_validation_loss_is_the_mean_over_its_images_and_never_changes():
     t.step()
     t.unet.load_state_dict(small_unet().state_dict())
     assert t.validation_loss(t.unet, DATA) == pytest.approx(first, rel=1e-6) and t.unet.training
-    image = torch.arange(20)
-    at, row = image * 1000 // 20, torch.full((20,), 2**24 - 1)
+    image, row = torch.arange(20), torch.full((20,), 2**24 - 1)
+    at = torch.tensor([int(1000 * ((i * 0.6180339887498949) % 1)) for i in range(20)])
     eps = N.noise_reference(torch.zeros_like(image), image, row, N.Q_SAMPLE, (1, 8, 8)).double()
     bar = torch.from_numpy(SCHEDULE.alpha_bar.copy())[at].view(-1, 1, 1, 1)
     x_0 = torch.from_numpy(DATA.images).permute(0, 3, 1, 2).double() / 127.5 - 1
@@ -335,3 +336,35 @@ def test_half_precision_on_a_cpu_is_as_accurate_and_takes_the_detour():
     assert not torch.equal(used, plain)
     assert relative_error(used, exact) < 1.2 * relative_error(plain, exact) < 0.05
     assert torch.equal(gradient_of(detour, False), gradient_of(small_unet(), False))  # fp32 stays as it was
+
+
+def test_validation_sees_all_of_sorted_data_at_all_timesteps(monkeypatch):
+    """A folder of classes is sorted by class: its first images are of one class."""
+    seen, noised = [], Trainer._noised
+    monkeypatch.setattr(Trainer, "_noised", lambda self, batch: (seen.append(batch), noised(self, batch))[1])
+    data = ImageData(DATA.images[:1].repeat(3000, axis=0), np.arange(3000) // 1000)
+    trainer(data).validation_loss(small_unet(), data, 300)
+    labels, t = torch.cat([b.labels for b in seen]), torch.cat([b.t for b in seen])
+    assert labels.bincount().tolist() == [100, 100, 100]
+    for label in range(3):
+        assert stats.kstest(t[labels == label].numpy() / 1000, "uniform").pvalue > 0.5
+
+
+def test_every_batch_of_a_step_has_dropout_of_its_own():
+    t = trainer(unet=small_unet(dropout=0.5), gradient_accumulation_steps=2)
+    masks = []
+    t.unet.mid_block.resnets[0].dropout.register_forward_hook(lambda m, i, out: masks.append(out == 0))
+    t.step()
+    t.step()
+    assert len(masks) == 4 and not any(torch.equal(masks[0], m) for m in masks[1:])
+
+
+def test_loss_scaling_skips_a_step_and_goes_on():
+    t = trainer(mixed_precision="fp16")
+    t.scaler.update(2.0**40)  # overflows for certain
+    before = t.weights.detach().clone()
+    t.step()
+    assert torch.equal(before, t.weights) and t.means()["skipped"] == 1
+    for _ in range(40):
+        t.step()
+    assert not torch.equal(before, t.weights) and t.means()["loss"] > 0

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from ddpm_fast import Sampler, load_pretrained
-from ddpm_fast.training_files import checkpoints, latest_checkpoint, lock, read_checkpoint, read_log
+from ddpm_fast.training_files import checkpoints, latest_checkpoint, lock, read_checkpoint, read_log, write_checkpoint
 
 pytest.importorskip("click")
 pytest.importorskip("safetensors")
@@ -268,7 +268,7 @@ def test_gradients_that_are_never_finite_end_the_run(train, tmp_path, monkeypatc
     loss = import_module("ddpm_fast.train").Trainer._loss
     monkeypatch.setattr("ddpm_fast.train.Trainer._loss", lambda *a: loss(*a) * float("nan"))
     code, _, err = train("--max-train-steps", 50, "--logging-steps", 5)
-    assert code == 1 and "no gradient was finite from step 0 to 5" in err and not checkpoints(tmp_path / "run")
+    assert code == 1 and "no gradient was finite in the 5 steps before step 5" in err and not checkpoints(tmp_path / "run")
 
 
 @pytest.mark.parametrize(
@@ -307,12 +307,29 @@ def test_underscores_and_the_names_of_diffusers(train, tmp_path):
     assert code == 0 and c.prediction == "v" and c.schedule.beta[-1] == pytest.approx(0.999)
 
 
-def test_goes_on_from_given_weights(train, tmp_path):
-    assert train("--max-train-steps", 3)[0] == 0
-    more = ("--max-train-steps", 1, "--learning-rate", 1e-12, "--lr-scheduler", "constant", "--weights", tmp_path / "run" / "model")
-    assert train(*more, out=tmp_path / "next")[0] == 0
-    a, b = (load_pretrained(tmp_path / run / "model").unet.conv_in.weight for run in ("run", "next"))
-    assert torch.allclose(a, b, atol=1e-9)
+def test_goes_on_from_given_weights(train, data, tmp_path, capsys):
+    """They bring their own prediction and schedule, the size is the new images', and shapes cannot be given besides."""
+    more = ("--prediction-type", "v_prediction", "--ddpm-beta-schedule", "squaredcos_cap_v2")
+    assert train("--max-train-steps", 3, *more)[0] == 0
+    weights = (
+        "--max-train-steps",
+        1,
+        "--learning-rate",
+        1e-12,
+        "--lr-scheduler",
+        "constant",
+        "--weights",
+        tmp_path / "run" / "model",
+    )
+    assert one_line(train(*weights, out=tmp_path / "no"), "--channels, --layers, --head-dim and --weights: give one of them")
+    arguments = ("train", "--train-data-dir", data, "--fit", "pad", "--resolution", 12, "--output-dir", tmp_path / "next", *weights)
+    with pytest.raises(SystemExit) as end:
+        cli.main([str(a) for a in arguments])
+    assert end.value.code == 0
+    before, after = (load_pretrained(tmp_path / run / "model") for run in ("run", "next"))
+    assert torch.allclose(before.unet.conv_in.weight, after.unet.conv_in.weight, atol=1e-9)
+    assert after.prediction == "v" and np.array_equal(before.schedule.beta, after.schedule.beta)
+    assert after.unet.config.size == (12, 12)
 
 
 def test_going_back_leaves_the_later_checkpoints_aside(train, tmp_path):
@@ -330,3 +347,58 @@ def test_precision_may_change_on_the_way(train):
     for step, precision in ((4, "fp16"), (6, "bf16"), (8, "fp16")):
         more = ("--max-train-steps", step, "--mixed-precision", precision, "--resume-from-checkpoint", "latest")
         assert train(*more)[0] == 0
+
+
+def test_a_skipped_step_alone_does_not_end_the_run(train, tmp_path, monkeypatch):
+    loss = import_module("ddpm_fast.train").Trainer._loss
+    broken = lambda self, *a: loss(self, *a) * (float("nan") if self.done == 3 else 1)
+    monkeypatch.setattr("ddpm_fast.train.Trainer._loss", broken)
+    assert train("--max-train-steps", 6, "--logging-steps", 1)[0] == 0
+    lines = [line for line in read_log(tmp_path / "run" / "log.jsonl") if "lr" in line]
+    assert [line["loss"] is None for line in lines] == [False, False, False, True, False, False]
+    assert "NaN" not in (tmp_path / "run" / "log.jsonl").read_text()
+
+
+def test_the_loss_scale_is_part_of_the_state(train, tmp_path):
+    assert train("--max-train-steps", 2, "--mixed-precision", "fp16")[0] == 0
+    path = tmp_path / "run" / "checkpoint-00000002.safetensors"
+    state, header = read_checkpoint(path)
+    header["scaler"]["scale"] = 128.0
+    write_checkpoint(path, state, header)
+    assert train("--max-train-steps", 4, "--mixed-precision", "fp16", "--resume-from-checkpoint", "latest")[0] == 0
+    assert state_of(tmp_path / "run", 4)[1]["scaler"]["scale"] == 128.0
+
+
+def test_a_kill_before_the_first_checkpoint_leaves_no_lines(train, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "log.jsonl").write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "lo')
+    assert train("--max-train-steps", 3, "--logging-steps", 1, "--resume-from-checkpoint", "latest")[0] == 0
+    assert [line["step"] for line in read_log(tmp_path / "run" / "log.jsonl") if "lr" in line] == [1, 2, 3]
+
+
+def test_says_what_changed(train):
+    assert train("--max-train-steps", 2)[0] == 0
+    _, out, _ = train("--max-train-steps", 4, "--learning-rate", 0.5, "--resume-from-checkpoint", "latest")
+    assert "max_train_steps 2 -> 4" in out and "learning_rate 0.0001 -> 0.5" in out and "seed" not in out
+
+
+def test_checks_first_what_would_fail_later(train, data, tmp_path):
+    np.savez(tmp_path / "more.npz", images=np.zeros((4, 8, 8, 1), np.uint8), labels=np.arange(4))
+    np.savez(tmp_path / "none.npz", images=np.zeros((4, 8, 8, 1), np.uint8))
+    assert one_line(train("--validation-data-dir", tmp_path / "more.npz"), "validation: the network has 3 classes, the data 4")
+    assert one_line(
+        train("--validation-data-dir", tmp_path / "none.npz"), "validation: the network has 3 classes, the data no labels"
+    )
+    (tmp_path / "run" / "model").mkdir(parents=True, exist_ok=True)
+    (tmp_path / "run" / "model" / "mine.txt").write_text("mine")
+    assert one_line(train("--max-train-steps", 1), "exists and is not a checkpoint")
+    code, *_ = train("--max-train-steps", 2, "--ddpm-num-steps", 20, "--save-images-epochs", 1, out=tmp_path / "short")
+    assert code == 0 and (tmp_path / "short" / "samples" / "00000002.png").exists()
+
+
+def test_sigmoid_is_the_sigmoid_of_diffusers(train, tmp_path):
+    from diffusers import DDPMScheduler
+
+    assert train("--max-train-steps", 1, "--ddpm-beta-schedule", "sigmoid", "--ddpm-num-steps", 100)[0] == 0
+    theirs = DDPMScheduler(beta_schedule="sigmoid", num_train_timesteps=100).betas.numpy()
+    assert np.allclose(load_pretrained(tmp_path / "run" / "model").schedule.beta, theirs, rtol=1e-5)
