@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .classifier import load_classifier
+from .classifier import Classifier, load_classifier
 from .cli_common import DTYPES, PATH, pick_device, report_of
 from .data import FITS, ImageData, has_test_split, load_images
 from .metrics import CONFIDENT, FEATURES, FID_FROM, ClassScores, Features, class_scores, fid, kid
@@ -60,7 +60,6 @@ def evaluate(as_json: bool, **options: Any) -> None:
     began = time.perf_counter()
     drawn, labels, source = _draw(sampler, options) if options["weights"] else _of(given, str(options["samples"]))
     seconds = time.perf_counter() - began
-    real, other, ours = (features(x) for x in (torch.from_numpy(test.images), torch.from_numpy(train.images), drawn))
     report: dict[str, Any] = dict(
         source=source,
         images=len(drawn),
@@ -68,24 +67,39 @@ def evaluate(as_json: bool, **options: Any) -> None:
         features=FEATURES,
         rounding="uint8, to the nearest",
         seconds_of_drawing=round(seconds, 1),
-        kid=kid(real, ours),
-        kid_floor=kid(real, other),
     )
     lines = [
         f"{len(drawn)} images ({source}) against {len(test)} real ones; uint8, rounded to the nearest",
         f"features: {FEATURES}",
+        *_add_distances(report, features, drawn, test, train),
+    ]
+    if classifier is not None:
+        lines += _add_classes(report, classifier, drawn, labels, test)
+    report_of(report, as_json, "\n".join(lines))
+
+
+def _add_distances(report: dict[str, Any], features: Features, drawn: Tensor, test: ImageData, train: ImageData) -> list[str]:
+    """KID and FID and their floors into the report, and as lines for a person."""
+    real, other, ours = (features(x) for x in (torch.from_numpy(test.images), torch.from_numpy(train.images), drawn))
+    report.update(kid=kid(real, ours), kid_floor=kid(real, other))
+    lines = [
         f"KID        {_with_deviation(report['kid'])}",
         f"KID floor  {_with_deviation(report['kid_floor'])}  real images against real ones, {len(train)} and {len(test)}",
     ]
     if min(len(drawn), len(test)) >= FID_FROM:
         report.update(fid=fid(real, ours), fid_floor=fid(real, other))
         lines.append(f"FID        {report['fid']:.3f}, floor {report['fid_floor']:.3f}")
-    if classifier is not None:
-        wanted = None if test.labels is None else torch.from_numpy(test.labels)
-        of_drawn, of_real = class_scores(classifier, drawn, labels), class_scores(classifier, torch.from_numpy(test.images), wanted)
-        report.update(classes_drawn=vars(of_drawn), classes_real=vars(of_real))
-        lines += _class_lines(of_drawn, of_real)
-    report_of(report, as_json, "\n".join(lines))
+    return lines
+
+
+def _add_classes(
+    report: dict[str, Any], classifier: Classifier, drawn: Tensor, labels: Tensor | None, test: ImageData
+) -> list[str]:
+    """What the classifier finds, in drawn and in real images."""
+    wanted = None if test.labels is None else torch.from_numpy(test.labels)
+    of_drawn, of_real = class_scores(classifier, drawn, labels), class_scores(classifier, torch.from_numpy(test.images), wanted)
+    report.update(classes_drawn=vars(of_drawn), classes_real=vars(of_real))
+    return _class_lines(of_drawn, of_real)
 
 
 def _draw(sampler: Sampler, options: dict[str, Any]) -> tuple[Tensor, Tensor | None, str]:

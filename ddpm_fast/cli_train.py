@@ -145,21 +145,10 @@ def _given(*names: str) -> list[str]:
 
 def _checkpoint(options: dict[str, Any]) -> Checkpoint | None:
     """What --weights names. ValueError where other options would contradict it."""
-    path = options["model_config_name_or_path"]
-    if options["weights"] is None and path is None:
-        return None
-    shape = _given(
-        "channels",
-        "layers",
-        "attention",
-        "head_dim",
-        "dropout",
-        *["model_config_name_or_path"] * (path is not None and options["weights"] is not None),
-    )
-    if shape:
-        raise ValueError(
-            f"{', '.join(shape)} and {'--weights' if options['weights'] else '--model-config-name-or-path'}: give one of them"
-        )
+    if options["weights"] is not None or options["model_config_name_or_path"] is not None:
+        given = _given("weights", "model_config_name_or_path", "channels", "layers", "attention", "head_dim", "dropout")
+        if len(given) > 1:
+            raise ValueError(f"{given[0]} says what the network is; leave out {', '.join(given[1:])}")
     return None if options["weights"] is None else load_pretrained(options["weights"])
 
 

@@ -20,6 +20,7 @@ from .checks import is_count
 
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 FITS = ("crop", "pad")
+MOST_CLASSES = 100_000  # more than any data set has; a label beyond is an identifier, not a class
 Pixels = NDArray[np.uint8]
 IntArray = NDArray[np.int64]
 
@@ -38,7 +39,7 @@ class ImageData:
             raise ValueError(f"images are {self.images.dtype} {shape}; expected uint8 [N, H, W, C] with at least one image")
         if self.labels is not None and self.labels.shape != shape[:1]:
             raise ValueError(f"labels have shape {self.labels.shape}; expected ({len(self.images)},), one per image")
-        most = len(self.classes or self.images)
+        most = len(self.classes) if self.classes is not None else MOST_CLASSES
         if self.labels is not None and not 0 <= self.labels.min() <= self.labels.max() < most:
             raise ValueError(
                 f"labels from {self.labels.min()} to {self.labels.max()}; expected classes counted from 0, fewer than {most}"

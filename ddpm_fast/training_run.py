@@ -47,7 +47,7 @@ class TrainingRun:
     """Drives a `Trainer` and keeps its directory, for itself alone: `with TrainingRun(...) as run: run.train()`.
 
     checkpoints_total_limit   older checkpoints are deleted
-    validation                images for the loss of `ema` and weights over time; None: the first ones of the training data
+    validation                images for the loss of `ema` and weights over time; None: some of the training data
     say                       gets one line for a person now and then
 
     ValueError if the directory's parent is missing or another process trains there, OSError if it cannot be written to.
@@ -120,8 +120,8 @@ class TrainingRun:
     def train(self, max_seconds: float = math.inf) -> str:
         """Trains until the last step, the time or a signal ends it, and leaves a checkpoint and the model. Returns which it was.
 
-        RuntimeError when no step of a whole log interval had a finite gradient, OSError when a file cannot be written: the last
-        checkpoint and model are then left as they are.
+        RuntimeError when no step so far, or none of fifty in a row, had a finite gradient, OSError when a file cannot be
+        written: the last checkpoint and model are then left as they are.
         """
         try:
             return self._train(max_seconds)

@@ -193,6 +193,11 @@ def test_idx_files_of_other_names(tmp_path):
         load_images(tmp_path, 8)
 
 
+def test_a_few_images_may_have_high_labels():
+    """As a sample of a larger set has: `eval --images 4` on ten classes."""
+    assert ImageData(COLOUR[:2], np.array([3, 9])).num_classes == 10
+
+
 def test_hidden_folders_are_no_classes(tmp_path):
     for i, name in enumerate([".ipynb_checkpoints", "__MACOSX", "cat", "dog"]):
         (tmp_path / name).mkdir()

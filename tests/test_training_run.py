@@ -321,7 +321,9 @@ def test_goes_on_from_given_weights(train, data, tmp_path, capsys):
         "--weights",
         tmp_path / "run" / "model",
     )
-    assert one_line(train(*weights, out=tmp_path / "no"), "--channels, --layers, --head-dim and --weights: give one of them")
+    assert one_line(
+        train(*weights, out=tmp_path / "no"), "--weights says what the network is; leave out --channels, --layers, --head-dim"
+    )
     arguments = ("train", "--train-data-dir", data, "--fit", "pad", "--resolution", 12, "--output-dir", tmp_path / "next", *weights)
     with pytest.raises(SystemExit) as end:
         cli.main([str(a) for a in arguments])
