@@ -32,8 +32,9 @@ from ddpm_fast.environment import environment
 from ddpm_fast.kernels import noise as N
 from ddpm_fast.kernels.ddpm_step import ddpm_step, ddpm_step_reference
 from ddpm_fast.kernels.q_sample import q_sample, q_sample_reference
-from ddpm_fast.solver import choose_timesteps, step_table
+from ddpm_fast.profile import EXACT
 from ddpm_fast.testing import relative_error
+from ddpm_fast.timesteps import choose_timesteps
 from ddpm_fast.unet import channels_last
 
 ROOT = Path(__file__).parent.parent
@@ -111,7 +112,7 @@ class Bench:
         image, seed = torch.arange(b, device=self.device), torch.zeros(b, dtype=torch.int64, device=self.device)
         row = torch.zeros(b, dtype=torch.int32, device=self.device)
         t = torch.full((b,), 500, device=self.device)
-        table = step_table(schedule, "ddpm", choose_timesteps(1000, None)).to(self.device)[1]
+        table = EXACT.table(schedule, "ddpm", choose_timesteps(1000, None)).to(self.device)[1]
         coef = schedule.q_sample_table(self.device)
         x = torch.randn(shape, device=self.device).contiguous(memory_format=layout)
         out = torch.randn(shape, device=self.device, dtype=dtype).contiguous(memory_format=layout)
@@ -130,7 +131,7 @@ class Bench:
             raise AssertionError(f"kernels differ from their references by {wrong:.1e}: nothing timed")
 
         signal, sigma = (float(v) for v in coef[500])
-        c0, c1, clip, m0, m1, _, s, *_ = (float(v) for v in table[500])
+        c0, c1, clip, m0, m1, _, _, s, *_ = (float(v) for v in table[500])
 
         def plain_q_sample() -> Tensor:
             return x_0 * signal + torch.randn_like(x_0) * sigma

@@ -72,7 +72,9 @@ def launch_of(op: str, dtype: torch.dtype, shape: tuple[int, ...], channels_last
             q_sample._launch(images(c, dtype), torch.empty(1000, 2), index, row, index, index)
         else:
             out = images(2 * c if learned else c, dtype)
-            ddpm_step._launch(images(c, torch.float32), out, torch.empty(1000, 9), row, index, index, learned)
+            ddpm_step._launch(
+                images(c, torch.float32), out, torch.empty(1000, len(ddpm_step.COLUMNS)), row, index, index, learned, None
+            )
     return launches[0]
 
 

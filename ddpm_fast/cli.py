@@ -21,7 +21,8 @@ from .cost import unet_cost
 from .environment import environment
 from .images import check_images, image_indices
 from .sampler import Sampler
-from .solver import SOLVERS, SPACINGS
+from .solver import SOLVERS
+from .timesteps import SPACINGS
 
 # both spellings of every flag: --batch-size and --batch_size
 _SETTINGS: dict[str, Any] = dict(

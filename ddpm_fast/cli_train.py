@@ -17,8 +17,8 @@ import torch
 from .checkpoint import Checkpoint, load_pretrained, schedule_of_diffusers
 from .cli_common import PATH, pick_device, report_of
 from .data import FITS, ImageData, has_test_split, load_dataset, load_images
+from .prediction import PREDICTIONS
 from .schedule import NoiseSchedule
-from .solver import PREDICTIONS
 from .train import Trainer
 from .train_config import LR_SCHEDULERS, PRECISIONS, TrainConfig
 from .training_files import checkpoints, latest_checkpoint

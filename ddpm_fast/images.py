@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -64,9 +64,14 @@ def seed_bits(seed: int) -> int:
     return seed - 2**64 if seed >= 2**63 else seed
 
 
-def to_uint8(x: Tensor) -> Tensor:
-    """[N, C, H, W] in [-1, 1] -> uint8 [N, H, W, C], rounded to the nearest, ties to even."""
-    return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+def nearest(x: Tensor) -> Tensor:
+    """[-1, 1] -> 0 ... 255, rounded to the nearest, ties to even."""
+    return ((x + 1) * 127.5).round()
+
+
+def to_uint8(x: Tensor, level: Callable[[Tensor], Tensor] = nearest) -> Tensor:
+    """[N, C, H, W] in [-1, 1] -> uint8 [N, H, W, C]; `level` says which of 0 ... 255 a value becomes."""
+    return level(x.clamp(-1, 1)).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
 def from_uint8(images: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ drawn, at which place, or beside which others.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,23 +22,24 @@ from .images import Images, Labels, check_images, check_labels, image_indices, s
 from .kernels import noise
 from .kernels.ddpm_step import ddpm_step
 from .kernels.q_sample import q_sample
+from .prediction import check_prediction
+from .profile import PROFILES, profile_of
 from .schedule import NoiseSchedule
-from .solver import PREDICTIONS, VARIANCES, StepTable, choose_timesteps, step_table
+from .solver import VARIANCES, StepTable, ddim_inversion_table
+from .timesteps import Steps, choose_timesteps
 from .unet import UNet, channels_last
 from .watching import Callback, bar_of, of_first
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-DEFAULT_STEPS = {"ddpm": None, "ddim": 50}  # None: the whole chain
-Steps = int | Sequence[int] | None
-
 
 class Options(TypedDict, total=False):
     """What `sample` and `stream` take besides: see `Sampler.sample`."""
 
-    spacing: str
+    spacing: str | None
     eta: float
+    profile: str
     start: tuple[Tensor, int] | None
     pad: bool
     progress: bool
@@ -54,6 +55,7 @@ class State:
     seed: Tensor  # [B] int64, the seed's 64 bits
     image: Tensor  # [B] int64
     labels: Tensor | None  # [B] int64
+    x_0: Tensor | None = None  # like x: what the last step took x_0 to be, if that is kept
 
 
 class Sampler:
@@ -64,7 +66,7 @@ class Sampler:
     schedule    the `NoiseSchedule` it was trained with
     shape       (C, H, W)
     prediction  what the model predicts: "eps", "x_0" or "v"
-    variance    of the "ddpm" solver: "fixed_small", "fixed_large" or "learned_range"
+    variance    of the "ddpm" solver: "fixed_small", "fixed_large", "learned" or "learned_range"
     clip        bound on the predicted |x_0| at every step, None for none
     num_classes for a class-conditional callable; read from the model where it is a `UNet`
     device      default: where the model's parameters are, or the CPU
@@ -86,9 +88,9 @@ class Sampler:
     ) -> None:
         if len(shape) != 3 or min(integer("shape", n) for n in shape) < 1:
             raise ValueError(f"shape {tuple(shape)}; expected (channels, height, width)")
-        for name, value, known in (("prediction", prediction, PREDICTIONS), ("variance", variance, VARIANCES)):
-            if value not in known:
-                raise ValueError(f"{name} {value!r}; expected one of {', '.join(known)}")
+        check_prediction(prediction)
+        if variance not in VARIANCES:
+            raise ValueError(f"variance {variance!r}; expected one of {', '.join(VARIANCES)}")
         if num_classes is not None and integer("num_classes", num_classes) < 1:
             raise ValueError(f"num_classes = {num_classes}; expected at least 1, or None")
         self.model, self.schedule, self.shape = model, schedule, tuple(shape)
@@ -133,17 +135,18 @@ class Sampler:
 
         images      how many (0 ... N-1), or a range or list of image indices
         seed        0 ... 2^64-1
-        solver      "ddpm" or "ddim"; eta (DDIM): 0 deterministic ... 1
-        steps       how many, the timesteps themselves, or None: all for "ddpm", 50 for "ddim"
-        spacing     "linspace", "leading" or "trailing"
+        solver      "ddpm", "ddim", "dpm++2m" or "dpm++2m-sde"; eta (DDIM): 0 deterministic ... 1
+        steps       how many, the timesteps themselves, sections such as "10,20,30"; None: all for "ddpm", 50 for "ddim", else 20
+        spacing     "linspace", "leading", "trailing", "quadratic" or "openai"; None: the profile's ("linspace")
+        profile     "exact", or as another codebase computes it: "ho", "openai", "diffusers", "ddim" (`profile.PROFILES`)
         labels      one class, or one per image; None with a class-conditional network: each image draws its own from its noise
         start       (x_t [N, C, H, W], t): go on from partly noised images instead of from noise
         batch_size  how many are drawn at once; pad: fill the last batch up, so that every batch has one size
         progress    show a bar
         callback    called as callback(step, t, x) after every step; x is the state [B, C, H, W], not to be changed
 
-        uint8 is round((x + 1) 127.5) of x clipped to [-1, 1]. ValueError for bad arguments, RuntimeError when an image comes
-        out with values that are not finite.
+        uint8 is round((x + 1) 127.5) of x clipped to [-1, 1], or as the profile rounds. ValueError for bad arguments,
+        RuntimeError when an image comes out with values that are not finite.
         """
         stream = self.stream(images, batch_size, seed=seed, solver=solver, steps=steps, labels=labels, output=output, **options)
         batches = [x for _, x in stream]
@@ -162,8 +165,9 @@ class Sampler:
         steps: Steps = None,
         labels: Labels = None,
         output: str = "uint8",
-        spacing: str = "linspace",
+        spacing: str | None = None,
         eta: float = 0.0,
+        profile: str = "exact",
         start: tuple[Tensor, int] | None = None,
         pad: bool = False,
         progress: bool = False,
@@ -176,7 +180,7 @@ class Sampler:
         if output not in ("uint8", "float"):
             raise ValueError(f'output {output!r}; expected "uint8" or "float"')
         x_start, t_start = (None, None) if start is None else self._check_start(start, len(indices))
-        table = self.table(solver, steps, spacing=spacing, eta=eta, start=t_start)
+        table = self.table(solver, steps, spacing=spacing, eta=eta, profile=profile, start=t_start)
         wanted = check_labels(labels, len(indices), self.num_classes)
         bits = seed_bits(seed)
 
@@ -191,22 +195,28 @@ class Sampler:
                         place, image = (torch.cat([v, v[-1:].expand(extra)]) for v in (place, image))
                     state = self.begin(image, bits, _at(wanted, place), _at(x_start, place))
                     self.run(state, table, bar.update, of_first(count, callback))
-                    yield int(image[0]), self._finish(state.x[:count], image[:count], output)
+                    yield int(image[0]), self._finish(state.x[:count], image[:count], output, profile)
 
         return batches()  # so that bad arguments are refused here, not at the first image
 
     # ---- one batch
 
     def table(
-        self, solver: str = "ddpm", steps: Steps = None, *, spacing: str = "linspace", eta: float = 0.0, start: int | None = None
+        self,
+        solver: str = "ddpm",
+        steps: Steps = None,
+        *,
+        spacing: str | None = None,
+        eta: float = 0.0,
+        profile: str = "exact",
+        start: int | None = None,
     ) -> StepTable:
         """The step table of a solver; from timestep `start` down where the images are noised only so far."""
-        if steps is None:
-            steps = DEFAULT_STEPS.get(solver)
-        t = choose_timesteps(len(self.schedule), steps, spacing)
+        rules = profile_of(profile)
+        t = rules.timesteps(len(self.schedule), solver, steps, spacing)
         if start is not None:
             t = np.concatenate([[self._check_t(start)], t[t < start]])
-        return step_table(self.schedule, solver, t, prediction=self.prediction, variance=self.variance, clip=self.clip, eta=eta)
+        return rules.table(self.schedule, solver, t, self.prediction, self.variance, self.clip, eta)
 
     def begin(self, image: Tensor, seed: int, labels: Tensor | None = None, x: Tensor | None = None) -> State:
         """The state before the first step: x, or x_T drawn from the images' own noise; labels, or each image's own."""
@@ -228,6 +238,8 @@ class Sampler:
     ) -> None:
         """Takes the state through the whole table, in place."""
         t, coef = table.to(self.device)
+        if table.multistep and state.x_0 is None:
+            state.x_0 = torch.zeros_like(state.x)
         with _inference(self.model):
             for i in range(len(table)):
                 self.step(state, t, coef, table.learned)
@@ -249,7 +261,7 @@ class Sampler:
             raise ValueError("the model changed its input x_t in place; let it return a new tensor")
         if not learned and out.shape[1] == 2 * channels:
             out = out[:, :channels]  # a network that predicts its variance, under a solver that sets its own
-        ddpm_step(state.x, out, coef, state.row, state.seed, state.image, learned)
+        ddpm_step(state.x, out, coef, state.row, state.seed, state.image, learned, state.x_0)
         state.row += 1
 
     def labels(self, images: Images, seed: int = 0) -> Tensor:
@@ -274,15 +286,29 @@ class Sampler:
         coef = self.schedule.q_sample_table(self.device)
         return q_sample(x_0.to(self.device), coef, times, times, torch.full_like(image, seed_bits(seed)), image)
 
+    def invert(self, x_0: Tensor, steps: Steps = 50, labels: Labels = None, spacing: str = "linspace") -> tuple[Tensor, int]:
+        """(x_t, t) from which DDIM with the same steps leads back to images x_0 [N, C, H, W] in [-1, 1], but for its error.
+
+        To be given as `sample(..., solver="ddim", start=...)` (Song et al. 2021, section 4.3). The sampler must not clip on the
+        way back (clip=None): what clipping did cannot be undone. labels: as in `sample`, needed with classes.
+        """
+        x_0, _ = self._check_start((x_0, 0), len(x_0))
+        if self.num_classes is not None and labels is None:
+            raise ValueError("the network has classes: say which the images are, labels=...")
+        t = choose_timesteps(len(self.schedule), steps, spacing)
+        state = self.begin(torch.arange(len(x_0)), 0, check_labels(labels, len(x_0), self.num_classes), x_0)
+        self.run(state, ddim_inversion_table(self.schedule, t, self.prediction))
+        return state.x, int(t[0])
+
     # ---- borders
 
-    def _finish(self, x: Tensor, images: Tensor, output: str) -> Tensor:
+    def _finish(self, x: Tensor, images: Tensor, output: str, profile: str) -> Tensor:
         if not x.isfinite().all():
             broken = images[~x.isfinite().flatten(1).all(1).cpu()].tolist()
             raise RuntimeError(
                 f"images {broken[:8]} came out with values that are not finite; check the weights, or widen {self.dtype}"
             )
-        return to_uint8(x).cpu() if output == "uint8" else x.contiguous()
+        return to_uint8(x, PROFILES[profile].level).cpu() if output == "uint8" else x.contiguous()
 
     def _check_start(self, start: tuple[Tensor, int], count: int) -> tuple[Tensor, int]:
         if not isinstance(start, tuple) or len(start) != 2 or not isinstance(start[0], Tensor):

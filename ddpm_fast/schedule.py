@@ -21,8 +21,9 @@ Array = NDArray[np.float64]
 class NoiseSchedule:
     """beta_t for t = 0 ... T-1 and every quantity the papers derive from it, as fp64 arrays [T].
 
-    Make one with `linear`, `scaled_linear`, `cosine`, `sigmoid` or `from_betas`. ValueError for a beta outside (0, 1),
-    one that is not finite, or none at all.
+    Make one with `linear`, `scaled_linear`, `cosine`, `sigmoid`, `from_betas` or `from_alpha_bar`. ValueError for a beta
+    outside (0, 1), one that is not finite, or none at all. The last beta may be 1: no signal is left then
+    (`zero_terminal_snr`).
     """
 
     beta: Array
@@ -31,7 +32,9 @@ class NoiseSchedule:
         beta = np.array(self.beta, dtype=np.float64)
         if beta.ndim != 1 or not beta.size:
             raise ValueError(f"beta has shape {beta.shape}; expected [T] with at least one step")
-        bad = np.flatnonzero(~((beta > 0) & (beta < 1)))  # NaN fails both comparisons
+        right = (beta > 0) & (beta < 1)  # NaN fails both comparisons
+        right[-1] |= beta[-1] == 1
+        bad = np.flatnonzero(~right)
         if bad.size:
             raise ValueError(f"beta[{bad[0]}] = {beta[bad[0]]}; every beta must lie strictly between 0 and 1 ({bad.size} do not)")
         object.__setattr__(self, "beta", _frozen(beta))
@@ -65,6 +68,20 @@ class NoiseSchedule:
     def from_betas(cls, betas: Sequence[float] | Array) -> NoiseSchedule:
         """Any beta [T], each in (0, 1)."""
         return cls(np.asarray(betas, dtype=np.float64))
+
+    @classmethod
+    def from_alpha_bar(cls, alpha_bar: Sequence[float] | Array) -> NoiseSchedule:
+        """The chain through any alpha_bar [T], decreasing within (0, 1); the last may be 0."""
+        bar = np.concatenate([[1.0], np.asarray(alpha_bar, dtype=np.float64)])
+        return cls((bar[:-1] - bar[1:]) / bar[:-1])  # not 1 - ratio, which loses the small ones
+
+    def zero_terminal_snr(self) -> NoiseSchedule:
+        """This schedule with sqrt(alpha_bar) shifted and scaled to reach 0 at t = T-1 (Lin et al. 2024, algorithm 1).
+
+        Then x_T is pure noise in training too, as it is in sampling. The network must predict x_0 or v.
+        """
+        root = np.sqrt(self.alpha_bar)
+        return self.from_alpha_bar(((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2)
 
     @classmethod
     def _from_alpha_bar(cls, alpha_bar: Callable[[Array], Array], timesteps: int, max_beta: float) -> NoiseSchedule:

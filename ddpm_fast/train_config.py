@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from .checks import integer, is_number
 from .images import seed_bits
-from .solver import PREDICTIONS
+from .prediction import PREDICTIONS
 
 PRECISIONS = ("no", "bf16", "fp16")
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "cosine", "linear")

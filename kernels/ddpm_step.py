@@ -1,12 +1,13 @@
-"""One reverse step, x_t -> x_{t-1}, for every first-order solver: DDPM, DDIM and their relatives differ in coefficients only.
+"""One reverse step, x_t -> x_{t-1}, for every solver: DDPM, DDIM, DPM-Solver++ and their relatives differ in coefficients only.
 
 A solver is a table; a row of it says, for one step (`ddpm_fast.solver` derives the rows from the papers):
 
     x_0   = clamp(x_0_x * x_t + x_0_out * out, -clip, clip)         the image as the network sees it
-    x_t-1 = mean_x_0 * x_0 + mean_x * x_t + mean_out * out + sigma * z
+    x_t-1 = mean_x_0 * x_0 + mean_x * x_t + mean_out * out + mean_old * old + sigma * z
 
-`out` is the network's output, whichever quantity it predicts. Where the network learns the variance, its second half of
-channels v places log sigma between log_sigma_min (v = -1) and log_sigma_max (v = 1) (Nichol & Dhariwal 2021, eq. 15).
+`out` is the network's output, whichever quantity it predicts; `old` the x_0 of the step before, for multistep solvers. Where
+the network learns the variance, its second half of channels v places log sigma between log_sigma_min (v = -1) and
+log_sigma_max (v = 1) (Nichol & Dhariwal 2021, eq. 15).
 """
 
 from __future__ import annotations
@@ -17,27 +18,39 @@ from torch import Tensor
 from ._triton import check_per_image, check_table, image_strides, is_element_order, launches_kernel, tl, triton
 from .noise import BLOCK, NUM_WARPS, REVERSE, grid, image_normals, noise_reference, place
 
-COLUMNS = ("x_0_x", "x_0_out", "clip", "mean_x_0", "mean_x", "mean_out", "sigma", "log_sigma_min", "log_sigma_max")
+COLUMNS = ("x_0_x", "x_0_out", "clip", "mean_x_0", "mean_x", "mean_out", "mean_old", "sigma", "log_sigma_min", "log_sigma_max")
 WIDTH = tl.constexpr(len(COLUMNS))
 
 
-def ddpm_step_reference(x_t: Tensor, out: Tensor, z: Tensor, table: Tensor, row: Tensor, learned: bool = False) -> Tensor:
-    """x_t, z [B, C, H, W]; out [B, C, H, W], learned [B, 2C, H, W]; table [R, 9]; row [B] -> x_{t-1} in the table's dtype."""
-    x_0_x, x_0_out, clip, mean_x_0, mean_x, mean_out, sigma, log_min, log_max = table[row.long()].T[:, :, None, None, None]
+def x_0_reference(x_t: Tensor, out: Tensor, table: Tensor, row: Tensor) -> Tensor:
+    """x_t [B, C, H, W]; out [B, C or 2C, H, W]; table [R, 10]; row [B] -> x_0 as the network sees it, in the table's dtype."""
+    x_0_x, x_0_out, clip = table[row.long()].T[:3, :, None, None, None]
+    return torch.clamp(x_0_x * x_t.to(table.dtype) + x_0_out * out[:, : x_t.shape[1]].to(table.dtype), -clip, clip)
+
+
+def ddpm_step_reference(
+    x_t: Tensor, out: Tensor, z: Tensor, table: Tensor, row: Tensor, learned: bool = False, old: Tensor | None = None
+) -> Tensor:
+    """x_t, z, old [B, C, H, W]; out likewise, learned [B, 2C, H, W]; table [R, 10]; row [B] -> x_{t-1} in the table's dtype."""
+    mean_x_0, mean_x, mean_out, mean_old, sigma, log_min, log_max = table[row.long()].T[3:, :, None, None, None]
+    x_0 = x_0_reference(x_t, out, table, row)
     x_t, out, z = x_t.to(table.dtype), out.to(table.dtype), z.to(table.dtype)
     if learned:
         out, v = out.chunk(2, dim=1)
         fraction = (v + 1) * 0.5
         learned_sigma = (fraction * log_max + (1 - fraction) * log_min).exp()
         sigma = torch.where(sigma > 0, learned_sigma, 0)  # selected, not multiplied: 0 * inf is NaN
-    x_0 = torch.clamp(x_0_x * x_t + x_0_out * out, -clip, clip)
-    return mean_x_0 * x_0 + mean_x * x_t + mean_out * out + sigma * z
+    mean = mean_x_0 * x_0 + mean_x * x_t + mean_out * out
+    if old is not None:
+        mean = mean + torch.where(mean_old != 0, mean_old * old.to(table.dtype), 0)
+    return mean + sigma * z
 
 
 @triton.jit
 def _ddpm_step_kernel(
     x_ptr,
     out_ptr,
+    old_ptr,
     table_ptr,
     row_ptr,
     seed_ptr,
@@ -54,6 +67,7 @@ def _ddpm_step_kernel(
     X_DENSE: tl.constexpr,
     OUT_DENSE: tl.constexpr,
     LEARNED: tl.constexpr,
+    HISTORY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     n, first = place(ELEMENTS, BLOCK)
@@ -69,22 +83,30 @@ def _ddpm_step_kernel(
     table_ptr += tl.load(row_ptr + n).to(tl.int64) * WIDTH
     x_0_x, x_0_out, clip = tl.load(table_ptr), tl.load(table_ptr + 1), tl.load(table_ptr + 2)
     mean_x_0, mean_x, mean_out = tl.load(table_ptr + 3), tl.load(table_ptr + 4), tl.load(table_ptr + 5)
-    sigma = tl.load(table_ptr + 6)
+    sigma = tl.load(table_ptr + 7)
 
     x_t = tl.load(x_ptr + x_at, mask=inside)
     out = tl.load(out_ptr + out_at, mask=inside).to(tl.float32)
     if LEARNED:
         v = tl.load(out_ptr + CHANNELS * out_channel + out_at, mask=inside).to(tl.float32)
         fraction = (v + 1) * 0.5
-        learned_sigma = tl.exp(fraction * tl.load(table_ptr + 8) + (1 - fraction) * tl.load(table_ptr + 7))
+        learned_sigma = tl.exp(fraction * tl.load(table_ptr + 9) + (1 - fraction) * tl.load(table_ptr + 8))
         sigma = tl.where(sigma > 0, learned_sigma, 0.0)
     # a NaN must come out as NaN, not as a clipped pixel
     x_0 = tl.clamp(x_0_x * x_t + x_0_out * out, -clip, clip, propagate_nan=tl.PropagateNan.ALL)
-    x_prev = mean_x_0 * x_0 + mean_x * x_t + mean_out * out + sigma * z
-    tl.store(x_ptr + x_at, x_prev, mask=inside)
+    mean = mean_x_0 * x_0 + mean_x * x_t + mean_out * out
+    if HISTORY:
+        old_ptr += n.to(tl.int64) * x_image  # laid out as x_t is
+        mean_old = tl.load(table_ptr + 6)
+        old = tl.load(old_ptr + x_at, mask=inside)
+        mean = mean + tl.where(mean_old != 0, mean_old * old, 0.0)  # what no step has written is not even multiplied by 0
+        tl.store(old_ptr + x_at, x_0, mask=inside)
+    tl.store(x_ptr + x_at, mean + sigma * z, mask=inside)
 
 
-def _check(x_t: Tensor, out: Tensor, table: Tensor, row: Tensor, seed: Tensor, image: Tensor, learned: bool) -> None:
+def _check(
+    x_t: Tensor, out: Tensor, table: Tensor, row: Tensor, seed: Tensor, image: Tensor, learned: bool, old: Tensor | None
+) -> None:
     if x_t.ndim != 4 or x_t.dtype != torch.float32:
         raise ValueError(f"x_t is {x_t.dtype} {tuple(x_t.shape)}; expected float32 [B, C, H, W]: the state is never kept in less")
     b, c, h, w = x_t.shape
@@ -95,11 +117,15 @@ def _check(x_t: Tensor, out: Tensor, table: Tensor, row: Tensor, seed: Tensor, i
             f"expected floating {expected} on {x_t.device}{' (mean and variance)' if learned else ''}"
         )
     image_strides(x_t, "x_t"), image_strides(out, "the network's output")
+    if old is not None and (old.dtype, old.shape, old.stride(), old.device) != (x_t.dtype, x_t.shape, x_t.stride(), x_t.device):
+        raise ValueError(f"old is {old.dtype} {tuple(old.shape)}, strides {old.stride()}; expected a tensor like x_t")
     check_table("table", table, len(COLUMNS), x_t.device)
     check_per_image(b, x_t.device, row=row, seed=seed, image=image)
 
 
-def _launch(x_t: Tensor, out: Tensor, table: Tensor, row: Tensor, seed: Tensor, image: Tensor, learned: bool) -> None:
+def _launch(
+    x_t: Tensor, out: Tensor, table: Tensor, row: Tensor, seed: Tensor, image: Tensor, learned: bool, old: Tensor | None
+) -> None:
     b, c, h, w = x_t.shape
     x_strides, out_strides = image_strides(x_t, "x_t"), image_strides(out, "the network's output")
     if x_t.numel():
@@ -107,6 +133,7 @@ def _launch(x_t: Tensor, out: Tensor, table: Tensor, row: Tensor, seed: Tensor, 
             _ddpm_step_kernel[grid(c * h * w, b)](
                 x_t,
                 out,
+                x_t if old is None else old,
                 table,
                 row,
                 seed,
@@ -119,34 +146,48 @@ def _launch(x_t: Tensor, out: Tensor, table: Tensor, row: Tensor, seed: Tensor, 
                 X_DENSE=is_element_order(x_t, x_strides),
                 OUT_DENSE=not learned and is_element_order(out, out_strides),
                 LEARNED=learned,
+                HISTORY=old is not None,
                 BLOCK=BLOCK,
                 num_warps=NUM_WARPS,
                 enable_fp_fusion=False,
             )
 
 
-@torch.library.custom_op("ddpm_fast::ddpm_step", mutates_args=("x_t",))
-def ddpm_step(x_t: Tensor, out: Tensor, table: Tensor, row: Tensor, seed: Tensor, image: Tensor, learned: bool = False) -> None:
+@torch.library.custom_op("ddpm_fast::ddpm_step", mutates_args=("x_t", "old"))
+def ddpm_step(
+    x_t: Tensor,
+    out: Tensor,
+    table: Tensor,
+    row: Tensor,
+    seed: Tensor,
+    image: Tensor,
+    learned: bool = False,
+    old: Tensor | None = None,
+) -> None:
     """x_t becomes x_{t-1}, in place: `ddpm_step_reference` with its noise made inside.
 
     x_t    [B, C, H, W] fp32, channels-first or channels-last; read once, written once
     out    [B, C, H, W] fp32, fp16 or bf16, either layout; [B, 2C, H, W] where `learned`; read once
-    table  [R, 9] fp32, columns `COLUMNS`: `ddpm_fast.solver.StepTable`
+    table  [R, 10] fp32, columns `COLUMNS`: `ddpm_fast.solver.StepTable`
     row    [B] integer in 0..R-1: each image's own step, which also counts its noise (stream `noise.REVERSE`)
     seed, image   [B] integer: whose noise
+    old    like x_t, read where mean_old is not 0, then overwritten with this step's x_0; None: neither
 
     ValueError for wrong shapes, types or devices.
     """
-    _check(x_t, out, table, row, seed, image, learned)
+    _check(x_t, out, table, row, seed, image, learned, old)
     if launches_kernel(x_t):
-        _launch(x_t, out, table, row, seed, image, learned)
+        _launch(x_t, out, table, row, seed, image, learned, old)
         return
     z = torch.zeros((), dtype=x_t.dtype, device=x_t.device)
     if x_t.is_cuda or table[row.long(), COLUMNS.index("sigma")].any():  # DDIM draws no noise, so a CPU makes none
         z = noise_reference(seed, image, row, REVERSE, tuple(x_t.shape[1:]))
-    x_t.copy_(ddpm_step_reference(x_t, out, z, table, row, learned))
+    x_prev = ddpm_step_reference(x_t, out, z, table, row, learned, old)
+    if old is not None:
+        old.copy_(x_0_reference(x_t, out, table, row))
+    x_t.copy_(x_prev)
 
 
 @ddpm_step.register_fake
-def _(x_t, out, table, row, seed, image, learned=False):
+def _(x_t, out, table, row, seed, image, learned=False, old=None):
     return None

@@ -6,8 +6,9 @@ import torch
 from ddpm_fast import NoiseSchedule
 from ddpm_fast.kernels import noise as N
 from ddpm_fast.kernels.ddpm_step import COLUMNS, ddpm_step, ddpm_step_reference
-from ddpm_fast.solver import choose_timesteps, step_table
+from ddpm_fast.profile import EXACT
 from ddpm_fast.testing import assert_as_accurate
+from ddpm_fast.timesteps import choose_timesteps
 
 LAYOUTS = {"channels-first": torch.contiguous_format, "channels-last": torch.channels_last}
 T = choose_timesteps(1000, 20)
@@ -15,7 +16,7 @@ T = choose_timesteps(1000, 20)
 
 def case(shape, *, dtype=torch.float32, layout="channels-last", out_layout=None, device="cpu", solver="ddpm", **options):
     torch.manual_seed(0)
-    table = step_table(NoiseSchedule.linear(), solver, T, **options)
+    table = EXACT.table(NoiseSchedule.linear(), solver, T, **options)
     b, c, h, w = shape
     x_t = torch.randn(shape).to(device).contiguous(memory_format=LAYOUTS[layout])
     out = torch.randn(b, 2 * c if table.learned else c, h, w).to(device, dtype)

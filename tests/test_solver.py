@@ -6,7 +6,9 @@ import torch
 
 from ddpm_fast import NoiseSchedule
 from ddpm_fast.kernels.ddpm_step import COLUMNS, ddpm_step_reference
-from ddpm_fast.solver import choose_timesteps, ddim_table, ddpm_table, step_table
+from ddpm_fast.profile import EXACT
+from ddpm_fast.solver import ddim_table, ddpm_table
+from ddpm_fast.timesteps import choose_timesteps
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -80,7 +82,7 @@ def test_predictions_convert_into_one_another():
 @pytest.mark.parametrize("solver", ["ddpm", "ddim"])
 @pytest.mark.parametrize("steps", [1, 2, 1000])
 def test_last_step_returns_x_0_without_noise(solver, steps):
-    table = step_table(SCHEDULE, solver, choose_timesteps(1000, steps))
+    table = EXACT.table(SCHEDULE, solver, choose_timesteps(1000, steps))
     last = dict(zip(COLUMNS, table.coef[-1], strict=True))
     assert (last["sigma"], last["mean_out"]) == (0, 0)
     assert last["mean_x"] == pytest.approx(0, abs=1e-12)
@@ -111,10 +113,10 @@ def test_refuses_options():
     for options, message in [
         (dict(solver="euler"), "solver 'euler'"),
         (dict(solver="ddpm", prediction="noise"), "prediction 'noise'"),
-        (dict(solver="ddpm", variance="learned"), "variance 'learned'"),
+        (dict(solver="ddpm", variance="huge"), "variance 'huge'"),
         (dict(solver="ddpm", clip=0.0), "clip = 0.0"),
         (dict(solver="ddpm", eta=0.5), "belongs to solver"),
         (dict(solver="ddim", eta=1.5), "eta = 1.5"),
     ]:
         with pytest.raises(ValueError, match=message):
-            step_table(SCHEDULE, t=t, **options)
+            EXACT.table(SCHEDULE, t=t, **options)

@@ -8,8 +8,9 @@ from ddpm_fast import NoiseSchedule, Sampler, UNet, UNetConfig
 from ddpm_fast.data import ImageData
 from ddpm_fast.kernels import noise as N
 from ddpm_fast.kernels.ddpm_step import ddpm_step, ddpm_step_reference
-from ddpm_fast.solver import choose_timesteps, step_table
+from ddpm_fast.profile import EXACT
 from ddpm_fast.testing import relative_error
+from ddpm_fast.timesteps import choose_timesteps
 from ddpm_fast.train import Trainer
 from ddpm_fast.train_config import TrainConfig
 
@@ -74,7 +75,7 @@ def test_more_elements_than_32_bits_count():
     batch, shape = 1400, (3, 720, 720)
     if torch.cuda.mem_get_info()[0] < 16 * 2**30:
         pytest.skip("needs 16 GiB of free memory")
-    table = step_table(SCHEDULE, "ddpm", choose_timesteps(1000, 10)).to("cuda")[1]
+    table = EXACT.table(SCHEDULE, "ddpm", choose_timesteps(1000, 10)).to("cuda")[1]
     x = torch.zeros(batch, 720, 720, 3, device="cuda").permute(0, 3, 1, 2)
     out = torch.ones(batch, 720, 720, 3, device="cuda", dtype=torch.bfloat16).permute(0, 3, 1, 2)
     assert x.numel() > 2**31
