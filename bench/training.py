@@ -72,7 +72,12 @@ def images() -> ImageData:
 def ours(channels: tuple[int, ...], batch: int, precision: str, device: torch.device, compile: bool = False) -> tuple[Step, Loss]:
     config = TrainConfig(batch, learning_rate=RATE, ema_max_decay=DECAY, mixed_precision=precision, compile=compile)
     trainer = Trainer(network(channels), NoiseSchedule.linear(), images(), config, device)
-    return trainer.step, lambda x_t, t, labels, eps: trainer._loss(trainer.unet, x_t, t, labels, eps)
+
+    def loss_of(x_t: Tensor, t: Tensor, labels: Tensor, eps: Tensor) -> Tensor:
+        with autocast_to(precision, device):
+            return F.mse_loss(trainer.unet(x_t, t, labels).float(), eps)
+
+    return trainer.step, loss_of
 
 
 def plain(channels: tuple[int, ...], batch: int, precision: str, device: torch.device) -> tuple[Step, Loss]:

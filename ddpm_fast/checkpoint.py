@@ -218,7 +218,7 @@ def _read_scheduler(config: Mapping[str, Any]) -> tuple[NoiseSchedule, str, str,
     if unknown := sorted(set(given) - set(_SCHEDULER_DEFAULTS)):
         raise ValueError(f"unknown key {', '.join(unknown)} in scheduler_config.json")
     d = {**_SCHEDULER_DEFAULTS, **given}
-    for key in ("thresholding", "rescale_betas_zero_snr", "timestep_values"):
+    for key in ("thresholding", "timestep_values"):
         if d[key] not in (False, None):
             raise ValueError(f"scheduler_config.json: {key}={d[key]} is not supported")
     for key, known in (("prediction_type", _PREDICTIONS), ("variance_type", _VARIANCES)):
@@ -228,7 +228,10 @@ def _read_scheduler(config: Mapping[str, Any]) -> tuple[NoiseSchedule, str, str,
         if not isinstance(d[key], (int, float)) or not d[key] > 0:
             raise ValueError(f"scheduler_config.json: {key}={d[key]!r}; expected a positive number")
     clip = float(d["clip_sample_range"]) if d["clip_sample"] else None
-    return _read_schedule(d), _PREDICTIONS[d["prediction_type"]], _VARIANCES[d["variance_type"]], clip
+    schedule = _read_schedule(d)
+    if d["rescale_betas_zero_snr"]:
+        schedule = schedule.zero_terminal_snr()
+    return schedule, _PREDICTIONS[d["prediction_type"]], _VARIANCES[d["variance_type"]], clip
 
 
 def schedule_of_diffusers(name: str, timesteps: int = 1000) -> NoiseSchedule:

@@ -13,7 +13,7 @@ import torch
 
 from . import __version__, pictures
 from .checkpoint import load_pretrained
-from .cli_common import DTYPES, PATH, pick_device, report_of
+from .cli_common import DTYPES, PATH, parse_steps, pick_device, report_of, solver_options
 from .cli_eval import evaluate
 from .cli_plot import plot
 from .cli_train import train
@@ -21,8 +21,6 @@ from .cost import unet_cost
 from .environment import environment
 from .images import check_images, image_indices
 from .sampler import Sampler
-from .solver import SOLVERS
-from .timesteps import SPACINGS
 
 # both spellings of every flag: --batch-size and --batch_size
 _SETTINGS: dict[str, Any] = dict(
@@ -42,10 +40,7 @@ def cli() -> None:
     "--images", default="64", show_default=True, help="How many, or a range of image indices: 64 or 100-199 (both ends drawn)."
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="0 to 2^64 - 1.")
-@click.option("--solver", type=click.Choice(SOLVERS), default="ddpm", show_default=True)
-@click.option("--steps", type=int, help="How many steps.  [default: all for ddpm, 50 for ddim]")
-@click.option("--spacing", type=click.Choice(SPACINGS), default="linspace", show_default=True, help="Which steps, if not all.")
-@click.option("--eta", type=float, default=0.0, show_default=True, help="Noise of ddim: 0 deterministic, 1 as noisy as ddpm.")
+@solver_options("ddpm")
 @click.option("--batch-size", type=int, default=64, show_default=True)
 @click.option("--label", type=int, help="Class of every image.  [default: each draws its own]")
 @click.option(
@@ -63,9 +58,11 @@ def sample(
     images: str,
     seed: int,
     solver: str,
-    steps: int | None,
-    spacing: str,
+    steps: str | None,
+    spacing: str | None,
     eta: float,
+    variance: str | None,
+    profile: str,
     batch_size: int,
     label: int | None,
     out: str,
@@ -78,24 +75,26 @@ def sample(
     """Draw images. Image i of a seed is the same in whatever batch it is drawn."""
     indices = parse_images(images)
     target = _check_target(out)
-    sampler = Sampler.from_pretrained(weights, pick_device(device), DTYPES[dtype], parse_size(size))
+    sampler = Sampler.from_pretrained(weights, pick_device(device), DTYPES[dtype], parse_size(size), variance)
     if target.suffix not in pictures.ARRAYS and sampler.shape[0] not in pictures.PNG_CHANNELS:
         raise ValueError(
             f"--out {out}: images of {sampler.shape[0]} channels are no pictures; write {' or '.join(pictures.ARRAYS)}"
         )
-    options: dict[str, Any] = dict(seed=seed, solver=solver, steps=steps, spacing=spacing, eta=eta, labels=label)
+    how: dict[str, Any] = dict(solver=solver, steps=parse_steps(steps), spacing=spacing, eta=eta, profile=profile)
+    table = sampler.table(**how)
     began = time.perf_counter()
     show = sys.stderr.isatty() if progress is None else progress
-    stream = sampler.stream(indices, batch_size, **options, progress=show)
+    stream = sampler.stream(indices, batch_size, seed=seed, labels=label, **how, progress=show)
     _write(target, stream, indices)
     seconds = time.perf_counter() - began
-    count, table = len(indices), sampler.table(solver, steps, spacing=spacing, eta=eta)
+    count = len(indices)
     report = dict(
         out=str(target),
         images=count,
         seed=seed,
         solver=solver,
         steps=len(table),
+        profile=profile,
         device=_device_name(sampler.device),
         dtype=dtype,
         seconds=round(seconds, 3),

@@ -3,14 +3,53 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
 
+from .profile import PROFILES
+from .solver import SOLVERS, VARIANCES
+from .timesteps import SPACINGS
+
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PATH = click.Path(path_type=Path)
+
+
+def solver_options(default: str) -> Callable[[Any], Any]:
+    """--solver, --steps, --spacing, --eta, --variance, --profile: how images are drawn."""
+    options = [
+        click.option("--solver", type=click.Choice(SOLVERS), default=default, show_default=True),
+        click.option(
+            "--steps", help="How many, or sections such as 10,20,30 or ddim50.  [default: all for ddpm, 50 for ddim, else 20]"
+        ),
+        click.option("--spacing", type=click.Choice(SPACINGS), help="Which steps, if not all.  [default: the profile's, linspace]"),
+        click.option(
+            "--eta", type=float, default=0.0, show_default=True, help="Noise of ddim: 0 deterministic, 1 as noisy as ddpm."
+        ),
+        click.option("--variance", type=click.Choice(VARIANCES), help="Noise of ddpm.  [default: the checkpoint's]"),
+        click.option(
+            "--profile",
+            type=click.Choice(list(PROFILES)),
+            default="exact",
+            show_default=True,
+            help="As this codebase does.",
+        ),
+    ]
+
+    def add(command: Any) -> Any:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
+def parse_steps(text: str | None) -> int | str | None:
+    """ "50" -> 50; "10,20,30" and "ddim50" are sections, for `choose_timesteps` to judge."""
+    return int(text) if text is not None and text.lstrip("-").isdecimal() else text
 
 
 def pick_device(name: str | None) -> torch.device | None:

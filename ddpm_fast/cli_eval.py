@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from .classifier import Classifier, load_classifier
-from .cli_common import DTYPES, PATH, pick_device, report_of
+from .cli_common import DTYPES, PATH, parse_steps, pick_device, report_of, solver_options
 from .data import FITS, ImageData, has_test_split, load_images
+from .likelihood import bits_per_dimension
 from .metrics import CONFIDENT, FEATURES, FID_FROM, ClassScores, Features, class_scores, fid, kid
+from .profile import PROFILES, profile_of
 from .sampler import Sampler
-from .solver import SOLVERS
+from .watching import bar_of
 
 
 @click.command("eval")
@@ -27,9 +29,10 @@ from .solver import SOLVERS
 @click.option("--fit", type=click.Choice(FITS), default="crop", show_default=True, help="As in training.")
 @click.option("--images", type=click.IntRange(4), default=2000, show_default=True, help="How many are drawn.")
 @click.option("--seed", type=int, default=0, show_default=True, help="0 to 2^64 - 1.")
-@click.option("--solver", type=click.Choice(SOLVERS), default="ddim", show_default=True)
-@click.option("--steps", type=int, help="How many steps.  [default: all for ddpm, 50 for ddim]")
+@solver_options("ddim")
 @click.option("--batch-size", type=int, default=64, show_default=True)
+@click.option("--bits-per-dim", is_flag=True, help="The bound on the likelihood of real images instead.")
+@click.option("--terms", type=PATH, help="With --bits-per-dim: FILE.npz of all its terms; a run that was stopped goes on from it.")
 @click.option("--classifier", type=PATH, help="Also ask this one, such as weights/fashion-mnist-classifier.safetensors.")
 @click.option("--device", help="cpu, cuda, cuda:1 ...  [default: the GPU if there is one]")
 @click.option("--dtype", type=click.Choice(list(DTYPES)), default="fp32", show_default=True, help="Of the network.")
@@ -39,7 +42,12 @@ def evaluate(as_json: bool, **options: Any) -> None:
     """Score drawn images against real ones: KID (FID from 10,000 images up), and what a classifier finds.
 
     The same distance between two sets of real images, train and test, is printed beside it: what perfect images would get.
+
+    With --bits-per-dim: what the network thinks of the first --images real images, of the test split where there is one.
     """
+    if options["bits_per_dim"]:
+        report_of(*_bits(options, as_json))
+        return
     if (options["weights"] is None) == (options["samples"] is None):
         raise ValueError("give --weights to draw from, or --samples to score")
     device = pick_device(options["device"])
@@ -47,7 +55,8 @@ def evaluate(as_json: bool, **options: Any) -> None:
     classifier = load_classifier(options["classifier"]) if options["classifier"] else None
     # everything that can be wrong is read before the long work begins
     if options["weights"] is not None:
-        sampler = Sampler.from_pretrained(options["weights"], device, DTYPES[options["dtype"]])
+        sampler = Sampler.from_pretrained(options["weights"], device, DTYPES[options["dtype"]], variance=options["variance"])
+        sampler.table(**_how(options))
         count, (channels, side, _) = options["images"], sampler.shape
     else:
         given = load_images(options["samples"], options["resolution"], options["fit"])
@@ -65,17 +74,62 @@ def evaluate(as_json: bool, **options: Any) -> None:
         images=len(drawn),
         real_images=len(test),
         features=FEATURES,
-        rounding="uint8, to the nearest",
+        rounding="as given" if options["samples"] else f"uint8, {PROFILES[options['profile']].rounding}",
         seconds_of_drawing=round(seconds, 1),
     )
     lines = [
-        f"{len(drawn)} images ({source}) against {len(test)} real ones; uint8, rounded to the nearest",
+        f"{len(drawn)} images ({source}) against {len(test)} real ones; {report['rounding']}",
         f"features: {FEATURES}",
         *_add_distances(report, features, drawn, test, train),
     ]
     if classifier is not None:
         lines += _add_classes(report, classifier, drawn, labels, test)
     report_of(report, as_json, "\n".join(lines))
+
+
+def _bits(options: dict[str, Any], as_json: bool) -> tuple[dict[str, Any], bool, str]:
+    """The bound in bits per dimension: what `report_of` takes."""
+    if options["weights"] is None or options["samples"] is not None:
+        raise ValueError("bits per dimension are those of a network: give --weights, and no --samples")
+    sampler = Sampler.from_pretrained(
+        options["weights"], pick_device(options["device"]), DTYPES[options["dtype"]], variance=options["variance"]
+    )
+    channels, side, _ = sampler.shape
+    split = "test" if has_test_split(options["data_dir"]) else "train"
+    data = load_images(options["data_dir"], side, options["fit"], channels if channels in (1, 3) else None, split)
+    data = _some(data, slice(options["images"]))
+    steps, profile = parse_steps(options["steps"]), options["profile"]
+    visited = profile_of(profile).timesteps(len(sampler.schedule), "ddpm", steps, options["spacing"])
+    began = time.perf_counter()
+    show = sys.stderr.isatty() if options["progress"] is None else options["progress"]
+    with bar_of(show, len(data) * len(visited)) as bar:
+        how = dict(seed=options["seed"], batch_size=options["batch_size"], profile=profile, kept=options["terms"])
+        bits = bits_per_dimension(sampler, data, visited.tolist(), advance=bar.update, **how)
+    seconds = time.perf_counter() - began
+    means = dict(l_0=float(bits.terms[:, 0].mean()), l_t=float(bits.terms[:, 1:].sum(1).mean()), l_T=float(bits.prior.mean()))
+    report = dict(
+        weights=str(options["weights"]),
+        images=len(data),
+        split=split,
+        steps=len(visited),
+        variance=sampler.variance,
+        profile=profile,
+        given_labels=sampler.num_classes is not None,
+        bits_per_dim=bits.mean,
+        standard_error=bits.standard_error if len(data) > 1 else None,
+        **means,
+        seconds=round(seconds, 1),
+    )
+    lines = [
+        f"{options['weights']}: {len(data)} images ({split}), {len(visited)} steps, {sampler.variance}, profile {profile}, "
+        f"seed {options['seed']}, {options['dtype']}, {seconds:.0f} s",
+        f"bits per dimension  {bits.mean:.4f} +- {bits.standard_error:.4f}  at most"
+        + (", given the labels" if sampler.num_classes is not None else ""),
+        f"  L_0               {means['l_0']:.4f}  the last step, on 256 levels",
+        f"  L_1 ... L_T-1     {means['l_t']:.4f}  the steps before",
+        f"  L_T               {means['l_T']:.6f}  the start",
+    ]
+    return report, as_json, "\n".join(lines)
 
 
 def _add_distances(report: dict[str, Any], features: Features, drawn: Tensor, test: ImageData, train: ImageData) -> list[str]:
@@ -104,12 +158,20 @@ def _add_classes(
 
 def _draw(sampler: Sampler, options: dict[str, Any]) -> tuple[Tensor, Tensor | None, str]:
     """(images uint8 [N, H, W, C], labels or None, what they are)"""
-    how: dict[str, Any] = dict(seed=options["seed"], solver=options["solver"], steps=options["steps"])
+    how = _how(options)
     show = sys.stderr.isatty() if options["progress"] is None else options["progress"]
-    images = sampler.sample(options["images"], batch_size=options["batch_size"], progress=show, **how)
+    images = sampler.sample(options["images"], options["seed"], batch_size=options["batch_size"], progress=show, **how)
     labels = sampler.labels(options["images"], options["seed"]).cpu() if sampler.num_classes else None
-    steps = len(sampler.table(options["solver"], options["steps"]))
-    return images, labels, f"{options['weights']}, seed {options['seed']}, {options['solver']} {steps} steps, {options['dtype']}"
+    kind = f"{how['solver']} {sampler.variance}" if how["solver"] == "ddpm" else how["solver"]
+    steps, profile = len(sampler.table(**how)), "" if how["profile"] == "exact" else f" as {how['profile']}"
+    source = f"{options['weights']}, seed {options['seed']}, {kind} {steps} steps{profile}, {options['dtype']}"
+    return images, labels, source
+
+
+def _how(options: dict[str, Any]) -> dict[str, Any]:
+    """What `Sampler.sample` and `Sampler.table` take of the options."""
+    how = {name: options[name] for name in ("solver", "spacing", "eta", "profile")}
+    return dict(how, steps=parse_steps(options["steps"]))
 
 
 def _of(data: ImageData, name: str) -> tuple[Tensor, Tensor | None, str]:

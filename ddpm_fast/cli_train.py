@@ -17,10 +17,11 @@ import torch
 from .checkpoint import Checkpoint, load_pretrained, schedule_of_diffusers
 from .cli_common import PATH, pick_device, report_of
 from .data import FITS, ImageData, has_test_split, load_dataset, load_images
+from .objective import LEARNING_VARIANCE, LOSSES
 from .prediction import PREDICTIONS
 from .schedule import NoiseSchedule
 from .train import Trainer
-from .train_config import LR_SCHEDULERS, PRECISIONS, TrainConfig
+from .train_config import LR_SCHEDULERS, PRECISIONS, TIMESTEP_SAMPLING, TrainConfig
 from .training_files import checkpoints, latest_checkpoint
 from .training_run import Every, TrainingRun
 from .unet import UNet
@@ -72,8 +73,17 @@ def _option(name: str, default: Any, help: str, **more: Any) -> Any:
 @_option("--ema-max-decay", 0.9999, "And never more than this.")
 @_option("--mixed-precision", "no", "Of the network's operations; weights stay fp32.", type=click.Choice(PRECISIONS))
 @_option("--prediction-type", "epsilon", "What the network predicts.", type=click.Choice([*_AS_DIFFUSERS, *PREDICTIONS]))
+@_option("--loss-type", "simple", "What is minimised.", type=click.Choice([s.replace("_", "-") for s in LOSSES]))
+@_option("--snr-gamma", 5.0, "Of the loss min-snr.")
+@_option(
+    "--timestep-sampling",
+    "uniform",
+    "How t is drawn.",
+    type=click.Choice([s.replace("_", "-") for s in TIMESTEP_SAMPLING]),
+)
 @_option("--ddpm-num-steps", 1000, "T of the noise schedule.")
 @_option("--ddpm-beta-schedule", "linear", "Noise schedule.", type=click.Choice(SCHEDULES))
+@_option("--rescale-betas-zero-snr", False, "Let the schedule end in pure noise; predict sample or v.", is_flag=True)
 @_option("--seed", 0, "Of everything that is drawn.")
 @_option("--compile/--no-compile", False, "The network through torch.compile.")
 @_option("--deterministic/--no-deterministic", True, "On a GPU: only kernels that repeat to the bit.")
@@ -155,8 +165,10 @@ def _checkpoint(options: dict[str, Any]) -> Checkpoint | None:
 def _schedule(options: dict[str, Any], checkpoint: Checkpoint | None) -> NoiseSchedule:
     """diffusers' schedule of that name, or the checkpoint's own where no other was asked for."""
     if checkpoint is not None and not _given("ddpm_beta_schedule", "ddpm_num_steps"):
-        return checkpoint.schedule
-    return schedule_of_diffusers(options["ddpm_beta_schedule"].replace("-", "_"), options["ddpm_num_steps"])
+        schedule = checkpoint.schedule
+    else:
+        schedule = schedule_of_diffusers(options["ddpm_beta_schedule"].replace("-", "_"), options["ddpm_num_steps"])
+    return schedule.zero_terminal_snr() if options["rescale_betas_zero_snr"] else schedule
 
 
 def _start(directory: Path, wanted: str | None, say: Any) -> Path | None:
@@ -199,7 +211,8 @@ def _config(options: dict[str, Any], images: int, checkpoint: Checkpoint | None)
     per_step = max(1, options["train_batch_size"] * options["gradient_accumulation_steps"])
     if options["max_train_steps"] is None:
         given["max_train_steps"] = math.ceil(options["num_epochs"] * images / per_step)
-    given["lr_scheduler"] = options["lr_scheduler"].replace("-", "_")
+    for name in ("lr_scheduler", "loss_type", "timestep_sampling"):
+        given[name] = options[name].replace("-", "_")
     given["prediction_type"] = _AS_DIFFUSERS.get(options["prediction_type"], options["prediction_type"])
     if checkpoint is not None and not _given("prediction_type"):
         given["prediction_type"] = checkpoint.prediction
@@ -227,7 +240,7 @@ def _unet(options: dict[str, Any], data: ImageData) -> UNet:
         UNetConfig(
             sample_size=options["resolution"],
             in_channels=data.images.shape[3],
-            out_channels=data.images.shape[3],
+            out_channels=data.images.shape[3] * (1 + (options["loss_type"] in LEARNING_VARIANCE)),
             channels=tuple(channels),
             layers=options["layers"],
             attention=tuple(i in attention for i in range(len(channels))),

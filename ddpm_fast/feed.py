@@ -14,11 +14,12 @@ from .kernels import noise
 
 
 class Batch(NamedTuple):
-    """image, epoch, t int64 [B]; x_0 fp32 [B, C, H, W] in [-1, 1], channels-last; labels int64 [B] or None."""
+    """image, epoch, t int64 [B]; the word of which t was made; x_0 fp32 [B, C, H, W] in [-1, 1]; labels int64 [B] or None."""
 
     image: Tensor
     epoch: Tensor
     t: Tensor
+    word: Tensor
     x_0: Tensor
     labels: Tensor | None
 
@@ -51,7 +52,7 @@ class Feed:
         x_0 = from_uint8(x)
         if self.random_flip:
             x_0 = torch.where((drawn[:, 1] >= 2**31)[:, None, None, None], x_0.flip(3), x_0)
-        return Batch(image, epoch, t, x_0, self.labels(image))
+        return Batch(image, epoch, t, drawn[:, 0], x_0, self.labels(image))
 
     def labels(self, image: Tensor) -> Tensor | None:
         """The classes of images [B] on the device."""

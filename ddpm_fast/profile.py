@@ -27,19 +27,26 @@ class Profile:
     single        tables in fp32 from alpha_bar, as those codebases compute them, instead of fp64: beta is off by 5e-4 near t = 4
     eps_from      what DDIM's eps follows from: the clipped "x_0", or the "network"
     ddim_clip     does DDIM clip x_0?
-    level         which of 0 ... 255 a value in [-1, 1] becomes
+    rounding      to 0 ... 255: "rounded to the nearest", "cut off" or "half rounded up"
     erf           the decoder's normal distribution function: exact in fp64, or approximated by tanh
-    first_var     the variance at t = 0, where the posterior has none: that of t = 1, or this. No image depends on it (no noise
-                  is added there); the likelihood does.
+    first_var     the variance of p(x_0 | x_1). No image depends on it, since no noise is added there; the likelihood does.
+                    "beta"       fixed_large: beta_0; fixed_small: the posterior's at t = 1, for at t = 0 it is 0
+                    "posterior"  both: the posterior's at t = 1, with which Ho et al. found better bits for images
+                    "floor"      fixed_large: beta_0; fixed_small: 1e-20
     """
 
     choose: Callable[[int, str, int], NDArray[np.int64]] = lambda total, solver, steps: choose_timesteps(total, steps)
     single: bool = False
     eps_from: str = "x_0"
     ddim_clip: bool = True
-    level: Callable[[Tensor], Tensor] = nearest
+    rounding: str = "rounded to the nearest"
     erf: bool = True
-    first_var: float | None = None
+    first_var: str = "beta"
+
+    @property
+    def level(self) -> Callable[[Tensor], Tensor]:
+        """Which of 0 ... 255 a value in [-1, 1] becomes."""
+        return {"rounded to the nearest": nearest, "cut off": _cut_off, "half rounded up": _half_up}[self.rounding]
 
     def timesteps(self, total: int, solver: str, steps: Steps, spacing: str | None = None) -> NDArray[np.int64]:
         """The timesteps that `solver` visits, decreasing; a spacing that is asked for counts more than the profile's."""
@@ -125,17 +132,13 @@ def _half_up(x: Tensor) -> Tensor:
     return ((x + 1) * 0.5 * 255 + 0.5).floor()
 
 
-def _of_unit(x: Tensor) -> Tensor:
-    return ((x / 2 + 0.5) * 255).round()
-
-
 EXACT = Profile()
 PROFILES: dict[str, Profile] = {
     "exact": EXACT,
-    "ho": Profile(_all, level=_cut_off, erf=False),
-    "openai": Profile(_sections, level=_cut_off, erf=False),
-    "diffusers": Profile(_leading, single=True, eps_from="network", level=_of_unit, first_var=1e-20),
-    "ddim": Profile(_uniform, single=True, eps_from="network", ddim_clip=False, level=_half_up),
+    "ho": Profile(_all, rounding="cut off", erf=False, first_var="posterior"),
+    "openai": Profile(_sections, rounding="cut off", erf=False, first_var="posterior"),
+    "diffusers": Profile(_leading, single=True, eps_from="network", first_var="floor"),
+    "ddim": Profile(_uniform, single=True, eps_from="network", ddim_clip=False, rounding="half rounded up", first_var="posterior"),
 }
 """
 exact      this package's own: fp64 tables, both ends of the chain visited, rounding to the nearest, exact decoder.

@@ -107,8 +107,11 @@ class Sampler:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         size: tuple[int, int] | None = None,
+        variance: str | None = None,
     ) -> Sampler:
-        """From a diffusers folder. By default on the GPU if there is one, in fp32, and for the size (H, W) it was trained at."""
+        """From a diffusers folder. By default on the GPU if there is one, in fp32, for the size (H, W) it was trained at, and with
+        the variance that the folder names.
+        """
         checkpoint = load_pretrained(directory)
         size = size or checkpoint.unet.config.size
         if size is None:
@@ -116,7 +119,7 @@ class Sampler:
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         unet = channels_last(checkpoint.unet.to(device, dtype))
         shape = (unet.config.in_channels, *size)
-        return cls(unet, checkpoint.schedule, shape, checkpoint.prediction, checkpoint.variance, checkpoint.clip)
+        return cls(unet, checkpoint.schedule, shape, checkpoint.prediction, variance or checkpoint.variance, checkpoint.clip)
 
     # ---- whole images
 
@@ -240,7 +243,7 @@ class Sampler:
         t, coef = table.to(self.device)
         if table.multistep and state.x_0 is None:
             state.x_0 = torch.zeros_like(state.x)
-        with _inference(self.model):
+        with inference(self.model):
             for i in range(len(table)):
                 self.step(state, t, coef, table.learned)
                 if advance is not None:
@@ -329,7 +332,7 @@ def _at(per_image: Tensor | None, chosen: Tensor) -> Tensor | None:
 
 
 @contextmanager
-def _inference(model: Callable[..., Tensor]) -> Iterator[None]:
+def inference(model: Callable[..., Tensor]) -> Iterator[None]:
     """A module in eval mode, and convolutions that mean fp32 when they say so: cuDNN takes TF32 by default."""
     training = model if isinstance(model, nn.Module) and model.training else None
     tf32, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False

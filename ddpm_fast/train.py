@@ -2,6 +2,8 @@
 
     x_0 ~ data;  t ~ uniform;  eps ~ N(0, 1);  descend the gradient of || eps - eps_theta(x_t, t) ||^2
 
+or of another loss of `objective.Objective`. eps is drawn by `q_sample` and again by the loss, and never stored.
+
 Nothing is drawn from a generator with a state. The order of the images, each one's timestep, flip and noise are functions of
 (seed, image, epoch), so a run that was killed goes on as if nothing had happened: step number and tensors say it all.
 """
@@ -15,26 +17,48 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .data import ImageData
 from .feed import Batch, Feed
 from .half_on_cpu import use_wide_backward
 from .images import from_uint8, seed_bits
-from .kernels import noise
 from .kernels.q_sample import q_sample
+from .objective import LossAware, Objective
 from .schedule import NoiseSchedule
 from .train_config import TrainConfig
 from .unet import UNet
 
-_IDENTITY = ("train_batch_size", "gradient_accumulation_steps", "prediction_type", "random_flip", "use_ema", "seed")
+_IDENTITY = (
+    "train_batch_size",
+    "gradient_accumulation_steps",
+    "random_flip",
+    "use_ema",
+    "seed",
+    "prediction_type",
+    "loss_type",
+    "snr_gamma",
+    "timestep_sampling",
+)
 AUTOCAST = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 VALIDATION_ROW = 2**24 - 1  # the noise of validation: a row that no epoch reaches
 _SMALLEST_PART = 8  # images; below that, a thread of its own costs more than it brings
+
+
+class Noised(NamedTuple):
+    """A batch as the network and the loss see it: what `Objective.losses` takes, the labels, the weights of the losses."""
+
+    x_0: Tensor
+    x_t: Tensor
+    t: Tensor
+    row: Tensor
+    seed: Tensor
+    image: Tensor
+    labels: Tensor | None
+    weight: Tensor | None
 
 
 class Trainer:
@@ -53,7 +77,7 @@ class Trainer:
     ) -> None:
         self.config, self.schedule, self.data = config, schedule, data
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        check_fit(unet, data)
+        check_fit(unet, data, config.learned_variance)
         epochs = config.max_train_steps * config.train_batch_size * config.gradient_accumulation_steps // len(data)
         if epochs >= VALIDATION_ROW:
             raise ValueError(f"{epochs} epochs of {len(data)} images; expected fewer than {VALIDATION_ROW}")
@@ -74,6 +98,8 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.mixed_precision == "fp16")
         self.scaler.scale(torch.zeros((), device=self.device))  # made here, not by whichever thread comes first
         self.done = 0
+        self.objective = Objective(schedule, config.prediction_type, config.loss_type, config.snr_gamma, self.device)
+        self.timesteps = LossAware(len(schedule), self.device) if config.timestep_sampling == "loss_aware" else None
         self._coef = schedule.q_sample_table(self.device)
         self._sums = torch.zeros(4, device=self.device)  # loss, gradient norm, steps kept and skipped since the last `means`
         self._model: Callable[..., Tensor] = torch.compile(self.unet) if config.compile else self.unet
@@ -133,9 +159,8 @@ class Trainer:
             image, t = chosen[some], times[some].to(self.device)
             x_0 = from_uint8(torch.from_numpy(data.images[image.numpy()]).to(self.device))
             labels = None if data.labels is None else torch.from_numpy(data.labels)[image].to(self.device)
-            batch = Batch(image.to(self.device), torch.full_like(t, VALIDATION_ROW), t, x_0, labels)
-            with self._autocast():
-                total += float(self._loss(unet, *self._noised(batch))) * len(image)
+            batch = Batch(image.to(self.device), torch.full_like(t, VALIDATION_ROW), t, t, x_0, labels)
+            total += float(self._losses(unet, self._noised(batch)).sum())
         unet.train(training)
         return total / count
 
@@ -143,37 +168,41 @@ class Trainer:
 
     def _gradient(self, number: int) -> tuple[Tensor, Tensor]:
         """Loss and flat gradient of batch `number`, scaled so that the step's batches add up to their mean."""
-        inputs = self._noised(self.feed.batch(number))
+        batch, weight = self.feed.batch(number), None
+        if self.timesteps is not None:
+            t, weight = self.timesteps.draw(batch.word)
+            batch = batch._replace(t=t)
+        inputs = self._noised(batch, weight)
         share = 1 / (self._parts * self.config.gradient_accumulation_steps)
 
-        def part(*inputs: Any) -> tuple[Tensor, Tensor]:
-            with self._autocast():
-                loss = self._loss(self._model, *inputs) * share
+        def part(inputs: Noised) -> tuple[Tensor, Tensor, Tensor]:
+            losses = self._losses(self._model, inputs)
+            loss = (losses if inputs.weight is None else losses * inputs.weight).mean() * share
             gradients = torch.autograd.grad(self.scaler.scale(loss), self._parameters)
-            return loss.detach(), torch.cat([_as_vector(g) for g in gradients])
+            return loss.detach(), losses.detach(), torch.cat([_as_vector(g) for g in gradients])
 
         if self._pool is None:
             with self._dropout_of(number):
-                return part(*inputs)
-        chunks = zip(*(v.chunk(self._parts) if v is not None else [None] * self._parts for v in inputs), strict=True)
-        losses, gradients = zip(*self._pool.map(lambda chunk: part(*chunk), chunks), strict=True)
-        return sum(losses), sum_in_order(gradients)
+                loss, losses, gradient = part(inputs)
+        else:
+            chunks = zip(*(v.chunk(self._parts) if v is not None else [None] * self._parts for v in inputs), strict=True)
+            results = self._pool.map(lambda chunk: part(Noised(*chunk)), chunks)
+            scaled, unweighted, gradients = zip(*results, strict=True)
+            loss, losses, gradient = sum(scaled), torch.cat(unweighted), sum_in_order(gradients)
+        if self.timesteps is not None:
+            self.timesteps.update(inputs.t, losses)
+        return loss, gradient
 
-    def _noised(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-        """(x_t, t, labels, target) of a batch."""
+    def _noised(self, batch: Batch, weight: Tensor | None = None) -> Noised:
         labels = batch.labels if self.unet.config.num_classes else None
         seed = torch.full_like(batch.image, seed_bits(self.config.seed))
         x_t = q_sample(batch.x_0, self._coef, batch.t, batch.epoch, seed, batch.image)
-        if self.config.prediction_type == "x_0":
-            return x_t, batch.t, labels, batch.x_0
-        eps = noise.noise(seed, batch.image, batch.epoch, noise.Q_SAMPLE, *batch.x_0.shape[1:])
-        if self.config.prediction_type == "eps":
-            return x_t, batch.t, labels, eps
-        signal, sigma = self._coef[batch.t].T[:, :, None, None, None]
-        return x_t, batch.t, labels, signal * eps - sigma * batch.x_0  # v (Salimans & Ho 2022, section 4)
+        return Noised(batch.x_0, x_t, batch.t, batch.epoch, seed, batch.image, labels, weight)
 
-    def _loss(self, model: Callable[..., Tensor], x_t: Tensor, t: Tensor, labels: Tensor | None, target: Tensor) -> Tensor:
-        return F.mse_loss(model(x_t, t, labels).float(), target)
+    def _losses(self, model: Callable[..., Tensor], inputs: Noised) -> Tensor:
+        with self._autocast():
+            out = model(inputs.x_t, inputs.t, inputs.labels)
+        return self.objective.losses(out, *inputs[:6])
 
     def _autocast(self) -> Any:
         dtype = AUTOCAST[self.config.mixed_precision]
@@ -202,12 +231,17 @@ class Trainer:
     # ---- everything that a resumed run needs
 
     def state(self) -> dict[str, Tensor]:
-        """Weights, average, Adam's moments and the sums since the last `means`, each one vector, beside the number `done`."""
+        """Weights, average, Adam's moments, the sums since the last `means`, and the losses of the timesteps where those count.
+
+        Beside the number `done`, that is everything.
+        """
         held = self.optimizer.state[self.weights]
         if not held:  # as Adam itself would begin
             held.update(step=torch.zeros((), device=self.device), exp_avg=torch.zeros_like(self.weights))
             held.update(exp_avg_sq=torch.zeros_like(self.weights))
         state = dict(weights=self.weights.detach(), sums=self._sums, **held)
+        if self.timesteps is not None:
+            state.update(loss_squares=self.timesteps.squares, loss_count=self.timesteps.count)
         return {**state, "ema": self.average} if self.config.use_ema else state
 
     @torch.no_grad()
@@ -257,14 +291,18 @@ def sum_in_order(vectors: Sequence[Tensor]) -> Tensor:
     return total
 
 
-def check_fit(unet: UNet, data: ImageData) -> None:
+def check_fit(unet: UNet, data: ImageData, learned_variance: bool = False) -> None:
     """ValueError where the network cannot train on these images."""
     (_, height, width, channels), c = data.images.shape, unet.config
     coarsest = 2 ** (len(c.channels) - 1)
     if height % coarsest or width % coarsest:
         raise ValueError(f"the images are {height} x {width}; {len(c.channels)} levels need sides divisible by {coarsest}")
-    if c.in_channels != channels or c.out_channels != channels:
-        raise ValueError(f"the images have {channels} channels, the network takes {c.in_channels} and gives {c.out_channels}")
+    wanted = channels * (1 + learned_variance)
+    if c.in_channels != channels or c.out_channels != wanted:
+        raise ValueError(
+            f"the images have {channels} channels, so the network must take {channels} and give {wanted}"
+            f"{' (mean and variance)' if learned_variance else ''}; it takes {c.in_channels} and gives {c.out_channels}"
+        )
     if c.num_classes is not None and (data.num_classes is None or data.num_classes > c.num_classes):
         raise ValueError(f"the network has {c.num_classes} classes, the data {data.num_classes or 'no labels'}")
 

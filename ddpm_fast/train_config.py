@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 from .checks import integer, is_number
 from .images import seed_bits
+from .objective import LEARNING_VARIANCE, LOSSES
 from .prediction import PREDICTIONS
 
+TIMESTEP_SAMPLING = ("uniform", "loss_aware")
 PRECISIONS = ("no", "bf16", "fp16")
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "cosine", "linear")
 
@@ -24,6 +26,9 @@ class TrainConfig:
     ema_inv_gamma, ema_power, ema_max_decay   decay at step n: min(max, 1 - (1 + n / inv_gamma)^-power), zero at the first
     mixed_precision              "no", "bf16" or "fp16" (with loss scaling): of the network's operations; weights stay fp32
     prediction_type              "eps", "x_0" or "v"
+    loss_type                    "simple", "min_snr" (with snr_gamma), "hybrid" or "vlb": see `objective.Objective`; the last two
+                                 teach the variance and need a network that gives twice the channels
+    timestep_sampling            "uniform" or "loss_aware", in proportion to the root of the mean squared loss
     random_flip                  half of the images are mirrored, anew in every epoch
     seed                         0 ... 2^64-1: of everything that is drawn
     compile                      the network through torch.compile
@@ -48,6 +53,9 @@ class TrainConfig:
     ema_max_decay: float = 0.9999
     mixed_precision: str = "no"
     prediction_type: str = "eps"
+    loss_type: str = "simple"
+    snr_gamma: float = 5.0
+    timestep_sampling: str = "uniform"
     random_flip: bool = False
     seed: int = 0
     compile: bool = False
@@ -58,7 +66,7 @@ class TrainConfig:
                 raise ValueError(f"{name} = {getattr(self, name)}; expected at least 1")
         if integer("lr_warmup_steps", self.lr_warmup_steps) < 0:
             raise ValueError(f"lr_warmup_steps = {self.lr_warmup_steps}; expected at least 0")
-        for name in ("learning_rate", "adam_epsilon", "max_grad_norm", "ema_inv_gamma", "ema_power"):
+        for name in ("learning_rate", "adam_epsilon", "max_grad_norm", "ema_inv_gamma", "ema_power", "snr_gamma"):
             if not is_number(getattr(self, name)) or getattr(self, name) <= 0:
                 raise ValueError(f"{name} = {getattr(self, name)!r}; expected a positive number")
         for name in ("adam_beta1", "adam_beta2", "ema_max_decay"):
@@ -70,10 +78,17 @@ class TrainConfig:
             ("lr_scheduler", LR_SCHEDULERS),
             ("mixed_precision", PRECISIONS),
             ("prediction_type", PREDICTIONS),
+            ("loss_type", LOSSES),
+            ("timestep_sampling", TIMESTEP_SAMPLING),
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} = {getattr(self, name)!r}; expected one of {', '.join(known)}")
         seed_bits(self.seed)
+
+    @property
+    def learned_variance(self) -> bool:
+        """Does the network learn its variance, in a second half of its channels?"""
+        return self.loss_type in LEARNING_VARIANCE
 
     def rate(self, step: int) -> float:
         """The learning rate of step 0, 1, ..."""

@@ -84,7 +84,7 @@ class TrainingRun:
         """What would stop the run later stops it now."""
         if self.validation is not None:
             try:
-                check_fit(self.trainer.unet, self.validation)
+                check_fit(self.trainer.unet, self.validation, self.trainer.config.learned_variance)
             except ValueError as error:
                 raise ValueError(f"validation: {error}") from None
         model = self.directory / MODEL
@@ -216,7 +216,8 @@ class TrainingRun:
     def save_model(self) -> None:
         """The averaged weights as a diffusers folder."""
         trainer = self.trainer
-        save_pretrained(self.directory / MODEL, trainer.ema, trainer.schedule, trainer.config.prediction_type)
+        prediction, variance = trainer.config.prediction_type, trainer.objective.variance
+        save_pretrained(self.directory / MODEL, trainer.ema, trainer.schedule, prediction, variance)
 
     def save_checkpoint(self) -> None:
         """Everything, in one file that appears whole; then the oldest ones over the limit go."""

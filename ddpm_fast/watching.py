@@ -47,7 +47,7 @@ class _Silent:
     def __exit__(self, *_: object) -> None:
         pass
 
-    def update(self) -> None:
+    def update(self, count: int = 1) -> None:
         pass
 
 

@@ -33,6 +33,10 @@ def trainer(data=DATA, unet=None, device="cpu", **options):
     return Trainer(unet or small_unet(), SCHEDULE, data, TrainConfig(**options), device)
 
 
+def noise_of(inputs):
+    return N.noise_reference(inputs.seed, inputs.image, inputs.row, N.Q_SAMPLE, tuple(inputs.x_0.shape[1:]))
+
+
 def plain_steps(count, prediction="eps", **options):
     """The same training with PyTorch's and diffusers' own parts, one parameter at a time, from the same draws."""
     from diffusers.optimization import get_scheduler
@@ -131,8 +135,9 @@ def test_cores_and_accumulation_change_nothing_but_rounding():
 def test_gradient_in_fp64():
     ours, _ = gradient(train_batch_size=16, max_grad_norm=1e9)
     t = trainer(train_batch_size=16)
-    unet, (x_t, at, labels, eps) = small_unet().double(), t._noised(t.feed.batch(0))
-    exact = torch.autograd.grad(F.mse_loss(unet(x_t.double(), at, labels), eps.double()), list(unet.parameters()))
+    unet, inputs = small_unet().double(), t._noised(t.feed.batch(0))
+    out = unet(inputs.x_t.double(), inputs.t, inputs.labels)
+    exact = torch.autograd.grad(F.mse_loss(out, noise_of(inputs).double()), list(unet.parameters()))
     exact = torch.cat([g.permute(0, 2, 3, 1).flatten() if g.ndim == 4 else g.flatten() for g in exact])
     assert relative_error(ours, exact) < 1e-5
 
@@ -159,7 +164,8 @@ def test_draws_depend_on_seed_image_and_epoch_alone():
         t = trainer(train_batch_size=size, random_flip=True, seed=7)
         for number in range(80 // size):
             batch = t.feed.batch(number)
-            x_t, *_, eps = t._noised(batch)
+            inputs = t._noised(batch)
+            x_t, eps = inputs.x_t, noise_of(inputs)
             for i in range(size):
                 visit = int(batch.image[i]), int(batch.epoch[i])
                 drawn = (int(batch.t[i]), batch.x_0[i], x_t[i], eps[i])
@@ -192,10 +198,10 @@ def test_the_order_is_frozen():
 def test_noise_of_the_step_is_the_kernels(device):
     t = trainer(device=device)
     batch = t.feed.batch(3)
-    x_t, at, labels, eps = t._noised(batch)
-    assert torch.equal(labels, batch.labels) and torch.equal(at, batch.t)
+    inputs = t._noised(batch)
+    assert torch.equal(inputs.labels, batch.labels) and torch.equal(inputs.t, batch.t)
     bar = torch.from_numpy(SCHEDULE.alpha_bar.copy()).to(device)[batch.t].view(-1, 1, 1, 1)
-    assert relative_error(x_t, bar.sqrt() * batch.x_0 + (1 - bar).sqrt() * eps) < 1e-6
+    assert relative_error(inputs.x_t, bar.sqrt() * batch.x_0 + (1 - bar).sqrt() * noise_of(inputs)) < 1e-6
 
 
 # ---- borders
@@ -204,8 +210,8 @@ def test_noise_of_the_step_is_the_kernels(device):
 def test_a_step_that_is_not_finite_changes_no_weight(monkeypatch):
     t = trainer()
     t.step()
-    before, loss = {k: v.clone() for k, v in t.state().items()}, Trainer._loss
-    monkeypatch.setattr(Trainer, "_loss", lambda *a: loss(*a) * math.inf)
+    before, losses = {k: v.clone() for k, v in t.state().items()}, Trainer._losses
+    monkeypatch.setattr(Trainer, "_losses", lambda *a: losses(*a) * math.inf)
     t.step()
     after = t.state()
     assert all(torch.equal(before[k], after[k]) for k in ("weights", "exp_avg", "exp_avg_sq", "step"))
@@ -213,7 +219,7 @@ def test_a_step_that_is_not_finite_changes_no_weight(monkeypatch):
     monkeypatch.undo()
     t.step()
     assert t.means()["skipped"] == 1 and t.weights.isfinite().all() and t.done == 3
-    monkeypatch.setattr(Trainer, "_loss", lambda *a: loss(*a) * math.nan)
+    monkeypatch.setattr(Trainer, "_losses", lambda *a: losses(*a) * math.nan)
     t.step()
     assert math.isnan(t.means()["loss"])
 

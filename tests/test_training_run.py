@@ -266,7 +266,7 @@ def test_two_processes_do_not_share_a_run(train, data, tmp_path):
 
 def test_gradients_that_are_never_finite_end_the_run(train, tmp_path, monkeypatch):
     loss = import_module("ddpm_fast.train").Trainer._loss
-    monkeypatch.setattr("ddpm_fast.train.Trainer._loss", lambda *a: loss(*a) * float("nan"))
+    monkeypatch.setattr("ddpm_fast.train.Trainer._losses", lambda *a: loss(*a) * float("nan"))
     code, _, err = train("--max-train-steps", 50, "--logging-steps", 5)
     assert code == 1 and "no gradient was finite in the 5 steps before step 5" in err and not checkpoints(tmp_path / "run")
 
@@ -352,9 +352,9 @@ def test_precision_may_change_on_the_way(train):
 
 
 def test_a_skipped_step_alone_does_not_end_the_run(train, tmp_path, monkeypatch):
-    loss = import_module("ddpm_fast.train").Trainer._loss
-    broken = lambda self, *a: loss(self, *a) * (float("nan") if self.done == 3 else 1)
-    monkeypatch.setattr("ddpm_fast.train.Trainer._loss", broken)
+    losses = import_module("ddpm_fast.train").Trainer._losses
+    broken = lambda self, *a: losses(self, *a) * (float("nan") if self.done == 3 else 1)
+    monkeypatch.setattr("ddpm_fast.train.Trainer._losses", broken)
     assert train("--max-train-steps", 6, "--logging-steps", 1)[0] == 0
     lines = [line for line in read_log(tmp_path / "run" / "log.jsonl") if "lr" in line]
     assert [line["loss"] is None for line in lines] == [False, False, False, True, False, False]

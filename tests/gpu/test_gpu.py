@@ -99,8 +99,9 @@ def test_training_on_the_gpu_is_training_on_the_cpu():
     here, there = (trainer(device, random_flip=True) for device in ("cpu", "cuda"))
     for number in (0, 5):
         want, got = (t._noised(t.feed.batch(number)) for t in (here, there))
-        assert torch.equal(want[1], got[1].cpu()) and torch.equal(want[2], got[2].cpu()) and torch.equal(want[3], got[3].cpu())
-        assert relative_error(got[0].cpu(), want[0]) < 1e-6
+        for name in ("x_0", "t", "row", "image", "labels"):
+            assert torch.equal(getattr(want, name), getattr(got, name).cpu())
+        assert relative_error(got.x_t.cpu(), want.x_t) < 1e-6
     for _ in range(3):
         here.step()
         there.step()

@@ -1,0 +1,93 @@
+"""Sample quality against the number of steps: `python -m bench.quality --data-dir DIR [--out FILE] [--plot FILE]`.
+
+Each row is one run of `ddpm-fast eval`: KID of so many images, drawn by a solver in so many steps, beside the KID that as many
+real images get (the floor). A row that the file holds already is not drawn again, so a run that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from bench.gpu import ROOT, write
+from ddpm_fast.environment import environment
+
+# solver, steps, images, further options
+ROWS: list[tuple[str, int, int, tuple[str, ...]]] = [
+    ("ddpm", 100, 512, ()),
+    ("ddim", 50, 512, ()),
+    ("dpm++2m", 20, 512, ()),
+    ("ddpm", 1000, 128, ()),
+    ("ddim", 10, 512, ()),
+    ("ddim", 20, 512, ()),
+    ("dpm++2m", 10, 512, ()),
+    ("dpm++2m", 50, 512, ()),
+    ("dpm++2m-sde", 20, 512, ()),
+    ("dpm++2m-sde", 50, 512, ()),
+    ("ddpm", 50, 512, ()),
+    ("ddim", 100, 512, ()),
+    ("ddim", 50, 512, ("--profile", "diffusers")),
+    ("ddim", 50, 512, ("--profile", "ddim")),
+    ("ddim", 50, 512, ("--profile", "ddim", "--spacing", "quadratic")),
+]
+
+
+def run(weights: Path, data: Path, solver: str, steps: int, images: int, options: tuple[str, ...]) -> dict[str, Any]:
+    """One row, in a process of its own."""
+    command = [sys.executable, "-m", "ddpm_fast", "eval", "--json", "--quiet", "--weights", str(weights), "--fit", "pad"]
+    command += ["--data-dir", str(data), "--solver", solver, "--steps", str(steps), "--images", str(images), *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command[1:])}: {done.stderr.strip()}")
+    report = json.loads(done.stdout)
+    kept = ("images", "real_images", "kid", "kid_floor", "seconds_of_drawing", "source", "rounding")
+    return dict(solver=solver, steps=steps, options=" ".join(options), **{name: report[name] for name in kept})
+
+
+def plot(rows: list[dict[str, Any]], out: Path) -> None:
+    """KID over steps, one line a solver."""
+    from ddpm_fast.plot import BLUE, GREEN, GREY, ORANGE, figure, save
+
+    picture, axes = figure()
+    colours = {"ddpm": BLUE, "ddim": ORANGE, "dpm++2m": GREEN, "dpm++2m-sde": "#CC79A7"}
+    for solver, marker in zip(colours, "osD^", strict=True):
+        mine = sorted((r["steps"], *r["kid"]) for r in rows if r["solver"] == solver and not r["options"])
+        steps, kid, deviation = zip(*mine, strict=True)
+        axes.errorbar(steps, kid, deviation, marker=marker, color=colours[solver], capsize=3, label=solver)
+    floor = max(r["kid_floor"][0] for r in rows)
+    axes.axhline(floor, color=GREY, linestyle="--", label="real images against real ones, at the most")
+    axes.set(xscale="log", xlabel="steps", ylabel="KID (EfficientNet-Lite0 features)")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.legend(frameon=False)
+    save(picture, out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", type=Path, default=ROOT / "weights" / "fashion-mnist-32")
+    parser.add_argument("--data-dir", type=Path, required=True, help="Fashion-MNIST's IDX files")
+    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "quality-cpu.json")
+    parser.add_argument("--plot", type=Path, help="a picture too")
+    args = parser.parse_args()
+    result: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else dict(environment=environment(), rows=[])
+    for row in ROWS:
+        solver, steps, _, options = row
+        if not any((r["solver"], r["steps"], r["options"]) == (solver, steps, " ".join(options)) for r in result["rows"]):
+            result["rows"].append(run(args.weights, args.data_dir, *row))
+            write(args.out, result)
+        r = next(r for r in result["rows"] if (r["solver"], r["steps"], r["options"]) == (solver, steps, " ".join(options)))
+        print(
+            f"{solver:12} {steps:5} steps {r['options']:32} {r['images']:5} images  KID {r['kid'][0]:7.4f} +- {r['kid'][1]:.4f}  "
+            f"floor {r['kid_floor'][0]:7.4f} +- {r['kid_floor'][1]:.4f}",
+            flush=True,
+        )
+    if args.plot:
+        plot(result["rows"], args.plot)
+
+
+if __name__ == "__main__":
+    main()

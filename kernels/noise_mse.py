@@ -1,0 +1,292 @@
+"""The training loss, || target - out ||^2 with target = eps, x_0 or v, its noise made again instead of stored.
+
+`q_sample` drew eps in registers and forgot it. The counter that drew it draws it again here, and once more for the gradient,
+so the noise of training never touches memory.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._triton import check_per_image, check_table, image_strides, is_element_order, launches_kernel, tl, triton
+from .noise import BLOCK, NUM_WARPS, Q_SAMPLE, grid, image_normals, noise_reference, place
+
+
+def target_reference(eps: Tensor, x_0: Tensor | None, coef: Tensor, t: Tensor) -> Tensor:
+    """eps, x_0 [B, C, H, W]; coef [T, 2] = (of_eps, of_x_0); t [B] -> of_eps eps + of_x_0 x_0, in coef's dtype."""
+    of_eps, of_x_0 = coef[t.long()].T[:, :, None, None, None]
+    target = of_eps * eps.to(coef.dtype)
+    return target if x_0 is None else target + of_x_0 * x_0.to(coef.dtype)
+
+
+def noise_mse_reference(out: Tensor, eps: Tensor, x_0: Tensor | None, coef: Tensor, t: Tensor) -> Tensor:
+    """out, eps, x_0 [B, C, H, W] -> [B], the mean of (out - target)^2 over each image, in coef's dtype."""
+    return (out.to(coef.dtype) - target_reference(eps, x_0, coef, t)).square().mean((1, 2, 3))
+
+
+@triton.jit
+def _difference(
+    out_ptr,
+    x_0_ptr,
+    coef_ptr,
+    t_ptr,
+    seed_ptr,
+    image_ptr,
+    row_ptr,
+    out_image,
+    out_channel,
+    out_pixel,
+    x_0_image,
+    x_0_channel,
+    x_0_pixel,
+    n,
+    first,
+    ELEMENTS,
+    TAG: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    OUT_DENSE: tl.constexpr,
+    X_0_DENSE: tl.constexpr,
+    WITH_X_0: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """out - target of this program's elements, and where they lie."""
+    eps = image_normals(seed_ptr, image_ptr, row_ptr, n, TAG, first + tl.arange(0, BLOCK))
+    element = first * 4 + tl.arange(0, 4 * BLOCK)  # [4 * BLOCK]
+    inside = element < ELEMENTS
+    t = tl.load(t_ptr + n).to(tl.int64)
+    target = tl.load(coef_ptr + 2 * t) * eps
+    if WITH_X_0:
+        x_0_at = element if X_0_DENSE else element % CHANNELS * x_0_channel + element // CHANNELS * x_0_pixel
+        x_0 = tl.load(x_0_ptr + n.to(tl.int64) * x_0_image + x_0_at, mask=inside).to(tl.float32)
+        target = target + tl.load(coef_ptr + 2 * t + 1) * x_0
+    out_at = element if OUT_DENSE else element % CHANNELS * out_channel + element // CHANNELS * out_pixel
+    out = tl.load(out_ptr + n.to(tl.int64) * out_image + out_at, mask=inside).to(tl.float32)
+    return out - target, element, inside
+
+
+@triton.jit
+def _loss_kernel(
+    sum_ptr,
+    out_ptr,
+    x_0_ptr,
+    coef_ptr,
+    t_ptr,
+    seed_ptr,
+    image_ptr,
+    row_ptr,
+    out_image,
+    out_channel,
+    out_pixel,
+    x_0_image,
+    x_0_channel,
+    x_0_pixel,
+    ELEMENTS,
+    TAG: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    OUT_DENSE: tl.constexpr,
+    X_0_DENSE: tl.constexpr,
+    WITH_X_0: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    n, first = place(ELEMENTS, BLOCK)
+    difference, _, inside = _difference(
+        out_ptr,
+        x_0_ptr,
+        coef_ptr,
+        t_ptr,
+        seed_ptr,
+        image_ptr,
+        row_ptr,
+        out_image,
+        out_channel,
+        out_pixel,
+        x_0_image,
+        x_0_channel,
+        x_0_pixel,
+        n,
+        first,
+        ELEMENTS,
+        TAG,
+        CHANNELS,
+        OUT_DENSE,
+        X_0_DENSE,
+        WITH_X_0,
+        BLOCK,
+    )
+    # one sum for each program, added up outside in a fixed order: no atomics
+    tl.store(sum_ptr + tl.program_id(0), tl.sum(tl.where(inside, difference * difference, 0.0)))
+
+
+@triton.jit
+def _gradient_kernel(
+    gradient_ptr,
+    loss_gradient_ptr,
+    out_ptr,
+    x_0_ptr,
+    coef_ptr,
+    t_ptr,
+    seed_ptr,
+    image_ptr,
+    row_ptr,
+    out_image,
+    out_channel,
+    out_pixel,
+    x_0_image,
+    x_0_channel,
+    x_0_pixel,
+    ELEMENTS,
+    TAG: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    OUT_DENSE: tl.constexpr,
+    X_0_DENSE: tl.constexpr,
+    WITH_X_0: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    n, first = place(ELEMENTS, BLOCK)
+    difference, element, inside = _difference(
+        out_ptr,
+        x_0_ptr,
+        coef_ptr,
+        t_ptr,
+        seed_ptr,
+        image_ptr,
+        row_ptr,
+        out_image,
+        out_channel,
+        out_pixel,
+        x_0_image,
+        x_0_channel,
+        x_0_pixel,
+        n,
+        first,
+        ELEMENTS,
+        TAG,
+        CHANNELS,
+        OUT_DENSE,
+        X_0_DENSE,
+        WITH_X_0,
+        BLOCK,
+    )
+    scale = tl.load(loss_gradient_ptr + n) * (2.0 / ELEMENTS)
+    # the gradient is channels-last, in element order
+    tl.store(gradient_ptr + n.to(tl.int64) * ELEMENTS + element, scale * difference, mask=inside)
+
+
+def _launch(kernel, results, out, x_0, coef, t, row, seed, image) -> None:
+    """`results`: the kernel's first pointers."""
+    b, c, h, w = out.shape
+    out_strides, x_0_strides = image_strides(out, "out"), (0, 0, 0) if x_0 is None else image_strides(x_0, "x_0")
+    with torch.cuda.device_of(out):
+        kernel[grid(c * h * w, b)](
+            *results,
+            out,
+            out if x_0 is None else x_0,
+            coef,
+            t,
+            seed,
+            image,
+            row,
+            *out_strides,
+            *x_0_strides,
+            c * h * w,
+            TAG=Q_SAMPLE,
+            CHANNELS=c,
+            OUT_DENSE=is_element_order(out, out_strides),
+            X_0_DENSE=x_0 is None or is_element_order(x_0, x_0_strides),
+            WITH_X_0=x_0 is not None,
+            BLOCK=BLOCK,
+            num_warps=NUM_WARPS,
+            enable_fp_fusion=False,
+        )
+
+
+def _launch_loss(out, x_0, coef, t, row, seed, image) -> Tensor:
+    b, c, h, w = out.shape
+    sums = torch.empty(b, triton.cdiv(c * h * w, 4 * BLOCK), dtype=torch.float32, device=out.device)
+    if out.numel():
+        _launch(_loss_kernel, (sums,), out, x_0, coef, t, row, seed, image)
+    return sums.sum(1) / (c * h * w)
+
+
+def _empty_gradient(out: Tensor) -> Tensor:
+    b, c, h, w = out.shape
+    return out.new_empty(b, h, w, c).permute(0, 3, 1, 2)
+
+
+def _launch_gradient(loss_gradient, out, x_0, coef, t, row, seed, image) -> Tensor:
+    gradient = _empty_gradient(out)
+    if out.numel():
+        _launch(_gradient_kernel, (gradient, loss_gradient), out, x_0, coef, t, row, seed, image)
+    return gradient
+
+
+def _check(out, x_0, coef, t, row, seed, image) -> None:
+    if out.ndim != 4 or not out.is_floating_point():
+        raise ValueError(f"out is {out.dtype} {tuple(out.shape)}; expected floating [B, C, H, W]")
+    image_strides(out, "out")
+    if x_0 is not None:
+        if x_0.shape != out.shape or not x_0.is_floating_point() or x_0.device != out.device:
+            raise ValueError(f"x_0 is {x_0.dtype} {tuple(x_0.shape)} on {x_0.device}; expected floating {tuple(out.shape)}")
+        image_strides(x_0, "x_0")
+    check_table("coef", coef, 2, out.device)
+    check_per_image(len(out), out.device, t=t, row=row, seed=seed, image=image)
+
+
+@torch.library.custom_op("ddpm_fast::noise_mse", mutates_args=())
+def noise_mse(out: Tensor, x_0: Tensor | None, coef: Tensor, t: Tensor, row: Tensor, seed: Tensor, image: Tensor) -> Tensor:
+    """The mean of (out - target)^2 over each image, target = of_eps eps + of_x_0 x_0 with the eps that `q_sample` drew.
+
+    out    [B, C, H, W] fp32, fp16 or bf16, channels-first or channels-last, or a slice of channels; read once
+    x_0    [B, C, H, W] likewise, read once; None where of_x_0 is 0, as for eps-prediction
+    coef   [T, 2] fp32, (of_eps, of_x_0): `ddpm_fast.objective.target_table`
+    t, row, seed, image   [B] integer, as `q_sample` got them
+
+    Returns fp32 [B], differentiable with respect to `out`. ValueError for wrong shapes, types or devices.
+    """
+    _check(out, x_0, coef, t, row, seed, image)
+    if launches_kernel(out):
+        return _launch_loss(out, x_0, coef, t, row, seed, image)
+    eps = noise_reference(seed, image, row, Q_SAMPLE, tuple(out.shape[1:]))
+    return noise_mse_reference(out, eps, x_0, coef, t)
+
+
+@torch.library.custom_op("ddpm_fast::noise_mse_gradient", mutates_args=())
+def noise_mse_gradient(
+    loss_gradient: Tensor,
+    out: Tensor,
+    x_0: Tensor | None,
+    coef: Tensor,
+    t: Tensor,
+    row: Tensor,
+    seed: Tensor,
+    image: Tensor,
+) -> Tensor:
+    """d loss / d out, in out's dtype, channels-last: 2 (out - target) / elements, times loss_gradient fp32 [B]."""
+    if launches_kernel(out):
+        return _launch_gradient(loss_gradient, out, x_0, coef, t, row, seed, image)
+    eps = noise_reference(seed, image, row, Q_SAMPLE, tuple(out.shape[1:]))
+    scale = (loss_gradient * (2.0 / max(1, out[0].numel() if len(out) else 1)))[:, None, None, None]
+    return _empty_gradient(out).copy_(scale * (out.to(coef.dtype) - target_reference(eps, x_0, coef, t)))
+
+
+@noise_mse.register_fake
+def _(out, x_0, coef, t, row, seed, image):
+    return out.new_empty(len(out), dtype=torch.float32)
+
+
+@noise_mse_gradient.register_fake
+def _(loss_gradient, out, x_0, coef, t, row, seed, image):
+    return _empty_gradient(out)
+
+
+def _keep(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx, loss_gradient):
+    gradient = noise_mse_gradient(loss_gradient.contiguous(), *ctx.saved_tensors)
+    return gradient, None, None, None, None, None, None
+
+
+noise_mse.register_autograd(_backward, setup_context=_keep)
