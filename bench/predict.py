@@ -12,13 +12,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ddpm_fast.kernels import ddpm_step, noise, q_sample
+from ddpm_fast.kernels import ddpm_step, noise, noise_mse, q_sample
 from ddpm_fast.testing import Compiled, Launch, compile_launch, record_launches
 
 COPY_RATE = 3.02e12  # bytes read + written per second, measured on one H100 SXM
 ISSUE_RATE = 132 * 4 * 32 * 1.7e9  # lanes x instructions per second: processors x schedulers x lanes x clock
 
 # operation, dtype of x_0 or of the network's output, shape, channels-last?, learned variance?
+# "ddpm_step, history" is that of a multistep solver; "noise_mse" and "noise_mse, v" read x_0 too or not
 CASES = [
     ("noise", torch.float32, (4096, 3, 32, 32), True, False),
     ("noise", torch.float32, (1, 1, 1, 1), True, False),
@@ -38,6 +39,16 @@ CASES = [
     ("ddpm_step", torch.bfloat16, (256, 3, 32, 32), True, True),
     ("ddpm_step", torch.float32, (64, 1, 28, 28), True, False),
     ("ddpm_step", torch.float32, (4, 3, 7, 5), True, False),
+    ("ddpm_step, history", torch.float32, (4096, 3, 32, 32), True, False),
+    ("ddpm_step, history", torch.bfloat16, (256, 3, 32, 32), True, False),
+    ("noise_mse", torch.float32, (4096, 3, 32, 32), True, False),
+    ("noise_mse", torch.bfloat16, (256, 3, 32, 32), True, False),
+    ("noise_mse, v", torch.float32, (256, 3, 32, 32), True, False),
+    ("noise_mse", torch.float32, (4, 3, 7, 5), True, False),
+    ("noise_mse gradient", torch.float32, (4096, 3, 32, 32), True, False),
+    ("noise_mse gradient", torch.bfloat16, (256, 3, 32, 32), True, False),
+    ("noise_mse gradient, v", torch.float32, (256, 3, 32, 32), True, False),
+    ("noise_mse gradient", torch.float32, (4, 3, 7, 5), True, False),
 ]
 
 
@@ -70,6 +81,13 @@ def launch_of(op: str, dtype: torch.dtype, shape: tuple[int, ...], channels_last
             noise._fill(torch.empty(b, c * h * w, dtype=dtype), index, index, row, noise.X_T, normal=op == "noise")
         elif op == "q_sample":
             q_sample._launch(images(c, dtype), torch.empty(1000, 2), index, row, index, index)
+        elif op.startswith("noise_mse"):
+            x_0 = images(c, torch.float32) if op.endswith("v") else None
+            rest = images(c, dtype), x_0, torch.empty(1000, 2), index, row, index, index
+            if "gradient" in op:
+                noise_mse._launch_gradient(torch.empty(b), *rest)
+            else:
+                noise_mse._launch_loss(*rest)
         else:
             out = images(2 * c if learned else c, dtype)
             ddpm_step._launch(
@@ -78,13 +96,22 @@ def launch_of(op: str, dtype: torch.dtype, shape: tuple[int, ...], channels_last
     return launches[0]
 
 
+def bytes_per_element(op: str, item: int, learned: bool) -> int:
+    """What has to be read and written; `item`: of the type that varies."""
+    name, _, more = op.partition(", ")
+    if name.startswith("noise_mse"):
+        return item * (2 if "gradient" in name else 1) + (4 if more == "v" else 0)
+    step = 8 + item * (1 + learned) + (8 if more == "history" else 0)
+    return {"noise": 4, "words": 8, "q_sample": item + 4, "ddpm_step": step}[name]
+
+
 def predict(case: tuple[str, torch.dtype, tuple[int, ...], bool, bool], sm: int) -> Prediction:
     """Compiles one case for a compute capability."""
     op, dtype, shape, channels_last, learned = case
     launch = launch_of(*case)
     compiled = compile_launch(launch, sm)
     per_thread = 4 * launch.args["BLOCK"] / (32 * launch.options["num_warps"])
-    moved = {"noise": 4, "words": 8, "q_sample": dtype.itemsize + 4, "ddpm_step": 8 + dtype.itemsize * (1 + learned)}[op]
+    moved = bytes_per_element(op, dtype.itemsize, learned)
     parts = [
         op,
         str(dtype).removeprefix("torch."),

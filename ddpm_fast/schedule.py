@@ -73,7 +73,8 @@ class NoiseSchedule:
     def from_alpha_bar(cls, alpha_bar: Sequence[float] | Array) -> NoiseSchedule:
         """The chain through any alpha_bar [T], decreasing within (0, 1); the last may be 0."""
         bar = np.concatenate([[1.0], np.asarray(alpha_bar, dtype=np.float64)])
-        return cls((bar[:-1] - bar[1:]) / bar[:-1])  # not 1 - ratio, which loses the small ones
+        with np.errstate(divide="ignore", invalid="ignore"):  # what follows a 0 is refused below
+            return cls((bar[:-1] - bar[1:]) / bar[:-1])  # not 1 - ratio, which loses the small ones
 
     def zero_terminal_snr(self) -> NoiseSchedule:
         """This schedule with sqrt(alpha_bar) shifted and scaled to reach 0 at t = T-1 (Lin et al. 2024, algorithm 1).

@@ -5,8 +5,9 @@ import torch
 
 from ddpm_fast import NoiseSchedule
 from ddpm_fast.kernels import noise as N
-from ddpm_fast.kernels.ddpm_step import COLUMNS, ddpm_step, ddpm_step_reference
+from ddpm_fast.kernels.ddpm_step import COLUMNS, ddpm_step, ddpm_step_reference, x_0_reference
 from ddpm_fast.profile import EXACT
+from ddpm_fast.solver import VARIANCES
 from ddpm_fast.testing import assert_as_accurate
 from ddpm_fast.timesteps import choose_timesteps
 
@@ -38,16 +39,15 @@ def check(args, exactly=True):
         assert torch.equal(got, plain)  # the same operations in the same order, none of them fused
 
 
-OPTIONS = [
-    dict(prediction=p, variance=v, clip=c)
-    for p, v, c in itertools.product(("eps", "x_0", "v"), ("fixed_small", "fixed_large", "learned_range"), (1.0, None))
-]
+OPTIONS = [dict(prediction=p, variance=v, clip=c) for p, v, c in itertools.product(("eps", "x_0", "v"), VARIANCES, (1.0, None))]
 
 
 @pytest.mark.kernel
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(map(str, o.values())))
 def test_kernel_every_form(options, device):
-    check(case((4, 3, 7, 5), device=device, **options), exactly=options["variance"] != "learned_range")  # exp differs by a bit
+    check(
+        case((4, 3, 7, 5), device=device, **options), exactly=not options["variance"].startswith("learned")
+    )  # exp differs by a bit
 
 
 @pytest.mark.kernel
@@ -62,6 +62,54 @@ def test_kernel_shapes_and_layouts(shape, dtype, layouts, device):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_kernel_learned_layouts(layout, device):
     check(case((3, 3, 8, 8), layout=layout, device=device, variance="learned_range"), exactly=False)
+
+
+def with_history(args):
+    """x_{t-1} and the new history, by the operation; and as two references in fp32 and fp64 have them."""
+    x_t, out, table, row, seed, image, learned = args
+    torch.manual_seed(1)
+    old = torch.randn_like(x_t)
+    old[table[row.long(), COLUMNS.index("mean_old")] == 0] = float("nan")  # what no step has written is not read
+    z = N.noise_reference(seed, image, row, N.REVERSE, x_t.shape[1:])
+    got, kept = x_t.clone(memory_format=torch.preserve_format), old.clone(memory_format=torch.preserve_format)
+    ddpm_step(got, out, table, row, seed, image, learned, kept)
+    plain, exact = (
+        (
+            ddpm_step_reference(x_t.to(d), out.to(d), z.to(d), table.to(d), row, learned, old.to(d)),
+            x_0_reference(x_t.to(d), out.to(d), table.to(d), row),
+        )
+        for d in (torch.float32, torch.float64)
+    )
+    return (got, kept), plain, exact
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("solver", ["dpm++2m", "dpm++2m-sde", "ddim"])
+@pytest.mark.parametrize("shape", [(4, 3, 7, 5), (4, 1, 28, 28), (2, 5, 3, 17)], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_kernel_history(layout, shape, solver, device):
+    got, plain, exact = with_history(case(shape, layout=layout, device=device, solver=solver))
+    for g, p, e in zip(got, plain, exact, strict=True):
+        assert_as_accurate(g, p, e)
+        assert torch.equal(g, p)
+
+
+@pytest.mark.parametrize("solver", ["dpm++2m", "dpm++2m-sde", "ddim"])
+def test_reference_history(solver):
+    got, plain, exact = with_history(case((4, 3, 7, 5), solver=solver))
+    for g, p, e in zip(got, plain, exact, strict=True):
+        assert_as_accurate(g, p, e)
+
+
+@pytest.mark.kernel
+def test_opcheck_history(device):
+    *args, learned = case((2, 3, 5, 7), device=device, solver="dpm++2m")
+    torch.library.opcheck(ddpm_step, (*args, learned, torch.zeros_like(args[0])))
+
+
+def test_opcheck_history_of_the_reference():
+    *args, learned = case((2, 3, 5, 7), solver="dpm++2m")
+    torch.library.opcheck(ddpm_step, (*args, learned, torch.zeros_like(args[0])))
 
 
 @pytest.mark.kernel
@@ -128,6 +176,7 @@ def test_last_step_adds_no_noise_however_large_the_learned_variance():
         (dict(table=torch.zeros(20, 5)), "table is"),
         (dict(row=torch.zeros(1, dtype=torch.int32)), r"row is .*\[2\]"),
         (dict(image=torch.zeros(2)), "image is"),
+        (dict(old=torch.zeros(2, 3, 4, 4)), "old is .*expected a tensor like x_t"),  # channels-first beside channels-last
     ],
 )
 def test_refuses(change, message):

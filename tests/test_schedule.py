@@ -71,7 +71,7 @@ def test_published_values():
     assert schedule.posterior_var[1] == pytest.approx(5.453e-5, rel=1e-3)
 
 
-@pytest.mark.parametrize("betas", [[], [0.1, 0.0], [1.0], [0.1, -0.1], [float("nan")], [float("inf")], [[0.1]]])
+@pytest.mark.parametrize("betas", [[], [0.1, 0.0], [1.0, 0.5], [0.1, -0.1], [float("nan")], [float("inf")], [[0.1]]])
 def test_refuses_bad_betas(betas):
     with pytest.raises(ValueError, match="beta"):
         NoiseSchedule.from_betas(betas)
@@ -100,3 +100,29 @@ def test_q_sample_table():
     table = NoiseSchedule.linear().q_sample_table()
     assert table.dtype == torch.float32
     np.testing.assert_allclose((table.double() ** 2).sum(1), 1, rtol=2e-7)
+
+
+def test_from_alpha_bar_goes_through_every_level():
+    levels = NoiseSchedule.cosine().alpha_bar
+    np.testing.assert_allclose(NoiseSchedule.from_alpha_bar(levels).alpha_bar, levels, rtol=1e-12)
+    fine = 1 / (1 + np.exp(-np.linspace(9, -9, 500)))
+    chain = NoiseSchedule.from_alpha_bar(fine)
+    np.testing.assert_allclose(np.diff(np.log(chain.snr)), -18 / 499, rtol=1e-9)
+    for bad in ([0.5, 0.6], [0.9, 0.9], [1.0, 0.5], [0.5, -0.1], [0.5, 0.0, 0.0]):
+        with pytest.raises(ValueError, match="beta"):
+            NoiseSchedule.from_alpha_bar(bad)
+
+
+def test_zero_terminal_snr_is_lin_et_als_rescaling():
+    """Ends in nothing, begins where it began, and the root of alpha_bar is only shifted and scaled between."""
+    plain = NoiseSchedule.linear()
+    zero = plain.zero_terminal_snr()
+    assert zero.alpha_bar[-1] == 0 and zero.snr[-1] == 0 and zero.beta[-1] == 1
+    assert zero.alpha_bar[0] == pytest.approx(plain.alpha_bar[0], rel=1e-12)
+    before, after = np.sqrt(plain.alpha_bar), np.sqrt(zero.alpha_bar)
+    slope = np.diff(after) / np.diff(before)
+    np.testing.assert_allclose(slope, slope[0], rtol=1e-9)
+    assert zero.noise_var[-1] == 1 and zero.posterior_mean_x_t[-1] == 0
+    assert zero.respaced([0, 500, 999]).alpha_bar[-1] == 0
+    with pytest.raises(ValueError, match="beta"):
+        NoiseSchedule.from_betas([0.1, 1.0, 0.1])

@@ -5,8 +5,10 @@ import pytest
 import torch
 
 from ddpm_fast import NoiseSchedule
+from ddpm_fast.images import to_uint8
 from ddpm_fast.kernels.ddpm_step import COLUMNS, ddpm_step_reference
-from ddpm_fast.profile import EXACT
+from ddpm_fast.prediction import convert
+from ddpm_fast.profile import EXACT, PROFILES
 from ddpm_fast.solver import ddim_table, ddpm_table
 from ddpm_fast.timesteps import choose_timesteps
 
@@ -120,3 +122,97 @@ def test_refuses_options():
     ]:
         with pytest.raises(ValueError, match=message):
             EXACT.table(SCHEDULE, t=t, **options)
+
+
+# ---- spacings of other codebases
+
+
+def test_openai_sections():
+    t = choose_timesteps(1000, "10,20,30")[::-1]
+    assert len(t) == 60
+    for part, first, last, count in ((t[:10], 0, 333, 10), (t[10:30], 334, 666, 20), (t[30:], 667, 999, 30)):
+        assert (part[0], part[-1], len(part)) == (first, last, count)
+        even = first + (last - first) * np.arange(count) / (count - 1)
+        assert np.abs(part - even).max() <= 0.5 + 1e-9
+    assert choose_timesteps(1000, 250, "openai").tolist() == choose_timesteps(1000, "250").tolist()
+    assert choose_timesteps(1000, "1,1")[::-1].tolist() == [0, 500]
+
+
+def test_openai_rounds_as_python_adding_its_stride_up():
+    """Ties depend on the rounding errors of a running sum, so it is summed the same way; 283 counts differ from linspace."""
+    differ = 0
+    for count in range(2, 1001):
+        place, want = 0.0, []
+        for _ in range(count):
+            want.append(round(place))
+            place += 999 / (count - 1)
+        got = choose_timesteps(1000, str(count))[::-1].tolist()
+        assert got == want
+        differ += got != choose_timesteps(1000, count)[::-1].tolist()
+    assert differ > 100
+
+
+def test_openai_ddim_stride():
+    assert choose_timesteps(1000, "ddim50")[::-1].tolist() == list(range(0, 1000, 20))
+    for bad in ("ddim300", "ddim10,20", "ddim0", "ten", "0,5", "600,600", "10,,20"):
+        with pytest.raises(ValueError, match="steps"):
+            choose_timesteps(1000, bad)
+
+
+@pytest.mark.parametrize("steps", [1, 10, 50, 1000])
+def test_quadratic_is_ermongroups_without_its_repetitions(steps):
+    theirs = [int(s) for s in np.linspace(0, np.sqrt(1000 * 0.8), steps) ** 2]
+    assert choose_timesteps(1000, steps, "quadratic")[::-1].tolist() == sorted(set(theirs))
+
+
+def test_profiles_visit_what_their_codebases_do():
+    uniform = PROFILES["ddim"].timesteps(1000, "ddim", 300)
+    assert uniform[::-1].tolist() == list(range(0, 1000, 3))  # 334 steps: what skip = 1000 // 300 comes to
+    assert PROFILES["openai"].timesteps(1000, "ddpm", 250).tolist() == choose_timesteps(1000, "250").tolist()
+    for steps in (20, 37):
+        theirs = diffusers.DPMSolverMultistepScheduler()
+        theirs.set_timesteps(steps)
+        assert PROFILES["diffusers"].timesteps(1000, "dpm++2m", steps).tolist() == theirs.timesteps.tolist()
+        theirs = diffusers.DDPMScheduler()
+        theirs.set_timesteps(steps)
+        assert PROFILES["diffusers"].timesteps(1000, "ddpm", steps).tolist() == theirs.timesteps.tolist()
+    assert len(PROFILES["ho"].timesteps(1000, "ddpm", None)) == 1000
+    assert len(PROFILES["exact"].timesteps(1000, "dpm++2m", None)) == 20
+
+
+def test_profiles_round_as_their_codebases_do():
+    x = torch.linspace(-1.1, 1.1, 2001).view(1, 1, 1, -1)
+    theirs = {
+        "ho": ((x + 1) * 127.5).clamp(0, 255).to(torch.uint8),
+        "openai": ((x + 1) * 127.5).clamp(0, 255).to(torch.uint8),
+        "diffusers": (((x / 2 + 0.5).clamp(0, 1)) * 255).round().to(torch.uint8),
+        "ddim": ((x + 1) / 2).clamp(0, 1).mul(255).add(0.5).clamp(0, 255).to(torch.uint8),
+        "exact": ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8),
+    }
+    for name, want in theirs.items():
+        got = to_uint8(x, PROFILES[name].level)
+        assert (got.flatten().int() - want.flatten().int()).abs().max() <= (name == "diffusers"), name  # a tie's last bit
+    assert to_uint8(torch.full((1, 1, 1, 1), 0.999), PROFILES["openai"].level).item() == 254
+
+
+def test_ddims_profile_does_not_clip_and_its_ddpm_does():
+    t = choose_timesteps(1000, 10)
+    clip = COLUMNS.index("clip")
+    assert np.isinf(PROFILES["ddim"].table(SCHEDULE, "ddim", t).coef[:, clip]).all()
+    assert (PROFILES["ddim"].table(SCHEDULE, "ddpm", t).coef[:, clip] == 1).all()
+
+
+@pytest.mark.parametrize(
+    "schedule", [SCHEDULE, NoiseSchedule.cosine(), SCHEDULE.zero_terminal_snr()], ids=["linear", "cosine", "zero"]
+)
+def test_conversions_are_exact_both_ways(schedule):
+    torch.manual_seed(0)
+    t = torch.tensor([0, 1, 250, 998])
+    x_0, eps = torch.randn(2, 4, 2, 3, 3, dtype=torch.float64)
+    a, n = (torch.from_numpy(np.sqrt(v))[t][:, None, None, None] for v in (schedule.alpha_bar, schedule.noise_var))
+    x_t = a * x_0 + n * eps
+    truth = {"eps": eps, "x_0": x_0, "v": a * eps - n * x_0}
+    for source, target in itertools.product(truth, truth):
+        got = convert(truth[source], x_t, t, schedule, source, target)
+        worst = 1e-9 if schedule.alpha_bar[998] > 1e-6 else 1e-7  # x_0 from eps is a difference over a small signal
+        torch.testing.assert_close(got, truth[target], rtol=worst, atol=worst)
