@@ -31,7 +31,9 @@ from ddpm_fast import NoiseSchedule, Sampler, UNet, UNetConfig
 from ddpm_fast.environment import environment
 from ddpm_fast.kernels import noise as N
 from ddpm_fast.kernels.ddpm_step import ddpm_step, ddpm_step_reference
+from ddpm_fast.kernels.noise_mse import noise_mse, noise_mse_gradient, noise_mse_reference
 from ddpm_fast.kernels.q_sample import q_sample, q_sample_reference
+from ddpm_fast.objective import target_table
 from ddpm_fast.profile import EXACT
 from ddpm_fast.testing import relative_error
 from ddpm_fast.timesteps import choose_timesteps
@@ -95,7 +97,7 @@ class Bench:
         return [dict(what="copy", bytes=2 * source.nbytes, **row_of(timing), tb_per_s=self.copy_rate / 1e12)]
 
     def kernels(self) -> list[Row]:
-        """noise, q_sample and ddpm_step, each beside plain PyTorch on the same tensors."""
+        """noise, q_sample, ddpm_step and noise_mse, each beside plain PyTorch on the same tensors."""
         rows: list[Row] = []
         shapes = [(2, 3, 8, 8)] if self.tiny else [(2048, 3, 128, 128), (32768, 3, 32, 32)]  # far beyond any cache
         for shape in shapes:
@@ -127,6 +129,10 @@ class Bench:
         got = x[few].clone(memory_format=torch.preserve_format)
         ddpm_step(got, out[few], table, row[few], seed[few], image[few])
         wrong = max(wrong, relative_error(got, want))
+        target = target_table(schedule, "eps", self.device)
+        z = N.noise_reference(seed[few], image[few], row[few], N.Q_SAMPLE, (c, h, w))
+        want = noise_mse_reference(out[few], z, None, target, t[few])
+        wrong = max(wrong, relative_error(noise_mse(out[few], None, target, t[few], row[few], seed[few], image[few]), want))
         if not wrong < 1e-6:
             raise AssertionError(f"kernels differ from their references by {wrong:.1e}: nothing timed")
 
@@ -139,12 +145,24 @@ class Bench:
         def plain_step() -> Tensor:
             return m0 * (c0 * x + c1 * out).clamp(-clip, clip) + m1 * x + s * torch.randn_like(x)
 
+        ones, old, eps = torch.ones(b, device=self.device), torch.zeros_like(x), torch.randn_like(x)
+
+        def plain_mse() -> Tensor:  # with the noise that q_sample had to store
+            return (out.float() - eps).square().mean((1, 2, 3))
+
         calls: dict[str, tuple[Callable[[], object], int]] = {
             "noise": (lambda: N.noise(seed, image, row, N.X_T, c, h, w), 4),
             "q_sample": (lambda: q_sample(x_0, coef, t, row, seed, image), 4 + dtype.itemsize),
             "q_sample, plain PyTorch": (plain_q_sample, 4 + dtype.itemsize),
             "ddpm_step": (lambda: ddpm_step(x, out, table, row, seed, image), 8 + dtype.itemsize),
             "ddpm_step, plain PyTorch": (plain_step, 8 + dtype.itemsize),
+            "ddpm_step, history": (lambda: ddpm_step(x, out, table, row, seed, image, False, old), 16 + dtype.itemsize),
+            "noise_mse": (lambda: noise_mse(out, None, target, t, row, seed, image), dtype.itemsize),
+            "noise_mse gradient": (
+                lambda: noise_mse_gradient(ones, out, None, target, t, row, seed, image),
+                2 * dtype.itemsize,
+            ),
+            "noise_mse, plain PyTorch": (plain_mse, dtype.itemsize + 4),
         }
         rows = []
         for name, (call, per_element) in calls.items():

@@ -17,6 +17,7 @@ from bench.gpu import ROOT, write
 from ddpm_fast.environment import environment
 
 # solver, steps, images, further options
+SMALL = ("--variance", "fixed_small")
 ROWS: list[tuple[str, int, int, tuple[str, ...]]] = [
     ("ddpm", 100, 512, ()),
     ("ddim", 50, 512, ()),
@@ -30,6 +31,10 @@ ROWS: list[tuple[str, int, int, tuple[str, ...]]] = [
     ("dpm++2m-sde", 50, 512, ()),
     ("ddpm", 50, 512, ()),
     ("ddim", 100, 512, ()),
+    ("ddpm", 100, 512, SMALL),
+    ("ddpm", 50, 512, SMALL),
+    ("ddpm", 20, 512, SMALL),
+    ("ddpm", 1000, 128, SMALL),
     ("ddim", 50, 512, ("--profile", "diffusers")),
     ("ddim", 50, 512, ("--profile", "ddim")),
     ("ddim", 50, 512, ("--profile", "ddim", "--spacing", "quadratic")),
@@ -52,16 +57,26 @@ def plot(rows: list[dict[str, Any]], out: Path) -> None:
     """KID over steps, one line a solver."""
     from ddpm_fast.plot import BLUE, GREEN, GREY, ORANGE, figure, save
 
+    PINK = "#CC79A7"
+
+    lines = {
+        "DDPM, fixed_large": ("ddpm", "", BLUE, "o--"),
+        "DDPM, fixed_small": ("ddpm", " ".join(SMALL), BLUE, "o-"),
+        "DDIM": ("ddim", "", ORANGE, "s-"),
+        "DPM-Solver++ 2M": ("dpm++2m", "", GREEN, "D-"),
+        "its SDE form": ("dpm++2m-sde", "", PINK, "^-"),
+    }
     picture, axes = figure()
-    colours = {"ddpm": BLUE, "ddim": ORANGE, "dpm++2m": GREEN, "dpm++2m-sde": "#CC79A7"}
-    for solver, marker in zip(colours, "osD^", strict=True):
-        mine = sorted((r["steps"], *r["kid"]) for r in rows if r["solver"] == solver and not r["options"])
-        steps, kid, deviation = zip(*mine, strict=True)
-        axes.errorbar(steps, kid, deviation, marker=marker, color=colours[solver], capsize=3, label=solver)
+    for name, (solver, options, colour, style) in lines.items():
+        mine = sorted((r["steps"], *r["kid"]) for r in rows if (r["solver"], r["options"]) == (solver, options))
+        if mine:
+            steps, kid, deviation = zip(*mine, strict=True)
+            axes.errorbar(steps, kid, deviation, fmt=style, color=colour, capsize=3, label=name)
     floor = max(r["kid_floor"][0] for r in rows)
-    axes.axhline(floor, color=GREY, linestyle="--", label="real images against real ones, at the most")
-    axes.set(xscale="log", xlabel="steps", ylabel="KID (EfficientNet-Lite0 features)")
+    axes.axhline(floor, color=GREY, linestyle=":", label="real images against real ones")
+    axes.set(xscale="log", yscale="log", xlabel="steps", ylabel="KID (EfficientNet-Lite0 features)")
     axes.xaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.legend(frameon=False)
     save(picture, out)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint, load_pretrained, save_pretrained
     from .data import ImageData, load_images
+    from .likelihood import bits_per_dimension
     from .sampler import Sampler
     from .schedule import NoiseSchedule
     from .train import Trainer
@@ -29,6 +30,7 @@ _HOME = {
     "Trajectory": "watching",
     "UNet": "unet",
     "UNetConfig": "unet_config",
+    "bits_per_dimension": "likelihood",
     "load_images": "data",
     "load_pretrained": "checkpoint",
     "save_pretrained": "checkpoint",
@@ -44,6 +46,7 @@ __all__ = [
     "Trajectory",
     "UNet",
     "UNetConfig",
+    "bits_per_dimension",
     "load_images",
     "load_pretrained",
     "save_pretrained",
