@@ -28,7 +28,7 @@ def draw(
 ) -> None:
     """Five pictures into `out`."""
     forward(chain, stages, mixture).savefig(out / "gaussian-forward.png")
-    density(chain.numpy(), paths.numpy()).savefig(out / "gaussian-density.png")
+    density(chain.numpy(), paths.numpy()).savefig(out / "gaussian-density.png", dpi=80)
     reverse(data, samples, rows, mixture).savefig(out / "gaussian-reverse.png")
     one_jump(data, jumped).savefig(out / "gaussian-one-jump.png")
     variance(spread, schedule).savefig(out / "gaussian-variance.png")
@@ -50,7 +50,7 @@ def forward(chain: Any, stages: tuple[int, ...], mixture: Any) -> Figure:
         a.plot(GRID, mixture(t).pdf(GRID), color=BLUE, label="exact")
         a.plot(GRID, np.exp(-(GRID**2) / 2) / np.sqrt(2 * np.pi), color=ORANGE, linestyle="--", linewidth=1, label="N(0, 1)")
         a.set_title(f"t = {t}", fontsize=10)
-    axes[0, 0].legend(frameon=False, fontsize=8)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False, fontsize=9)
     figure.supxlabel("x_t", fontsize=10)
     figure.supylabel("density", fontsize=10)
     return figure
@@ -83,8 +83,8 @@ def reverse(data: Any, samples: dict[str, Any], rows: list[dict[str, Any]], mixt
         a.hist(x.numpy(), BINS, density=True, histtype="step", color=ORANGE, linewidth=1.4, label="samples")
         a.plot(GRID, mixture().pdf(GRID), color=BLUE, linewidth=1, label="true density")
         a.set(title=f"{name}, {row['steps']} steps\nW1 to the points {row['w1_data']:.3f}", xlabel="x_0")
-    axes[0, 0].legend(frameon=False, fontsize=8, loc="upper center")
-    axes[0, 0].set(ylabel="density", ylim=(0, 0.42))
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    axes[0, 0].set(ylabel="density", ylim=(0, 0.4))
     return figure
 
 
