@@ -13,13 +13,13 @@ import torch
 
 from . import __version__, pictures
 from .checkpoint import load_pretrained
-from .cli_common import DTYPES, PATH, parse_steps, pick_device, report_of, solver_options
+from .cli_common import DTYPES, PATH, parse_images, parse_steps, pick_device, report_of, solver_options
 from .cli_eval import evaluate
 from .cli_plot import plot
 from .cli_train import train
 from .cost import unet_cost
 from .environment import environment
-from .images import check_images, image_indices
+from .images import image_indices
 from .sampler import Sampler
 
 # both spellings of every flag: --batch-size and --batch_size
@@ -153,19 +153,6 @@ def collect_env(as_json: bool) -> None:
 cli.add_command(train)
 cli.add_command(evaluate)
 cli.add_command(plot)
-
-
-def parse_images(text: str) -> range:
-    """ "64" -> images 0..63; "100-199" -> images 100..199. ValueError for anything else."""
-    first, dash, last = text.partition("-")
-    try:
-        indices = range(int(first), int(last) + 1) if dash else range(int(first))
-    except ValueError:
-        raise ValueError(f"--images {text}: expected a count such as 64, or a range such as 100-199") from None
-    if not indices or indices[0] < 0:
-        raise ValueError(f"--images {text}: that is no image; expected a count such as 64, or a range such as 100-199")
-    check_images(indices)
-    return indices
 
 
 def parse_size(text: str | None) -> tuple[int, int] | None:

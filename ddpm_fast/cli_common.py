@@ -10,6 +10,7 @@ from typing import Any
 import click
 import torch
 
+from .images import check_images
 from .profile import PROFILES
 from .solver import SOLVERS, VARIANCES
 from .timesteps import SPACINGS
@@ -45,6 +46,19 @@ def solver_options(default: str) -> Callable[[Any], Any]:
         return command
 
     return add
+
+
+def parse_images(text: str) -> range:
+    """ "64" -> images 0..63; "100-199" -> images 100..199. ValueError for anything else."""
+    first, dash, last = text.partition("-")
+    try:
+        indices = range(int(first), int(last) + 1) if dash else range(int(first))
+    except ValueError:
+        raise ValueError(f"--images {text}: expected a count such as 64, or a range such as 100-199") from None
+    if not indices or indices[0] < 0:
+        raise ValueError(f"--images {text}: that is no image; expected a count such as 64, or a range such as 100-199")
+    check_images(indices)
+    return indices
 
 
 def parse_steps(text: str | None) -> int | str | None:

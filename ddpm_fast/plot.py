@@ -1,4 +1,4 @@
-"""Pictures of a training run, made from its directory."""
+"""Pictures of a training run, made from its directory, and what all plots share."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .training_files import LOG, read_log
 from .training_run import SAMPLES
 
 # Okabe and Ito's colours, which the colour-blind can tell apart
-GREY, BLUE, ORANGE, GREEN = "#999999", "#0072B2", "#D55E00", "#009E73"
+GREY, BLUE, ORANGE, GREEN, PINK = "#999999", "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 
 
 def plot_loss(run: str | Path, out: str | Path) -> None:
@@ -30,7 +30,7 @@ def plot_loss(run: str | Path, out: str | Path) -> None:
     last = trained[-1]
     per_step = last["images"] / last["step"]
     seen, loss = (np.array([line[k] for line in trained], float) for k in ("images", "loss"))
-    figure, axes = _figure()
+    picture, axes = figure()
     axes.plot(seen, loss, color=GREY, linewidth=0.8, label="training, as logged")
     if len(loss) >= 20:
         width = max(2, len(loss) // 20)
@@ -50,7 +50,7 @@ def plot_loss(run: str | Path, out: str | Path) -> None:
     axes.yaxis.set_minor_formatter("{x:.3f}")
     axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1e6:g} M" if x >= 1e6 else f"{x / 1e3:g} k")
     axes.legend(frameon=False)
-    _save(figure, out)
+    save(picture, out)
 
 
 def plot_course(run: str | Path, out: str | Path, rows: int = 10) -> None:
@@ -61,7 +61,7 @@ def plot_course(run: str | Path, out: str | Path, rows: int = 10) -> None:
     # moments grow geometrically, as learning does
     chosen = sorted({round(i) for i in np.geomspace(1, len(found), min(rows, len(found)))})
     strips: list[Pixels] = [first_row(found[i - 1]) for i in chosen]
-    figure, axes = _figure(height=0.62 * len(strips) + 0.5)
+    picture, axes = figure(height=0.62 * len(strips) + 0.5)
     height = len(strips[0])
     axes.imshow(np.concatenate(strips).squeeze(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
     axes.set_yticks([height * (i + 0.5) for i in range(len(strips))], [f"{int(found[i - 1].stem):,}" for i in chosen])
@@ -70,26 +70,35 @@ def plot_course(run: str | Path, out: str | Path, rows: int = 10) -> None:
     axes.tick_params(length=0)
     for side in axes.spines.values():
         side.set_visible(False)
-    _save(figure, out)
+    save(picture, out)
 
 
-def _figure(width: float = 8, height: float = 4.5) -> tuple[Any, Any]:
+def figure(width: float = 8, height: float = 4.5, rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
+    """An empty figure and its axes: one, or an array [rows, columns]. ValueError without the extra `plot`."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise ValueError("plots need the extra plot: pip install 'ddpm-fast[plot]'") from None
-    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
+    empty = Figure(figsize=(width, height), dpi=120, layout="constrained")
+    axes = empty.subplots(rows, columns, squeeze=False)
+    for a in axes.flat:
+        a.spines[["top", "right"]].set_visible(False)
+    return empty, axes[0, 0] if axes.size == 1 else axes
 
 
-def _save(figure: Any, out: str | Path) -> None:
-    out = Path(out)
-    if out.suffix not in (".png", ".svg", ".pdf"):
-        raise ValueError(f"{out}: unknown kind of picture; expected .png, .svg or .pdf")
-    if not out.absolute().parent.is_dir():
-        raise ValueError(f"{out.absolute().parent} does not exist; create it first")
+def save(figure: Any, out: str | Path) -> None:
+    """Writes a figure, whole or not at all. ValueError for a kind of file that is none of .png, .svg, .pdf."""
+    out = check_out(out)
     buffer = io.BytesIO()
     figure.savefig(buffer, format=out.suffix[1:])
     write_atomically(out, buffer.getvalue())
+
+
+def check_out(out: str | Path, kinds: tuple[str, ...] = (".png", ".svg", ".pdf")) -> Path:
+    """ValueError for a file of no such kind, or in a directory that is not there: before any long work begins."""
+    out = Path(out)
+    if out.suffix not in kinds:
+        raise ValueError(f"{out}: unknown kind of picture; expected {', '.join(kinds[:-1])} or {kinds[-1]}")
+    if not out.absolute().parent.is_dir():
+        raise ValueError(f"{out.absolute().parent} does not exist; create it first")
+    return out

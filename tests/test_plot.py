@@ -32,8 +32,8 @@ def run(tmp_path):
 def test_loss(run, tmp_path, monkeypatch):
     import ddpm_fast.plot
 
-    kept, save = [], ddpm_fast.plot._save
-    monkeypatch.setattr("ddpm_fast.plot._save", lambda figure, out: (kept.append(figure), save(figure, out)))
+    kept, save = [], ddpm_fast.plot.save
+    monkeypatch.setattr("ddpm_fast.plot.save", lambda figure, out: (kept.append(figure), save(figure, out)))
     plot_loss(run, tmp_path / "loss.png")
     lines = {line.get_label(): line.get_data() for line in kept[0].axes[0].get_lines()}
     assert len(lines) == 4

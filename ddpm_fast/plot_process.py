@@ -1,0 +1,144 @@
+"""Pictures of the processes themselves: schedules, an image on its way to noise, noise on its way to an image."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .forward import q_chain
+from .images import Images, Labels, check_images, check_labels, from_uint8, image_indices, seed_bits, to_uint8
+from .kernels import noise
+from .pictures import Pixels
+from .plot import BLUE, GREEN, GREY, ORANGE, PINK, figure, save
+from .sampler import Sampler
+from .schedule import NoiseSchedule
+
+_COLOURS = (BLUE, ORANGE, GREEN, PINK, GREY)
+_STYLES = ("-", "--", "-.", ":", (0, (5, 1)))
+
+
+def plot_schedules(schedules: Mapping[str, NoiseSchedule], out: str | Path) -> None:
+    """beta, alpha_bar and the signal-to-noise ratio of several schedules over t."""
+    picture, axes = figure(10, 3.2, columns=3)
+    styles = zip(_COLOURS * len(schedules), _STYLES * len(schedules), strict=False)
+    for (name, schedule), (colour, style) in zip(schedules.items(), styles, strict=False):
+        t = np.arange(len(schedule)) / len(schedule)
+        for a, values in zip(axes.flat, (schedule.beta, schedule.alpha_bar, schedule.snr), strict=True):
+            shown = np.where(values > 0, values, np.nan)  # a ratio of 0 has no place on a logarithmic axis
+            a.plot(t, shown, color=colour, linestyle=style, label=name)
+    for a, title, scale in zip(axes.flat, ("beta", "alpha_bar", "signal-to-noise ratio"), ("log", "linear", "log"), strict=True):
+        a.set(title=title, yscale=scale, xlabel="t / T")
+    axes[0, 2].set_ylim(1e-6, 3e4)
+    axes[0, 1].legend(frameon=False, fontsize=8)
+    save(picture, out)
+
+
+def forward_strip(schedule: NoiseSchedule, images: Pixels, seed: int, steps: int) -> tuple[list[int], Tensor]:
+    """(t, x): the chain from images uint8 [N, H, W, C] through all T steps, kept at `steps` of them: x fp32 [steps, N, C, H, W].
+
+    Neighbours belong together: it is one trajectory for each image, with the noise of image 0, 1, ... at every step.
+    """
+    if not 1 <= steps <= len(schedule):
+        raise ValueError(f"{steps} steps; expected 1 to {len(schedule)}")
+    x_0 = from_uint8(torch.from_numpy(images))
+    n, c, h, w = x_0.shape
+    image = torch.arange(n)
+    seeds = torch.full_like(image, seed_bits(seed))
+    eps = torch.stack([noise.noise(seeds, image, torch.full_like(image, t), noise.Q_SAMPLE, c, h, w) for t in range(len(schedule))])
+    kept = sorted({round(t) for t in np.linspace(0, len(schedule) - 1, steps)})
+    return kept, q_chain(schedule, x_0, eps)[kept]
+
+
+def plot_forward(schedule: NoiseSchedule, images: Pixels, out: str | Path, seed: int = 0, steps: int = 10) -> None:
+    """Each image as a row: itself, then noised further and further by the chain."""
+    kept, x = forward_strip(schedule, images, seed, steps)
+    cells = [[images[i], *(to_uint8(x[k, i : i + 1]).numpy()[0] for k in range(len(kept)))] for i in range(len(images))]
+    titles = ["x_0", *(f"t = {t}\nSNR {_ratio(schedule.snr[t])}" for t in kept)]
+    save(_cells(cells, titles, [""] * len(cells)), out)
+
+
+@dataclass(frozen=True)
+class Reverse:
+    """A trajectory: `t` [K], the states `x` and the images `x_0` that the network saw, uint8 [K, N, H, W, C].
+
+    Number 0 is the start, where nothing has been predicted yet (mid-grey).
+    """
+
+    t: list[int]
+    x: Pixels
+    x_0: Pixels
+
+
+def reverse_trajectory(
+    sampler: Sampler, images: Images, seed: int = 0, labels: Labels = None, moments: int = 10, **how: Any
+) -> Reverse:
+    """The images that `sampler.sample(images, seed, labels=labels, **how)` draws, at `moments` steps; how: solver, steps, ..."""
+    table = sampler.table(**how)
+    indices = image_indices(check_images(images))
+    wanted = {round(i) for i in np.linspace(0, len(table), min(moments, len(table)) + 1)[1:] - 1}
+    state = sampler.begin(indices, seed_bits(seed), check_labels(labels, len(indices), sampler.num_classes))
+    state.x_0 = torch.zeros_like(state.x)
+    t, x, x_0 = [len(sampler.schedule)], [to_uint8(state.x)], [to_uint8(state.x_0)]
+
+    def keep(step: int, at: int, now: Tensor) -> None:
+        if step in wanted:
+            t.append(int(table.t[step + 1]) if step + 1 < len(table) else -1)
+            x.append(to_uint8(now))
+            x_0.append(to_uint8(state.x_0 if state.x_0 is not None else now))
+
+    sampler.run(state, table, callback=keep)
+    return Reverse(t, *(torch.stack(v).cpu().numpy() for v in (x, x_0)))
+
+
+def plot_reverse(trajectory: Reverse, out: str | Path) -> None:
+    """Two rows for each image: the state x_t, and the image that the network saw in it one step before."""
+    cells, names = [], []
+    for i in range(trajectory.x.shape[1]):
+        cells += [list(trajectory.x[:, i]), [None, *trajectory.x_0[1:, i]]]
+        names += ["x_t", "x_0 seen"]
+    titles = ["noise", *("image" if t < 0 else f"t = {t}" for t in trajectory.t[1:])]
+    save(_cells(cells, titles, names), out)
+
+
+def frames_of(trajectory: Reverse, scale: int) -> list[Pixels]:
+    """One picture a moment, uint8 [H', W', 3]: the states above, the predicted images below, and how far it is as a bar."""
+    frames = []
+    for k in range(len(trajectory.t)):
+        rows = [
+            np.concatenate(list(np.pad(v[k], ((0, 0), (1, 1), (1, 1), (0, 0)))), axis=1) for v in (trajectory.x, trajectory.x_0)
+        ]
+        both = np.concatenate(rows).repeat(scale, axis=0).repeat(scale, axis=1)
+        both = np.broadcast_to(both, (*both.shape[:2], 3)) if both.shape[2] == 1 else both[..., :3]
+        bar = np.full((6, both.shape[1], 3), 64, np.uint8)
+        bar[:, : round(both.shape[1] * k / max(1, len(trajectory.t) - 1))] = (0, 158, 115)
+        frame = np.concatenate([both, bar])
+        frames.append(frame[: len(frame) // 2 * 2, : frame.shape[1] // 2 * 2].copy())  # MP4 wants even sides
+    return frames
+
+
+def _cells(cells: list[list[Any]], titles: list[str], names: list[str]) -> Any:
+    """A grid of small images with a title over each column and a name before each row."""
+    rows, columns = len(cells), len(cells[0])
+    picture, axes = figure(0.95 * columns + 0.4, 0.95 * rows + 0.5, rows, columns)
+    for a, image in zip(np.asarray(axes).reshape(rows, columns).flat, (image for row in cells for image in row), strict=True):
+        a.set_xticks([]), a.set_yticks([])
+        for side in a.spines.values():
+            side.set_visible(False)
+        if image is not None:
+            a.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+    grid = np.asarray(axes).reshape(rows, columns)
+    for a, title in zip(grid[0], titles, strict=True):
+        a.set_title(title, fontsize=8)
+    for a, name in zip(grid[:, 0], names, strict=True):
+        a.set_ylabel(name, fontsize=8)
+    return picture
+
+
+def _ratio(snr: float) -> str:
+    return f"{snr:.0f}" if snr >= 10 else f"{snr:.2g}" if snr >= 0.01 else f"{snr:.0e}"
