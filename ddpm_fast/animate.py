@@ -28,7 +28,7 @@ def save_animation(frames: list[Pixels], out: Path) -> None:
 def _gif(frames: list[Pixels]) -> bytes:
     from PIL import Image
 
-    pictures = [Image.fromarray(frame).quantize(128, dither=Image.Dither.NONE) for frame in frames]
+    pictures = [Image.fromarray(frame).quantize(64, dither=Image.Dither.NONE) for frame in frames]
     buffer = io.BytesIO()
     pictures[0].save(buffer, "GIF", save_all=True, append_images=pictures[1:], duration=1000 // PER_SECOND, loop=0)
     return buffer.getvalue()

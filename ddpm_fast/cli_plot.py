@@ -15,7 +15,7 @@ from .checkpoint import load_pretrained
 from .cli_common import PATH, parse_images, parse_steps, pick_device, solver_options
 from .data import FITS, load_images
 from .plot import check_out, plot_course, plot_loss
-from .plot_process import frames_of, plot_forward, plot_reverse, plot_schedules, reverse_trajectory
+from .plot_process import ZERO_SNR, frames_of, plot_forward, plot_reverse, plot_schedules, reverse_trajectory
 from .sampler import Sampler
 from .schedule import NoiseSchedule
 
@@ -25,7 +25,7 @@ SCHEDULES: dict[str, Callable[[int], NoiseSchedule]] = {
     "cosine": NoiseSchedule.cosine,
     "sigmoid": NoiseSchedule.sigmoid,
 }
-FRAMES = 80
+FRAMES = 60
 _PICTURE = "FILE.png, .svg or .pdf"
 
 
@@ -52,7 +52,7 @@ def schedule(names: tuple[str, ...], weights: Path | None, timesteps: int, zero_
     else:
         chosen = {name: SCHEDULES[name](timesteps) for name in names or SCHEDULES}
     if zero_snr:
-        chosen |= {f"{name}, zero terminal SNR": s.zero_terminal_snr() for name, s in list(chosen.items())}
+        chosen |= {f"{name}{ZERO_SNR}": s.zero_terminal_snr() for name, s in list(chosen.items())}
     plot_schedules(chosen, out)
     click.echo(f"{', '.join(chosen)} -> {out}")
 
@@ -108,8 +108,8 @@ def reverse(
     how["steps"] = parse_steps(how["steps"])
     trajectory = reverse_trajectory(sampler, indices, seed, label, FRAMES if film else moments, **how)
     if film:
-        wide = len(indices) * (sampler.shape[2] + 2)
-        save_animation(frames_of(trajectory, max(1, math.ceil(480 / wide))), out)
+        wide, wanted = len(indices) * (sampler.shape[2] + 2), 240 if out.suffix == ".gif" else 480  # GIF cannot compress noise
+        save_animation(frames_of(trajectory, max(1, math.ceil(wanted / wide))), out)
     else:
         plot_reverse(trajectory, out)
     click.echo(f"{len(indices)} images of seed {seed}, {len(sampler.table(**how))} {how['solver']} steps -> {out}")

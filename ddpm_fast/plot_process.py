@@ -20,22 +20,23 @@ from .sampler import Sampler
 from .schedule import NoiseSchedule
 
 _COLOURS = (BLUE, ORANGE, GREEN, PINK, GREY)
-_STYLES = ("-", "--", "-.", ":", (0, (5, 1)))
+ZERO_SNR = ", zero terminal SNR"  # ends the name of a schedule that was rescaled
 
 
 def plot_schedules(schedules: Mapping[str, NoiseSchedule], out: str | Path) -> None:
-    """beta, alpha_bar and the signal-to-noise ratio of several schedules over t."""
-    picture, axes = figure(10, 3.2, columns=3)
-    styles = zip(_COLOURS * len(schedules), _STYLES * len(schedules), strict=False)
-    for (name, schedule), (colour, style) in zip(schedules.items(), styles, strict=False):
+    """beta, alpha_bar and the signal-to-noise ratio of several schedules over t; rescaled ones beside their own, dashed."""
+    picture, axes = figure(10, 3.6, columns=3)
+    plain = [name for name in schedules if not name.endswith(ZERO_SNR)]
+    for name, schedule in schedules.items():
+        kind = plain.index(name.removesuffix(ZERO_SNR)) % len(_COLOURS)
+        how = dict(color=_COLOURS[kind], linestyle="-" if name in plain else "--", label=name)
         t = np.arange(len(schedule)) / len(schedule)
         for a, values in zip(axes.flat, (schedule.beta, schedule.alpha_bar, schedule.snr), strict=True):
-            shown = np.where(values > 0, values, np.nan)  # a ratio of 0 has no place on a logarithmic axis
-            a.plot(t, shown, color=colour, linestyle=style, label=name)
+            a.plot(t, np.where(values > 0, values, np.nan), **how)  # a ratio of 0 has no place on a logarithmic axis
     for a, title, scale in zip(axes.flat, ("beta", "alpha_bar", "signal-to-noise ratio"), ("log", "linear", "log"), strict=True):
         a.set(title=title, yscale=scale, xlabel="t / T")
     axes[0, 2].set_ylim(1e-6, 3e4)
-    axes[0, 1].legend(frameon=False, fontsize=8)
+    picture.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False, fontsize=9)
     save(picture, out)
 
 

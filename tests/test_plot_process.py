@@ -26,7 +26,7 @@ def test_schedules_are_drawn_as_they_are(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr("ddpm_fast.plot_process.save", lambda picture, out: drawn.append(picture))
     zero = NoiseSchedule.linear().zero_terminal_snr()
-    plot_schedules({"linear": NoiseSchedule.linear(), "zero": zero}, tmp_path / "a.png")
+    plot_schedules({"linear": NoiseSchedule.linear(), "linear, zero terminal SNR": zero}, tmp_path / "a.png")
     beta, bar, snr = drawn[0].axes
     for k, schedule in enumerate((NoiseSchedule.linear(), zero)):
         assert np.array_equal(beta.lines[k].get_ydata(), schedule.beta)
