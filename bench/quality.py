@@ -49,8 +49,9 @@ def run(weights: Path, data: Path, solver: str, steps: int, images: int, options
     if done.returncode:
         raise SystemExit(f"{' '.join(command[1:])}: {done.stderr.strip()}")
     report = json.loads(done.stdout)
-    kept = ("images", "real_images", "kid", "kid_floor", "seconds_of_drawing", "source", "rounding")
-    return dict(solver=solver, steps=steps, options=" ".join(options), **{name: report[name] for name in kept})
+    kept = ("images", "real_images", "kid", "kid_floor", "seconds_of_drawing", "rounding")
+    row = dict(weights=weights.name, seed=0, solver=solver, steps=steps, options=" ".join(options))
+    return row | {name: report[name] for name in kept}
 
 
 def plot(rows: list[dict[str, Any]], out: Path) -> None:
@@ -75,7 +76,7 @@ def plot(rows: list[dict[str, Any]], out: Path) -> None:
     axes.set(xscale="log", yscale="log", xlabel="steps", ylabel="KID (EfficientNet-Lite0 features)")
     axes.xaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 0.12))
     save(picture, out)
 
 
