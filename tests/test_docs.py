@@ -15,7 +15,8 @@ def names_of(path):
     """Functions, classes, their methods and fields, constants."""
     found = set()
     for node in ast.parse(path.read_text()).body:
-        for name in (node.name,) if hasattr(node, "name") else [t.id for t in getattr(node, "targets", []) if hasattr(t, "id")]:
+        targets = [*getattr(node, "targets", []), *([node.target] if isinstance(node, ast.AnnAssign) else [])]
+        for name in (node.name,) if hasattr(node, "name") else [t.id for t in targets if hasattr(t, "id")]:
             found.add(name)
             for part in getattr(node, "body", []) if isinstance(node, ast.ClassDef) else []:
                 found.add(f"{name}.{getattr(part, 'name', getattr(getattr(part, 'target', None), 'id', ''))}")
