@@ -289,7 +289,9 @@ class Sampler:
         coef = self.schedule.q_sample_table(self.device)
         return q_sample(x_0.to(self.device), coef, times, times, torch.full_like(image, seed_bits(seed)), image)
 
-    def invert(self, x_0: Tensor, steps: Steps = 50, labels: Labels = None, spacing: str = "linspace") -> tuple[Tensor, int]:
+    def invert(
+        self, x_0: Tensor, steps: Steps = 50, labels: Labels = None, spacing: str = "linspace", batch_size: int = 64
+    ) -> tuple[Tensor, int]:
         """(x_t, t) from which DDIM with the same steps leads back to images x_0 [N, C, H, W] in [-1, 1], but for its error.
 
         To be given as `sample(..., solver="ddim", start=...)` (Song et al. 2021, section 4.3). The sampler must not clip on the
@@ -299,9 +301,13 @@ class Sampler:
         if self.num_classes is not None and labels is None:
             raise ValueError("the network has classes: say which the images are, labels=...")
         t = choose_timesteps(len(self.schedule), steps, spacing)
-        state = self.begin(torch.arange(len(x_0)), 0, check_labels(labels, len(x_0), self.num_classes), x_0)
-        self.run(state, ddim_inversion_table(self.schedule, t, self.prediction))
-        return state.x, int(t[0])
+        table, wanted = ddim_inversion_table(self.schedule, t, self.prediction), check_labels(labels, len(x_0), self.num_classes)
+        inverted = []
+        for place in torch.arange(len(x_0)).split(batch_size):
+            state = self.begin(place, 0, _at(wanted, place), _at(x_0, place))
+            self.run(state, table)
+            inverted.append(state.x)
+        return torch.cat(inverted), int(t[0])
 
     # ---- borders
 

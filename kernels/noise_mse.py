@@ -26,101 +26,8 @@ def noise_mse_reference(out: Tensor, eps: Tensor, x_0: Tensor | None, coef: Tens
 
 
 @triton.jit
-def _difference(
-    out_ptr,
-    x_0_ptr,
-    coef_ptr,
-    t_ptr,
-    seed_ptr,
-    image_ptr,
-    row_ptr,
-    out_image,
-    out_channel,
-    out_pixel,
-    x_0_image,
-    x_0_channel,
-    x_0_pixel,
-    n,
-    first,
-    ELEMENTS,
-    TAG: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    OUT_DENSE: tl.constexpr,
-    X_0_DENSE: tl.constexpr,
-    WITH_X_0: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """out - target of this program's elements, and where they lie."""
-    eps = image_normals(seed_ptr, image_ptr, row_ptr, n, TAG, first + tl.arange(0, BLOCK))
-    element = first * 4 + tl.arange(0, 4 * BLOCK)  # [4 * BLOCK]
-    inside = element < ELEMENTS
-    t = tl.load(t_ptr + n).to(tl.int64)
-    target = tl.load(coef_ptr + 2 * t) * eps
-    if WITH_X_0:
-        x_0_at = element if X_0_DENSE else element % CHANNELS * x_0_channel + element // CHANNELS * x_0_pixel
-        x_0 = tl.load(x_0_ptr + n.to(tl.int64) * x_0_image + x_0_at, mask=inside).to(tl.float32)
-        target = target + tl.load(coef_ptr + 2 * t + 1) * x_0
-    out_at = element if OUT_DENSE else element % CHANNELS * out_channel + element // CHANNELS * out_pixel
-    out = tl.load(out_ptr + n.to(tl.int64) * out_image + out_at, mask=inside).to(tl.float32)
-    return out - target, element, inside
-
-
-@triton.jit
-def _loss_kernel(
-    sum_ptr,
-    out_ptr,
-    x_0_ptr,
-    coef_ptr,
-    t_ptr,
-    seed_ptr,
-    image_ptr,
-    row_ptr,
-    out_image,
-    out_channel,
-    out_pixel,
-    x_0_image,
-    x_0_channel,
-    x_0_pixel,
-    ELEMENTS,
-    TAG: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    OUT_DENSE: tl.constexpr,
-    X_0_DENSE: tl.constexpr,
-    WITH_X_0: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    n, first = place(ELEMENTS, BLOCK)
-    difference, _, inside = _difference(
-        out_ptr,
-        x_0_ptr,
-        coef_ptr,
-        t_ptr,
-        seed_ptr,
-        image_ptr,
-        row_ptr,
-        out_image,
-        out_channel,
-        out_pixel,
-        x_0_image,
-        x_0_channel,
-        x_0_pixel,
-        n,
-        first,
-        ELEMENTS,
-        TAG,
-        CHANNELS,
-        OUT_DENSE,
-        X_0_DENSE,
-        WITH_X_0,
-        BLOCK,
-    )
-    # one sum for each program, added up outside in a fixed order: no atomics
-    tl.store(sum_ptr + tl.program_id(0), tl.sum(tl.where(inside, difference * difference, 0.0)))
-
-
-@triton.jit
-def _gradient_kernel(
-    gradient_ptr,
+def _noise_mse_kernel(
+    result_ptr,
     loss_gradient_ptr,
     out_ptr,
     x_0_ptr,
@@ -141,45 +48,37 @@ def _gradient_kernel(
     OUT_DENSE: tl.constexpr,
     X_0_DENSE: tl.constexpr,
     WITH_X_0: tl.constexpr,
+    GRADIENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     n, first = place(ELEMENTS, BLOCK)
-    difference, element, inside = _difference(
-        out_ptr,
-        x_0_ptr,
-        coef_ptr,
-        t_ptr,
-        seed_ptr,
-        image_ptr,
-        row_ptr,
-        out_image,
-        out_channel,
-        out_pixel,
-        x_0_image,
-        x_0_channel,
-        x_0_pixel,
-        n,
-        first,
-        ELEMENTS,
-        TAG,
-        CHANNELS,
-        OUT_DENSE,
-        X_0_DENSE,
-        WITH_X_0,
-        BLOCK,
-    )
-    scale = tl.load(loss_gradient_ptr + n) * (2.0 / ELEMENTS)
-    # the gradient is channels-last, in element order
-    tl.store(gradient_ptr + n.to(tl.int64) * ELEMENTS + element, scale * difference, mask=inside)
+    eps = image_normals(seed_ptr, image_ptr, row_ptr, n, TAG, first + tl.arange(0, BLOCK))
+    element = first * 4 + tl.arange(0, 4 * BLOCK)  # [4 * BLOCK]
+    inside = element < ELEMENTS
+    t = tl.load(t_ptr + n).to(tl.int64)
+    target = tl.load(coef_ptr + 2 * t) * eps
+    if WITH_X_0:
+        x_0_at = element if X_0_DENSE else element % CHANNELS * x_0_channel + element // CHANNELS * x_0_pixel
+        x_0 = tl.load(x_0_ptr + n.to(tl.int64) * x_0_image + x_0_at, mask=inside).to(tl.float32)
+        target = target + tl.load(coef_ptr + 2 * t + 1) * x_0
+    out_at = element if OUT_DENSE else element % CHANNELS * out_channel + element // CHANNELS * out_pixel
+    out = tl.load(out_ptr + n.to(tl.int64) * out_image + out_at, mask=inside).to(tl.float32)
+    difference = out - target
+    if GRADIENT:  # of the loss with respect to out; channels-last, in element order
+        scale = tl.load(loss_gradient_ptr + n) * (2.0 / ELEMENTS)
+        tl.store(result_ptr + n.to(tl.int64) * ELEMENTS + element, scale * difference, mask=inside)
+    else:  # one sum for each program, added up outside in a fixed order: no atomics
+        tl.store(result_ptr + tl.program_id(0), tl.sum(tl.where(inside, difference * difference, 0.0)))
 
 
-def _launch(kernel, results, out, x_0, coef, t, row, seed, image) -> None:
-    """`results`: the kernel's first pointers."""
+def _launch(result, loss_gradient, out, x_0, coef, t, row, seed, image) -> None:
+    """Into `result`: the programs' sums, or with `loss_gradient` the gradient."""
     b, c, h, w = out.shape
     out_strides, x_0_strides = image_strides(out, "out"), (0, 0, 0) if x_0 is None else image_strides(x_0, "x_0")
     with torch.cuda.device_of(out):
-        kernel[grid(c * h * w, b)](
-            *results,
+        _noise_mse_kernel[grid(c * h * w, b)](
+            result,
+            result if loss_gradient is None else loss_gradient,
             out,
             out if x_0 is None else x_0,
             coef,
@@ -195,6 +94,7 @@ def _launch(kernel, results, out, x_0, coef, t, row, seed, image) -> None:
             OUT_DENSE=is_element_order(out, out_strides),
             X_0_DENSE=x_0 is None or is_element_order(x_0, x_0_strides),
             WITH_X_0=x_0 is not None,
+            GRADIENT=loss_gradient is not None,
             BLOCK=BLOCK,
             num_warps=NUM_WARPS,
             enable_fp_fusion=False,
@@ -205,7 +105,7 @@ def _launch_loss(out, x_0, coef, t, row, seed, image) -> Tensor:
     b, c, h, w = out.shape
     sums = torch.empty(b, triton.cdiv(c * h * w, 4 * BLOCK), dtype=torch.float32, device=out.device)
     if out.numel():
-        _launch(_loss_kernel, (sums,), out, x_0, coef, t, row, seed, image)
+        _launch(sums, None, out, x_0, coef, t, row, seed, image)
     return sums.sum(1) / (c * h * w)
 
 
@@ -217,7 +117,7 @@ def _empty_gradient(out: Tensor) -> Tensor:
 def _launch_gradient(loss_gradient, out, x_0, coef, t, row, seed, image) -> Tensor:
     gradient = _empty_gradient(out)
     if out.numel():
-        _launch(_gradient_kernel, (gradient, loss_gradient), out, x_0, coef, t, row, seed, image)
+        _launch(gradient, loss_gradient, out, x_0, coef, t, row, seed, image)
     return gradient
 
 
