@@ -25,7 +25,7 @@ from .kernels.q_sample import q_sample
 from .prediction import check_prediction
 from .profile import PROFILES, profile_of
 from .schedule import NoiseSchedule
-from .solver import VARIANCES, StepTable, ddim_inversion_table
+from .solver import LEARNED, VARIANCES, StepTable, ddim_inversion_table
 from .timesteps import Steps, choose_timesteps
 from .unet import UNet, channels_last
 from .watching import Callback, bar_of, of_first
@@ -93,6 +93,11 @@ class Sampler:
             raise ValueError(f"variance {variance!r}; expected one of {', '.join(VARIANCES)}")
         if num_classes is not None and integer("num_classes", num_classes) < 1:
             raise ValueError(f"num_classes = {num_classes}; expected at least 1, or None")
+        if variance in LEARNED and isinstance(model, UNet) and model.config.out_channels != 2 * shape[0]:
+            raise ValueError(
+                f"variance {variance!r} needs a network that gives {2 * shape[0]} channels, mean and variance; "
+                f"this one gives {model.config.out_channels}: take a fixed variance"
+            )
         self.model, self.schedule, self.shape = model, schedule, tuple(shape)
         self.prediction, self.variance, self.clip = prediction, variance, clip
         self.num_classes = model.config.num_classes if isinstance(model, UNet) else num_classes

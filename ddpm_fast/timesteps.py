@@ -63,7 +63,7 @@ def _sections(total: int, text: str) -> NDArray[np.int64]:
     try:
         counts = [int(part) for part in text.removeprefix("ddim").split(",")]
     except ValueError:
-        raise ValueError(f"steps {text!r}; expected sections such as '250', '10,20,30' or 'ddim50'") from None
+        raise ValueError(f"steps {text!r}; expected a number, or sections such as '10,20,30' or 'ddim50'") from None
     if stride_only:
         if len(counts) == 1:
             for stride in range(1, total + 1):

@@ -316,6 +316,8 @@ def test_refuses_at_construction():
     ):
         with pytest.raises(ValueError, match="expected"):
             gaussian_sampler(**options)
+    with pytest.raises(ValueError, match="needs a network that gives 2 channels, mean and variance; this one gives 1"):
+        unet_sampler(variance="learned_range")
     with pytest.raises(ValueError, match="every = 0"):
         Trajectory(0)
     for t in (5.5, 1000, -1):
