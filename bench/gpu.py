@@ -22,17 +22,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from bench.clock import Timing, measure
 from bench.training import ours, plain
 from ddpm_fast import NoiseSchedule, Sampler, UNet, UNetConfig
+from ddpm_fast.data import ImageData
 from ddpm_fast.environment import environment
 from ddpm_fast.kernels import noise as N
 from ddpm_fast.kernels.ddpm_step import ddpm_step, ddpm_step_reference
 from ddpm_fast.kernels.noise_mse import noise_mse, noise_mse_gradient, noise_mse_reference
 from ddpm_fast.kernels.q_sample import q_sample, q_sample_reference
+from ddpm_fast.likelihood import bits_per_dimension
 from ddpm_fast.objective import target_table
 from ddpm_fast.profile import EXACT
 from ddpm_fast.testing import relative_error
@@ -61,6 +64,7 @@ class Bench:
             "kernels": (self.kernels, 60),
             "forward": (self.forward, 90),
             "training": (self.training, 60),
+            "likelihood": (self.likelihood, 60),
             "sampling": (self.sampling, 90),
         }
 
@@ -213,6 +217,26 @@ class Bench:
             rows.append(dict(what=name, batch=batch, **row_of(timing), images_per_s=batch / timing.median, loss=loss))
         return rows
 
+    def likelihood(self) -> list[Row]:
+        """Terms of the bound a second, on the CIFAR-10 network and pictures of noise: images and timesteps in one batch."""
+        torch.manual_seed(0)
+        config = TINY_UNET if self.tiny else UNetConfig()
+        count, steps, batch = (2, 5, 4) if self.tiny else (8, 100, 256)
+        shape = (count, *(config.size or (32, 32)), config.in_channels)
+        data = ImageData(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))
+        rows: list[Row] = []
+        exact = None
+        for dtype in (torch.float32, torch.bfloat16):
+            unet = channels_last(UNet(config).eval().to(self.device, dtype))
+            sampler = Sampler(unet, NoiseSchedule.linear(), (config.in_channels, *(config.size or (32, 32))))
+            bits = bits_per_dimension(sampler, data, steps, batch_size=batch).mean
+            exact = exact or bits
+            timing = self.clock(partial(bits_per_dimension, sampler, data, steps, batch_size=batch))
+            rate = count * steps / timing.median
+            name = str(dtype).removeprefix("torch.")
+            rows.append(dict(what="likelihood", dtype=name, **row_of(timing), terms_per_s=rate, bits=bits, apart=abs(bits - exact)))
+        return rows
+
     def sampling(self) -> list[Row]:
         """Eager sampling through `Sampler`: some steps of the loop, so img-steps/s; divide by 1000 for images/s at T = 1000."""
         torch.manual_seed(0)
@@ -280,7 +304,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="tiny sizes on the CPU")
     parser.add_argument("--out", type=Path, help="JSON file (default: bench/results/gpu-DATE.json)")
-    parser.add_argument("--only", nargs="+", metavar="PART", help="some parts: tests copy kernels forward training sampling")
+    parser.add_argument(
+        "--only", nargs="+", metavar="PART", help="some parts: tests copy kernels forward training likelihood sampling"
+    )
     args = parser.parse_args()
     bench = Bench(args.tiny)
     if bench.device.type == "cpu" and not args.tiny:
