@@ -233,8 +233,8 @@ class Bench:
             exact = exact or bits
             timing = self.clock(partial(bits_per_dimension, sampler, data, steps, batch_size=batch))
             rate = count * steps / timing.median
-            name = str(dtype).removeprefix("torch.")
-            rows.append(dict(what="likelihood", dtype=name, **row_of(timing), terms_per_s=rate, bits=bits, apart=abs(bits - exact)))
+            figures = dict(terms_per_s=rate, bits=bits, apart=abs(bits - exact))
+            rows.append(dict(what="likelihood", dtype=str(dtype).removeprefix("torch."), **row_of(timing), **figures))
         return rows
 
     def sampling(self) -> list[Row]:
