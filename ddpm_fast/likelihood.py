@@ -77,6 +77,8 @@ def bits_per_dimension(
     """
     if integer("batch_size", batch_size) < 1:
         raise ValueError(f"batch_size = {batch_size}; expected at least 1")
+    if kept is not None and not Path(kept).absolute().parent.is_dir():
+        raise ValueError(f"{Path(kept).absolute().parent} does not exist; create it first")
     _check(sampler, data)
     rules = profile_of(profile)
     visited = rules.timesteps(len(sampler.schedule), "ddpm", steps)[::-1]

@@ -125,6 +125,8 @@ def test_goes_on_where_it_stopped_with_the_same_figures(tmp_path):
             bits_per_dimension(sampler(), DATA, kept=kept, **change)
     with pytest.raises(ValueError, match="another evaluation"):
         bits_per_dimension(sampler("fixed_small"), DATA, kept=kept)
+    with pytest.raises(ValueError, match="does not exist; create it first"):
+        bits_per_dimension(sampler(), DATA, kept=tmp_path / "no" / "terms.npz")
     kept.write_bytes(b"not an array")
     with pytest.raises(ValueError, match="holds no bits per dimension"):
         bits_per_dimension(sampler(), DATA, kept=kept)
