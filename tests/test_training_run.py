@@ -265,7 +265,7 @@ def test_two_processes_do_not_share_a_run(train, data, tmp_path):
 
 
 def test_gradients_that_are_never_finite_end_the_run(train, tmp_path, monkeypatch):
-    loss = import_module("ddpm_fast.train").Trainer._loss
+    loss = import_module("ddpm_fast.train").Trainer._losses
     monkeypatch.setattr("ddpm_fast.train.Trainer._losses", lambda *a: loss(*a) * float("nan"))
     code, _, err = train("--max-train-steps", 50, "--logging-steps", 5)
     assert code == 1 and "no gradient was finite in the 5 steps before step 5" in err and not checkpoints(tmp_path / "run")
