@@ -76,7 +76,7 @@ def plot(rows: list[dict[str, Any]], out: Path) -> None:
     axes.set(xscale="log", yscale="log", xlabel="steps", ylabel="KID (EfficientNet-Lite0 features)")
     axes.xaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 0.12))
+    axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0.02, 0.1))
     save(picture, out)
 
 

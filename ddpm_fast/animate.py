@@ -11,18 +11,29 @@ from .pictures import Pixels
 
 KINDS = (".gif", ".mp4")
 PER_SECOND = 20
+LEAST = 60  # frames of a film; where there are fewer, each stays for longer
 HOLD = 20  # how often the last frame is repeated, to be looked at
 
 
 def save_animation(frames: list[Pixels], out: Path) -> None:
-    """Frames uint8 [H, W, 3] with even sides, all alike, to a .gif or .mp4; the last one stays for a second.
+    """Frames uint8 [H, W, 3] with even sides, all alike, to a .gif or .mp4 of three seconds or more; the last one stays for one.
 
     ValueError without frames, and for MP4 without the extra `plot`.
     """
     if not frames:
         raise ValueError("no frames to animate")
-    frames = [*frames, *frames[-1:] * HOLD]
+    each = -(-LEAST // len(frames))
+    frames = [*(frame for frame in frames for _ in range(each)), *frames[-1:] * HOLD]
     write_atomically(out, _gif(frames) if out.suffix == ".gif" else _mp4(frames))
+
+
+def find_av() -> Any:
+    """PyAV. ValueError without the extra `plot`."""
+    try:
+        import av
+    except ImportError:
+        raise ValueError("MP4 needs the extra plot: pip install 'ddpm-fast[plot]'") from None
+    return av
 
 
 def _gif(frames: list[Pixels]) -> bytes:
@@ -35,14 +46,10 @@ def _gif(frames: list[Pixels]) -> bytes:
 
 
 def _mp4(frames: list[Pixels]) -> bytes:
-    try:
-        import av
-    except ImportError:
-        raise ValueError("MP4 needs the extra plot: pip install 'ddpm-fast[plot]'") from None
-    buffer = io.BytesIO()
+    av, buffer = find_av(), io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
         codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
-        stream: Any = container.add_stream(codec, rate=PER_SECOND)
+        stream = container.add_stream(codec, rate=PER_SECOND)
         stream.height, stream.width = frames[0].shape[:2]
         stream.pix_fmt = "yuv420p"  # what every browser plays
         for frame in frames:

@@ -10,7 +10,7 @@ from typing import Any
 import click
 import numpy as np
 
-from .animate import KINDS, save_animation
+from .animate import KINDS, LEAST, find_av, save_animation
 from .checkpoint import load_pretrained
 from .cli_common import PATH, parse_images, parse_steps, pick_device, solver_options
 from .data import FITS, load_images
@@ -25,7 +25,6 @@ SCHEDULES: dict[str, Callable[[int], NoiseSchedule]] = {
     "cosine": NoiseSchedule.cosine,
     "sigmoid": NoiseSchedule.sigmoid,
 }
-FRAMES = 60
 _PICTURE = "FILE.png, .svg or .pdf"
 
 
@@ -39,18 +38,18 @@ def plot() -> None:
     "--schedule", "names", type=click.Choice(list(SCHEDULES)), multiple=True, help="Again for several.  [default: all there are]"
 )
 @click.option("--weights", type=PATH, help="The schedule of this checkpoint instead.")
-@click.option("--timesteps", type=click.IntRange(2), default=1000, show_default=True, help="T.")
+@click.option("--timesteps", type=click.IntRange(2), help="T.  [default: 1000]")
 @click.option("--zero-snr", is_flag=True, help="Beside each, the same rescaled to end in pure noise.")
 @click.option("--out", type=PATH, default="schedule.png", show_default=True, help=_PICTURE)
-def schedule(names: tuple[str, ...], weights: Path | None, timesteps: int, zero_snr: bool, out: Path) -> None:
+def schedule(names: tuple[str, ...], weights: Path | None, timesteps: int | None, zero_snr: bool, out: Path) -> None:
     """beta, alpha_bar and signal-to-noise ratio over t."""
     check_out(out)
-    if weights is not None and names:
-        raise ValueError("give --schedule or --weights, not both")
+    if weights is not None and (names or timesteps):
+        raise ValueError("give --schedule and --timesteps or --weights, not both")
     if weights is not None:
-        chosen = {str(weights): load_pretrained(weights).schedule}
+        chosen = {weights.resolve().name: load_pretrained(weights).schedule}
     else:
-        chosen = {name: SCHEDULES[name](timesteps) for name in names or SCHEDULES}
+        chosen = {name: SCHEDULES[name](timesteps or 1000) for name in names or SCHEDULES}
     if zero_snr:
         chosen |= {f"{name}{ZERO_SNR}": s.zero_terminal_snr() for name, s in list(chosen.items())}
     plot_schedules(chosen, out)
@@ -100,13 +99,15 @@ def reverse(
 ) -> None:
     """Noise on its way to images, and below it what image the network sees in it: as a strip or as a film."""
     check_out(out, (".png", ".svg", ".pdf", *KINDS))
+    if out.suffix == ".mp4":
+        find_av()
     indices = parse_images(images)
     sampler = Sampler.from_pretrained(weights, pick_device(device), variance=variance)
     if sampler.shape[0] not in (1, 3):
         raise ValueError(f"images of {sampler.shape[0]} channels are no pictures")
     film = out.suffix in KINDS
     how["steps"] = parse_steps(how["steps"])
-    trajectory = reverse_trajectory(sampler, indices, seed, label, FRAMES if film else moments, **how)
+    trajectory = reverse_trajectory(sampler, indices, seed, label, LEAST if film else moments, **how)
     if film:
         wide, wanted = len(indices) * (sampler.shape[2] + 2), 240 if out.suffix == ".gif" else 480  # GIF cannot compress noise
         save_animation(frames_of(trajectory, max(1, math.ceil(wanted / wide))), out)

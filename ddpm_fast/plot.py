@@ -15,6 +15,7 @@ from .training_run import SAMPLES
 
 # Okabe and Ito's colours, which the colour-blind can tell apart
 GREY, BLUE, ORANGE, GREEN, PINK = "#999999", "#0072B2", "#D55E00", "#009E73", "#CC79A7"
+KINDS = (".png", ".svg", ".pdf")
 
 
 def plot_loss(run: str | Path, out: str | Path) -> None:
@@ -75,11 +76,7 @@ def plot_course(run: str | Path, out: str | Path, rows: int = 10) -> None:
 
 def figure(width: float = 8, height: float = 4.5, rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
     """An empty figure and its axes: one, or an array [rows, columns]. ValueError without the extra `plot`."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("plots need the extra plot: pip install 'ddpm-fast[plot]'") from None
-    empty = Figure(figsize=(width, height), dpi=120, layout="constrained")
+    empty = _find_figure()(figsize=(width, height), dpi=120, layout="constrained")
     axes = empty.subplots(rows, columns, squeeze=False)
     for a in axes.flat:
         a.spines[["top", "right"]].set_visible(False)
@@ -94,11 +91,23 @@ def save(figure: Any, out: str | Path) -> None:
     write_atomically(out, buffer.getvalue())
 
 
-def check_out(out: str | Path, kinds: tuple[str, ...] = (".png", ".svg", ".pdf")) -> Path:
-    """ValueError for a file of no such kind, or in a directory that is not there: before any long work begins."""
+def check_out(out: str | Path, kinds: tuple[str, ...] = KINDS) -> Path:
+    """ValueError, before any long work begins, for a file of no such kind, in a directory that is not there, or a plot
+    without the extra `plot`.
+    """
     out = Path(out)
     if out.suffix not in kinds:
         raise ValueError(f"{out}: unknown kind of picture; expected {', '.join(kinds[:-1])} or {kinds[-1]}")
     if not out.absolute().parent.is_dir():
         raise ValueError(f"{out.absolute().parent} does not exist; create it first")
+    if out.suffix in KINDS:
+        _find_figure()
     return out
+
+
+def _find_figure() -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("plots need the extra plot: pip install 'ddpm-fast[plot]'") from None
+    return Figure

@@ -1,4 +1,5 @@
 import io
+import sys
 from importlib import import_module
 
 import numpy as np
@@ -6,9 +7,11 @@ import pytest
 import torch
 
 from ddpm_fast import NoiseSchedule, Sampler, UNet, UNetConfig, save_pretrained
-from ddpm_fast.animate import HOLD, save_animation
+from ddpm_fast.animate import HOLD, LEAST, save_animation
+from ddpm_fast.forward import q_chain
 from ddpm_fast.images import from_uint8
-from ddpm_fast.plot_process import Reverse, forward_strip, frames_of, plot_schedules, reverse_trajectory
+from ddpm_fast.kernels import noise
+from ddpm_fast.plot_process import CAPTION, Reverse, forward_strip, frames_of, plot_schedules, reverse_trajectory
 
 pytest.importorskip("matplotlib")
 Image = pytest.importorskip("PIL.Image")
@@ -37,10 +40,12 @@ def test_schedules_are_drawn_as_they_are(tmp_path, monkeypatch):
 
 def test_the_forward_strip_is_one_trajectory(tmp_path):
     schedule = NoiseSchedule.linear()
-    t, x = forward_strip(schedule, PIXELS, seed=3, steps=11)
-    assert t[0] == 0 and t[-1] == 999 and x.shape == (11, 3, 1, 8, 8)
+    t, x = forward_strip(schedule, PIXELS, seed=3, steps=10)
+    assert t == list(range(99, 1000, 100)) and forward_strip(schedule, PIXELS, 3, 1)[0] == [999]
     x_0 = from_uint8(torch.from_numpy(PIXELS))
-    assert (x[0] - x_0).abs().max() < 0.06  # one step of beta = 1e-4
+    seed, image = torch.full((3,), 3), torch.arange(3)
+    eps = [noise.noise(seed, image, torch.full((3,), at), noise.Q_SAMPLE, 1, 8, 8) for at in range(1000)]
+    assert torch.equal(x, q_chain(schedule, x_0, torch.stack(eps))[t])
     assert abs(float(x[-1].std()) - 1) < 0.2
     one, two = (forward_strip(schedule, PIXELS, 3, n)[1] for n in (1000, 500))
     assert torch.equal(one[-1], two[-1]) and torch.equal(one[-1], x[-1])
@@ -64,6 +69,18 @@ def test_the_reverse_strip_ends_in_what_sample_draws(how, moments):
     assert np.array_equal(trajectory.x[0], ((start.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy())
 
 
+@pytest.mark.parametrize("profile", ["exact", "openai", "diffusers", "ddim"])
+def test_the_reverse_strip_rounds_as_its_profile_does(profile):
+    sampler = Sampler(tiny(), CHAIN, (1, 8, 8))
+    how = dict(solver="ddim", steps=5, profile=profile)
+    assert np.array_equal(reverse_trajectory(sampler, 4, **how).x[-1], sampler.sample(4, **how).numpy())
+
+
+def test_what_is_not_finite_is_said():
+    with pytest.raises(RuntimeError, match="not finite"):
+        reverse_trajectory(Sampler(lambda x, t: x * float("nan"), CHAIN, (1, 8, 8)), 1)
+
+
 def frames():
     generator = np.random.default_rng(1)
     x, x_0 = generator.integers(0, 256, (2, 6, 2, 8, 8, 1), dtype=np.uint8)
@@ -72,8 +89,11 @@ def frames():
 
 def test_frames_hold_both_rows():
     made = frames()
-    assert len(made) == 6 and made[0].shape == (2 * 10 * 8 + 6, 2 * 10 * 8, 3)
-    assert not made[0][1:7].any()  # the border between images
+    assert len(made) == 6 and made[0].shape == (2 * (CAPTION + 10 * 8) + 6, 2 * 10 * 8, 3)
+    assert not made[0][CAPTION + 1 : CAPTION + 7].any()  # the border between images
+    x = np.random.default_rng(1).integers(0, 256, (2, 6, 2, 8, 8, 1), dtype=np.uint8)[0]
+    assert np.array_equal(made[2][CAPTION + 8 : CAPTION + 72 : 8, 8:72:8], x[2, 0].repeat(3, axis=2))
+    assert (made[2][:CAPTION] != made[3][:CAPTION]).any()  # t is written
     assert (made[0][-1] == 64).all() and (made[-1][-1] == (0, 158, 115)).all()  # the bar
 
 
@@ -87,22 +107,27 @@ def test_gif_decodes_to_its_frames(tmp_path):
             film.seek(k)
             time += film.info["duration"]
         last = np.asarray(film.convert("RGB")).astype(int)
-    assert time == (6 + HOLD) * 50
+    assert time == (LEAST + HOLD) * 50
     for got, want in ((first, made[0]), (last, made[-1])):
         assert np.abs(got - want).mean() < 2
 
 
-def test_mp4_decodes_to_its_frames(tmp_path):
+def test_mp4_decodes_to_its_frames(tmp_path, monkeypatch):
     av = pytest.importorskip("av")
     made = frames()
     save_animation(made, tmp_path / "a.mp4")
     with av.open(io.BytesIO((tmp_path / "a.mp4").read_bytes())) as film:
         got = [frame.to_ndarray(format="rgb24") for frame in film.decode(video=0)]
-    assert len(got) == 6 + HOLD and got[0].shape == made[0].shape
-    for k in (0, 5, -1):
-        assert np.abs(got[k].astype(int) - made[min(k, 5)]).mean() < 12
+    assert len(got) == LEAST + HOLD and got[0].shape == made[0].shape
+    for k in (0, 25, 59, -1):
+        assert np.abs(got[k].astype(int) - made[-1 if k < 0 else k // 10]).mean() < 12
+    monkeypatch.setattr(av, "codecs_available", set(av.codecs_available) - {"libx264"})
+    save_animation(made, tmp_path / "b.mp4")
+    with av.open(io.BytesIO((tmp_path / "b.mp4").read_bytes())) as film:
+        assert film.streams.video[0].codec_context.name == "mpeg4"
+        assert sum(1 for _ in film.decode(video=0)) == LEAST + HOLD
     with pytest.raises(ValueError, match="no frames"):
-        save_animation([], tmp_path / "b.mp4")
+        save_animation([], tmp_path / "c.mp4")
 
 
 @pytest.fixture
@@ -136,6 +161,7 @@ def test_command_line(call, tmp_path):
     bad = {
         ("schedule", "--schedule", "square"): "square",
         ("schedule", "--schedule", "linear", *weights): "not both",
+        ("schedule", "--timesteps", 50, *weights): "not both",
         ("schedule", "--out", tmp_path / "a.txt"): "expected .png, .svg or .pdf",
         ("schedule", "--out", tmp_path / "no" / "a.png"): "does not exist",
         ("forward", *data, "--image", 3): "--image 3: .* holds 3 images",
@@ -149,3 +175,11 @@ def test_command_line(call, tmp_path):
         assert code == 2 and err.count("\n") == 1
         with pytest.raises(ValueError, match=message):
             raise ValueError(err)
+
+
+@pytest.mark.parametrize(("module", "name"), [("av", "a.mp4"), ("matplotlib.figure", "a.png")])
+def test_a_missing_library_is_told_before_the_drawing(call, tmp_path, monkeypatch, module, name):
+    monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setattr("ddpm_fast.cli_plot.reverse_trajectory", lambda *_, **__: pytest.fail("drew"))
+    code, err = call("reverse", "--weights", tmp_path / "model", "--out", tmp_path / name)
+    assert code == 2 and "pip install 'ddpm-fast[plot]'" in err and err.count("\n") == 1
