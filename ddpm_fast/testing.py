@@ -80,6 +80,7 @@ _POINTERS = {
     torch.bfloat16: "*bf16",
     torch.int64: "*i64",
     torch.int32: "*i32",
+    torch.float8_e4m3fn: "*fp8e4nv",
 }
 
 
@@ -94,12 +95,20 @@ def compile_launch(launch: Launch, sm: int) -> Compiled:
     attributes: dict[tuple[int], list[list[Any]]] = {}
     for i, parameter in enumerate(launch.kernel.params):
         name, value = parameter.name, launch.args[parameter.name]
-        if parameter.is_constexpr or (value == 1 if isinstance(value, int) else False):
+        specialised = not parameter.do_not_specialize
+        if parameter.is_constexpr or (type(value) is int and value == 1 and specialised):
             signature[name], constants[name] = "constexpr", value
-            continue
-        signature[name] = _POINTERS[value.dtype] if isinstance(value, Tensor) else "i32" if abs(value) < 2**31 else "i64"
-        if isinstance(value, Tensor) or value % 16 == 0:
-            attributes[(i,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, Tensor):
+            signature[name], aligned = _POINTERS[value.dtype], value.storage_offset() * value.element_size() % 16 == 0
+            attributes |= {(i,): [["tt.divisibility", 16]]} if aligned else {}
+        elif isinstance(value, int):
+            signature[name] = "i32" if abs(value) < 2**31 else "i64"
+            attributes |= {(i,): [["tt.divisibility", 16]]} if specialised and value % 16 == 0 else {}
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:  # a TMA descriptor
+            shape = ",".join(map(str, value.block_shape))
+            signature[name] = f"tensordesc<{_POINTERS[value.base.dtype][1:]}[{shape}]>"
     source = ASTSource(launch.kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=launch.options)
     usage, listing = _cuobjdump(compiled.asm["cubin"], "-res-usage"), _cuobjdump(compiled.asm["cubin"], "-sass")

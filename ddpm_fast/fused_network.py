@@ -1,0 +1,332 @@
+"""A `UNet` packed for our kernels, and the walk through it that lists its launches for a batch and an image size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .kernels._feature_map import FeatureMap
+from .kernels._tiles import E4M3_MAX, Target, Tiles, cut, divisor
+from .kernels.attention import Attention, FoldedAttention, fold
+from .kernels.conv2d import Conv3x3, UpsampleConv
+from .kernels.conv2d_pointers import DownsampleConv, FirstConv, Pointwise
+from .kernels.group_norm_silu import GroupNormSiLU
+from .kernels.resample import Resample
+from .kernels.time_rows import TimeRows
+from .plan import Buffer, Launch, Op
+from .unet import Attention as AttentionLayer
+from .unet import Downsample, Level, ResBlock, UNet, Upsample
+
+LARGEST_TABLE = 256 * 2**20  # bytes that the table of time embeddings may take
+E4M3 = torch.float8_e4m3fn
+DEVIATIONS = 8.0  # from the mean, that an e4m3 activation holds without saturating
+AnyOp = TypeVar("AnyOp")
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """What a forward pass reads besides x_t, all [B] integer: t, label, and row, the row of `table` that they name.
+
+    table   [R, S] fp32, written once; or rows_of, which writes the [B, S] rows of this step
+    """
+
+    t: Tensor
+    label: Tensor
+    row: Tensor
+    table: Tensor
+    rows_of: TimeRows | None
+
+
+class Network:
+    """Every layer as an operation, packed when it is first asked for.
+
+    act, operand   types of activations, and of what 3x3 convolutions multiply
+    tiles          overrides of single launches' tiles, by `tile_key`
+    """
+
+    def __init__(
+        self,
+        unet: UNet,
+        device: torch.device,
+        act: torch.dtype,
+        operand: torch.dtype,
+        target: Target,
+        timesteps: int,
+        tiles: Mapping[str, Mapping[str, int]],
+    ) -> None:
+        self.config, self.wide = unet.config, torch.float64 if unet.dtype == torch.float64 else torch.float32
+        self.device, self.act, self.operand, self.target, self.tiles = device, act, operand, target, tiles
+        self._ops: dict[str, Any] = {}
+        self.keep_structure(unet)
+        blocks = [m for m in unet.modules() if isinstance(m, ResBlock)]
+        widths = [b.time_emb_proj.out_features for b in blocks]
+        self.columns = dict(zip((self.names[b] for b in blocks), _starts(widths), strict=True))  # in a row of the table
+        self.row_width = sum(widths)
+        self._pack_time(blocks, timesteps)
+
+    def keep_structure(self, unet: UNet) -> None:
+        """From now on the network is read from `unet`."""
+        self.unet = unet
+        self.names = {module: name for name, module in unet.named_modules()}
+
+    def weight(self, p: Tensor) -> Tensor:
+        return p.detach().to(self.device, self.wide)
+
+    def once(self, name: str, make: Callable[[], AnyOp]) -> AnyOp:
+        if name not in self._ops:
+            self._ops[name] = make()
+        return self._ops[name]
+
+    # ---- time
+
+    @torch.no_grad()
+    def _pack_time(self, blocks: list[ResBlock], timesteps: int) -> None:
+        """The table of everything that the residual blocks get to know of (t, class), or what makes its rows step by step."""
+        c = self.config
+        on_host = "meta" if self.device.type == "meta" else self.unet.conv_in.weight.device
+        embedded = self.unet.embed(torch.arange(timesteps, device=on_host), None)
+        classes = self.weight(self.unet.class_embedding.weight if c.num_classes else embedded.new_zeros(1, c.time_dim))
+        time = self.weight(embedded)
+        weight = torch.cat([self.weight(b.time_emb_proj.weight) for b in blocks])
+        # without scale-shift the row is added before the norm, and the first convolution's bias with it
+        bias = torch.cat([self.weight(b.time_emb_proj.bias) + (0 if b.scale_shift else self.weight(b.conv1.bias)) for b in blocks])
+        self.rows_of = None
+        if timesteps * len(classes) * self.row_width * 4 <= LARGEST_TABLE:
+            both = F.silu(time[:, None] + classes).flatten(0, 1)
+            self.table = F.linear(both, weight, bias).float()
+            return
+        pad = (0, -c.time_dim % 64)  # whole steps of the product
+        tiles = self.cut("time_rows", 64, self.row_width, 64, 1, 1, tma=False)
+        packed = [F.pad(v, pad).float().contiguous() for v in (time, classes)]
+        self.rows_of = TimeRows(*packed, F.pad(weight, pad).to(self.act).contiguous(), bias.float(), tiles)
+
+    def inputs(self, batch: int) -> Inputs:
+        t, label, row = (torch.zeros(batch, dtype=torch.int64, device=self.device) for _ in range(3))
+        if self.rows_of is None:
+            return Inputs(t, label, row, self.table, None)
+        rows = torch.zeros(batch, self.row_width, device=self.device)
+        return Inputs(t, label, torch.arange(batch, device=self.device), rows, self.rows_of)
+
+    # ---- tiles
+
+    def cut(self, kind: str, c: int, k: int, rows: int, h: int, w: int, *, tma: bool, dtype: torch.dtype | None = None) -> Tiles:
+        """The tiles of a launch by rule, or as `tiles` says for its key; the batch is no part of the key."""
+        dtype = dtype or self.act
+        warps = 4 if kind == "conv3x3" and dtype != E4M3 else 8
+        by_rule = cut(self.target, dtype, c, k, rows, tma=tma, warps=warps)
+        return replace(by_rule, **self.tiles.get(tile_key(kind, self.target, dtype, c, k, h, w), {}))
+
+
+def tile_key(kind: str, target: Target, dtype: torch.dtype, c: int, k: int, h: int, w: int) -> str:
+    """Which launch an override is for: operation, architecture, operands' type, channels in and out, size of its input."""
+    return f"{kind} sm{target.sm} {str(dtype).removeprefix('torch.')} {c}->{k} {h}x{w}"
+
+
+class Walk:
+    """One forward pass through a `Network`, launch by launch."""
+
+    def __init__(self, net: Network, inputs: Inputs, batch: int, size: tuple[int, int]) -> None:
+        self.net, self.inputs, self.batch = net, inputs, batch
+        self.launches: list[Launch] = []
+        self.units: dict[Buffer, float] = {}  # what a unit of an e4m3 map is worth
+        c = net.config
+        self.x = Buffer("x_t", batch, *size, c.in_channels, torch.float32, bordered=False, external=True)
+        self.out = Buffer("out", batch, *size, c.out_channels, torch.float32, bordered=False, external=True)
+        self._network(net.unet)
+
+    def emit(self, name: str, op: Op, out: Buffer, *, scratch: Buffer | None = None, tensors: Mapping[str, Tensor] | None = None, **reads: Buffer | None) -> Buffer:
+        writes = {"out": out} | ({"scratch": scratch} if scratch is not None else {})
+        self.launches.append(Launch(name, op, {k: b for k, b in reads.items() if b is not None}, writes, tensors or {}))
+        return out
+
+    def like(self, name: str, x: Buffer, channels: int, dtype: torch.dtype | None = None, scale: float = 1, bordered: bool = True) -> Buffer:
+        return Buffer(name, self.batch, int(x.height * scale), int(x.width * scale), channels, dtype or self.net.act, bordered)
+
+    # ---- the network, in the reference's order
+
+    def _network(self, unet: UNet) -> None:
+        net, i = self.net, self.inputs
+        if i.rows_of is not None:
+            rows = Buffer("time_rows", self.batch, 1, 1, net.row_width, torch.float32, bordered=False, external=True)
+            self.emit("time_rows", i.rows_of, rows, tensors=dict(t=i.t, label=i.label))
+            self.time_rows = rows
+        x = self.first_conv(unet.conv_in)
+        skips = [x]
+        for level in cast("list[Level]", unet.down_blocks):
+            for j in range(len(level.resnets)):
+                x = self.attend(level, j, self.residual(level.resnets[j], x))
+                skips.append(x)
+            if level.downsamplers is not None:
+                x = self.resample(level.downsamplers[0], x)
+                skips.append(x)
+        x = self.residual(unet.mid_block.resnets[0], x)
+        for attention in unet.mid_block.attentions:
+            x = self.attention(cast(AttentionLayer, attention), x)
+        x = self.residual(unet.mid_block.resnets[1], x)
+        for level in cast("list[Level]", unet.up_blocks):
+            for j in range(len(level.resnets)):
+                x = self.attend(level, j, self.residual(level.resnets[j], x, skips.pop()))
+            if level.upsamplers is not None:
+                x = self.resample(level.upsamplers[0], x)
+        a = self.norm("conv_norm_out", unet.conv_norm_out, x)
+        self.conv3x3("conv_out", unet.conv_out, a, self.out)
+
+    def attend(self, level: Level, j: int, x: Buffer) -> Buffer:
+        return self.attention(level.attentions[j], x) if hasattr(level, "attentions") else x
+
+    def resample(self, layer: nn.Module, x: Buffer) -> Buffer:
+        name = self.net.names[layer]
+        if isinstance(layer, ResBlock):
+            return self.residual(layer, x)
+        if isinstance(layer, Downsample):
+            return self.downsample(f"{name}.conv", layer.conv, x)
+        return self.upsample(f"{name}.conv", cast(Upsample, layer).conv, x)
+
+    # ---- blocks
+
+    def residual(self, block: nn.Module, x: Buffer, skip: Buffer | None = None) -> Buffer:
+        block = cast(ResBlock, block)
+        name, scale = self.net.names[block], 1 / block.scale
+        plain = block.resample is None
+        a = self.norm(f"{name}.norm1", block.norm1, x, skip, self.operand_of(block.conv1) if plain else None)
+        if block.resample == "down":
+            a, x = (self.resampled(f"{name}.{what}.pool", b, "half") for what, b in (("norm1", a), ("x", x)))
+        elif block.resample == "up":
+            x = self.resampled(f"{name}.x.double", x, "double")
+        if block.conv_shortcut is not None:
+            x = self.pointwise(f"{name}.conv_shortcut", block.conv_shortcut.weight[:, :, 0, 0], block.conv_shortcut.bias, x, x2=skip)
+        bias = block.scale_shift
+        if block.resample == "up":
+            h = self.upsample(f"{name}.conv1", block.conv1, a, bias)
+        else:
+            h = self.conv3x3(f"{name}.conv1", block.conv1, a, None, bias=bias)
+        a = self.norm(f"{name}.norm2", block.norm2, h, None, self.operand_of(block.conv2), block)
+        return self.conv3x3(f"{name}.conv2", block.conv2, a, None, residual=x, scale=scale)
+
+    def attention(self, layer: AttentionLayer, x: Buffer) -> Buffer:
+        net, name, scale = self.net, self.net.names[layer], 1 / layer.scale
+        if layer.group_norm is None:
+            a = self.resampled(f"{name}.copy", x, "same", bordered=False)
+        else:
+            a = self.norm(f"{name}.group_norm", layer.group_norm, x, silu=False, bordered=False)
+        out = self.like(f"{name}.out", x, x.channels)
+        if layer.heads == 1:
+            folded = lambda: fold(*((net.weight(p.weight), net.weight(p.bias)) for p in (layer.to_q, layer.to_k, layer.to_v, cast(nn.Linear, layer.to_out[0]))))
+            pairs = net.once(f"{name}.fold", folded)
+            q = self.pointwise(f"{name}.q", *pairs[0], a)
+            weight, bias = (scale * v for v in pairs[1])
+            op = net.once(name, lambda: FoldedAttention.of(weight, bias, net.act, net.target, scale))
+            return self.emit(f"{name}.attention", op, out, q=q, x=a, residual=x)
+        projections = (layer.to_q, layer.to_k, layer.to_v)
+        weight, bias = (torch.cat([getattr(p, which) for p in projections]) for which in ("weight", "bias"))
+        qkv = self.pointwise(f"{name}.qkv", weight, bias, a)
+        mixed = self.emit(f"{name}.attention", Attention(layer.heads, net.target), self.like(f"{name}.mixed", x, x.channels), qkv=qkv)
+        last = cast(nn.Linear, layer.to_out[0])
+        return self.pointwise(f"{name}.to_out", last.weight, last.bias, mixed, residual=x, scale=scale)
+
+    # ---- layers
+
+    def first_conv(self, conv: nn.Conv2d) -> Buffer:
+        net, k = self.net, conv.out_channels
+        out = self.like("conv_in.out", self.x, k)
+        step = FirstConv.step(conv.in_channels)
+        tiles = replace(net.cut("first_conv", step, k, out.rows, *_size(self.x), tma=False), bk=step)
+        make = lambda: FirstConv.of(net.weight(conv.weight), net.weight(conv.bias), net.act, tiles, net.config.center_input)
+        return self.emit("conv_in", replace(net.once("conv_in", make), tiles=tiles), out, x=self.x)
+
+    def operand_of(self, conv: nn.Conv2d) -> torch.dtype:
+        """e4m3 where that was asked for, the product can take it (steps of 32 channels), and its range is known beforehand."""
+        known = self.net.rows_of is None or not self.net.config.scale_shift
+        return self.net.operand if conv.in_channels % 32 == 0 and known else self.net.act
+
+    def conv3x3(self, name: str, conv: nn.Conv2d, x: Buffer, out: Buffer | None, residual: Buffer | None = None, scale: float = 1.0, bias: bool = True) -> Buffer:
+        """conv(x) + residual, both times `scale`."""
+        net = self.net
+        out = out or self.like(f"{name}.out", x, conv.out_channels)
+        tiles = net.cut("conv3x3", x.channels, conv.out_channels, x.rows, *_size(x), tma=True, dtype=x.dtype)
+
+        def make() -> Conv3x3:
+            weight, b = scale * net.weight(conv.weight), scale * net.weight(conv.bias) if bias else None
+            return Conv3x3.of(weight, b, x.dtype, tiles, self.units.get(x, 1.0), scale)
+
+        return self.emit(name, replace(net.once(name, make), tiles=tiles), out, x=x, residual=residual)
+
+    def upsample(self, name: str, conv: nn.Conv2d, x: Buffer, bias: bool = True) -> Buffer:
+        net = self.net
+        tiles = net.cut("upsample_conv", x.channels, conv.out_channels, 4 * x.rows, *_size(x), tma=True)
+
+        def make() -> UpsampleConv:
+            b = net.weight(conv.bias)
+            return UpsampleConv.of(net.weight(conv.weight), b if bias else torch.zeros_like(b), net.act, tiles)
+
+        return self.emit(name, replace(net.once(name, make), tiles=tiles), self.like(f"{name}.out", x, conv.out_channels, scale=2), x=x)
+
+    def downsample(self, name: str, conv: nn.Conv2d, x: Buffer) -> Buffer:
+        net, out = self.net, self.like(f"{name}.out", x, conv.out_channels, scale=0.5)
+        tiles = net.cut("downsample_conv", x.channels, out.channels, out.rows, *_size(x), tma=False)
+        padding = net.config.downsample_padding
+        make = lambda: DownsampleConv.of(net.weight(conv.weight), net.weight(conv.bias), padding, net.act, tiles)
+        return self.emit(name, replace(net.once(name, make), tiles=tiles), out, x=x)
+
+    def pointwise(self, name: str, weight: Tensor, bias: Tensor, x: Buffer, x2: Buffer | None = None, residual: Buffer | None = None, scale: float = 1.0) -> Buffer:
+        net, out = self.net, self.like(f"{name}.out", x, len(weight), bordered=x.bordered)
+        least = x.channels if x2 is None else min(divisor(x.channels, 64), divisor(x2.channels, 64))
+        tiles = net.cut("pointwise", least, len(weight), x.rows, *_size(x), tma=False)
+        make = lambda: Pointwise.of(scale * net.weight(weight), scale * net.weight(bias), net.act, tiles, scale)
+        return self.emit(name, replace(net.once(name, make), tiles=tiles), out, x=x, x2=x2, residual=residual)
+
+    def resampled(self, name: str, x: Buffer, to: str, bordered: bool = True) -> Buffer:
+        scale = {"half": 0.5, "same": 1, "double": 2}[to]
+        return self.emit(name, Resample(to), self.like(f"{name}.out", x, x.channels, scale=scale, bordered=bordered), x=x)
+
+    def norm(
+        self,
+        name: str,
+        layer: nn.GroupNorm,
+        x: Buffer,
+        x2: Buffer | None = None,
+        dtype: torch.dtype | None = None,
+        block: ResBlock | None = None,
+        silu: bool = True,
+        bordered: bool = True,
+    ) -> Buffer:
+        """block: the residual block whose time embedding joins here."""
+        net, i = self.net, self.inputs
+        dtype = dtype or net.act
+        time = None if block is None else "scale_shift" if block.scale_shift else "add"
+        column = 0 if block is None else net.columns[net.names[block]]
+
+        def make() -> GroupNormSiLU:
+            gamma, beta = net.weight(layer.weight).float(), net.weight(layer.bias).float()
+            unit = 1.0 if dtype != E4M3 else self._unit(gamma, beta, time, column)
+            return GroupNormSiLU(gamma, beta, layer.num_groups, layer.eps, silu, time, column, unit)
+
+        op = net.once(name, make)
+        out = self.like(f"{name}.out", x, layer.num_channels, dtype, bordered=bordered)
+        self.units[out] = op.unit
+        elements = op.scratch_elements(x.empty("meta"))
+        scratch = Buffer(f"{name}.scratch", 1, 1, elements, 1, torch.float32, bordered=False) if elements else None
+        tensors = {} if block is None else dict(table=i.table, row=i.row)
+        return self.emit(name, op, out, scratch=scratch, tensors=tensors, x=x, x2=x2)
+
+    def _unit(self, gamma: Tensor, beta: Tensor, time: str | None, column: int) -> float:
+        """What a stored 1 of an e4m3 activation is worth, so that values some deviations from the mean just fit."""
+        if gamma.is_meta:
+            return 1.0
+        if time == "scale_shift":
+            scale, shift = self.inputs.table[:, column : column + 2 * len(gamma)].chunk(2, dim=1)
+            gamma, beta = gamma * (1 + scale), beta * (1 + scale) + shift
+        return float((DEVIATIONS * gamma.abs() + beta.abs()).max()) / E4M3_MAX
+
+
+def _size(b: Buffer) -> tuple[int, int]:
+    return b.height, b.width
+
+
+def _starts(widths: list[int]) -> list[int]:
+    return [sum(widths[:i]) for i in range(len(widths))]

@@ -1,0 +1,151 @@
+"""FusedUNet: the function of a `UNet`, from our own kernels. Weights are packed once; a forward pass is a fixed list of launches.
+
+What it does differently from the reference, all of it exact but for rounding:
+
+- the time embedding, its projections for every block and the first convolutions' biases are rows of one table
+- GroupNorm, SiLU, the skip's concatenation and the time embedding's addition are one pass over memory
+- bias, residual and the division by `mid_scale` ride on the convolutions
+- nearest 2x and 3x3 are four 2x2 convolutions; single-head attention is folded (`kernels.attention`)
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checks import is_count
+from .fused_network import E4M3, Network, Walk
+from .kernels._tiles import Target
+from .kernels._triton import launches_kernel
+from .plan import Plan
+from .unet import UNet
+from .unet_config import UNetConfig
+
+# name -> type of the activations, type of what 3x3 convolutions multiply
+DTYPES = {
+    "fp32": (torch.float32, torch.float32),
+    "fp16": (torch.float16, torch.float16),
+    "bf16": (torch.bfloat16, torch.bfloat16),
+    "fp8": (torch.bfloat16, E4M3),
+}
+
+
+class FusedUNet:
+    """eps_theta(x_t, t) of a trained `UNet`, for batches of up to `batch_size`.
+
+    `plan()` is the list of launches for an image size. On a GPU, or by Triton's interpreter, they run by their kernels,
+    elsewhere by their twins (`plan.twins` says which); memory is taken once for each image size.
+    """
+
+    def __init__(
+        self,
+        unet: UNet,
+        batch_size: int,
+        dtype: str = "bf16",
+        device: torch.device | str | None = None,
+        size: tuple[int, int] | None = None,
+        timesteps: int = 1000,
+        target: Target | None = None,
+        tiles: Mapping[str, Mapping[str, int]] | None = None,
+        compute: torch.dtype | None = torch.float32,
+    ) -> None:
+        """
+        batch_size  the most images that one call takes
+        dtype       "fp32", "fp16", "bf16", or "fp8": e4m3 operands in 3x3 convolutions, bf16 elsewhere
+        device      default: where the network is; "meta" plans without memory
+        size        (H, W); default: the configuration's. Images of another size are planned for when they come
+        timesteps   t runs from 0 to timesteps - 1
+        target      the GPU to configure launches for; default: the device's own
+        tiles       overrides of launch configurations, by `fused_network.tile_key`
+        compute     what launches compute in that run by their twins; None: each buffer's own type
+
+        ValueError for what no launch can do: channels that are no multiples of 16, e4m3 on a GPU that has none.
+        """
+        self.config, self.batch_size, self.timesteps = unet.config, batch_size, timesteps
+        device = torch.device(device if device is not None else unet.conv_in.weight.device)
+        target = target or Target.of(device)
+        _check(self.config, batch_size, timesteps, dtype, target)
+        self.dtype, self.device, self.target, self.compute = dtype, device, target, compute
+        size = size or self.config.size
+        if size is None:
+            raise ValueError("the configuration names no sample_size; give size=(height, width)")
+        self.size = size
+        self._network = Network(unet, device, *DTYPES[dtype], target, timesteps, tiles or {})
+        self._inputs = self._network.inputs(batch_size)
+        self._plans: dict[tuple[int, int], Plan] = {}
+        self.plan()
+        # everything is packed now: what later plans need of the network is its structure
+        self._network.keep_structure(copy.deepcopy(unet).to("meta"))
+
+    @classmethod
+    def from_unet(cls, unet: UNet, batch_size: int, **options: Any) -> FusedUNet:
+        """See the class."""
+        return cls(unet, batch_size, **options)
+
+    def plan(self, size: tuple[int, int] | None = None) -> Plan:
+        """The launches for images of `size` (H, W), by default the size that was named first."""
+        size = size or self.size
+        if size not in self._plans:
+            coarsest = 2 ** (len(self.config.channels) - 1)
+            if len(size) != 2 or any(not is_count(n) or n % coarsest for n in size):
+                raise ValueError(f"size {size}; expected (H, W), both divisible by {coarsest}")
+            walk = Walk(self._network, self._inputs, self.batch_size, size)
+            plan = Plan(walk.launches, self.device, walk.x, walk.out, self.compute)
+            if not (self.device.type == "meta" or launches_kernel(plan.memory)):
+                plan.twins = {launch.name for launch in plan}
+            self._plans[size] = plan
+        return self._plans[size]
+
+    @torch.no_grad()
+    def __call__(self, x_t: Tensor, t: Tensor | int, labels: Tensor | None = None) -> Tensor:
+        """x_t [B, C, H, W] floating, t int or integer [B], labels integer [B] where there are classes ->
+        fp32 [B, C_out, H, W], channels-last in memory. B is `batch_size` or less.
+
+        ValueError for wrong shapes, and for a t or a label that is not in the table.
+        """
+        b, t, labels = self._check_call(x_t, t, labels)
+        plan = self.plan(tuple(x_t.shape[2:]))
+        plan.maps[plan.x].pixels[:b].copy_(x_t)
+        i = self._inputs
+        i.t[:b], i.label[:b] = t, labels
+        if i.rows_of is None:
+            i.row[:b] = t * (self.config.num_classes or 1) + labels
+        plan.run()
+        return plan.maps[plan.out].pixels[:b].clone(memory_format=torch.channels_last)
+
+    def _check_call(self, x_t: Tensor, t: Tensor | int, labels: Tensor | None) -> tuple[int, Tensor, Tensor]:
+        c, coarsest = self.config, 2 ** (len(self.config.channels) - 1)
+        if x_t.ndim != 4 or x_t.shape[1] != c.in_channels or x_t.shape[2] % coarsest or x_t.shape[3] % coarsest:
+            raise ValueError(
+                f"x_t has shape {tuple(x_t.shape)}; expected [B, {c.in_channels}, H, W] with H and W divisible by {coarsest}"
+            )
+        b = len(x_t)
+        if not 1 <= b <= self.batch_size:
+            raise ValueError(f"{b} images at once; this network was planned for 1 to {self.batch_size}: give a larger batch_size")
+        if (labels is None) != (c.num_classes is None):
+            wanted = "no labels: the network is unconditional" if c.num_classes is None else f"labels [B] in 0..{c.num_classes - 1}"
+            raise ValueError(f"labels {'missing' if labels is None else 'given'}; expected {wanted}")
+        t = torch.as_tensor(t, device=self.device)
+        found = {"t": (t.expand(b) if t.ndim == 0 else t, self.timesteps)}
+        found["labels"] = (torch.zeros(b, dtype=torch.int64, device=self.device) if labels is None else labels, c.num_classes or 1)
+        for name, (v, most) in found.items():
+            if v.shape != (b,) or v.is_floating_point() or v.is_complex() or bool(((v < 0) | (v >= most)).any()):
+                seen = f"{v.min()}..{v.max()}" if v.numel() else "nothing"
+                raise ValueError(f"{name} is {v.dtype} {tuple(v.shape)} of {seen}; expected integers [{b}] in 0..{most - 1}")
+        return b, found["t"][0], found["labels"][0].to(self.device)
+
+
+def _check(c: UNetConfig, batch_size: int, timesteps: int, dtype: str, target: Target) -> None:
+    if not (is_count(batch_size) and is_count(timesteps)):
+        raise ValueError(f"batch_size = {batch_size}, timesteps = {timesteps}; expected integers of at least 1")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r}; expected one of {', '.join(DTYPES)}")
+    if dtype == "fp8" and target.sm < 89:
+        raise ValueError(f"fp8 needs a GPU of compute capability 8.9 or newer; this one has {target.sm / 10}: take bf16")
+    odd = [n for n in c.channels if n % 16]
+    if odd:
+        raise ValueError(f"levels of {odd} channels; the kernels take multiples of 16: run the reference UNet")

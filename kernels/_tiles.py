@@ -1,0 +1,138 @@
+"""What the network's kernels share: tiles, operand types, descriptors, costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+
+from ._feature_map import FeatureMap
+from ._triton import PRESENT, tl, triton
+
+E4M3_MAX = 448.0
+# fp32 operands would be rounded to TF32 unless told otherwise; the others have one precision
+PRECISION = {torch.float32: "ieee", torch.float16: "tf32", torch.bfloat16: "tf32", torch.float8_e4m3fn: "tf32"}
+TRITON_TYPE: dict[torch.dtype, Any] = (
+    {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float8_e4m3fn: tl.float8e4nv}
+    if PRESENT
+    else {}
+)
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a launch is configured for: compute capability (80, 90, 100 ...) and multiprocessors."""
+
+    sm: int = 90
+    processors: int = 132
+
+    @classmethod
+    def of(cls, device: torch.device) -> Target:
+        """The device's own; an H100 where it is no GPU, so that a CPU proves the launches that matter most."""
+        if device.type != "cuda":
+            return cls()
+        properties = torch.cuda.get_device_properties(device)
+        return cls(10 * properties.major + properties.minor, properties.multi_processor_count)
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How a matrix product is cut: bm rows by bo outputs a tile, bk channels a step.
+
+    programs   of a persistent grid: one per multiprocessor
+    tma        operands through TMA descriptors (sm_90 and newer) or pointers
+
+    An image's result depends on bk and on the instruction family, not on bm: so bk never follows the batch, and bm, which may,
+    stays at 64 rows or more (below, sm_90 would take another family).
+    """
+
+    bm: int
+    bk: int
+    bo: int
+    warps: int
+    stages: int
+    programs: int
+    tma: bool
+
+
+def cut(target: Target, dtype: torch.dtype, c: int, k: int, rows: int, *, tma: bool, warps: int) -> Tiles:
+    """Tiles for a product of `rows` rows, c channels (a tap) and k outputs.
+
+    128 rows, or 64 where that would leave half of the processors idle; the largest step that divides c, up to 128 bytes; the
+    outputs as `outputs_of` says. fp32 goes without tensor cores, in small tiles.
+    """
+    if dtype == torch.float32:
+        return Tiles(64, divisor(c, 32), min(64, outputs_of(k)), 8, 2, target.processors, tma and target.sm >= 90)
+    bo, modern = outputs_of(k), target.sm >= 90
+    bm = 128 if 2 * triton.cdiv(rows, 128) * triton.cdiv(k, bo) > target.processors else 64
+    bk = divisor(c, 128 // dtype.itemsize)
+    wide = bm == 128 and bo == 128
+    warps = (warps if modern else 8) if wide else 4
+    return Tiles(bm, bk, bo, warps, 4 if tma and modern else 3, target.processors, tma and modern)
+
+
+def outputs_of(k: int) -> int:
+    """Outputs a tile for k of them: what takes the least time, where fewer than 64 are no faster than 64; of equals the one
+    that pads least, then the largest.
+    """
+    return min((128, 64, 32, 16), key=lambda bo: (triton.cdiv(k, bo) * max(bo, 64), triton.cdiv(k, bo) * bo, -bo))
+
+
+def divisor(n: int, most: int) -> int:
+    """The largest power of two that divides n, at most `most`."""
+    return min(n & -n, most)
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+def box(x: Tensor, rows: int, columns: int, tma: bool) -> Any:
+    """x [R, C] as a kernel argument: a TMA descriptor of boxes [rows, columns], or the tensor."""
+    if not tma:
+        return x
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor.from_tensor(x, [rows, columns])
+
+
+def launch_conv(kernel: Any, t: Tiles, tiles: int, *args: Any, **constants: Any) -> None:
+    """Launches `kernel` over `tiles` tiles: all at once, or, where operands come by TMA, in a persistent grid."""
+    with torch.cuda.device_of(next(a for a in args if isinstance(a, Tensor))):
+        kernel[(min(tiles, t.programs) if t.tma else tiles,)](
+            *args, BM=t.bm, BK=t.bk, BO=t.bo, PROGRAMS=t.programs, num_warps=t.warps, num_stages=t.stages, **constants
+        )
+
+
+def quantise(weight: Tensor, dtype: torch.dtype, x_scale: float = 1.0) -> tuple[Tensor, Tensor | None]:
+    """weight [K, ...] in `dtype`; for e4m3 each output channel fills the type's range, and [K] fp32 says what a unit of the
+    product with an input of scale `x_scale` is worth.
+    """
+    if dtype != torch.float8_e4m3fn:
+        return weight.to(dtype).contiguous(), None
+    unit = weight.double().abs().amax(1).clamp(min=1e-30) / E4M3_MAX
+    return (weight.double() / unit[:, None]).clamp(-E4M3_MAX, E4M3_MAX).float().to(dtype).contiguous(), (unit * x_scale).float()
+
+
+@overload
+def wide(x: Tensor, compute: torch.dtype | None) -> Tensor: ...
+@overload
+def wide(x: None, compute: torch.dtype | None) -> None: ...
+def wide(x: Tensor | None, compute: torch.dtype | None) -> Tensor | None:
+    """x in the type that a twin computes in; None: its own, and bf16 for e4m3, in which every e4m3 is exact."""
+    if x is None:
+        return None
+    if compute is None:
+        compute = torch.bfloat16 if x.dtype == torch.float8_e4m3fn else x.dtype
+    return x.to(compute)
+
+
+def cost_of_conv(weight: Tensor, sources: tuple[FeatureMap, ...], out: FeatureMap) -> tuple[int, int]:
+    """FLOP of a convolution with packed weights over the output's real pixels, and the bytes that must move."""
+    pixels = out.images * out.height * out.width
+    moved = sum(fm.rows.numel() * fm.rows.element_size() for fm in (*sources, out)) + weight.numel() * weight.element_size()
+    return 2 * pixels * weight.numel(), moved
+

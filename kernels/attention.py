@@ -1,0 +1,264 @@
+"""Self-attention over the pixels of an image, keys and values streamed, in two forms.
+
+With several heads: softmax(q k^T / sqrt(D)) v of projections made before, one head after the other.
+
+With one head as wide as the features the projections fold, exactly (norm(x) is x here; terms equal for all keys cancel in the softmax):
+
+    (x Wq^T + bq) (x Wk^T + bk)^T  =  (x M + m) x^T + ...,      M = Wq^T Wk,  m = bq Wk
+    softmax(...) (x Wv^T + bv) Wo^T + bo  =  (softmax(...) x) V^T + v,      V = Wo Wv,  v = Wo bv + bo
+
+so that keys and values are x itself; the kernel applies V, v and the residual before it writes.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._feature_map import FeatureMap
+from ._tiles import PRECISION, TRITON_TYPE, Target, power_of_two, wide
+from ._triton import tl, triton
+
+LOG2_E = math.log2(math.e)
+
+
+def attention_reference(q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float) -> Tensor:
+    """q, k, v [N, P, C] -> [N, P, C]: softmax(scale q k^T) v in each of `heads` equal parts of the channels."""
+    n, p, c = q.shape
+    q, k, v = (t.view(n, p, heads, c // heads).transpose(1, 2) for t in (q, k, v))
+    return ((q @ k.transpose(2, 3) * scale).softmax(3) @ v).transpose(1, 2).reshape(n, p, c)
+
+
+def fold(
+    q: tuple[Tensor, Tensor], k: tuple[Tensor, Tensor], v: tuple[Tensor, Tensor], out: tuple[Tensor, Tensor]
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """From (weight [C, C], bias [C]) of the four projections to the two of the folded form: ((M^T, m), (V, v)), in fp64."""
+    (wq, bq), (wk, _), (wv, bv), (wo, bo) = ((w.double(), b.double()) for w, b in (q, k, v, out))
+    return (wk.T @ wq, wk.T @ bq), (wo @ wv, wo @ bv + bo)
+
+
+@triton.jit(do_not_specialize=["PIXELS", "W"])
+def _attention_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    y_ptr,
+    w_ptr,
+    bias_ptr,
+    residual_ptr,
+    residual_scale,
+    scale,
+    PIXELS,
+    W,
+    Q_STRIDE,
+    KV_STRIDE,
+    C: tl.constexpr,
+    HEADS: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BO: tl.constexpr,
+    FOLDED: tl.constexpr,
+    OUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    blocks = tl.cdiv(PIXELS, BM)
+    head = tl.program_id(0) // blocks % HEADS
+    n = (tl.program_id(0) // (blocks * HEADS)).to(tl.int64)
+    m0 = tl.program_id(0) % blocks * BM
+    pixel = m0 + tl.arange(0, BM)
+    d = tl.arange(0, DP)
+    real = (d < D)[None, :]
+    first = n * PIXELS
+    q_at = (first + pixel)[:, None] * Q_STRIDE + (head * D + d)[None, :]
+    q = tl.load(q_ptr + q_at, mask=(pixel < PIXELS)[:, None] & real, other=0.0)
+    acc = tl.zeros((BM, DP), tl.float32)
+    most = tl.full((BM,), -float("inf"), tl.float32)
+    total = tl.zeros((BM,), tl.float32)
+    for k0 in range(0, PIXELS, BN):
+        key = k0 + tl.arange(0, BN)
+        at = (first + key)[:, None] * KV_STRIDE + (head * D + d)[None, :]
+        seen = (key < PIXELS)[:, None] & real
+        k = tl.load(k_ptr + at, mask=seen, other=0.0)
+        s = tl.dot(q, k.T, input_precision=PRECISION) * scale
+        s = tl.where((key < PIXELS)[None, :], s, -float("inf"))
+        now = tl.maximum(most, tl.max(s, 1))
+        p = tl.exp2(s - now[:, None])
+        old = tl.exp2(most - now)
+        total = total * old + tl.sum(p, 1)
+        acc = acc * old[:, None]
+        if FOLDED:
+            acc = tl.dot(p.to(k.dtype), k, acc, input_precision=PRECISION)
+        else:
+            v = tl.load(v_ptr + at, mask=seen, other=0.0)
+            acc = tl.dot(p.to(k.dtype), v, acc, input_precision=PRECISION)
+        most = now
+    mixed = (acc / total[:, None]).to(q.dtype)
+
+    # into a bordered map
+    WP = W + 1
+    H = PIXELS // W
+    image = n * (H + 1) * WP
+    row = image + (pixel // W + 1) * WP + pixel % W + 1
+    edge = tl.arange(0, 16)
+    if FOLDED:
+        for o0 in range(0, C, BO):
+            cols = o0 + tl.arange(0, BO)
+            w = tl.load(w_ptr + cols[:, None] * C + d[None, :], mask=(cols < C)[:, None] & real, other=0.0)
+            y = tl.dot(mixed, w.T, input_precision=PRECISION)
+            y += tl.load(bias_ptr + cols, mask=cols < C, other=0.0)[None, :]
+            at = row[:, None] * C + cols[None, :]
+            inside = (pixel < PIXELS)[:, None] & (cols < C)[None, :]
+            y += residual_scale * tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            tl.store(y_ptr + at, y.to(OUT), mask=inside)
+    else:
+        tl.store(y_ptr + row[:, None] * C + (head * D + d)[None, :], mixed.to(OUT), mask=(pixel < PIXELS)[:, None] & real)
+    if m0 == 0:
+        zero = tl.zeros((16, DP), tl.float32).to(OUT)
+        for e in range(0, W + 1, 16):
+            at = (image + e + edge)[:, None] * C + (head * D + d)[None, :]
+            tl.store(y_ptr + at, zero, mask=(e + edge <= W)[:, None] & real)
+        for e in range(0, H + 1, 16):
+            at = (image + (e + edge) * WP)[:, None] * C + (head * D + d)[None, :]
+            tl.store(y_ptr + at, zero, mask=(e + edge <= H)[:, None] & real)
+
+
+# ---- the operations
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Queries and keys a tile, outputs of the projection a tile."""
+
+    bm: int
+    bn: int
+    bo: int
+    warps: int
+    stages: int
+
+    @classmethod
+    def of(cls, target: Target, pixels: int, dim: int, dtype: torch.dtype) -> Stream:
+        """As wide as registers and shared memory allow without spilling; 64 queries at least, so that one instruction family
+        serves every size.
+        """
+        if dtype == torch.float32:
+            return cls(16, 16, 16, 4, 1)
+        if dim <= 64:
+            bm, bn, bo, warps, stages = 128, 64, 64, 4, 3
+        elif dim <= 256:
+            bm, bn, bo, warps, stages = 64, 64, 64, 4, 2
+        else:
+            bm, bn, bo, warps, stages = 64, 32, 32, 8, 2
+        if target.sm < 90:
+            warps = 8
+        return cls(bm, min(bn, max(16, power_of_two(pixels))), bo, warps, stages)
+
+
+@dataclass(frozen=True, eq=False)
+class Attention:
+    """softmax(q k^T / sqrt(D)) v in `heads` heads, from qkv (dense, three times the channels) into a bordered map."""
+
+    heads: int
+    target: Target = Target()
+    name = "attention"
+
+    def run(self, qkv: FeatureMap, out: FeatureMap) -> None:
+        c = out.channels
+        q, k, v = (qkv.rows[:, i * c :] for i in range(3))
+        _launch(self.target, q, k, v, out, self.heads, 3 * c, 3 * c, None, None, None, 0.0)
+
+    def twin(self, qkv: FeatureMap, out: FeatureMap, compute: torch.dtype | None = None) -> None:
+        q, k, v = wide(qkv.grid.flatten(1, 2), compute).chunk(3, dim=2)
+        y = attention_reference(q, k, v, self.heads, (out.channels // self.heads) ** -0.5)
+        out.write(y.transpose(1, 2).unflatten(2, (out.height, out.width)))
+
+    def cost(self, qkv: FeatureMap, out: FeatureMap) -> tuple[int, int]:
+        pixels, size = out.height * out.width, qkv.rows.element_size()
+        return 4 * out.images * pixels * pixels * out.channels, size * (qkv.rows.numel() + out.rows.numel())
+
+
+@dataclass(frozen=True, eq=False)
+class FoldedAttention:
+    """V softmax(q x^T / sqrt(C)) x + v + residual_scale * residual, from q and x (dense) into a bordered map. See `fold`."""
+
+    weight: Tensor  # V [C, C]
+    bias: Tensor  # v [C] fp32
+    target: Target = Target()
+    residual_scale: float = 1.0
+    name = "folded_attention"
+
+    @classmethod
+    def of(
+        cls, weight: Tensor, bias: Tensor, dtype: torch.dtype, target: Target = Target(), residual_scale: float = 1.0
+    ) -> FoldedAttention:
+        return cls(weight.to(dtype).contiguous(), bias.float(), target, residual_scale)
+
+    def run(self, q: FeatureMap, x: FeatureMap, out: FeatureMap, residual: FeatureMap) -> None:
+        c = out.channels
+        _launch(self.target, q.rows, x.rows, x.rows, out, 1, c, c, self.weight, self.bias, residual.rows, self.residual_scale)
+
+    def twin(
+        self, q: FeatureMap, x: FeatureMap, out: FeatureMap, residual: FeatureMap, compute: torch.dtype | None = None
+    ) -> None:
+        queries, keys = (wide(fm.grid.flatten(1, 2), compute) for fm in (q, x))
+        y = attention_reference(queries, keys, keys, 1, out.channels**-0.5)
+        y = F.linear(y, wide(self.weight, compute)) + self.bias.to(y.dtype)
+        y = y.transpose(1, 2).unflatten(2, (out.height, out.width))
+        out.write(y + self.residual_scale * wide(residual.pixels, y.dtype))
+
+    def cost(self, q: FeatureMap, x: FeatureMap, out: FeatureMap, residual: FeatureMap) -> tuple[int, int]:
+        pixels, c = out.height * out.width, out.channels
+        moved = sum(fm.rows.numel() * fm.rows.element_size() for fm in (q, x, out, residual))
+        return out.images * pixels * c * (4 * pixels + 2 * c), moved + self.weight.numel() * self.weight.element_size()
+
+
+def _launch(
+    target: Target,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: FeatureMap,
+    heads: int,
+    q_stride: int,
+    kv_stride: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    residual_scale: float,
+) -> None:
+    pixels, c = out.height * out.width, out.channels
+    d = c // heads
+    s = Stream.of(target, pixels, d, q.dtype)
+    with torch.cuda.device_of(q):
+        _attention_kernel[(triton.cdiv(pixels, s.bm) * heads * out.images,)](
+            q,
+            k,
+            v,
+            out.rows,
+            q if weight is None else weight,
+            q if bias is None else bias,
+            q if residual is None else residual,
+            residual_scale,
+            d**-0.5 * LOG2_E,
+            pixels,
+            out.width,
+            q_stride,
+            kv_stride,
+            C=c,
+            HEADS=heads,
+            D=d,
+            DP=max(16, power_of_two(d)),
+            BM=s.bm,
+            BN=s.bn,
+            BO=s.bo,
+            FOLDED=weight is not None,
+            OUT=TRITON_TYPE[out.rows.dtype],
+            PRECISION=PRECISION[q.dtype],
+            num_warps=s.warps,
+            num_stages=s.stages,
+        )

@@ -1,0 +1,406 @@
+"""GroupNorm, with what stands around it in the network: time embedding before it, SiLU behind it, the skip's concatenation.
+
+One pass reads a feature map once and writes it once: a program holds one image's block of channels (whole groups) in registers,
+takes the mean, then the squared deviations from it, then writes what the next layer reads. Where a block is too large for that,
+two launches: statistics by chunks of pixels, merged in a fixed order (Chan et al. 1983), then the same arithmetic on tiles.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._feature_map import FeatureMap
+from ._tiles import E4M3_MAX, TRITON_TYPE, power_of_two, wide
+from ._triton import tl, triton
+
+# Elements of a block that one program may hold: 64 registers for each of 512 threads (4096 pixels of 16 channels spill)
+HELD = 32768
+WIDEST = 64  # channels of a block: 128 bytes of a 2-byte type, one line of the cache
+TILE = 16384  # elements of a tile of the two-pass form
+MOST_CHUNKS = 16
+
+
+def group_norm_silu_reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float,
+    silu: bool = True,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
+    offset: Tensor | None = None,
+) -> Tensor:
+    """SiLU(norm(x + shift) * (1 + scale) + offset) of x [N, C, H, W]; shift, scale, offset [N, C] or absent."""
+    y = F.group_norm(x if shift is None else x + shift[:, :, None, None], groups, weight, bias, eps)
+    if scale is not None and offset is not None:
+        y = y * (1 + scale[:, :, None, None]) + offset[:, :, None, None]
+    return F.silu(y) if silu else y
+
+
+@triton.jit
+def load_pixels(x_ptr, x2_ptr, n, p, c, inside, W, IMAGE, C1, C, TWO: tl.constexpr):
+    """fp32 [P, L]: pixels p, channels c of image n of a bordered map, or of two joined along the channels."""
+    row = ((p // W + 1) * (W + 1) + p % W + 1)[:, None]  # within the image, so 32 bits will do
+    if TWO:
+        x = tl.load(x_ptr + n * IMAGE * C1 + (row * C1 + c[None, :]), mask=inside & (c < C1)[None, :], other=0.0).to(tl.float32)
+        second = x2_ptr + n * IMAGE * (C - C1) - C1
+        return x + tl.load(second + (row * (C - C1) + c[None, :]), mask=inside & (c >= C1)[None, :], other=0.0).to(tl.float32)
+    return tl.load(x_ptr + n * IMAGE * C + (row * C + c[None, :]), mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def of_group(s, lane, WIDTH: tl.constexpr, ONE: tl.constexpr):
+    """Per channel s [L] -> the sum over the channel's group, for every channel."""
+    if ONE:
+        return tl.sum(s, 0) + tl.zeros_like(s)
+    same = (lane // WIDTH)[:, None] == (lane // WIDTH)[None, :]
+    return tl.sum(tl.where(same, s[None, :], 0.0), 1)
+
+
+@triton.jit
+def finish(d, rstd, gamma_ptr, beta_ptr, time_ptr, c, used, C, unit, TIME: tl.constexpr, SILU: tl.constexpr, OUT: tl.constexpr):
+    """Deviations d [P, L] from the mean -> what is stored."""
+    gain = rstd * tl.load(gamma_ptr + c, mask=used, other=0.0)
+    shift = tl.load(beta_ptr + c, mask=used, other=0.0)
+    if TIME == 2:
+        scale = 1 + tl.load(time_ptr + c, mask=used, other=0.0)
+        gain *= scale
+        shift = shift * scale + tl.load(time_ptr + C + c, mask=used, other=0.0)
+    y = d * gain[None, :] + shift[None, :]
+    if SILU:
+        y = y * tl.sigmoid(y)
+    if OUT == tl.float8e4nv:
+        y = tl.clamp(y * unit, -448.0, 448.0)
+    return y.to(OUT)
+
+
+@triton.jit
+def zero_border(out_ptr, n, c, used, H, W, C, L: tl.constexpr, OUT: tl.constexpr):
+    """Zeros into the top row and the left column of image n."""
+    edge = tl.arange(0, 64)
+    zero = tl.zeros((64, L), tl.float32).to(OUT)
+    out_ptr += n * (H + 1) * (W + 1) * C
+    for e in range(0, W + 1, 64):
+        at = (e + edge)[:, None] * C + c[None, :]
+        tl.store(out_ptr + at, zero, mask=(e + edge <= W)[:, None] & used[None, :])
+    for e in range(0, H + 1, 64):
+        at = ((e + edge) * (W + 1))[:, None] * C + c[None, :]
+        tl.store(out_ptr + at, zero, mask=(e + edge <= H)[:, None] & used[None, :])
+
+
+@triton.jit
+def store_pixels(out_ptr, y, n, p, c, inside, H, W, C, BORDER: tl.constexpr):
+    row = (p // W + BORDER) * (W + BORDER) + p % W + BORDER
+    tl.store(out_ptr + n * (H + BORDER) * (W + BORDER) * C + (row[:, None] * C + c[None, :]), y, mask=inside)
+
+
+@triton.jit(do_not_specialize=["H", "W", "S"])
+def _one_pass_kernel(
+    x_ptr,
+    x2_ptr,
+    out_ptr,
+    gamma_ptr,
+    beta_ptr,
+    table_ptr,
+    row_ptr,
+    H,
+    W,
+    C1,
+    C,
+    S,
+    eps,
+    unit,
+    P: tl.constexpr,
+    L: tl.constexpr,
+    USED: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TWO: tl.constexpr,
+    TIME: tl.constexpr,
+    SILU: tl.constexpr,
+    BORDER: tl.constexpr,
+    OUT: tl.constexpr,
+):
+    blocks = tl.cdiv(C, USED)
+    n = (tl.program_id(0) // blocks).to(tl.int64)
+    lane = tl.arange(0, L)
+    c = tl.program_id(0) % blocks * USED + lane
+    used = (lane < USED) & (c < C)
+    p = tl.arange(0, P)
+    inside = (p < H * W)[:, None] & used[None, :]
+    if TIME > 0:
+        table_ptr += tl.load(row_ptr + n).to(tl.int64) * S
+    x = load_pixels(x_ptr, x2_ptr, n, p, c, inside, W, (H + 1) * (W + 1), C1, C, TWO)
+    if TIME == 1:
+        x += tl.load(table_ptr + c, mask=used, other=0.0)[None, :]
+    count = (H * W * WIDTH).to(tl.float32)
+    ONE: tl.constexpr = USED == WIDTH
+    mean = of_group(tl.sum(tl.where(inside, x, 0.0), 0), lane, WIDTH, ONE) / count
+    d = tl.where(inside, x - mean[None, :], 0.0)
+    rstd = tl.rsqrt(of_group(tl.sum(d * d, 0), lane, WIDTH, ONE) / count + eps)
+    y = finish(d, rstd, gamma_ptr, beta_ptr, table_ptr, c, used, C, unit, TIME, SILU, OUT)
+    store_pixels(out_ptr, y, n, p, c, inside, H, W, C, BORDER)
+    if BORDER:
+        zero_border(out_ptr, n, c, used, H, W, C, L, OUT)
+
+
+@triton.jit(do_not_specialize=["H", "W", "S", "CHUNK", "CHUNKS"])
+def _statistics_kernel(
+    x_ptr,
+    x2_ptr,
+    part_ptr,
+    table_ptr,
+    row_ptr,
+    H,
+    W,
+    C1,
+    C,
+    S,
+    CHUNK,
+    CHUNKS,
+    P: tl.constexpr,
+    L: tl.constexpr,
+    USED: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TWO: tl.constexpr,
+    TIME: tl.constexpr,
+):
+    """part [N, CHUNKS, groups, 2]: mean and sum of squared deviations from it, over a chunk of pixels."""
+    blocks = tl.cdiv(C, USED)
+    chunk = tl.program_id(0) // blocks % CHUNKS
+    n = (tl.program_id(0) // (blocks * CHUNKS)).to(tl.int64)
+    lane = tl.arange(0, L)
+    c = tl.program_id(0) % blocks * USED + lane
+    used = (lane < USED) & (c < C)
+    ONE: tl.constexpr = USED == WIDTH
+    last = tl.minimum((chunk + 1) * CHUNK, H * W)
+    mean = tl.zeros((L,), tl.float32)
+    squares = tl.zeros((L,), tl.float32)
+    seen = 0.0
+    for first in range(chunk * CHUNK, last, P):
+        p = first + tl.arange(0, P)
+        inside = (p < last)[:, None] & used[None, :]
+        x = load_pixels(x_ptr, x2_ptr, n, p, c, inside, W, (H + 1) * (W + 1), C1, C, TWO)
+        if TIME == 1:
+            x += tl.load(table_ptr + tl.load(row_ptr + n).to(tl.int64) * S + c, mask=used, other=0.0)[None, :]
+        count = (tl.minimum(last - first, P) * WIDTH).to(tl.float32)
+        here = of_group(tl.sum(tl.where(inside, x, 0.0), 0), lane, WIDTH, ONE) / count
+        d = tl.where(inside, x - here[None, :], 0.0)
+        delta = here - mean
+        total = seen + count
+        squares += of_group(tl.sum(d * d, 0), lane, WIDTH, ONE) + delta * delta * (seen * count / total)
+        mean += delta * (count / total)
+        seen = total
+    groups = C // WIDTH
+    at = ((n * CHUNKS + chunk) * groups + c // WIDTH) * 2
+    first_of_group = used & (lane % WIDTH == 0)
+    tl.store(part_ptr + at, mean, mask=first_of_group)
+    tl.store(part_ptr + at + 1, squares, mask=first_of_group)
+
+
+@triton.jit(do_not_specialize=["H", "W", "S", "CHUNK", "CHUNKS"])
+def _apply_kernel(
+    x_ptr,
+    x2_ptr,
+    out_ptr,
+    part_ptr,
+    gamma_ptr,
+    beta_ptr,
+    table_ptr,
+    row_ptr,
+    H,
+    W,
+    C1,
+    C,
+    S,
+    CHUNK,
+    CHUNKS,
+    eps,
+    unit,
+    P: tl.constexpr,
+    L: tl.constexpr,
+    USED: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TWO: tl.constexpr,
+    TIME: tl.constexpr,
+    SILU: tl.constexpr,
+    BORDER: tl.constexpr,
+    OUT: tl.constexpr,
+):
+    blocks = tl.cdiv(C, USED)
+    tiles = tl.cdiv(H * W, P)
+    tile = tl.program_id(0) // blocks % tiles
+    n = (tl.program_id(0) // (blocks * tiles)).to(tl.int64)
+    lane = tl.arange(0, L)
+    c = tl.program_id(0) % blocks * USED + lane
+    used = (lane < USED) & (c < C)
+
+    chunk = tl.arange(0, 16)  # MOST_CHUNKS
+    at = ((n * CHUNKS + chunk)[:, None] * (C // WIDTH) + (c // WIDTH)[None, :]) * 2
+    known = (chunk < CHUNKS)[:, None] & used[None, :]
+    means = tl.load(part_ptr + at, mask=known, other=0.0)
+    squares = tl.load(part_ptr + at + 1, mask=known, other=0.0)
+    counts = (tl.maximum(tl.minimum(CHUNK, H * W - chunk * CHUNK), 0) * WIDTH).to(tl.float32)[:, None]
+    count = (H * W * WIDTH).to(tl.float32)
+    mean = tl.sum(means * counts, 0) / count
+    off = tl.where(known, means - mean[None, :], 0.0)
+    rstd = tl.rsqrt(tl.sum(squares + off * off * counts, 0) / count + eps)
+
+    p = tile * P + tl.arange(0, P)
+    inside = (p < H * W)[:, None] & used[None, :]
+    x = load_pixels(x_ptr, x2_ptr, n, p, c, inside, W, (H + 1) * (W + 1), C1, C, TWO)
+    if TIME > 0:
+        table_ptr += tl.load(row_ptr + n).to(tl.int64) * S
+    if TIME == 1:
+        x += tl.load(table_ptr + c, mask=used, other=0.0)[None, :]
+    y = finish(x - mean[None, :], rstd, gamma_ptr, beta_ptr, table_ptr, c, used, C, unit, TIME, SILU, OUT)
+    store_pixels(out_ptr, y, n, p, c, inside, H, W, C, BORDER)
+    if BORDER and tile == 0:
+        zero_border(out_ptr, n, c, used, H, W, C, L, OUT)
+
+
+# ---- the operation
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How a map is cut: blocks of `used` channels (whole groups) in `lanes` lanes, tiles of `pixels` pixels; one_pass: a tile is
+    a whole image.
+    """
+
+    pixels: int
+    lanes: int
+    used: int
+    warps: int
+    one_pass: bool
+
+    @classmethod
+    def of(cls, size: int, channels: int, width: int) -> Blocks:
+        """For images of `size` pixels: whole groups of `width` channels, by eights where that is possible (16 bytes a load)."""
+        pixels, least = power_of_two(size), power_of_two(width)
+        lanes = min(WIDEST, HELD // pixels, power_of_two(channels))
+        one_pass = max(least, min(16, power_of_two(channels))) * pixels <= HELD
+        if one_pass:
+            lanes = max(lanes, least)
+        else:
+            lanes = max(min(WIDEST, power_of_two(channels)), least)
+            pixels = min(pixels, max(1, TILE // lanes))
+        if width > 32:
+            return cls(pixels, least, width, cls._warps(pixels * least), one_pass)
+        by = math.lcm(width, 8)
+        used = lanes // by * by or lanes // width * width
+        return cls(pixels, lanes, used, cls._warps(pixels * lanes), one_pass)
+
+    @staticmethod
+    def _warps(elements: int) -> int:
+        return min(16, max(4, elements // 2048))  # 64 elements a thread
+
+
+@dataclass(frozen=True, eq=False)
+class GroupNormSiLU:
+    """norm(x), or SiLU(norm(x)), or with the time embedding. See `group_norm_silu_reference`.
+
+    gamma, beta [C] fp32
+    time     None; "add": the row's C entries are added before the norm (the first convolution's bias is in them);
+             "scale_shift": its 2 C entries scale and shift the normed values
+    column   where this layer's entries begin in a row of the table
+    unit     of an e4m3 output: what a stored 1 is worth
+    """
+
+    gamma: Tensor
+    beta: Tensor
+    groups: int
+    eps: float
+    silu: bool = True
+    time: str | None = None
+    column: int = 0
+    unit: float = 1.0
+    name = "group_norm_silu"
+
+    @property
+    def width(self) -> int:
+        return len(self.gamma) // self.groups
+
+    def blocks(self, x: FeatureMap) -> Blocks:
+        return Blocks.of(x.height * x.width, len(self.gamma), self.width)
+
+    def scratch_elements(self, x: FeatureMap) -> int:
+        """fp32 elements that the two-pass form needs for its statistics; 0 in one pass."""
+        return 0 if self.blocks(x).one_pass else x.images * MOST_CHUNKS * self.groups * 2
+
+    def run(
+        self,
+        x: FeatureMap,
+        out: FeatureMap,
+        x2: FeatureMap | None = None,
+        table: Tensor | None = None,
+        row: Tensor | None = None,
+        scratch: FeatureMap | None = None,
+    ) -> None:
+        """table [R, columns] fp32, row [N] integer: each image's row; scratch: fp32, `scratch_elements(x)` of them."""
+        b, c = self.blocks(x), len(self.gamma)
+        second = x if x2 is None else x2
+        sources, times = (x.rows, second.rows), (self.gamma, self.gamma) if table is None else (table[:, self.column :], row)
+        part = None if scratch is None else scratch.rows
+        numbers = (x.height, x.width, x.channels, c, 0 if table is None else table.stride(0))
+        cut = dict(P=b.pixels, L=b.lanes, USED=b.used, WIDTH=self.width, TWO=x2 is not None, num_warps=b.warps)
+        mode = 0 if self.time is None else 1 if self.time == "add" else 2
+        write = dict(TIME=mode, SILU=self.silu, BORDER=int(out.bordered), OUT=TRITON_TYPE[out.rows.dtype])
+        blocks = triton.cdiv(c, b.used)
+        with torch.cuda.device_of(x.rows):
+            if b.one_pass:
+                _one_pass_kernel[(x.images * blocks,)](
+                    *sources, out.rows, self.gamma, self.beta, *times, *numbers, self.eps, 1 / self.unit, **cut, **write
+                )
+                return
+            size = x.height * x.width
+            chunk = triton.cdiv(triton.cdiv(size, MOST_CHUNKS), b.pixels) * b.pixels
+            chunks = triton.cdiv(size, chunk)
+            _statistics_kernel[(x.images * chunks * blocks,)](*sources, part, *times, *numbers, chunk, chunks, TIME=mode, **cut)
+            _apply_kernel[(x.images * triton.cdiv(size, b.pixels) * blocks,)](
+                *sources,
+                out.rows,
+                part,
+                self.gamma,
+                self.beta,
+                *times,
+                *numbers,
+                chunk,
+                chunks,
+                self.eps,
+                1 / self.unit,
+                **cut,
+                **write,
+            )
+
+    def twin(
+        self,
+        x: FeatureMap,
+        out: FeatureMap,
+        x2: FeatureMap | None = None,
+        table: Tensor | None = None,
+        row: Tensor | None = None,
+        scratch: FeatureMap | None = None,
+        compute: torch.dtype | None = None,
+    ) -> None:
+        pixels = wide(x.pixels if x2 is None else torch.cat([x.pixels, x2.pixels], dim=1), compute)
+        c, more = len(self.gamma), {}
+        if table is not None and row is not None:
+            entries = table[row.long(), self.column : self.column + (2 * c if self.time == "scale_shift" else c)].to(pixels.dtype)
+            names = ("scale", "offset") if self.time == "scale_shift" else ("shift",)
+            more = dict(zip(names, entries.split(c, dim=1), strict=True))
+        gamma, beta = self.gamma.to(pixels.dtype), self.beta.to(pixels.dtype)
+        y = group_norm_silu_reference(pixels, gamma, beta, self.groups, self.eps, self.silu, **more)
+        if out.rows.dtype == torch.float8_e4m3fn:
+            y = (y / self.unit).clamp(-E4M3_MAX, E4M3_MAX)
+        out.write(y)
+
+    def cost(self, x: FeatureMap, out: FeatureMap, x2: FeatureMap | None = None, **_: object) -> tuple[int, int]:
+        """No FLOP worth counting, and the bytes that must move: twice the input's where one pass does not hold it."""
+        read = sum(fm.rows.numel() * fm.rows.element_size() for fm in (x, x2) if fm is not None)
+        return 0, read * (1 if self.blocks(x).one_pass else 2) + out.rows.numel() * out.rows.element_size()

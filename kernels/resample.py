@@ -1,0 +1,80 @@
+"""Half or double resolution without weights, as ADM's residual blocks have it, and plain copies between layouts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._feature_map import FeatureMap
+from ._tiles import TRITON_TYPE, wide
+from ._triton import tl, triton
+from .conv2d_pointers import pixel_of
+
+FACTORS = {"half": 0.5, "same": 1.0, "double": 2.0}
+ROWS, LANES = 32, 64  # of a program's tile
+
+
+def resample_reference(x: Tensor, to: str) -> Tensor:
+    """x [N, C, H, W]: "half": means of 2x2 blocks, "double": each pixel a 2x2 block, "same": itself."""
+    return F.avg_pool2d(x, 2) if to == "half" else F.interpolate(x, scale_factor=2.0, mode="nearest") if to == "double" else x
+
+
+@triton.jit(do_not_specialize=["COUNT", "H", "W"])
+def _resample_kernel(
+    x_ptr, y_ptr, COUNT, H, W, C: tl.constexpr, R: tl.constexpr, L: tl.constexpr, TO: tl.constexpr, BORDER: tl.constexpr, OUT: tl.constexpr
+):
+    """y: COUNT rows of [H, W] images; x: a bordered map of [2 H, 2 W], [H, W] or [H / 2, W / 2] images."""
+    blocks = tl.cdiv(C, L)
+    rows = tl.program_id(0) // blocks * R + tl.arange(0, R)
+    c = tl.program_id(0) % blocks * L + tl.arange(0, L)
+    image, y, x, inside = pixel_of(rows, COUNT, H, W, BORDER)
+    real = (c < C)[None, :]
+    seen = inside[:, None] & real
+    if TO == "half":
+        WP = 2 * W + 1
+        at = (image.to(tl.int64) * ((2 * H + 1) * WP) + (2 * y + 1) * WP + 2 * x + 1)[:, None] * C + c[None, :]
+        v = tl.load(x_ptr + at, mask=seen, other=0.0).to(tl.float32)
+        v += tl.load(x_ptr + at + C, mask=seen, other=0.0).to(tl.float32)
+        v += tl.load(x_ptr + at + WP * C, mask=seen, other=0.0).to(tl.float32)
+        v += tl.load(x_ptr + at + (WP + 1) * C, mask=seen, other=0.0).to(tl.float32)
+        v *= 0.25
+    else:
+        S: tl.constexpr = 2 if TO == "double" else 1
+        WP = W // S + 1
+        at = (image.to(tl.int64) * ((H // S + 1) * WP) + (y // S + 1) * WP + x // S + 1)[:, None] * C + c[None, :]
+        v = tl.load(x_ptr + at, mask=seen, other=0.0).to(tl.float32)
+    tl.store(y_ptr + rows.to(tl.int64)[:, None] * C + c[None, :], v.to(OUT), mask=(rows < COUNT)[:, None] & real)
+
+
+@dataclass(frozen=True, eq=False)
+class Resample:
+    """From a bordered map to another of either layout. See `resample_reference`."""
+
+    to: str
+    name = "resample"
+
+    def run(self, x: FeatureMap, out: FeatureMap) -> None:
+        count, c = out.rows.shape
+        with torch.cuda.device_of(x.rows):
+            _resample_kernel[(triton.cdiv(count, ROWS) * triton.cdiv(c, LANES),)](
+                x.rows,
+                out.rows,
+                count,
+                out.height,
+                out.width,
+                C=c,
+                R=ROWS,
+                L=LANES,
+                TO=self.to,
+                BORDER=int(out.bordered),
+                OUT=TRITON_TYPE[out.rows.dtype],
+            )
+
+    def twin(self, x: FeatureMap, out: FeatureMap, compute: torch.dtype | None = None) -> None:
+        out.write(resample_reference(wide(x.pixels, compute), self.to))
+
+    def cost(self, x: FeatureMap, out: FeatureMap) -> tuple[int, int]:
+        return 0, sum(fm.rows.numel() * fm.rows.element_size() for fm in (x, out))
