@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .kernels._feature_map import FeatureMap
 from .kernels._tiles import E4M3_MAX, Target, Tiles, cut, divisor
 from .kernels.attention import Attention, FoldedAttention, fold
 from .kernels.conv2d import Conv3x3, UpsampleConv
@@ -57,7 +56,7 @@ class Network:
         operand: torch.dtype,
         target: Target,
         timesteps: int,
-        tiles: Mapping[str, Mapping[str, int]],
+        tiles: Mapping[str, Mapping[str, Any]],
     ) -> None:
         self.config, self.wide = unet.config, torch.float64 if unet.dtype == torch.float64 else torch.float32
         self.device, self.act, self.operand, self.target, self.tiles = device, act, operand, target, tiles
@@ -74,7 +73,8 @@ class Network:
         self.unet = unet
         self.names = {module: name for name, module in unet.named_modules()}
 
-    def weight(self, p: Tensor) -> Tensor:
+    def weight(self, p: Tensor | None) -> Tensor:
+        assert p is not None
         return p.detach().to(self.device, self.wide)
 
     def once(self, name: str, make: Callable[[], AnyOp]) -> AnyOp:
@@ -90,20 +90,20 @@ class Network:
         c = self.config
         on_host = "meta" if self.device.type == "meta" else self.unet.conv_in.weight.device
         embedded = self.unet.embed(torch.arange(timesteps, device=on_host), None)
-        classes = self.weight(self.unet.class_embedding.weight if c.num_classes else embedded.new_zeros(1, c.time_dim))
+        classes = self.weight(self.unet.class_embedding.weight) if c.num_classes else embedded.new_zeros(1, c.time_dim).to(self.device)
         time = self.weight(embedded)
         weight = torch.cat([self.weight(b.time_emb_proj.weight) for b in blocks])
         # without scale-shift the row is added before the norm, and the first convolution's bias with it
         bias = torch.cat([self.weight(b.time_emb_proj.bias) + (0 if b.scale_shift else self.weight(b.conv1.bias)) for b in blocks])
-        self.rows_of = None
+        self.rows_of: TimeRows | None = None
         if timesteps * len(classes) * self.row_width * 4 <= LARGEST_TABLE:
             both = F.silu(time[:, None] + classes).flatten(0, 1)
             self.table = F.linear(both, weight, bias).float()
             return
         pad = (0, -c.time_dim % 64)  # whole steps of the product
         tiles = self.cut("time_rows", 64, self.row_width, 64, 1, 1, tma=False)
-        packed = [F.pad(v, pad).float().contiguous() for v in (time, classes)]
-        self.rows_of = TimeRows(*packed, F.pad(weight, pad).to(self.act).contiguous(), bias.float(), tiles)
+        time, classes = (F.pad(v, pad).float().contiguous() for v in (time, classes))
+        self.rows_of = TimeRows(time, classes, F.pad(weight, pad).to(self.act).contiguous(), bias.float(), tiles)
 
     def inputs(self, batch: int) -> Inputs:
         t, label, row = (torch.zeros(batch, dtype=torch.int64, device=self.device) for _ in range(3))
@@ -139,12 +139,23 @@ class Walk:
         self.out = Buffer("out", batch, *size, c.out_channels, torch.float32, bordered=False, external=True)
         self._network(net.unet)
 
-    def emit(self, name: str, op: Op, out: Buffer, *, scratch: Buffer | None = None, tensors: Mapping[str, Tensor] | None = None, **reads: Buffer | None) -> Buffer:
+    def emit(
+        self,
+        name: str,
+        op: Op,
+        out: Buffer,
+        *,
+        scratch: Buffer | None = None,
+        tensors: Mapping[str, Tensor] | None = None,
+        **reads: Buffer | None,
+    ) -> Buffer:
         writes = {"out": out} | ({"scratch": scratch} if scratch is not None else {})
         self.launches.append(Launch(name, op, {k: b for k, b in reads.items() if b is not None}, writes, tensors or {}))
         return out
 
-    def like(self, name: str, x: Buffer, channels: int, dtype: torch.dtype | None = None, scale: float = 1, bordered: bool = True) -> Buffer:
+    def like(
+        self, name: str, x: Buffer, channels: int, dtype: torch.dtype | None = None, scale: float = 1, bordered: bool = True
+    ) -> Buffer:
         return Buffer(name, self.batch, int(x.height * scale), int(x.width * scale), channels, dtype or self.net.act, bordered)
 
     # ---- the network, in the reference's order
@@ -177,7 +188,7 @@ class Walk:
         self.conv3x3("conv_out", unet.conv_out, a, self.out)
 
     def attend(self, level: Level, j: int, x: Buffer) -> Buffer:
-        return self.attention(level.attentions[j], x) if hasattr(level, "attentions") else x
+        return self.attention(cast(AttentionLayer, level.attentions[j]), x) if hasattr(level, "attentions") else x
 
     def resample(self, layer: nn.Module, x: Buffer) -> Buffer:
         name = self.net.names[layer]
@@ -199,7 +210,9 @@ class Walk:
         elif block.resample == "up":
             x = self.resampled(f"{name}.x.double", x, "double")
         if block.conv_shortcut is not None:
-            x = self.pointwise(f"{name}.conv_shortcut", block.conv_shortcut.weight[:, :, 0, 0], block.conv_shortcut.bias, x, x2=skip)
+            x = self.pointwise(
+                f"{name}.conv_shortcut", block.conv_shortcut.weight[:, :, 0, 0], block.conv_shortcut.bias, x, x2=skip
+            )
         bias = block.scale_shift
         if block.resample == "up":
             h = self.upsample(f"{name}.conv1", block.conv1, a, bias)
@@ -216,7 +229,12 @@ class Walk:
             a = self.norm(f"{name}.group_norm", layer.group_norm, x, silu=False, bordered=False)
         out = self.like(f"{name}.out", x, x.channels)
         if layer.heads == 1:
-            folded = lambda: fold(*((net.weight(p.weight), net.weight(p.bias)) for p in (layer.to_q, layer.to_k, layer.to_v, cast(nn.Linear, layer.to_out[0]))))
+            folded = lambda: fold(
+                *(
+                    (net.weight(p.weight), net.weight(p.bias))
+                    for p in (layer.to_q, layer.to_k, layer.to_v, cast(nn.Linear, layer.to_out[0]))
+                )
+            )
             pairs = net.once(f"{name}.fold", folded)
             q = self.pointwise(f"{name}.q", *pairs[0], a)
             weight, bias = (scale * v for v in pairs[1])
@@ -225,7 +243,9 @@ class Walk:
         projections = (layer.to_q, layer.to_k, layer.to_v)
         weight, bias = (torch.cat([getattr(p, which) for p in projections]) for which in ("weight", "bias"))
         qkv = self.pointwise(f"{name}.qkv", weight, bias, a)
-        mixed = self.emit(f"{name}.attention", Attention(layer.heads, net.target), self.like(f"{name}.mixed", x, x.channels), qkv=qkv)
+        mixed = self.emit(
+            f"{name}.attention", Attention(layer.heads, net.target), self.like(f"{name}.mixed", x, x.channels), qkv=qkv
+        )
         last = cast(nn.Linear, layer.to_out[0])
         return self.pointwise(f"{name}.to_out", last.weight, last.bias, mixed, residual=x, scale=scale)
 
@@ -244,7 +264,16 @@ class Walk:
         known = self.net.rows_of is None or not self.net.config.scale_shift
         return self.net.operand if conv.in_channels % 32 == 0 and known else self.net.act
 
-    def conv3x3(self, name: str, conv: nn.Conv2d, x: Buffer, out: Buffer | None, residual: Buffer | None = None, scale: float = 1.0, bias: bool = True) -> Buffer:
+    def conv3x3(
+        self,
+        name: str,
+        conv: nn.Conv2d,
+        x: Buffer,
+        out: Buffer | None,
+        residual: Buffer | None = None,
+        scale: float = 1.0,
+        bias: bool = True,
+    ) -> Buffer:
         """conv(x) + residual, both times `scale`."""
         net = self.net
         out = out or self.like(f"{name}.out", x, conv.out_channels)
@@ -264,7 +293,9 @@ class Walk:
             b = net.weight(conv.bias)
             return UpsampleConv.of(net.weight(conv.weight), b if bias else torch.zeros_like(b), net.act, tiles)
 
-        return self.emit(name, replace(net.once(name, make), tiles=tiles), self.like(f"{name}.out", x, conv.out_channels, scale=2), x=x)
+        return self.emit(
+            name, replace(net.once(name, make), tiles=tiles), self.like(f"{name}.out", x, conv.out_channels, scale=2), x=x
+        )
 
     def downsample(self, name: str, conv: nn.Conv2d, x: Buffer) -> Buffer:
         net, out = self.net, self.like(f"{name}.out", x, conv.out_channels, scale=0.5)
@@ -273,7 +304,16 @@ class Walk:
         make = lambda: DownsampleConv.of(net.weight(conv.weight), net.weight(conv.bias), padding, net.act, tiles)
         return self.emit(name, replace(net.once(name, make), tiles=tiles), out, x=x)
 
-    def pointwise(self, name: str, weight: Tensor, bias: Tensor, x: Buffer, x2: Buffer | None = None, residual: Buffer | None = None, scale: float = 1.0) -> Buffer:
+    def pointwise(
+        self,
+        name: str,
+        weight: Tensor,
+        bias: Tensor | None,
+        x: Buffer,
+        x2: Buffer | None = None,
+        residual: Buffer | None = None,
+        scale: float = 1.0,
+    ) -> Buffer:
         net, out = self.net, self.like(f"{name}.out", x, len(weight), bordered=x.bordered)
         least = x.channels if x2 is None else min(divisor(x.channels, 64), divisor(x2.channels, 64))
         tiles = net.cut("pointwise", least, len(weight), x.rows, *_size(x), tma=False)

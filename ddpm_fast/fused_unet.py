@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from .fused_network import E4M3, Network, Walk
 from .kernels._tiles import Target
 from .kernels._triton import launches_kernel
 from .plan import Plan
+from .self_check import Subject, verdicts, warn_of
 from .unet import UNet
 from .unet_config import UNetConfig
 
@@ -50,8 +52,8 @@ class FusedUNet:
         size: tuple[int, int] | None = None,
         timesteps: int = 1000,
         target: Target | None = None,
-        tiles: Mapping[str, Mapping[str, int]] | None = None,
-        compute: torch.dtype | None = torch.float32,
+        tiles: Mapping[str, Mapping[str, Any]] | None = None,
+        check: bool | None = None,
     ) -> None:
         """
         batch_size  the most images that one call takes
@@ -61,20 +63,23 @@ class FusedUNet:
         timesteps   t runs from 0 to timesteps - 1
         target      the GPU to configure launches for; default: the device's own
         tiles       overrides of launch configurations, by `fused_network.tile_key`
-        compute     what launches compute in that run by their twins; None: each buffer's own type
+        check       hold every launch against its twin before it is trusted (`self_check`); default: on a GPU
 
         ValueError for what no launch can do: channels that are no multiples of 16, e4m3 on a GPU that has none.
+        RuntimeError where the self-check cannot be made.
         """
         self.config, self.batch_size, self.timesteps = unet.config, batch_size, timesteps
         device = torch.device(device if device is not None else unet.conv_in.weight.device)
         target = target or Target.of(device)
         _check(self.config, batch_size, timesteps, dtype, target)
-        self.dtype, self.device, self.target, self.compute = dtype, device, target, compute
+        self.dtype, self.device, self.target, self.tiles = dtype, device, target, tiles or {}
+        self.activations, operand = DTYPES[dtype]
+        self.check = device.type == "cuda" if check is None else check
         size = size or self.config.size
         if size is None:
             raise ValueError("the configuration names no sample_size; give size=(height, width)")
-        self.size = size
-        self._network = Network(unet, device, *DTYPES[dtype], target, timesteps, tiles or {})
+        self.size = (size[0], size[1])
+        self._network = Network(unet, device, self.activations, operand, target, timesteps, self.tiles)
         self._inputs = self._network.inputs(batch_size)
         self._plans: dict[tuple[int, int], Plan] = {}
         self.plan()
@@ -88,17 +93,39 @@ class FusedUNet:
 
     def plan(self, size: tuple[int, int] | None = None) -> Plan:
         """The launches for images of `size` (H, W), by default the size that was named first."""
-        size = size or self.size
+        size = self.size if size is None else (size[0], size[1])
         if size not in self._plans:
             coarsest = 2 ** (len(self.config.channels) - 1)
             if len(size) != 2 or any(not is_count(n) or n % coarsest for n in size):
                 raise ValueError(f"size {size}; expected (H, W), both divisible by {coarsest}")
             walk = Walk(self._network, self._inputs, self.batch_size, size)
-            plan = Plan(walk.launches, self.device, walk.x, walk.out, self.compute)
+            plan = Plan(walk.launches, self.device, walk.x, walk.out)
             if not (self.device.type == "meta" or launches_kernel(plan.memory)):
                 plan.twins = {launch.name for launch in plan}
+            elif self.check:
+                found = verdicts(self.subject(size, plan))
+                warn_of(found)
+                plan.twins = {launch.name for launch in plan if not found[launch.name].passed}
             self._plans[size] = plan
         return self._plans[size]
+
+    def subject(self, size: tuple[int, int], plan: Plan) -> Subject:
+        """What a self-check is told of this network's plan for an image size."""
+        options = dict(
+            batch_size=self.batch_size,
+            dtype=self.dtype,
+            device=str(self.device),
+            size=list(size),
+            timesteps=self.timesteps,
+            target=asdict(self.target),
+            tiles={k: dict(v) for k, v in self.tiles.items()},
+        )
+        return Subject(self.config, options, [launch.name for launch in plan])
+
+    @property
+    def invariant(self) -> bool:
+        """Is an image the same to the bit in every batch and place? Not where a twin runs: libraries choose by batch size."""
+        return not any(plan.twins for plan in self._plans.values())
 
     @torch.no_grad()
     def __call__(self, x_t: Tensor, t: Tensor | int, labels: Tensor | None = None) -> Tensor:
@@ -107,15 +134,20 @@ class FusedUNet:
 
         ValueError for wrong shapes, and for a t or a label that is not in the table.
         """
+        plan = self.load(x_t, t, labels)
+        plan.run()
+        return plan.maps[plan.out].pixels[: len(x_t)].clone(memory_format=torch.channels_last)
+
+    def load(self, x_t: Tensor, t: Tensor | int, labels: Tensor | None = None) -> Plan:
+        """Checks a call's arguments, puts them where the plan reads them, and returns that plan."""
         b, t, labels = self._check_call(x_t, t, labels)
-        plan = self.plan(tuple(x_t.shape[2:]))
+        plan = self.plan((int(x_t.shape[2]), int(x_t.shape[3])))
         plan.maps[plan.x].pixels[:b].copy_(x_t)
         i = self._inputs
         i.t[:b], i.label[:b] = t, labels
         if i.rows_of is None:
             i.row[:b] = t * (self.config.num_classes or 1) + labels
-        plan.run()
-        return plan.maps[plan.out].pixels[:b].clone(memory_format=torch.channels_last)
+        return plan
 
     def _check_call(self, x_t: Tensor, t: Tensor | int, labels: Tensor | None) -> tuple[int, Tensor, Tensor]:
         c, coarsest = self.config, 2 ** (len(self.config.channels) - 1)

@@ -76,9 +76,13 @@ class Launch:
     def out(self) -> Buffer:
         return self.writes["out"]
 
+    @property
+    def buffers(self) -> dict[str, Buffer]:
+        return {**self.reads, **self.writes}
+
     def cost(self) -> tuple[int, int]:
         """(FLOP, bytes that must move)"""
-        maps = {k: b.empty("meta") for k, b in (self.reads | dict(self.writes)).items()}
+        maps = {k: b.empty("meta") for k, b in self.buffers.items()}
         return self.op.cost(**maps)
 
 
@@ -110,7 +114,7 @@ def lifetimes(launches: list[Launch]) -> dict[Buffer, tuple[int, int]]:
     """Buffer -> the launches (first, last) between which it holds something; external ones are not listed."""
     life: dict[Buffer, tuple[int, int]] = {}
     for i, launch in enumerate(launches):
-        for b in (*launch.reads.values(), *launch.writes.values()):
+        for b in launch.buffers.values():
             if not b.external:
                 life[b] = (life.get(b, (i, i))[0], i)
     return life
@@ -120,27 +124,26 @@ class Plan:
     """Launches bound to memory. x, out: the external buffers that a run reads from and writes to.
 
     twins      names of the launches that run by their twins
-    compute    what twins compute in: a dtype, or None for each buffer's own
+    compute    what twins compute in: a dtype, or None for each buffer's own; on a CPU fp32
     """
 
-    def __init__(
-        self, launches: list[Launch], device: torch.device, x: Buffer, out: Buffer, compute: torch.dtype | None = None
-    ) -> None:
+    def __init__(self, launches: list[Launch], device: torch.device, x: Buffer, out: Buffer) -> None:
         names = [launch.name for launch in launches]
         assert len(set(names)) == len(names)
-        self.launches, self.device, self.x, self.out, self.compute = launches, device, x, out, compute
+        self.launches, self.device, self.x, self.out = launches, device, x, out
+        self.compute = torch.float32 if device.type == "cpu" else None
         self.arena = Arena.of(launches)
         self.memory = torch.empty(self.arena.size, dtype=torch.uint8, device=device)
         self.maps = {b: b.on(self.memory[at:]) for b, at in self.arena.offsets.items()}
         for launch in launches:
-            for b in (*launch.reads.values(), *launch.writes.values()):
+            for b in launch.buffers.values():
                 if b.external and b not in self.maps:
                     self.maps[b] = b.empty(device)
                     self.maps[b].rows.zero_()
         self.twins: set[str] = set()
 
     def arguments(self, launch: Launch) -> dict[str, Any]:
-        return {k: self.maps[b] for k, b in (launch.reads | dict(launch.writes)).items()} | dict(launch.tensors)
+        return {k: self.maps[b] for k, b in launch.buffers.items()} | dict(launch.tensors)
 
     def run_one(self, launch: Launch) -> None:
         if launch.name in self.twins:

@@ -37,6 +37,9 @@ class Target:
         return cls(10 * properties.major + properties.minor, properties.multi_processor_count)
 
 
+H100 = Target()
+
+
 @dataclass(frozen=True)
 class Tiles:
     """How a matrix product is cut: bm rows by bo outputs a tile, bk channels a step.
@@ -135,4 +138,3 @@ def cost_of_conv(weight: Tensor, sources: tuple[FeatureMap, ...], out: FeatureMa
     pixels = out.images * out.height * out.width
     moved = sum(fm.rows.numel() * fm.rows.element_size() for fm in (*sources, out)) + weight.numel() * weight.element_size()
     return 2 * pixels * weight.numel(), moved
-

@@ -2,7 +2,8 @@
 
 With several heads: softmax(q k^T / sqrt(D)) v of projections made before, one head after the other.
 
-With one head as wide as the features the projections fold, exactly (norm(x) is x here; terms equal for all keys cancel in the softmax):
+With one head as wide as the features the projections fold, exactly (x here is norm(x); terms that are equal for all keys cancel
+in the softmax):
 
     (x Wq^T + bq) (x Wk^T + bk)^T  =  (x M + m) x^T + ...,      M = Wq^T Wk,  m = bq Wk
     softmax(...) (x Wv^T + bv) Wo^T + bo  =  (softmax(...) x) V^T + v,      V = Wo Wv,  v = Wo bv + bo
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._feature_map import FeatureMap
-from ._tiles import PRECISION, TRITON_TYPE, Target, power_of_two, wide
+from ._tiles import H100, PRECISION, TRITON_TYPE, Target, power_of_two, wide
 from ._triton import tl, triton
 
 LOG2_E = math.log2(math.e)
@@ -142,7 +143,7 @@ class Stream:
     stages: int
 
     @classmethod
-    def of(cls, target: Target, pixels: int, dim: int, dtype: torch.dtype) -> Stream:
+    def of(cls, target: Target, dim: int, dtype: torch.dtype) -> Stream:
         """As wide as registers and shared memory allow without spilling; 64 queries at least, so that one instruction family
         serves every size.
         """
@@ -154,9 +155,7 @@ class Stream:
             bm, bn, bo, warps, stages = 64, 64, 64, 4, 2
         else:
             bm, bn, bo, warps, stages = 64, 32, 32, 8, 2
-        if target.sm < 90:
-            warps = 8
-        return cls(bm, min(bn, max(16, power_of_two(pixels))), bo, warps, stages)
+        return cls(bm, bn, bo, warps if target.sm >= 90 else 8, stages)
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,7 +163,7 @@ class Attention:
     """softmax(q k^T / sqrt(D)) v in `heads` heads, from qkv (dense, three times the channels) into a bordered map."""
 
     heads: int
-    target: Target = Target()
+    target: Target = H100
     name = "attention"
 
     def run(self, qkv: FeatureMap, out: FeatureMap) -> None:
@@ -188,13 +187,13 @@ class FoldedAttention:
 
     weight: Tensor  # V [C, C]
     bias: Tensor  # v [C] fp32
-    target: Target = Target()
+    target: Target = H100
     residual_scale: float = 1.0
     name = "folded_attention"
 
     @classmethod
     def of(
-        cls, weight: Tensor, bias: Tensor, dtype: torch.dtype, target: Target = Target(), residual_scale: float = 1.0
+        cls, weight: Tensor, bias: Tensor, dtype: torch.dtype, target: Target = H100, residual_scale: float = 1.0
     ) -> FoldedAttention:
         return cls(weight.to(dtype).contiguous(), bias.float(), target, residual_scale)
 
@@ -202,9 +201,7 @@ class FoldedAttention:
         c = out.channels
         _launch(self.target, q.rows, x.rows, x.rows, out, 1, c, c, self.weight, self.bias, residual.rows, self.residual_scale)
 
-    def twin(
-        self, q: FeatureMap, x: FeatureMap, out: FeatureMap, residual: FeatureMap, compute: torch.dtype | None = None
-    ) -> None:
+    def twin(self, q: FeatureMap, x: FeatureMap, out: FeatureMap, residual: FeatureMap, compute: torch.dtype | None = None) -> None:
         queries, keys = (wide(fm.grid.flatten(1, 2), compute) for fm in (q, x))
         y = attention_reference(queries, keys, keys, 1, out.channels**-0.5)
         y = F.linear(y, wide(self.weight, compute)) + self.bias.to(y.dtype)
@@ -233,7 +230,7 @@ def _launch(
 ) -> None:
     pixels, c = out.height * out.width, out.channels
     d = c // heads
-    s = Stream.of(target, pixels, d, q.dtype)
+    s = Stream.of(target, d, q.dtype)
     with torch.cuda.device_of(q):
         _attention_kernel[(triton.cdiv(pixels, s.bm) * heads * out.images,)](
             q,

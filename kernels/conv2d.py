@@ -213,7 +213,15 @@ class Conv3x3:
     name = "conv3x3"
 
     @classmethod
-    def of(cls, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, tiles: Tiles, x_scale: float = 1.0, residual_scale: float = 1.0) -> Conv3x3:
+    def of(
+        cls,
+        weight: Tensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        tiles: Tiles,
+        x_scale: float = 1.0,
+        residual_scale: float = 1.0,
+    ) -> Conv3x3:
         """From weight [K, C, 3, 3] and bias [K]; x_scale: what one unit of an e4m3 input is worth."""
         packed, scale = quantise(pack(weight), dtype, x_scale)
         return cls(packed, None if bias is None else bias.float(), tiles, scale, residual_scale)

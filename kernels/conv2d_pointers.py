@@ -25,7 +25,9 @@ def downsample_reference(x: Tensor, weight: Tensor, bias: Tensor | None, padding
     return F.conv2d(F.pad(x, (padding, 1, padding, 1)), weight, bias, stride=2)[..., : x.shape[2] // 2, : x.shape[3] // 2]
 
 
-def pointwise_reference(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None, scale: float = 1.0) -> Tensor:
+def pointwise_reference(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None, scale: float = 1.0
+) -> Tensor:
     """x [N, C, H, W], weight [K, C], residual [N, K, H, W] -> W x + bias + scale * residual, pixel by pixel."""
     y = F.conv2d(x, weight[:, :, None, None], bias)
     return y if residual is None else y + scale * residual

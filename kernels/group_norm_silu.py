@@ -75,7 +75,7 @@ def finish(d, rstd, gamma_ptr, beta_ptr, time_ptr, c, used, C, unit, TIME: tl.co
     y = d * gain[None, :] + shift[None, :]
     if SILU:
         y = y * tl.sigmoid(y)
-    if OUT == tl.float8e4nv:
+    if OUT.primitive_bitwidth == 8:
         y = tl.clamp(y * unit, -448.0, 448.0)
     return y.to(OUT)
 

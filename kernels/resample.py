@@ -24,7 +24,17 @@ def resample_reference(x: Tensor, to: str) -> Tensor:
 
 @triton.jit(do_not_specialize=["COUNT", "H", "W"])
 def _resample_kernel(
-    x_ptr, y_ptr, COUNT, H, W, C: tl.constexpr, R: tl.constexpr, L: tl.constexpr, TO: tl.constexpr, BORDER: tl.constexpr, OUT: tl.constexpr
+    x_ptr,
+    y_ptr,
+    COUNT,
+    H,
+    W,
+    C: tl.constexpr,
+    R: tl.constexpr,
+    L: tl.constexpr,
+    TO: tl.constexpr,
+    BORDER: tl.constexpr,
+    OUT: tl.constexpr,
 ):
     """y: COUNT rows of [H, W] images; x: a bordered map of [2 H, 2 W], [H, W] or [H / 2, W / 2] images."""
     blocks = tl.cdiv(C, L)
