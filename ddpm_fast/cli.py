@@ -12,12 +12,11 @@ import click
 import torch
 
 from . import __version__, pictures
-from .checkpoint import load_pretrained
-from .cli_common import DTYPES, PATH, parse_images, parse_steps, pick_device, report_of, solver_options
+from .cli_common import DTYPES, PATH, parse_images, parse_size, parse_steps, pick_device, report_of, solver_options
 from .cli_eval import evaluate
+from .cli_info import info
 from .cli_plot import plot
 from .cli_train import train
-from .cost import unet_cost
 from .environment import environment
 from .images import image_indices
 from .sampler import Sampler
@@ -109,38 +108,6 @@ def sample(
     )
 
 
-@cli.command()
-@click.argument("directory", type=PATH)
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
-def info(directory: Path, as_json: bool) -> None:
-    """What a checkpoint is, and what it costs."""
-    c = load_pretrained(directory)
-    config, schedule = c.unet.config, c.schedule
-    cost = unet_cost(config, config.size or (32, 32))
-    report = dict(
-        directory=str(directory),
-        config={k: v for k, v in config.to_diffusers().items() if not k.startswith("_")},
-        timesteps=len(schedule),
-        beta=[float(schedule.beta[0]), float(schedule.beta[-1])],
-        prediction=c.prediction,
-        variance=c.variance,
-        clip=c.clip,
-        **cost.as_dict(),
-    )
-    h, w = config.size or (32, 32)
-    classes = f", {config.num_classes} classes" if config.num_classes else ""
-    lines = [
-        f"{directory}",
-        f"  images      {config.in_channels} x {h} x {w}{'' if config.size else ' assumed, none is recorded'}{classes}",
-        f"  network     widths {config.channels}, {config.levels_of('layers')} residual blocks, {_where(config.attends)}",
-        f"  predicts    {c.prediction}, variance {c.variance}, x_0 clipped to {c.clip}",
-        f"  schedule    {len(schedule)} steps, beta {schedule.beta[0]:.3g} to {schedule.beta[-1]:.3g}",
-        f"  parameters  {cost.parameters:,} ({_bytes(cost.weight_bytes)} in fp32)",
-        f"  per image   {cost.flops / 1e9:.3f} GFLOP a step, {_bytes(cost.activation_bytes)} of activations at the peak in fp32",
-    ]
-    report_of(report, as_json, "\n".join(lines))
-
-
 @cli.command("collect-env")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def collect_env(as_json: bool) -> None:
@@ -153,16 +120,7 @@ def collect_env(as_json: bool) -> None:
 cli.add_command(train)
 cli.add_command(evaluate)
 cli.add_command(plot)
-
-
-def parse_size(text: str | None) -> tuple[int, int] | None:
-    """ "32x48" -> (32, 48). ValueError for anything else."""
-    if text is None:
-        return None
-    height, _, width = text.partition("x")
-    if not (height.isdecimal() and width.isdecimal() and int(height) and int(width)):
-        raise ValueError(f"--size {text}: expected HEIGHTxWIDTH in pixels, such as 32x48")
-    return int(height), int(width)
+cli.add_command(info)
 
 
 def _check_target(out: str) -> Path:
@@ -205,14 +163,6 @@ def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU ({torch.get_num_threads()} threads)" if device.type == "cpu" else str(device)
-
-
-def _where(flags: Any) -> str:
-    return "attention on " + ", ".join(f"level {i}" for i, f in enumerate(flags) if f) if any(flags) else "no attention"
-
-
-def _bytes(n: int) -> str:
-    return f"{n / 2**20:.1f} MiB"
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

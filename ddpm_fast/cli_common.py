@@ -81,3 +81,17 @@ def pick_device(name: str | None) -> torch.device | None:
 def report_of(report: dict[str, Any], as_json: bool, text: str) -> None:
     """The result of a command: one JSON object, or text for a person."""
     click.echo(json.dumps(report) if as_json else text)
+
+
+def parse_size(text: str | None) -> tuple[int, int] | None:
+    """ "32x48" -> (32, 48). ValueError for anything else."""
+    if text is None:
+        return None
+    height, _, width = text.partition("x")
+    if not (height.isdecimal() and width.isdecimal() and int(height) and int(width)):
+        raise ValueError(f"--size {text}: expected HEIGHTxWIDTH in pixels, such as 32x48")
+    return int(height), int(width)
+
+
+def megabytes(n: int) -> str:
+    return f"{n / 2**20:.1f} MiB"

@@ -90,7 +90,9 @@ class Network:
         c = self.config
         on_host = "meta" if self.device.type == "meta" else self.unet.conv_in.weight.device
         embedded = self.unet.embed(torch.arange(timesteps, device=on_host), None)
-        classes = self.weight(self.unet.class_embedding.weight) if c.num_classes else embedded.new_zeros(1, c.time_dim).to(self.device)
+        classes = (
+            self.weight(self.unet.class_embedding.weight) if c.num_classes else embedded.new_zeros(1, c.time_dim).to(self.device)
+        )
         time = self.weight(embedded)
         weight = torch.cat([self.weight(b.time_emb_proj.weight) for b in blocks])
         # without scale-shift the row is added before the norm, and the first convolution's bias with it

@@ -231,7 +231,7 @@ class Conv3x3:
         launch_conv(
             _conv3x3_kernel,
             t,
-            triton.cdiv(len(x.rows), t.bm) * triton.cdiv(k, t.bo),
+            self.grid(x),
             box(x.rows, t.bm, t.bk, t.tma),
             box(self.weight, t.bo, t.bk, t.tma),
             box(out.rows, t.bm, t.bo, t.tma and out.bordered),
@@ -265,6 +265,10 @@ class Conv3x3:
             y = y + self.residual_scale * wide(residual.pixels, y.dtype)
         out.write(y)
 
+    def grid(self, x: FeatureMap, **_: FeatureMap) -> int:
+        """Tiles of the product."""
+        return triton.cdiv(len(x.rows), self.tiles.bm) * triton.cdiv(len(self.weight), self.tiles.bo)
+
     def cost(self, x: FeatureMap, out: FeatureMap, residual: FeatureMap | None = None) -> tuple[int, int]:
         """FLOP (of real pixels) and the fewest bytes that must move."""
         return cost_of_conv(self.weight, (x,) if residual is None else (x, residual), out)
@@ -288,7 +292,7 @@ class UpsampleConv:
         launch_conv(
             _upsample_conv_kernel,
             t,
-            triton.cdiv(len(x.rows), t.bm) * triton.cdiv(k, t.bo) * 4,
+            self.grid(x),
             box(x.rows, t.bm, t.bk, t.tma),
             box(self.weight, t.bo, t.bk, t.tma),
             out.rows,
@@ -313,6 +317,10 @@ class UpsampleConv:
             seen = F.pad(pixels, (1 - px, px, 1 - py, py))
             y[:, :, :, py, :, px] = F.conv2d(seen, unpack(weight, 2))
         out.write(y.reshape(n, -1, 2 * h, 2 * w) + bias.to(y.dtype)[:, None, None])
+
+    def grid(self, x: FeatureMap, **_: FeatureMap) -> int:
+        """Tiles of the four products."""
+        return triton.cdiv(len(x.rows), self.tiles.bm) * triton.cdiv(len(self.weight) // 4, self.tiles.bo) * 4
 
     def cost(self, x: FeatureMap, out: FeatureMap) -> tuple[int, int]:
         flops, moved = cost_of_conv(self.weight, (x,), out)

@@ -210,7 +210,7 @@ class FirstConv:
         launch_conv(
             _first_conv_kernel,
             t,
-            triton.cdiv(len(out.rows), t.bm) * triton.cdiv(k, t.bo),
+            self.grid(out),
             x.rows,
             self.weight,
             out.rows,
@@ -232,6 +232,10 @@ class FirstConv:
         seen = pixels.to(self.weight.dtype).to(weight.dtype)  # rounded to the operands' type, as the kernel does
         y = F.conv2d(seen, unpack(weight, 3), padding=1)
         out.write(y + self.bias.to(y.dtype)[:, None, None])
+
+    def grid(self, out: FeatureMap, **_: FeatureMap) -> int:
+        """Tiles of the product."""
+        return triton.cdiv(len(out.rows), self.tiles.bm) * triton.cdiv(len(self.weight), self.tiles.bo)
 
     def cost(self, x: FeatureMap, out: FeatureMap) -> tuple[int, int]:
         return cost_of_conv(self.weight[:, : 9 * self.channels], (x,), out)
@@ -256,7 +260,7 @@ class DownsampleConv:
         launch_conv(
             _downsample_kernel,
             t,
-            triton.cdiv(len(out.rows), t.bm) * triton.cdiv(k, t.bo),
+            self.grid(out),
             x.rows,
             self.weight,
             out.rows,
@@ -275,6 +279,10 @@ class DownsampleConv:
     def twin(self, x: FeatureMap, out: FeatureMap, compute: torch.dtype | None = None) -> None:
         y = downsample_reference(wide(x.pixels, compute), unpack(wide(self.weight, compute), 3), None, self.padding)
         out.write(y + self.bias.to(y.dtype)[:, None, None])
+
+    def grid(self, out: FeatureMap, **_: FeatureMap) -> int:
+        """Tiles of the product."""
+        return triton.cdiv(len(out.rows), self.tiles.bm) * triton.cdiv(len(self.weight), self.tiles.bo)
 
     def cost(self, x: FeatureMap, out: FeatureMap) -> tuple[int, int]:
         return cost_of_conv(self.weight, (x,), out)
@@ -302,7 +310,7 @@ class Pointwise:
         launch_conv(
             _pointwise_kernel,
             t,
-            triton.cdiv(len(x.rows), t.bm) * triton.cdiv(k, t.bo),
+            self.grid(out),
             x.rows,
             x.rows if x2 is None else x2.rows,
             self.weight,
@@ -338,6 +346,10 @@ class Pointwise:
         if residual is not None:
             y = y + self.residual_scale * wide(residual.pixels, y.dtype)
         out.write(y)
+
+    def grid(self, out: FeatureMap, **_: FeatureMap) -> int:
+        """Tiles of the product."""
+        return triton.cdiv(len(out.rows), self.tiles.bm) * triton.cdiv(len(self.weight), self.tiles.bo)
 
     def cost(
         self, x: FeatureMap, out: FeatureMap, x2: FeatureMap | None = None, residual: FeatureMap | None = None

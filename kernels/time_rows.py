@@ -74,7 +74,7 @@ class TimeRows:
         launch_conv(
             _time_rows_kernel,
             tiles,
-            triton.cdiv(out.images, tiles.bm) * triton.cdiv(s, tiles.bo),
+            self.grid(out),
             self.time,
             self.classes,
             t,
@@ -92,6 +92,10 @@ class TimeRows:
         weight = wide(self.weight, compute)
         seen = F.silu(self.time[t.long()] + self.classes[label.long()]).to(self.weight.dtype).to(weight.dtype)
         out.rows.copy_(F.linear(seen, weight) + self.bias.to(weight.dtype))
+
+    def grid(self, out: FeatureMap, **_: FeatureMap) -> int:
+        """Tiles of the product."""
+        return triton.cdiv(out.images, self.tiles.bm) * triton.cdiv(len(self.weight), self.tiles.bo)
 
     def cost(self, out: FeatureMap, **_: object) -> tuple[int, int]:
         s, d = self.weight.shape
