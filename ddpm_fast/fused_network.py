@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .kernels._feature_map import FeatureMap
 from .kernels._tiles import E4M3_MAX, Target, Tiles, cut, divisor
 from .kernels.attention import Attention, FoldedAttention, fold
 from .kernels.conv2d import Conv3x3, UpsampleConv
@@ -75,7 +76,7 @@ class Network:
 
     def weight(self, p: Tensor | None) -> Tensor:
         assert p is not None
-        return p.detach().to(self.device, self.wide)
+        return p.detach().to(self.device, self.wide, copy=True)  # the caller may go on training
 
     def once(self, name: str, make: Callable[[], AnyOp]) -> AnyOp:
         if name not in self._ops:
@@ -136,6 +137,7 @@ class Walk:
         self.net, self.inputs, self.batch = net, inputs, batch
         self.launches: list[Launch] = []
         self.units: dict[Buffer, float] = {}  # what a unit of an e4m3 map is worth
+        self.given: dict[Buffer, FeatureMap] = {}  # buffers whose memory is there before the plan
         c = net.config
         self.x = Buffer("x_t", batch, *size, c.in_channels, torch.float32, bordered=False, external=True)
         self.out = Buffer("out", batch, *size, c.out_channels, torch.float32, bordered=False, external=True)
@@ -166,8 +168,8 @@ class Walk:
         net, i = self.net, self.inputs
         if i.rows_of is not None:
             rows = Buffer("time_rows", self.batch, 1, 1, net.row_width, torch.float32, bordered=False, external=True)
+            self.given[rows] = FeatureMap(i.table, self.batch, 1, 1, bordered=False)
             self.emit("time_rows", i.rows_of, rows, tensors=dict(t=i.t, label=i.label))
-            self.time_rows = rows
         x = self.first_conv(unet.conv_in)
         skips = [x]
         for level in cast("list[Level]", unet.down_blocks):

@@ -99,7 +99,7 @@ class FusedUNet:
             if len(size) != 2 or any(not is_count(n) or n % coarsest for n in size):
                 raise ValueError(f"size {size}; expected (H, W), both divisible by {coarsest}")
             walk = Walk(self._network, self._inputs, self.batch_size, size)
-            plan = Plan(walk.launches, self.device, walk.x, walk.out)
+            plan = Plan(walk.launches, self.device, walk.x, walk.out, walk.given)
             if not (self.device.type == "meta" or launches_kernel(plan.memory)):
                 plan.twins = {launch.name for launch in plan}
             elif self.check:

@@ -121,20 +121,24 @@ def lifetimes(launches: list[Launch]) -> dict[Buffer, tuple[int, int]]:
 
 
 class Plan:
-    """Launches bound to memory. x, out: the external buffers that a run reads from and writes to.
+    """Launches bound to memory.
 
+    x, out     the external buffers that a run reads from and writes to
+    given      memory of external buffers that is there already
     twins      names of the launches that run by their twins
     compute    what twins compute in: a dtype, or None for each buffer's own; on a CPU fp32
     """
 
-    def __init__(self, launches: list[Launch], device: torch.device, x: Buffer, out: Buffer) -> None:
+    def __init__(
+        self, launches: list[Launch], device: torch.device, x: Buffer, out: Buffer, given: Mapping[Buffer, FeatureMap] | None = None
+    ) -> None:
         names = [launch.name for launch in launches]
         assert len(set(names)) == len(names)
         self.launches, self.device, self.x, self.out = launches, device, x, out
         self.compute = torch.float32 if device.type == "cpu" else None
         self.arena = Arena.of(launches)
         self.memory = torch.empty(self.arena.size, dtype=torch.uint8, device=device)
-        self.maps = {b: b.on(self.memory[at:]) for b, at in self.arena.offsets.items()}
+        self.maps = {b: b.on(self.memory[at:]) for b, at in self.arena.offsets.items()} | dict(given or {})
         for launch in launches:
             for b in launch.buffers.values():
                 if b.external and b not in self.maps:

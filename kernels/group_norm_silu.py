@@ -388,7 +388,8 @@ class GroupNormSiLU:
         scratch: FeatureMap | None = None,
         compute: torch.dtype | None = None,
     ) -> None:
-        pixels = wide(x.pixels if x2 is None else torch.cat([x.pixels, x2.pixels], dim=1), compute)
+        # channels-first, where torch takes the mean before the squared deviations; channels-last it subtracts squares on a CPU
+        pixels = wide(x.pixels if x2 is None else torch.cat([x.pixels, x2.pixels], dim=1), compute).contiguous()
         c, more = len(self.gamma), {}
         if table is not None and row is not None:
             entries = table[row.long(), self.column : self.column + (2 * c if self.time == "scale_shift" else c)].to(pixels.dtype)
