@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import glob
+import itertools
 import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .kernels._feature_map import FeatureMap
+from .kernels._triton import INTERPRETED
 
 
 def relative_error(x: Tensor, exact: Tensor) -> float:
@@ -68,6 +72,7 @@ class Compiled:
     shared: int  # bytes
     ptx: str
     sass: list[str]  # the program's instructions, in order, without the idle loop behind EXIT
+    step: int  # instructions of the innermost loop around the matrix product, without what is jumped over; 0: no such loop
 
     def count(self, opcode: str) -> int:
         return sum(line.startswith(opcode) for line in self.sass)
@@ -114,10 +119,27 @@ def compile_launch(launch: Launch, sm: int) -> Compiled:
     usage, listing = _cuobjdump(compiled.asm["cubin"], "-res-usage"), _cuobjdump(compiled.asm["cubin"], "-sass")
     found = re.search(r"REG:(\d+)", usage)
     assert found, usage
-    sass = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][^;]*);", listing, re.MULTILINE)
-    sass = sass[: len(sass) - next((i for i, line in enumerate(reversed(sass)) if line.startswith("EXIT")), 0)]
+    numbered = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][^;]*);", listing, re.MULTILINE)
+    numbered = numbered[: len(numbered) - next((i for i, line in enumerate(reversed(numbered)) if line[2].startswith("EXIT")), 0)]
+    sass = [line for _, _, line in numbered]
     spills = sum(line.startswith(("LDL", "STL")) for line in sass)
-    return Compiled(int(found[1]), spills, compiled.metadata.shared, compiled.asm["ptx"], sass)
+    return Compiled(int(found[1]), spills, compiled.metadata.shared, compiled.asm["ptx"], sass, _step(numbered))
+
+
+def _step(numbered: list[tuple[str, str, str]]) -> int:
+    at = {int(address, 16): i for i, (address, _, _) in enumerate(numbered)}
+    jumps = []  # (from, to, conditional)
+    for i, (_, condition, line) in enumerate(numbered):
+        target = re.search(r"0x([0-9a-f]+)", line) if line.startswith("BRA") else None
+        if target and int(target[1], 16) in at:
+            jumps.append((i, at[int(target[1], 16)], bool(condition) or "P" in line))
+    products = [i for i, (_, _, line) in enumerate(numbered) if re.match(r"[HQ]?GMMA|HGMMA|QGMMA|HMMA|UTC\w*MMA", line)]
+    loops = [(end - begin + 1, begin, end) for end, begin, _ in jumps if begin <= end and any(begin <= p <= end for p in products)]
+    if not loops:
+        return 0
+    length, begin, end = min(loops)
+    epilogue = max((to - source - 1 for source, to, some in jumps if some and begin <= source < to <= end), default=0)
+    return length - (epilogue if epilogue > 64 else 0)
 
 
 def _cuobjdump(cubin: bytes, flag: str) -> str:
@@ -128,3 +150,119 @@ def _cuobjdump(cubin: bytes, flag: str) -> str:
         f.write(cubin)
         f.flush()
         return subprocess.run([tools[0], flag, f.name], capture_output=True, text=True, check=True).stdout
+
+
+# ---- operations on feature maps
+
+GUARD = 256  # rows on either side of a map that belong to nobody
+
+
+def operand_types() -> list[torch.dtype]:
+    """What activations may be here. The interpreter multiplies bf16 wrongly and truncates where it should round to it."""
+    return [torch.float32, torch.float16, *[torch.bfloat16] * (torch.cuda.is_available() and not INTERPRETED)]
+
+
+def spread(*axes: Iterable[Any]) -> list[tuple[Any, ...]]:
+    """Every combination of values of the axes, with every one of `operand_types`; or, as the interpreter takes its time, with one,
+    in turn along every axis.
+    """
+    types = operand_types()
+    points = [list(zip(*point, strict=True)) for point in itertools.product(*map(enumerate, axes))]
+    return [(*v, t) for at, v in points for j, t in enumerate(types) if not INTERPRETED or j == sum(at) % len(types)]
+
+
+def poisoned(
+    images: int, height: int, width: int, channels: int, dtype: torch.dtype, device: Any, bordered: bool = True
+) -> FeatureMap:
+    """A map full of NaN with NaN around it: what is left unwritten, or read from outside, shows."""
+    fm = FeatureMap.empty(images, height, width, channels, dtype, "meta", bordered)
+    memory = torch.full((len(fm.rows) + 2 * GUARD, channels * dtype.itemsize), 0xFF, dtype=torch.uint8, device=device)
+    return replace(fm, rows=memory.view(dtype)[GUARD:-GUARD])  # 0xFF is NaN in every type
+
+
+def map_of(x: Tensor, dtype: torch.dtype | None = None, bordered: bool = True) -> FeatureMap:
+    """x [N, C, H, W] as a map with NaN around it."""
+    n, c, h, w = x.shape
+    fm = poisoned(n, h, w, c, dtype or x.dtype, x.device, bordered)
+    fm.write(x)
+    return fm
+
+
+def assert_written(out: FeatureMap) -> None:
+    """No NaN is left in a map that was `poisoned`, its border is zero, and nothing around it was touched."""
+    rows, guard = out.rows.double(), GUARD * out.channels * out.rows.element_size()
+    memory = torch.empty(0, dtype=torch.uint8, device=rows.device).set_(out.rows.untyped_storage())
+    assert not rows.isnan().any(), f"NaN in {int(rows.isnan().any(1).sum())} of {len(rows)} rows"
+    assert not out.border.double().any(), "the border is not zero"
+    assert (memory[:guard] == 0xFF).all() and (memory[-guard:] == 0xFF).all(), "something was written outside the map"
+
+
+def assert_same_bits(x: Tensor, y: Tensor, what: str) -> None:
+    assert torch.equal(x.contiguous().view(torch.uint8), y.contiguous().view(torch.uint8)), f"{what}: other bits"
+
+
+def run_twice(op: Any, out: FeatureMap, **arguments: Any) -> None:
+    """Runs the kernel into `out`, which is `poisoned`, and into another such map: all is written, with the same bits."""
+    again = poisoned(out.images, out.height, out.width, out.channels, out.rows.dtype, out.rows.device, out.bordered)
+    for fm in (out, again):
+        op.run(out=fm, **arguments)
+        assert_written(fm)
+    assert_same_bits(out.rows, again.rows, "a second run")
+
+
+def assert_operation(
+    op: Any, out: FeatureMap, reference: Callable[[torch.dtype], Tensor], slack: float = 2.0, twin: float = 1e-11, **arguments: Any
+) -> None:
+    """Kernel and twin against `reference`, which computes in the type that it is given: fp64 is the truth, the type of `out`
+    the yardstick. The twin, in fp64, may be off by `twin` of the largest value.
+    """
+    exact, plain = reference(torch.float64), reference(out.rows.dtype)
+    run_twice(op, out, **arguments)
+    assert_as_accurate(out.pixels, plain, exact, slack)
+    error, allowed = relative_error(out.pixels, exact), slack * relative_error(plain, exact)
+    assert error <= allowed, f"relative error {error:.3g} > {allowed:.3g} = {slack} x plain PyTorch"
+    wide = poisoned(out.images, out.height, out.width, out.channels, torch.float64, out.rows.device, out.bordered)
+    op.twin(out=wide, compute=torch.float64, **arguments)
+    assert_written(wide)
+    torch.testing.assert_close(wide.pixels, exact, rtol=0, atol=twin * float(exact.abs().max()), msg=lambda m: f"twin: {m}")
+
+
+def assert_same_in_any_batch(run: Callable[[list[int]], FeatureMap]) -> None:
+    """`run` gives the map of the images it is told (of 0 ... 4): image 2 has the same bits wherever and with whom it stands."""
+    alone = run([2]).grid[0]
+    for batch in ([2, 0, 1], [1, 0, 2], [2, 4, 1, 3, 0], [4, 3, 1, 0, 2]):
+        assert_same_bits(run(batch).grid[batch.index(2)], alone, f"image 2 in the batch {batch}")
+
+
+def _leave(part: Callable[[FeatureMap], Tensor], value: float) -> Callable[[FeatureMap], Any]:
+    return lambda out: part(out).fill_(value)
+
+
+# what a broken kernel could leave behind -> what the checks above then say
+DAMAGES: dict[str, tuple[Callable[[FeatureMap], Any], str]] = {
+    "one pixel left out": (_leave(lambda out: out.pixels[0, :, 1, 2], float("nan")), "NaN"),
+    "one pixel is zero": (_leave(lambda out: out.pixels[-1, :, 2, 1], 0.0), "error"),
+    "one image is another": (lambda out: out.pixels[0].copy_(out.pixels[-1].clone()), "error"),
+    "rows and columns swapped": (lambda out: out.pixels[0, :, :3, :3].copy_(out.pixels[0, :, :3, :3].mT.clone()), "error"),
+    "top border left out": (_leave(lambda out: out.grid[0, 0, 1:], float("nan")), "NaN"),
+    "left border left out": (_leave(lambda out: out.grid[-1, 1:, 0], float("nan")), "NaN"),
+    "border of ones": (_leave(lambda out: out.grid[0, 0, -1, :1], 1.0), "border"),
+    "a row before the first": (_leave(lambda out: out.rows.as_strided((1,), (1,), out.rows.storage_offset() - 1), 0.0), "outside"),
+    "a row behind the last": (
+        _leave(lambda out: out.rows.as_strided((1,), (1,), out.rows.storage_offset() + out.rows.numel()), 0.0),
+        "outside",
+    ),
+    "chance": (lambda out: out.pixels[0, 0, 0, 0].copy_(torch.rand(())), "other bits"),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Damaged:
+    """An operation whose kernel leaves a damage behind."""
+
+    op: Any
+    damage: Callable[[FeatureMap], Any]
+
+    def run(self, out: FeatureMap, **arguments: Any) -> None:
+        self.op.run(out=out, **arguments)
+        self.damage(out)

@@ -57,6 +57,8 @@ def load_pixels(x_ptr, x2_ptr, n, p, c, inside, W, IMAGE, C1, C, TWO: tl.constex
 @triton.jit
 def of_group(s, lane, WIDTH: tl.constexpr, ONE: tl.constexpr):
     """Per channel s [L] -> the sum over the channel's group, for every channel."""
+    if WIDTH == 1:
+        return s
     if ONE:
         return tl.sum(s, 0) + tl.zeros_like(s)
     same = (lane // WIDTH)[:, None] == (lane // WIDTH)[None, :]

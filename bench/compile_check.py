@@ -1,0 +1,233 @@
+"""Compiles every launch of the networks' plans ahead of time, without a GPU, and checks what became of it.
+
+    python -m bench.compile_check                       every network, batch, architecture and type
+    python -m bench.compile_check --sm 90 --batch 256   some of them
+    python -m bench.compile_check --markdown FILE       the table too
+
+A launch passes if nothing spills, shared memory fits, matrix products run on the tensor cores, those of sm_90's 3x3 convolutions
+with both operands in shared memory and loaded by TMA, and fp32 stays fp32. Equal launches are compiled once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import re
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.networks import NETWORKS
+from ddpm_fast import UNet
+from ddpm_fast.fused_unet import FusedUNet
+from ddpm_fast.kernels._tiles import Target
+from ddpm_fast.testing import Compiled, Launch, compile_launch, record_launches
+
+PROCESSORS = {80: 108, 89: 128, 90: 132, 100: 148}
+SHARED = {80: 163, 89: 99, 90: 227, 100: 227}  # KiB that a program may take
+PRODUCTS = ("_conv3x3_kernel", "_upsample_conv_kernel", "_downsample_kernel", "_pointwise_kernel", "_first_conv_kernel")
+PRODUCTS += ("_attention_kernel", "_time_rows_kernel")
+HOT = ("_conv3x3_kernel", "_upsample_conv_kernel")
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """One distinct launch: where it is met first, and how often in all plans."""
+
+    sm: int
+    where: str
+    launch: Launch
+
+    @property
+    def kernel(self) -> str:
+        return self.launch.kernel.fn.__name__
+
+    @property
+    def is_fp32(self) -> bool:
+        return self.launch.args.get("PRECISION") == "ieee"
+
+
+def launches_of(net: str, batch: int, dtype: str, sm: int) -> Iterator[tuple[str, Launch]]:
+    """(name, launch) for every kernel that a forward pass starts."""
+    with torch.device("meta"):
+        unet = UNet(NETWORKS[net])
+    plan = FusedUNet(unet, batch, dtype, "meta", target=Target(sm, PROCESSORS[sm])).plan()
+    for planned in plan:
+        with record_launches() as recorded:
+            plan.run_one(planned)
+        for launch in recorded:
+            yield f"{net} {planned.name}", launch
+
+
+def key_of(launch: Launch) -> tuple[Any, ...]:
+    """What makes a compilation of its own: as Triton specialises."""
+    key: list[Any] = [launch.kernel.fn.__name__]
+    for p in launch.kernel.params:
+        value = launch.args[p.name]
+        if p.is_constexpr:
+            key.append(str(value))
+        elif isinstance(value, Tensor):
+            key.append((value.dtype, value.storage_offset() * value.element_size() % 16 == 0))
+        elif isinstance(value, int):
+            key.append(None if p.do_not_specialize else 1 if value == 1 else value % 16 == 0)
+        elif not isinstance(value, float):
+            key.append((tuple(value.block_shape), value.base.dtype))
+    return (*key, *sorted((k, str(v)) for k, v in launch.options.items()))
+
+
+def distinct(nets: Iterable[str], batches: Iterable[int], dtypes: Iterable[str], sm: int) -> list[Case]:
+    found: dict[tuple[Any, ...], Case] = {}
+    for net in nets:
+        for dtype in dtypes:
+            if dtype == "fp8" and sm < 89:
+                continue
+            for batch in batches:
+                for where, launch in launches_of(net, batch, dtype, sm):
+                    found.setdefault(key_of(launch), Case(sm, where, launch))
+    return list(found.values())
+
+
+def faults(case: Case, c: Compiled) -> list[str]:
+    """What is not as meant; empty where all is."""
+    wrong = []
+    if c.spills:
+        wrong.append(f"{c.spills} local-memory instructions")
+    if c.shared > SHARED[case.sm] * 1024:
+        wrong.append(f"{c.shared} bytes of shared memory, {SHARED[case.sm]} KiB are there")
+    if case.kernel not in PRODUCTS:
+        return wrong
+    if case.is_fp32:
+        return [*wrong, "rounds to TF32"] if "tf32" in c.ptx else wrong
+    unit = {80: "mma.sync", 89: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}[case.sm]
+    # attention's products of 64 rows stay on the older unit of sm_100; it has no other tile there
+    if unit not in c.ptx and not (case.sm == 100 and "mma.sync" in c.ptx):
+        wrong.append(f"no {unit}")
+    if case.kernel in HOT and case.sm == 90:
+        if re.search(r"wgmma\.mma_async[^;]*\},\s*\{", c.ptx):
+            wrong.append("an operand of wgmma comes from registers")
+        if "cp.async.bulk.tensor" not in c.ptx:
+            wrong.append("no TMA")
+    return wrong
+
+
+# ---- compiling, two at a time: the workers are forks, so a launch need not travel
+
+_CASES: list[Case] = []
+
+
+def _compile(index: int) -> tuple[int, Compiled | str, float]:
+    began = time.perf_counter()
+    try:
+        result: Compiled | str = compile_launch(_CASES[index].launch, _CASES[index].sm)
+    except Exception as error:
+        result = f"does not compile: {' '.join(str(error).split())[:200]}"
+    return index, result, time.perf_counter() - began
+
+
+def compile_all(cases: list[Case], processes: int = 2) -> Iterator[tuple[Case, Compiled | str, float]]:
+    """(case, what became of it or why nothing did, seconds)"""
+    _CASES[:] = cases
+    with multiprocessing.get_context("fork").Pool(processes) as pool:
+        for index, result, seconds in pool.imap(_compile, range(len(cases))):
+            yield cases[index], result, seconds
+
+
+# ---- the report
+
+
+def row_of(case: Case, c: Compiled, seconds: float) -> dict[str, Any]:
+    a = case.launch.args
+    if "BM" in a and "BK" in a:
+        tile = f"{a['BM']}x{a['BO']}x{a['BK']}"
+    elif "BM" in a:
+        tile = f"{a['BM']} queries, {a['BN']} keys"
+    elif "P" in a:
+        tile = f"{a['P']} px x {a['USED']} of {a['L']}"
+    else:
+        tile = ""
+    channels = f"{a['C']}" if isinstance(a.get("C"), int) else ""
+    if "K" in a:
+        channels += (f"+{a['C2']}" if a.get("C2") else "") + f" -> {a['K']}"
+    flags = ", ".join(k.lower() for k in ("RESIDUAL", "SCALED", "DENSE", "TWO", "FOLDED") if a.get(k))
+    return dict(
+        sm=case.sm,
+        kernel=case.kernel.strip("_").removesuffix("_kernel"),
+        first=case.where,
+        channels=channels,
+        tile=tile,
+        flags=flags,
+        warps=case.launch.options.get("num_warps"),
+        registers=c.registers,
+        shared=round(c.shared / 1024),
+        spills=c.spills,
+        step=c.step or "",
+        seconds=round(seconds, 1),
+    )
+
+
+COLUMNS = dict(
+    sm="sm",
+    kernel="kernel",
+    first="first met in",
+    channels="channels",
+    tile="tile",
+    flags="with",
+    warps="warps",
+    registers="registers",
+    shared="shared KiB",
+    spills="spills",
+    step="instructions a K step",
+)
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    lines = ["| " + " | ".join(COLUMNS.values()) + " |", "|" + "---|" * len(COLUMNS)]
+    lines += ["| " + " | ".join(str(r[k]) for k in COLUMNS) + " |" for r in rows]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--net", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 16, 256])
+    parser.add_argument("--dtype", nargs="+", choices=["fp32", "fp16", "bf16", "fp8"], default=["bf16", "fp8"])
+    parser.add_argument("--sm", nargs="+", type=int, choices=list(PROCESSORS), default=[80, 90, 100])
+    parser.add_argument("--markdown", type=Path, help="write the table to this file")
+    args = parser.parse_args()
+    import triton
+
+    rows, failed = [], 0
+    for sm in args.sm:
+        cases, began, serial = distinct(args.net, args.batch, args.dtype, sm), time.perf_counter(), 0.0
+        for case, result, seconds in compile_all(cases):
+            serial += seconds
+            wrong = [result] if isinstance(result, str) else faults(case, result)
+            failed += bool(wrong)
+            if not isinstance(result, str):
+                rows.append(row_of(case, result, seconds))
+            shown = (
+                ""
+                if isinstance(result, str)
+                else "  ".join(f"{k} {rows[-1][k]}" for k in ("channels", "tile", "flags", "warps", "registers"))
+            )
+            if wrong:
+                print(f"sm_{sm} {case.kernel} ({case.where}) {shown}: {'; '.join(wrong)}", flush=True)
+        took = time.perf_counter() - began
+        print(
+            f"Triton {triton.__version__}, sm_{sm}: {len(cases)} distinct launches, {serial:.0f} s of compiling in {took:.0f} s",
+            flush=True,
+        )
+    if args.markdown:
+        args.markdown.write_text(markdown(rows))
+    print(f"{failed} launches are not as meant" if failed else "every launch is as meant")
+    sys.exit(bool(failed))
+
+
+if __name__ == "__main__":
+    main()
