@@ -152,7 +152,7 @@ def row_of(case: Case, c: Compiled, seconds: float) -> dict[str, Any]:
     else:
         tile = ""
     channels = f"{a['C']}" if isinstance(a.get("C"), int) else ""
-    if "K" in a:
+    if isinstance(a.get("K"), int):
         channels += (f"+{a['C2']}" if a.get("C2") else "") + f" -> {a['K']}"
     flags = ", ".join(k.lower() for k in ("RESIDUAL", "SCALED", "DENSE", "TWO", "FOLDED") if a.get(k))
     return dict(

@@ -121,7 +121,7 @@ class Network:
         """The tiles of a launch by rule, or as `tiles` says for its key; the batch is no part of the key."""
         dtype = dtype or self.act
         warps = 4 if kind == "conv3x3" and dtype != E4M3 else 8
-        by_rule = cut(self.target, dtype, c, k, rows, tma=tma, warps=warps)
+        by_rule = cut(self.target, dtype, c, k, rows, tma=tma, warps=warps, shrinks=kind == "conv3x3")
         return replace(by_rule, **self.tiles.get(tile_key(kind, self.target, dtype, c, k, h, w), {}))
 
 

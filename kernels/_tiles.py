@@ -60,19 +60,23 @@ class Tiles:
     tma: bool
 
 
-def cut(target: Target, dtype: torch.dtype, c: int, k: int, rows: int, *, tma: bool, warps: int) -> Tiles:
-    """Tiles for a product of `rows` rows, c channels (a tap) and k outputs.
+def cut(target: Target, dtype: torch.dtype, c: int, k: int, rows: int, *, tma: bool, warps: int, shrinks: bool = False) -> Tiles:
+    """Tiles for a product of `rows` rows, c channels (a tap) and k outputs; tma, warps: on a GPU that has TMA.
 
-    128 rows, or 64 where that would leave half of the processors idle; the largest step that divides c, up to 128 bytes; the
-    outputs as `outputs_of` says. fp32 goes without tensor cores, in small tiles.
+    128 rows, or where `shrinks` 64 if that many would leave half of the processors idle (what is bound by memory gains
+    nothing from it, and every form costs a compilation); the largest step that divides c, up to 128 bytes; the outputs as
+    `outputs_of` says; eight warps where four would spill. fp32 goes without tensor cores, in small tiles.
     """
     if dtype == torch.float32:
         return Tiles(64, divisor(c, 32), min(64, outputs_of(k)), 8, 2, target.processors, tma and target.sm >= 90)
     bo, modern = outputs_of(k), target.sm >= 90
-    bm = 128 if 2 * triton.cdiv(rows, 128) * triton.cdiv(k, bo) > target.processors else 64
+    idle = shrinks and 2 * triton.cdiv(rows, 128) * triton.cdiv(k, bo) <= target.processors
+    bm = 64 if idle else 128
     bk = divisor(c, 128 // dtype.itemsize)
-    wide = bm == 128 and bo == 128
-    warps = (warps if modern else 8) if wide else 4
+    if target.sm != 90 or k % bo:
+        warps = 8
+    if bm == 64 or (modern and bo < 128):
+        warps = 8 if modern and k % bo and bo > 64 else 4
     return Tiles(bm, bk, bo, warps, 4 if tma and modern else 3, target.processors, tma and modern)
 
 

@@ -155,7 +155,7 @@ class Stream:
             bm, bn, bo, warps, stages = 64, 64, 64, 4, 2
         else:
             bm, bn, bo, warps, stages = 64, 32, 32, 8, 2
-        return cls(bm, bn, bo, warps if target.sm >= 90 else 8, stages)
+        return cls(bm, bn, bo, warps if target.sm == 90 else 8, stages)
 
 
 @dataclass(frozen=True, eq=False)

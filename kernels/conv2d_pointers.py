@@ -140,9 +140,9 @@ def _pointwise_kernel(
     ROWS,
     H,
     W,
+    K,
     C: tl.constexpr,
     C2: tl.constexpr,
-    K: tl.constexpr,
     BM: tl.constexpr,
     BK: tl.constexpr,
     BO: tl.constexpr,
@@ -153,7 +153,7 @@ def _pointwise_kernel(
     BORDER: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    n_out: tl.constexpr = (K + BO - 1) // BO
+    n_out = tl.cdiv(K, BO)
     o0 = (tl.program_id(0) % n_out) * BO
     m0 = (tl.program_id(0) // n_out) * BM
     acc = tl.zeros((BM, BO), tl.float32)
@@ -321,9 +321,9 @@ class Pointwise:
             len(x.rows),
             x.height,
             x.width,
+            k,
             C=x.channels,
             C2=0 if x2 is None else x2.channels,
-            K=k,
             OUT=TRITON_TYPE[out.rows.dtype],
             BIAS=self.bias is not None,
             RESIDUAL=residual is not None,

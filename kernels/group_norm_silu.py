@@ -55,11 +55,13 @@ def load_pixels(x_ptr, x2_ptr, n, p, c, inside, W, IMAGE, C1, C, TWO: tl.constex
 
 
 @triton.jit
-def of_group(s, lane, WIDTH: tl.constexpr, ONE: tl.constexpr):
-    """Per channel s [L] -> the sum over the channel's group, for every channel."""
-    if WIDTH == 1:
+def of_group(s, lane, WIDTH, GROUPS: tl.constexpr):
+    """Per channel s [L] -> the sum over the channel's group, for every channel. GROUPS: "each" channel is one, the block is "one",
+    or it holds "some".
+    """
+    if GROUPS == "each":
         return s
-    if ONE:
+    if GROUPS == "one":
         return tl.sum(s, 0) + tl.zeros_like(s)
     same = (lane // WIDTH)[:, None] == (lane // WIDTH)[None, :]
     return tl.sum(tl.where(same, s[None, :], 0.0), 1)
@@ -102,7 +104,7 @@ def store_pixels(out_ptr, y, n, p, c, inside, H, W, C, BORDER: tl.constexpr):
     tl.store(out_ptr + n * (H + BORDER) * (W + BORDER) * C + (row[:, None] * C + c[None, :]), y, mask=inside)
 
 
-@triton.jit(do_not_specialize=["H", "W", "S"])
+@triton.jit(do_not_specialize=["H", "W", "S", "WIDTH"])
 def _one_pass_kernel(
     x_ptr,
     x2_ptr,
@@ -116,12 +118,13 @@ def _one_pass_kernel(
     C1,
     C,
     S,
+    WIDTH,
     eps,
     unit,
     P: tl.constexpr,
     L: tl.constexpr,
     USED: tl.constexpr,
-    WIDTH: tl.constexpr,
+    GROUPS: tl.constexpr,
     TWO: tl.constexpr,
     TIME: tl.constexpr,
     SILU: tl.constexpr,
@@ -141,17 +144,16 @@ def _one_pass_kernel(
     if TIME == 1:
         x += tl.load(table_ptr + c, mask=used, other=0.0)[None, :]
     count = (H * W * WIDTH).to(tl.float32)
-    ONE: tl.constexpr = USED == WIDTH
-    mean = of_group(tl.sum(tl.where(inside, x, 0.0), 0), lane, WIDTH, ONE) / count
+    mean = of_group(tl.sum(tl.where(inside, x, 0.0), 0), lane, WIDTH, GROUPS) / count
     d = tl.where(inside, x - mean[None, :], 0.0)
-    rstd = tl.rsqrt(of_group(tl.sum(d * d, 0), lane, WIDTH, ONE) / count + eps)
+    rstd = tl.rsqrt(of_group(tl.sum(d * d, 0), lane, WIDTH, GROUPS) / count + eps)
     y = finish(d, rstd, gamma_ptr, beta_ptr, table_ptr, c, used, C, unit, TIME, SILU, OUT)
     store_pixels(out_ptr, y, n, p, c, inside, H, W, C, BORDER)
     if BORDER:
         zero_border(out_ptr, n, c, used, H, W, C, L, OUT)
 
 
-@triton.jit(do_not_specialize=["H", "W", "S", "CHUNK", "CHUNKS"])
+@triton.jit(do_not_specialize=["H", "W", "S", "WIDTH", "CHUNK", "CHUNKS"])
 def _statistics_kernel(
     x_ptr,
     x2_ptr,
@@ -163,12 +165,13 @@ def _statistics_kernel(
     C1,
     C,
     S,
+    WIDTH,
     CHUNK,
     CHUNKS,
     P: tl.constexpr,
     L: tl.constexpr,
     USED: tl.constexpr,
-    WIDTH: tl.constexpr,
+    GROUPS: tl.constexpr,
     TWO: tl.constexpr,
     TIME: tl.constexpr,
 ):
@@ -179,7 +182,6 @@ def _statistics_kernel(
     lane = tl.arange(0, L)
     c = tl.program_id(0) % blocks * USED + lane
     used = (lane < USED) & (c < C)
-    ONE: tl.constexpr = USED == WIDTH
     last = tl.minimum((chunk + 1) * CHUNK, H * W)
     mean = tl.zeros((L,), tl.float32)
     squares = tl.zeros((L,), tl.float32)
@@ -191,11 +193,11 @@ def _statistics_kernel(
         if TIME == 1:
             x += tl.load(table_ptr + tl.load(row_ptr + n).to(tl.int64) * S + c, mask=used, other=0.0)[None, :]
         count = (tl.minimum(last - first, P) * WIDTH).to(tl.float32)
-        here = of_group(tl.sum(tl.where(inside, x, 0.0), 0), lane, WIDTH, ONE) / count
+        here = of_group(tl.sum(tl.where(inside, x, 0.0), 0), lane, WIDTH, GROUPS) / count
         d = tl.where(inside, x - here[None, :], 0.0)
         delta = here - mean
         total = seen + count
-        squares += of_group(tl.sum(d * d, 0), lane, WIDTH, ONE) + delta * delta * (seen * count / total)
+        squares += of_group(tl.sum(d * d, 0), lane, WIDTH, GROUPS) + delta * delta * (seen * count / total)
         mean += delta * (count / total)
         seen = total
     groups = C // WIDTH
@@ -205,7 +207,7 @@ def _statistics_kernel(
     tl.store(part_ptr + at + 1, squares, mask=first_of_group)
 
 
-@triton.jit(do_not_specialize=["H", "W", "S", "CHUNK", "CHUNKS"])
+@triton.jit(do_not_specialize=["H", "W", "S", "WIDTH", "CHUNK", "CHUNKS"])
 def _apply_kernel(
     x_ptr,
     x2_ptr,
@@ -220,6 +222,7 @@ def _apply_kernel(
     C1,
     C,
     S,
+    WIDTH,
     CHUNK,
     CHUNKS,
     eps,
@@ -227,7 +230,7 @@ def _apply_kernel(
     P: tl.constexpr,
     L: tl.constexpr,
     USED: tl.constexpr,
-    WIDTH: tl.constexpr,
+    GROUPS: tl.constexpr,
     TWO: tl.constexpr,
     TIME: tl.constexpr,
     SILU: tl.constexpr,
@@ -282,25 +285,25 @@ class Blocks:
     one_pass: bool
 
     @classmethod
-    def of(cls, size: int, channels: int, width: int) -> Blocks:
+    def of(cls, size: int, channels: int, width: int, held: int = HELD) -> Blocks:
         """For images of `size` pixels: whole groups of `width` channels, by eights where that is possible (16 bytes a load)."""
         pixels, least = power_of_two(size), power_of_two(width)
-        lanes = min(WIDEST, HELD // pixels, power_of_two(channels))
-        one_pass = max(least, min(16, power_of_two(channels))) * pixels <= HELD
+        lanes = min(WIDEST, held // pixels, power_of_two(channels))
+        one_pass = max(least, min(16, power_of_two(channels))) * pixels <= held
         if one_pass:
             lanes = max(lanes, least)
         else:
             lanes = max(min(WIDEST, power_of_two(channels)), least)
             pixels = min(pixels, max(1, TILE // lanes))
+        elements = pixels * lanes if width <= 32 else pixels * least
+        warps = min(
+            16, max(4, elements // (2048 if one_pass else 1024))
+        )  # 64 elements a thread, or 32 beside a loop's or two maps'
         if width > 32:
-            return cls(pixels, least, width, cls._warps(pixels * least), one_pass)
+            return cls(pixels, least, width, warps, one_pass)
         by = math.lcm(width, 8)
         used = lanes // by * by or lanes // width * width
-        return cls(pixels, lanes, used, cls._warps(pixels * lanes), one_pass)
-
-    @staticmethod
-    def _warps(elements: int) -> int:
-        return min(16, max(4, elements // 2048))  # 64 elements a thread
+        return cls(pixels, lanes, used, warps, one_pass)
 
 
 @dataclass(frozen=True, eq=False)
@@ -329,7 +332,8 @@ class GroupNormSiLU:
         return len(self.gamma) // self.groups
 
     def blocks(self, x: FeatureMap) -> Blocks:
-        return Blocks.of(x.height * x.width, len(self.gamma), self.width)
+        # scale and shift take registers of their own
+        return Blocks.of(x.height * x.width, len(self.gamma), self.width, HELD // 2 if self.time == "scale_shift" else HELD)
 
     def scratch_elements(self, x: FeatureMap) -> int:
         """fp32 elements that the two-pass form needs for its statistics; 0 in one pass."""
@@ -349,8 +353,9 @@ class GroupNormSiLU:
         second = x if x2 is None else x2
         sources, times = (x.rows, second.rows), (self.gamma, self.gamma) if table is None else (table[:, self.column :], row)
         part = None if scratch is None else scratch.rows
-        numbers = (x.height, x.width, x.channels, c, 0 if table is None else table.stride(0))
-        cut = dict(P=b.pixels, L=b.lanes, USED=b.used, WIDTH=self.width, TWO=x2 is not None, num_warps=b.warps)
+        numbers = (x.height, x.width, x.channels, c, 0 if table is None else table.stride(0), self.width)
+        groups = "each" if self.width == 1 else "one" if self.width == b.used else "some"
+        cut = dict(P=b.pixels, L=b.lanes, USED=b.used, GROUPS=groups, TWO=x2 is not None, num_warps=b.warps)
         mode = 0 if self.time is None else 1 if self.time == "add" else 2
         write = dict(TIME=mode, SILU=self.silu, BORDER=int(out.bordered), OUT=TRITON_TYPE[out.rows.dtype])
         blocks = triton.cdiv(c, b.used)

@@ -222,7 +222,7 @@ def test_whole_layer(c, heads, dtype, device):
 
 
 @pytest.mark.kernel
-@pytest.mark.parametrize(("kind", "dtype"), spread([Folded, Heads]), ids=str)
+@pytest.mark.parametrize(("kind", "dtype"), spread([Folded, Heads]), ids=lambda v: getattr(v, "__name__", str(v)))
 def test_same_bits_in_any_batch(kind, dtype, device):
     shape = (5, 1, 48, 3, 7) if kind is Folded else (5, 2, 24, 3, 7)
     case = kind(*shape, dtype, device)
