@@ -71,6 +71,16 @@ class FeatureMap:
             return self.rows.new_empty(self.images, 0, self.channels)
         return torch.cat([self.grid[:, 0], self.grid[:, 1:, 0]], dim=1)
 
+    def expect(self, name: str, images: int, height: int, width: int, channels: int, bordered: bool | None = None) -> None:
+        """ValueError where the map is another than what a launch needs: a kernel would read or write beyond it."""
+        found = (self.images, self.height, self.width, self.channels)
+        if found != (images, height, width, channels) or bordered not in (None, self.bordered):
+            layout = "" if bordered is None else " bordered" if bordered else " dense"
+            raise ValueError(
+                f"{name} is {found}{' bordered' if self.bordered else ' dense'} (images, height, width, channels); "
+                f"expected {(images, height, width, channels)}{layout}"
+            )
+
     def write(self, x: Tensor) -> None:
         """x [N, C, H, W] into the pixels, rounded once, and zero into the border."""
         if self.bordered:

@@ -108,6 +108,9 @@ def box(x: Tensor, rows: int, columns: int, tma: bool) -> Any:
 
 def launch_conv(kernel: Any, t: Tiles, tiles: int, *args: Any, **constants: Any) -> None:
     """Launches `kernel` over `tiles` tiles: all at once, or, where operands come by TMA, in a persistent grid."""
+    padded = "DEPTH" in constants
+    if not padded and any(constants.get(name, 0) % t.bk for name in ("C", "C2")):
+        raise ValueError(f"{constants['C']} channels; tiles of {t.bk} channels a step need a multiple of them")
     with torch.cuda.device_of(next(a for a in args if isinstance(a, Tensor))):
         kernel[(min(tiles, t.programs) if t.tma else tiles,)](
             *args, BM=t.bm, BK=t.bk, BO=t.bo, PROGRAMS=t.programs, num_warps=t.warps, num_stages=t.stages, **constants

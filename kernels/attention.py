@@ -229,6 +229,7 @@ def _launch(
     residual_scale: float,
 ) -> None:
     pixels, c = out.height * out.width, out.channels
+    out.expect("out", len(q) // pixels, out.height, out.width, c, bordered=True)
     d = c // heads
     s = Stream.of(target, d, q.dtype)
     with torch.cuda.device_of(q):

@@ -228,6 +228,10 @@ class Conv3x3:
 
     def run(self, x: FeatureMap, out: FeatureMap, residual: FeatureMap | None = None) -> None:
         t, k = self.tiles, len(self.weight)
+        x.expect("x", x.images, x.height, x.width, self.weight.shape[1] // 9, bordered=True)
+        out.expect("out", x.images, x.height, x.width, k)
+        if residual is not None:
+            residual.expect("residual", x.images, x.height, x.width, k, bordered=True)
         launch_conv(
             _conv3x3_kernel,
             t,
@@ -289,6 +293,8 @@ class UpsampleConv:
 
     def run(self, x: FeatureMap, out: FeatureMap) -> None:
         t, k = self.tiles, len(self.weight) // 4
+        x.expect("x", x.images, x.height, x.width, self.weight.shape[1] // 4, bordered=True)
+        out.expect("out", x.images, 2 * x.height, 2 * x.width, k, bordered=True)
         launch_conv(
             _upsample_conv_kernel,
             t,

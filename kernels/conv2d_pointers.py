@@ -207,6 +207,8 @@ class FirstConv:
 
     def run(self, x: FeatureMap, out: FeatureMap) -> None:
         t, (k, depth) = self.tiles, self.weight.shape
+        x.expect("x", x.images, x.height, x.width, self.channels, bordered=False)
+        out.expect("out", x.images, x.height, x.width, k, bordered=True)
         launch_conv(
             _first_conv_kernel,
             t,
@@ -257,6 +259,8 @@ class DownsampleConv:
 
     def run(self, x: FeatureMap, out: FeatureMap) -> None:
         t, k = self.tiles, len(self.weight)
+        x.expect("x", x.images, 2 * out.height, 2 * out.width, self.weight.shape[1] // 9, bordered=True)
+        out.expect("out", x.images, out.height, out.width, k, bordered=True)
         launch_conv(
             _downsample_kernel,
             t,
@@ -307,6 +311,15 @@ class Pointwise:
 
     def run(self, x: FeatureMap, out: FeatureMap, x2: FeatureMap | None = None, residual: FeatureMap | None = None) -> None:
         t, k = self.tiles, len(self.weight)
+        second = 0 if x2 is None else x2.channels
+        for name, fm, c in (
+            ("x", x, self.weight.shape[1] - second),
+            ("x2", x2, second),
+            ("residual", residual, k),
+            ("out", out, k),
+        ):
+            if fm is not None:
+                fm.expect(name, x.images, x.height, x.width, c, x.bordered)
         launch_conv(
             _pointwise_kernel,
             t,
@@ -323,7 +336,7 @@ class Pointwise:
             x.width,
             k,
             C=x.channels,
-            C2=0 if x2 is None else x2.channels,
+            C2=second,
             OUT=TRITON_TYPE[out.rows.dtype],
             BIAS=self.bias is not None,
             RESIDUAL=residual is not None,

@@ -227,6 +227,7 @@ def _apply_kernel(
     CHUNKS,
     eps,
     unit,
+    MOST: tl.constexpr,
     P: tl.constexpr,
     L: tl.constexpr,
     USED: tl.constexpr,
@@ -245,7 +246,7 @@ def _apply_kernel(
     c = tl.program_id(0) % blocks * USED + lane
     used = (lane < USED) & (c < C)
 
-    chunk = tl.arange(0, 16)  # MOST_CHUNKS
+    chunk = tl.arange(0, MOST)
     at = ((n * CHUNKS + chunk)[:, None] * (C // WIDTH) + (c // WIDTH)[None, :]) * 2
     known = (chunk < CHUNKS)[:, None] & used[None, :]
     means = tl.load(part_ptr + at, mask=known, other=0.0)
@@ -350,6 +351,14 @@ class GroupNormSiLU:
     ) -> None:
         """table [R, columns] fp32, row [N] integer: each image's row; scratch: fp32, `scratch_elements(x)` of them."""
         b, c = self.blocks(x), len(self.gamma)
+        x.expect("x", x.images, x.height, x.width, c if x2 is None else c - x2.channels, bordered=True)
+        out.expect("out", x.images, x.height, x.width, c)
+        if x2 is not None:
+            x2.expect("x2", x.images, x.height, x.width, x2.channels, bordered=True)
+        if not b.one_pass and (scratch is None or scratch.rows.numel() < self.scratch_elements(x)):
+            raise ValueError(
+                f"norms of {x.height}x{x.width} pixels take two passes and need scratch of {self.scratch_elements(x)} elements"
+            )
         second = x if x2 is None else x2
         sources, times = (x.rows, second.rows), (self.gamma, self.gamma) if table is None else (table[:, self.column :], row)
         part = None if scratch is None else scratch.rows
@@ -381,6 +390,7 @@ class GroupNormSiLU:
                 chunks,
                 self.eps,
                 1 / self.unit,
+                MOST=MOST_CHUNKS,
                 **cut,
                 **write,
             )
