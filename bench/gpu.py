@@ -26,7 +26,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bench import gpu_network
 from bench.clock import Timing, measure
+from bench.gpu_network import TINY_UNET
 from bench.training import ours, plain
 from ddpm_fast import NoiseSchedule, Sampler, UNet, UNetConfig
 from ddpm_fast.data import ImageData
@@ -44,7 +46,6 @@ from ddpm_fast.unet import channels_last
 
 ROOT = Path(__file__).parent.parent
 Row = dict[str, Any]
-TINY_UNET = UNetConfig(sample_size=8, channels=(16, 32), layers=1, attention=(False, True), norm_groups=8)
 
 
 class Bench:
@@ -66,6 +67,10 @@ class Bench:
             "training": (self.training, 60),
             "likelihood": (self.likelihood, 60),
             "sampling": (self.sampling, 90),
+            "self-check": (partial(gpu_network.self_check, self), 180),
+            "invariance": (partial(gpu_network.invariance, self), 60),
+            "launches": (partial(gpu_network.launches, self), 120),
+            "network": (partial(gpu_network.forward, self), 150),
         }
 
     def late(self) -> bool:
@@ -304,9 +309,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="tiny sizes on the CPU")
     parser.add_argument("--out", type=Path, help="JSON file (default: bench/results/gpu-DATE.json)")
-    parser.add_argument(
-        "--only", nargs="+", metavar="PART", help="some parts: tests copy kernels forward training likelihood sampling"
-    )
+    parser.add_argument("--only", nargs="+", metavar="PART", help="some parts, by the names under which the results stand")
     args = parser.parse_args()
     bench = Bench(args.tiny)
     if bench.device.type == "cpu" and not args.tiny:

@@ -9,6 +9,7 @@ import torch
 from bench.clock import measure
 
 ROOT = Path(__file__).parent.parent
+NETWORK = ["self-check", "invariance", "launches", "network"]
 
 
 def test_gpu_bench_runs_in_tiny(tmp_path):
@@ -17,12 +18,13 @@ def test_gpu_bench_runs_in_tiny(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads((tmp_path / "r.json").read_text())
-    assert list(result["parts"]) == ["tests", "copy", "kernels", "forward", "training", "likelihood", "sampling"]
+    assert list(result["parts"]) == ["tests", "copy", "kernels", "forward", "training", "likelihood", "sampling", *NETWORK]
     rows = [row for part in result["parts"].values() for row in part["rows"]]
     assert not any(row.get("failed") for row in rows)
     timed = {row["what"] for row in rows if row.get("ms", 0) > 0}
     assert {"copy", "noise", "q_sample", "ddpm_step", "reference forward", "noise_mse", "noise_mse gradient"} <= timed
-    assert {"ddpm_step, history", "training", "likelihood", "eager sampling"} <= timed
+    assert {"ddpm_step, history", "training", "likelihood", "eager sampling", "FusedUNet bf16"} <= timed
+    assert {"conv3x3", "group_norm_silu", "folded_attention"} <= {row["what"] for row in result["parts"]["launches"]["rows"]}
     assert result["environment"]["torch"] == torch.__version__ and "--tiny" in result["command"]
     assert done.stdout.splitlines()[-1].startswith("-> ")
 
