@@ -71,3 +71,29 @@ def test_training_engines_take_turns_and_agree(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(training.Engine, "_read", lambda self: json.dumps(dict(loss=float(len(self.name)), first=0.0)))
     with pytest.raises(RuntimeError, match="the engines disagree"):
         training.main()
+
+
+@pytest.mark.kernel
+def test_tuning_finds_the_faster_of_two_tiles(monkeypatch, tmp_path):
+    """By a clock that counts rows instead of seconds, so that the smallest tile wins; what it writes, FusedUNet takes."""
+    from bench import tune
+    from bench.clock import Timing
+    from ddpm_fast import UNet
+    from ddpm_fast.fused_unet import FusedUNet
+
+    def rows_of(call, *_, **__):
+        call()
+        return Timing(call.args[0].op.tiles.bm * 1e-6, 0.0, 1)
+
+    monkeypatch.setattr(tune, "measure", rows_of)
+    monkeypatch.setattr(tune, "candidates", lambda tiles: iter([dict(bm=256, warps=8), dict(bm=64), dict(bm=48)]))
+    monkeypatch.setattr(sys, "argv", ["tune", "--tiny", "--dtype", "fp16", "--out", str(tmp_path / "tiles.json")])
+    tune.main()
+    best = json.loads((tmp_path / "tiles.json").read_text())
+    assert best["first_conv sm90 float16 32->16 8x8"] == best["upsample_conv sm90 float16 32->32 4x4"] == dict(bm=64)
+    assert not any(key.startswith("conv3x3") for key in best)  # they have 64 rows already in so small a network
+    rows = json.loads((tmp_path / "tiles.measured.json").read_text())["rows"]
+    assert {row.get("failed", "")[:12] for row in rows if row["changed"] == dict(bm=48)} != {""}  # no power of two: refused
+    fused = FusedUNet(UNet(tune.TINY_UNET), 2, "fp16", tiles=best, check=False)
+    tiles = {launch.op.name: launch.op.tiles for launch in fused.plan() if hasattr(launch.op, "tiles")}
+    assert tiles["first_conv"].bm == tiles["upsample_conv"].bm == tiles["downsample_conv"].bm == tiles["pointwise"].bm == 64
