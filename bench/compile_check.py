@@ -21,13 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from bench.networks import NETWORKS
 from ddpm_fast import UNet
 from ddpm_fast.fused_unet import FusedUNet
 from ddpm_fast.kernels._tiles import Target
-from ddpm_fast.testing import Compiled, Launch, compile_launch, record_launches
+from ddpm_fast.testing import Compiled, Launch, compile_launch, launch_key, record_launches
 
 PROCESSORS = {80: 108, 89: 128, 90: 132, 100: 148}
 SHARED = {80: 163, 89: 99, 90: 227, 100: 227}  # KiB that a program may take
@@ -67,22 +66,6 @@ def launches_of(net: str, batch: int, dtype: str, sm: int) -> Iterator[tuple[str
             yield f"{net} {planned.name}", launch
 
 
-def key_of(launch: Launch) -> tuple[Any, ...]:
-    """What makes a compilation of its own: as Triton specialises."""
-    key: list[Any] = [launch.kernel.fn.__name__]
-    for p in launch.kernel.params:
-        value = launch.args[p.name]
-        if p.is_constexpr:
-            key.append(str(value))
-        elif isinstance(value, Tensor):
-            key.append((value.dtype, value.storage_offset() * value.element_size() % 16 == 0))
-        elif isinstance(value, int):
-            key.append(None if p.do_not_specialize else 1 if value == 1 else value % 16 == 0)
-        elif not isinstance(value, float):
-            key.append((tuple(value.block_shape), value.base.dtype))
-    return (*key, *sorted((k, str(v)) for k, v in launch.options.items()))
-
-
 def distinct(nets: Iterable[str], batches: Iterable[int], dtypes: Iterable[str], sm: int) -> list[Case]:
     found: dict[tuple[Any, ...], Case] = {}
     for net in nets:
@@ -91,7 +74,7 @@ def distinct(nets: Iterable[str], batches: Iterable[int], dtypes: Iterable[str],
                 continue
             for batch in batches:
                 for where, launch in launches_of(net, batch, dtype, sm):
-                    found.setdefault(key_of(launch), Case(sm, where, launch))
+                    found.setdefault(launch_key(launch), Case(sm, where, launch))
     return list(found.values())
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .checks import is_count
+from .compilation import compile_in_parallel
 from .fused_network import E4M3, Network, Walk
 from .kernels._tiles import Target
 from .kernels._triton import launches_kernel
@@ -103,7 +104,10 @@ class FusedUNet:
             if not (self.device.type == "meta" or launches_kernel(plan.memory)):
                 plan.twins = {launch.name for launch in plan}
             elif self.check:
-                found = verdicts(self.subject(size, plan))
+                subject = self.subject(size, plan)
+                if subject.kept() is None and self.device.type == "cuda":
+                    compile_in_parallel(self.config, subject.options)
+                found = verdicts(subject)
                 warn_of(found)
                 plan.twins = {launch.name for launch in plan if not found[launch.name].passed}
             self._plans[size] = plan

@@ -161,7 +161,7 @@ def main(lines: IO[str], say: Callable[[dict[str, Any]], None]) -> None:
 
     spec = json.loads(lines.readline())
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    unet, known = network_of(spec["config"]), spec["known"]
+    unet, known = network_of(config_of(spec["config"])), spec["known"]
     fused = FusedUNet(unet, check=False, **(spec["options"] | dict(target=Target(**spec["options"]["target"]))))
     plan = fused.plan()
     device, failed = fused.device, {name for name, passed in known.items() if not passed}
@@ -214,11 +214,16 @@ def check_forward(fused: FusedUNet, unet: UNet) -> Verdict:
     return Verdict("" if error <= allowed else f"relative error {error:.1e}, {allowed:.1e} allowed", error, allowed)
 
 
-def network_of(config: Mapping[str, Any]) -> UNet:
+def config_of(fields: Mapping[str, Any]) -> UNetConfig:
+    """A configuration that came as JSON."""
+    arguments: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+    return UNetConfig(**arguments)
+
+
+def network_of(config: UNetConfig) -> UNet:
     """A network with random weights: norms and biases too, so that a fault in them shows."""
     torch.manual_seed(0)
-    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
-    unet = UNet(UNetConfig(**fields)).eval().requires_grad_(False)
+    unet = UNet(config).eval().requires_grad_(False)
     for p in unet.parameters():
         if p.ndim == 1:
             p.add_(0.3 * torch.randn_like(p))

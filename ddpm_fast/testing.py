@@ -63,6 +63,22 @@ def record_launches() -> Iterator[list[Launch]]:
         JITFunction.run = original
 
 
+def launch_key(launch: Launch) -> tuple[Any, ...]:
+    """What makes a compilation of its own: as Triton specialises."""
+    key: list[Any] = [launch.kernel.fn.__name__]
+    for p in launch.kernel.params:
+        value = launch.args[p.name]
+        if p.is_constexpr:
+            key.append(str(value))
+        elif isinstance(value, Tensor):
+            key.append((value.dtype, value.storage_offset() * value.element_size() % 16 == 0))
+        elif isinstance(value, int):
+            key.append(None if p.do_not_specialize else 1 if value == 1 else value % 16 == 0)
+        elif not isinstance(value, float):
+            key.append((tuple(value.block_shape), value.base.dtype))
+    return (*key, *sorted((k, str(v)) for k, v in launch.options.items()))
+
+
 @dataclass(frozen=True)
 class Compiled:
     """What the compiler made of one launch."""

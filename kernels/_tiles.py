@@ -76,7 +76,7 @@ def cut(target: Target, dtype: torch.dtype, c: int, k: int, rows: int, *, tma: b
     if target.sm != 90 or k % bo:
         warps = 8
     if bm == 64 or (modern and bo < 128):
-        warps = 8 if modern and k % bo and bo > 64 else 4
+        warps = 8 if (modern and k % bo and bo > 64) or target.sm >= 100 else 4
     return Tiles(bm, bk, bo, warps, 4 if tma and modern else 3, target.processors, tma and modern)
 
 

@@ -1,18 +1,22 @@
 """Every launch of the networks' plans compiles as meant for sm_90; `make compile-check` has the other architectures."""
 
+import time
+
 import pytest
+import torch
 
 pytest.importorskip("triton")
-from bench.compile_check import Case, compile_all, distinct, faults, key_of, launches_of
+from bench.compile_check import Case, compile_all, distinct, faults, launches_of
 from bench.networks import NETWORKS
+from ddpm_fast.testing import launch_key
 
 pytestmark = pytest.mark.compile
 
 
 def test_every_launch_compiles_as_meant(figure):
     cases = distinct(NETWORKS, [1, 256], ["bf16"], 90)
-    known = {key_of(c.launch) for c in cases}
-    cases += [c for c in distinct(NETWORKS, [256], ["fp8"], 90) if key_of(c.launch) not in known]
+    known = {launch_key(c.launch) for c in cases}
+    cases += [c for c in distinct(NETWORKS, [256], ["fp8"], 90) if launch_key(c.launch) not in known]
     wrong, serial = [], 0.0
     for case, result, seconds in compile_all(cases):
         serial += seconds
@@ -24,7 +28,7 @@ def test_every_launch_compiles_as_meant(figure):
 
 @pytest.mark.parametrize("batch", [1, 16, 256])
 def test_few_compilations_for_the_cifar10_network(batch, figure):
-    count = len({key_of(launch) for _, launch in launches_of("cifar10", batch, "bf16", 90)})
+    count = len({launch_key(launch) for _, launch in launches_of("cifar10", batch, "bf16", 90)})
     figure(f"distinct compilations, CIFAR-10 network, batch {batch}", count)
     assert count < 40
 
@@ -33,7 +37,7 @@ def test_a_batch_that_16_divides_compiles_no_other_kernels():
     """Sizes that follow the batch are not specialised on; only the height of tiles follows it."""
 
     def keys(batch):
-        return {key_of(launch) for _, launch in launches_of("cifar10", batch, "bf16", 90)}
+        return {launch_key(launch) for _, launch in launches_of("cifar10", batch, "bf16", 90)}
 
     assert keys(256) == keys(255) == keys(257) and keys(1) == keys(2)
 
@@ -51,3 +55,25 @@ def test_faults_are_seen():
     for case, message in ((spilling, "local-memory"), (large, "shared memory")):
         _, result, _ = next(compile_all([case]))
         assert any(message in fault for fault in ([result] if isinstance(result, str) else faults(case, result)))
+
+
+def test_kernels_compiled_side_by_side_are_those_that_the_plan_launches(tmp_path, monkeypatch, figure):
+    """A second process finds all of them in Triton's cache and adds nothing."""
+    from ddpm_fast import UNet
+    from ddpm_fast.compilation import compile_in_parallel, distinct_launches
+    from ddpm_fast.fused_unet import FusedUNet
+    from ddpm_fast.kernels._tiles import H100
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    config = NETWORKS["cifar10"]
+    with torch.device("meta"):
+        fused = FusedUNet(UNet(config), 256, "bf16", "meta", target=H100)
+    options = fused.subject(fused.size, fused.plan()).options
+    began = time.perf_counter()
+    assert compile_in_parallel(config, options, 2) == [0, 0]
+    first, kept = time.perf_counter() - began, sorted(tmp_path.rglob("*.cubin"))
+    began = time.perf_counter()
+    assert compile_in_parallel(config, options, 1) == [0]
+    second = time.perf_counter() - began
+    assert sorted(tmp_path.rglob("*.cubin")) == kept and len(kept) == len(distinct_launches(config, options))
+    figure(f"{len(kept)} kernels of the CIFAR-10 network: seconds in two processes, in a second run", f"{first:.1f}, {second:.1f}")
