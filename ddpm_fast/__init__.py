@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint, load_pretrained, save_pretrained
     from .data import ImageData, load_images
+    from .fused_unet import FusedUNet
     from .likelihood import bits_per_dimension
     from .sampler import Sampler
     from .schedule import NoiseSchedule
@@ -22,6 +23,7 @@ __version__ = "0.1.0"
 # Names are fetched on first use, so that importing the package costs next to nothing: Triton alone takes a quarter second.
 _HOME = {
     "Checkpoint": "checkpoint",
+    "FusedUNet": "fused_unet",
     "ImageData": "data",
     "NoiseSchedule": "schedule",
     "Sampler": "sampler",
@@ -38,6 +40,7 @@ _HOME = {
 
 __all__ = [
     "Checkpoint",
+    "FusedUNet",
     "ImageData",
     "NoiseSchedule",
     "Sampler",

@@ -26,7 +26,10 @@ except ImportError:
         def __getitem__(self, grid: Any) -> Any:
             raise RuntimeError(f"{self.fn.__name__} needs Triton: pip install 'triton>=3.6'")
 
-    triton = SimpleNamespace(jit=_Inert, cdiv=lambda a, b: -(-a // b))
+    def _jit(fn: Any = None, **_: Any) -> Any:
+        return _Inert if fn is None else _Inert(fn)
+
+    triton = SimpleNamespace(jit=_jit, cdiv=lambda a, b: -(-a // b))
     tl = SimpleNamespace(constexpr=lambda value: SimpleNamespace(value=value))
 
 PRESENT = not isinstance(triton, SimpleNamespace)

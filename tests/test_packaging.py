@@ -44,6 +44,9 @@ import torch, ddpm_fast
 from ddpm_fast import *
 x = Sampler(lambda x, t: x, NoiseSchedule.linear(), (3, 8, 8)).sample(2, steps=3)
 assert x.shape == (2, 8, 8, 3)
+unet = UNet(UNetConfig(8, channels=(16,), layers=1, norm_groups=4, attention=False, mid_attention=False)).eval()
+x = torch.randn(1, 3, 8, 8)
+assert (FusedUNet(unet, 1, "fp32")(x, 5) - unet(x, 5)).abs().max() < 1e-5
 print("ok")
 """
     assert python(code).endswith("ok\n")

@@ -52,7 +52,7 @@ def test_an_image_is_the_same_to_the_bit_in_every_batch(dtype):
             assert torch.equal(fused(x[first : first + batch], t[first : first + batch]), want[first : first + batch])
 
 
-def test_errors_by_type(figure):
+def test_accuracy_by_type(figure):
     unet, (x, t) = cifar(), inputs(16)
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     exact = unet.double()(x.double(), t)
