@@ -99,10 +99,10 @@ def test_planted_faults_are_found_and_count_against_their_launch():
             "two runs differ",
             [n.name for n in network.plan() if "x2" in n.reads and n.op.name != "pointwise"],
         ),
-        "Conv3x3": ("never_returns", "no answer for 20 s", ["conv_out"]),
+        "Conv3x3": ("never_returns", "no answer for 12 s", ["conv_out"]),
     }
     command = planted("[" + ", ".join(f"({op}, {fault})" for op, (fault, _, _) in faults.items()) + "]")
-    found = self_check.check(subject_of(network), command, timeout=20)
+    found = self_check.check(subject_of(network), command, timeout=12)
     reasons = {k: v.reason for k, v in found.items() if not v.passed}
     assert set(reasons) == {name for _, _, names in faults.values() for name in names}
     for _, reason, names in faults.values():
