@@ -88,7 +88,7 @@ class Compiled:
     shared: int  # bytes
     ptx: str
     sass: list[str]  # the program's instructions, in order, without the idle loop behind EXIT
-    step: int  # instructions of the innermost loop around the matrix product, without what is jumped over; 0: no such loop
+    step: int  # instructions of the shortest loop around a matrix product; 0: there is none, it is unrolled
 
     def count(self, opcode: str) -> int:
         return sum(line.startswith(opcode) for line in self.sass)
@@ -139,23 +139,36 @@ def compile_launch(launch: Launch, sm: int) -> Compiled:
     numbered = numbered[: len(numbered) - next((i for i, line in enumerate(reversed(numbered)) if line[2].startswith("EXIT")), 0)]
     sass = [line for _, _, line in numbered]
     spills = sum(line.startswith(("LDL", "STL")) for line in sass)
-    return Compiled(int(found[1]), spills, compiled.metadata.shared, compiled.asm["ptx"], sass, _step(numbered))
+    return Compiled(int(found[1]), spills, compiled.metadata.shared, compiled.asm["ptx"], sass, _shortest_loop(numbered))
 
 
-def _step(numbered: list[tuple[str, str, str]]) -> int:
+def _shortest_loop(numbered: list[tuple[str, str, str]]) -> int:
+    """Instructions on the shortest way from a matrix product back to itself: an epilogue that is jumped over does not count.
+
+    numbered: (address, predicate, instruction)
+    """
     at = {int(address, 16): i for i, (address, _, _) in enumerate(numbered)}
-    jumps = []  # (from, to, conditional)
-    for i, (_, condition, line) in enumerate(numbered):
+    after: list[list[int]] = []
+    for i, (_, predicate, line) in enumerate(numbered):
         target = re.search(r"0x([0-9a-f]+)", line) if line.startswith("BRA") else None
-        if target and int(target[1], 16) in at:
-            jumps.append((i, at[int(target[1], 16)], bool(condition) or "P" in line))
-    products = [i for i, (_, _, line) in enumerate(numbered) if re.match(r"[HQ]?GMMA|HGMMA|QGMMA|HMMA|UTC\w*MMA", line)]
-    loops = [(end - begin + 1, begin, end) for end, begin, _ in jumps if begin <= end and any(begin <= p <= end for p in products)]
-    if not loops:
-        return 0
-    length, begin, end = min(loops)
-    epilogue = max((to - source - 1 for source, to, some in jumps if some and begin <= source < to <= end), default=0)
-    return length - (epilogue if epilogue > 64 else 0)
+        leads = [at[int(target[1], 16)]] if target and int(target[1], 16) in at else []
+        ends = line.startswith(("BRA", "EXIT")) and not predicate and "UP" not in line.split(",")[0]
+        after.append(leads if ends or i + 1 == len(numbered) else [*leads, i + 1])
+    products = [i for i, (_, _, line) in enumerate(numbered) if re.match(r"[HQ]G?MMA|UTC\w*MMA", line)]
+    return min((way for way in (_way_back(after, i) for i in products) if way), default=0)
+
+
+def _way_back(after: list[list[int]], start: int) -> int:
+    """The fewest steps from `start` to `start`; 0 where none lead there."""
+    reached, steps, edge = {start}, 0, [start]
+    while edge:
+        steps += 1
+        following = {j for i in edge for j in after[i]}
+        if start in following:
+            return steps
+        edge = list(following - reached)
+        reached |= following
+    return 0
 
 
 def _cuobjdump(cubin: bytes, flag: str) -> str:

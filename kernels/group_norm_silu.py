@@ -46,11 +46,12 @@ def group_norm_silu_reference(
 @triton.jit
 def load_pixels(x_ptr, x2_ptr, n, p, c, inside, W, IMAGE, C1, C, TWO: tl.constexpr):
     """fp32 [P, L]: pixels p, channels c of image n of a bordered map, or of two joined along the channels."""
-    row = ((p // W + 1) * (W + 1) + p % W + 1)[:, None]  # within the image, so 32 bits will do
+    row = (p + p // W + W + 2)[:, None]  # a border row, and a border pixel a row; within the image, so 32 bits will do
     if TWO:
-        x = tl.load(x_ptr + n * IMAGE * C1 + (row * C1 + c[None, :]), mask=inside & (c < C1)[None, :], other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + n * IMAGE * C1 + (row * C1 + c[None, :]), mask=inside & (c < C1)[None, :], other=0.0)
         second = x2_ptr + n * IMAGE * (C - C1) - C1
-        return x + tl.load(second + (row * (C - C1) + c[None, :]), mask=inside & (c >= C1)[None, :], other=0.0).to(tl.float32)
+        x2 = tl.load(second + (row * (C - C1) + c[None, :]), mask=inside & (c >= C1)[None, :], other=0.0)
+        return tl.where((c < C1)[None, :], x, x2).to(tl.float32)  # joined before they are widened: fewer registers
     return tl.load(x_ptr + n * IMAGE * C + (row * C + c[None, :]), mask=inside, other=0.0).to(tl.float32)
 
 
@@ -100,7 +101,7 @@ def zero_border(out_ptr, n, c, used, H, W, C, L: tl.constexpr, OUT: tl.constexpr
 
 @triton.jit
 def store_pixels(out_ptr, y, n, p, c, inside, H, W, C, BORDER: tl.constexpr):
-    row = (p // W + BORDER) * (W + BORDER) + p % W + BORDER
+    row = p + BORDER * (p // W + W + 2)
     tl.store(out_ptr + n * (H + BORDER) * (W + BORDER) * C + (row[:, None] * C + c[None, :]), y, mask=inside)
 
 

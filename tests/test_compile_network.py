@@ -1,14 +1,15 @@
 """Every launch of the networks' plans compiles as meant for sm_90; `make compile-check` has the other architectures."""
 
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
-from bench.compile_check import Case, compile_all, distinct, faults, launches_of
+from bench.compile_check import Case, compile_all, distinct, faults, launches_of, with_fp32
 from bench.networks import NETWORKS
-from ddpm_fast.testing import launch_key
+from ddpm_fast.testing import _shortest_loop, compile_launch, launch_key
 
 pytestmark = pytest.mark.compile
 
@@ -18,12 +19,12 @@ def test_every_launch_compiles_as_meant(figure):
     known = {launch_key(c.launch) for c in cases}
     more = [*distinct(NETWORKS, [256], ["fp8"], 90), *distinct(["cifar10"], [1], ["bf16"], 90)]
     cases += [c for c in more if launch_key(c.launch) not in known]
-    wrong, serial = [], 0.0
+    cases, wrong, serial = with_fp32(cases), [], 0.0
     for case, result, seconds in compile_all(cases):
         serial += seconds
         found = [result] if isinstance(result, str) else faults(case, result)
         wrong += [f"{case.kernel} in {case.where}: {'; '.join(found)}"] if found else []
-    figure("launches of four networks, sm_90, bf16 and fp8: distinct, seconds to compile one by one", f"{len(cases)}, {serial:.0f}")
+    figure("launches of four networks, sm_90: distinct, seconds to compile one by one", f"{len(cases)}, {serial:.0f}")
     assert not wrong
 
 
@@ -56,6 +57,25 @@ def test_faults_are_seen():
     for case, message in ((spilling, "local-memory"), (large, "shared memory")):
         _, result, _ = next(compile_all([case]))
         assert any(message in fault for fault in ([result] if isinstance(result, str) else faults(case, result)))
+
+
+def test_narrow_accesses_and_foreign_instructions_are_seen():
+    """A map that begins 2 bytes beyond a multiple of 16 moves by 2 bytes; what was compiled for sm_90 has no tcgen05."""
+    cases = distinct(["cifar10"], [256], ["bf16"], 90)
+    norm = next(c for c in cases if c.kernel == "_one_pass_kernel")
+    x = norm.launch.args["x_ptr"]
+    shifted = torch.empty(x.numel() + 1, dtype=x.dtype, device="meta")[1:]
+    odd = replace(norm, launch=replace(norm.launch, args=norm.launch.args | dict(x_ptr=shifted)))
+    assert any(".U16" in fault for fault in faults(odd, compile_launch(odd.launch, 90)))
+    conv = next(c for c in cases if c.kernel == "_conv3x3_kernel")
+    compiled = compile_launch(conv.launch, 90)
+    assert faults(conv, compiled) == [] and faults(replace(conv, sm=100), compiled) == ["no tcgen05.mma"]
+
+
+def test_shortest_loop_leaves_out_what_is_jumped_over():
+    lines = ["MOV", "HGMMA.64", "@P0 BRA 0x50", "FADD", "STG", "@P1 BRA 0x10", "EXIT"]  # the product, an epilogue, the loop's end
+    numbered = [(f"{16 * i:04x}", *(line.split(" ", 1) if line.startswith("@") else ("", line))) for i, line in enumerate(lines)]
+    assert _shortest_loop(numbered) == 3 and _shortest_loop(numbered[:5]) == 0
 
 
 def test_kernels_compiled_side_by_side_are_those_that_the_plan_launches(tmp_path, monkeypatch, figure):
