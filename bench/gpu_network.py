@@ -15,9 +15,10 @@ from ddpm_fast import UNet, UNetConfig
 from ddpm_fast.fused_unet import FusedUNet
 from ddpm_fast.plan import Launch
 from ddpm_fast.roofline import GPUS, estimate
-from ddpm_fast.self_check import FORWARD, verdicts
+from ddpm_fast.self_check import FORWARD
 from ddpm_fast.testing import relative_error
 from ddpm_fast.unet import channels_last
+from ddpm_fast.verdicts import verdicts
 
 if TYPE_CHECKING:
     from bench.gpu import Bench
@@ -95,8 +96,8 @@ def launches(bench: Bench) -> list[Row]:
     batch = 2 if bench.tiny else 256
     rows: list[Row] = []
     for dtype in dtypes(bench):
-        fused = FusedUNet(network_of(bench), batch, dtype)
-        plan = fused.load(*inputs(bench, network_of(bench), batch))
+        unet = network_of(bench)
+        plan = FusedUNet(unet, batch, dtype).load(*inputs(bench, unet, batch))
         plan.run()
         for launch, count in _distinct(list(plan)):
             if bench.late():

@@ -24,9 +24,9 @@ from .fused_network import E4M3, Network, Walk
 from .kernels._tiles import Target
 from .kernels._triton import launches_kernel
 from .plan import Plan
-from .self_check import Subject, verdicts, warn_of
 from .unet import UNet
 from .unet_config import UNetConfig
+from .verdicts import Subject, twins_of, verdicts
 
 # name -> type of the activations, type of what 3x3 convolutions multiply
 DTYPES = {
@@ -79,7 +79,7 @@ class FusedUNet:
         size = size or self.config.size
         if size is None:
             raise ValueError("the configuration names no sample_size; give size=(height, width)")
-        self.size = (size[0], size[1])
+        self.size = self._check_size(size)
         self._network = Network(unet, device, self.activations, operand, target, timesteps, self.tiles)
         self._inputs = self._network.inputs(batch_size)
         self._plans: dict[tuple[int, int], Plan] = {}
@@ -94,11 +94,8 @@ class FusedUNet:
 
     def plan(self, size: tuple[int, int] | None = None) -> Plan:
         """The launches for images of `size` (H, W), by default the size that was named first."""
-        size = self.size if size is None else (size[0], size[1])
+        size = self.size if size is None else self._check_size(size)
         if size not in self._plans:
-            coarsest = 2 ** (len(self.config.channels) - 1)
-            if len(size) != 2 or any(not is_count(n) or n % coarsest for n in size):
-                raise ValueError(f"size {size}; expected (H, W), both divisible by {coarsest}")
             walk = Walk(self._network, self._inputs, self.batch_size, size)
             plan = Plan(walk.launches, self.device, walk.x, walk.out, walk.given)
             if not (self.device.type == "meta" or launches_kernel(plan.memory)):
@@ -107,9 +104,7 @@ class FusedUNet:
                 subject = self.subject(size, plan)
                 if subject.kept() is None and self.device.type == "cuda":
                     compile_in_parallel(self.config, subject.options)
-                found = verdicts(subject)
-                warn_of(found)
-                plan.twins = {launch.name for launch in plan if not found[launch.name].passed}
+                plan.twins = twins_of(verdicts(subject))
             self._plans[size] = plan
         return self._plans[size]
 
@@ -153,6 +148,12 @@ class FusedUNet:
             i.row[:b] = t * (self.config.num_classes or 1) + labels
         return plan
 
+    def _check_size(self, size: Any) -> tuple[int, int]:
+        coarsest = 2 ** (len(self.config.channels) - 1)
+        if not isinstance(size, (tuple, list)) or len(size) != 2 or any(not is_count(n) or n % coarsest for n in size):
+            raise ValueError(f"size {size!r}; expected (H, W), both divisible by {coarsest}")
+        return int(size[0]), int(size[1])
+
     def _check_call(self, x_t: Tensor, t: Tensor | int, labels: Tensor | None) -> tuple[int, Tensor, Tensor]:
         c, coarsest = self.config, 2 ** (len(self.config.channels) - 1)
         if x_t.ndim != 4 or x_t.shape[1] != c.in_channels or x_t.shape[2] % coarsest or x_t.shape[3] % coarsest:
@@ -180,6 +181,8 @@ def _check(c: UNetConfig, batch_size: int, timesteps: int, dtype: str, target: T
         raise ValueError(f"batch_size = {batch_size}, timesteps = {timesteps}; expected integers of at least 1")
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r}; expected one of {', '.join(DTYPES)}")
+    if target.sm < 80:
+        raise ValueError(f"the kernels need compute capability 8.0 or newer; this GPU has {target.sm / 10}: run the reference UNet")
     if dtype == "fp8" and target.sm < 89:
         raise ValueError(f"fp8 needs a GPU of compute capability 8.9 or newer; this one has {target.sm / 10}: take bf16")
     odd = [n for n in c.channels if n % 16]

@@ -1,8 +1,7 @@
-"""Before a plan is trusted on a GPU, each of its launches is held against its twin, in a child process with a time limit.
+"""Each launch of a plan held against its twin: the rule, and the process that applies it.
 
-An illegal access poisons the process that made it, and a deadlock never returns: so a child runs the launches one by one and
-says before each which it is about to run. If it dies or falls silent, the launch in progress is to blame, and another child goes on
-behind it. Launches that fail run by their twins from then on; the verdict is kept, for this GPU and these sources.
+An illegal access poisons the process that made it, and a deadlock never returns. So this runs as a process of its own (`verdicts`
+starts it), judges launch by launch, and says before each which it is about to run.
 
 What a launch must show, on the first, the middle and the last image of a batch, its output full of NaN before:
 
@@ -16,27 +15,17 @@ The truth is the twin in fp32, or fp64 where the plan is fp32. Then the whole fo
 
 from __future__ import annotations
 
-import hashlib
 import json
-import subprocess
 import sys
-import threading
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
-from queue import Empty, Queue
 from typing import IO, TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from . import __version__
-from .cache import cache_dir
-from .checkpoint import write_atomically
-from .kernels import _triton, noise
+from .kernels import noise
 from .kernels._feature_map import FeatureMap
 from .kernels._tiles import Target
 from .kernels.ddpm_step import COLUMNS, ddpm_step, ddpm_step_reference
@@ -47,7 +36,6 @@ from .unet_config import UNetConfig
 if TYPE_CHECKING:
     from .fused_unet import FusedUNet
 
-COMMAND = (sys.executable, "-m", "ddpm_fast.self_check")
 STEP_LAUNCHES = ("noise", "ddpm_step")  # what a step runs besides the network
 FORWARD = "forward"
 FP8_FORWARD = 0.15  # relative error of an fp8 forward: plain PyTorch has none to compare with
@@ -236,157 +224,6 @@ def inputs_of(fused: FusedUNet) -> tuple[Tensor, Tensor, Tensor | None]:
     x = torch.randn(b, c.in_channels, *fused.size, generator=generator).to(fused.device)
     t = torch.randint(fused.timesteps, (b,), generator=generator).to(fused.device)
     return x, t, torch.randint(c.num_classes, (b,), generator=generator).to(fused.device) if c.num_classes else None
-
-
-# ---- the parent
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What is checked: the plan that these options give, and its launches' names."""
-
-    config: UNetConfig
-    options: Mapping[str, Any]
-    launches: Sequence[str]
-
-    @property
-    def path(self) -> Path:
-        """Where its verdict is kept."""
-        return cache_dir() / "verdicts" / f"{self.key}.json"
-
-    @property
-    def key(self) -> str:
-        """SHA-256 of everything that a verdict depends on: hardware, software, the kernels' sources, the plan."""
-        device = torch.device(self.options["device"])
-        hardware = [torch.cuda.get_device_name(device), driver()] if device.type == "cuda" else [device.type]
-        sources = hashlib.sha256()
-        for path in sorted(Path(noise.__file__).parent.glob("*.py")):
-            sources.update(path.read_bytes())
-        triton = getattr(_triton.triton, "__version__", None)
-        software = [torch.__version__, triton, _triton.INTERPRETED, __version__, sources.hexdigest()]
-        what = [hardware, software, asdict(self.config), dict(self.options), list(self.launches)]
-        return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
-
-    def kept(self) -> dict[str, Verdict] | None:
-        """The verdict that is kept, or None: not checked yet, or by another version."""
-        try:
-            return {k: Verdict(**v) for k, v in json.loads(self.path.read_text()).items()}
-        except (OSError, ValueError, TypeError, AttributeError):
-            return None
-
-
-def verdicts(subject: Subject, **how: Any) -> dict[str, Verdict]:
-    """Launch -> verdict: the one that is kept, or found now (`check`) and kept."""
-    found = subject.kept()
-    if found is None:
-        found = check(subject, **how)
-        subject.path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(subject.path, json.dumps({k: asdict(v) for k, v in found.items()}, indent=1).encode())
-    return found
-
-
-def check(
-    subject: Subject,
-    command: Sequence[str] = COMMAND,
-    timeout: float = 300.0,
-    progress: Callable[[str], object] = lambda name: None,
-) -> dict[str, Verdict]:
-    """Launch -> verdict, by children that judge one launch after the other.
-
-    timeout   seconds for one launch, its compilation included; also for the child to begin
-    progress  called with the name of every launch before it is judged
-
-    RuntimeError where memory runs out or a child cannot so much as begin: neither is a verdict.
-    """
-    wanted = [*STEP_LAUNCHES, *subject.launches, FORWARD]
-    done: dict[str, Verdict] = {}
-    while len(done) < len(wanted):
-        before = len(done)
-        known = {k: v.passed for k, v in done.items()}
-        end = _listen(
-            command, dict(config=asdict(subject.config), options=dict(subject.options), known=known), timeout, progress, done
-        )
-        if len(done) == before:
-            raise RuntimeError(f"the self-check could not begin: {end}")
-    return {name: done[name] for name in wanted}
-
-
-def _listen(
-    command: Sequence[str], spec: Mapping[str, Any], timeout: float, progress: Callable[[str], object], done: dict[str, Verdict]
-) -> str:
-    """Puts into `done` what one child judges, and a launch that ended it; returns how it ended."""
-    running: str | None = None
-    with _child(command, spec) as messages:
-        while True:
-            try:
-                message = messages.get(timeout=timeout)
-            except Empty:
-                message = dict(end=f"no answer for {timeout:g} s")
-            if "begin" in message:
-                running = message["begin"]
-                progress(str(running))
-            elif "done" in message:
-                done[message["done"]], running = Verdict(**message["verdict"]), None
-            elif "memory" in message:
-                raise RuntimeError(f"the self-check ran out of memory: take a smaller batch_size ({message['memory']})")
-            else:
-                break
-    if running is not None:
-        done[running] = Verdict(message["end"])
-    return message["end"]
-
-
-@contextmanager
-def _child(command: Sequence[str], spec: Mapping[str, Any]) -> Iterator[Queue[dict[str, Any]]]:
-    """Starts a child and yields what it says; its end, too, is a message."""
-    child = subprocess.Popen(list(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert child.stdin is not None and child.stdout is not None and child.stderr is not None
-    messages: Queue[dict[str, Any]] = Queue()
-    errors: list[str] = []
-
-    def listen(stream: IO[str]) -> None:
-        for line in stream:
-            if line.startswith("{"):
-                messages.put(json.loads(line))
-        reader.join()
-        code = child.wait()
-        last = errors[-1].strip() if errors else ""
-        messages.put(dict(end=f"the process ended with code {code}{': ' + last if last else ''}"))
-
-    reader = threading.Thread(target=lambda: errors.extend(child.stderr or ()), daemon=True)
-    listener = threading.Thread(target=listen, args=(child.stdout,), daemon=True)
-    reader.start()
-    listener.start()
-    try:
-        child.stdin.write(json.dumps(spec) + "\n")
-        child.stdin.close()
-    except BrokenPipeError:
-        pass  # it ended at once, and its end will be heard
-    try:
-        yield messages
-    finally:
-        child.kill()
-        listener.join()
-
-
-def driver() -> str:
-    """The GPU driver's version, as its library says it; "unknown" where it cannot be asked."""
-    try:
-        with open("/proc/driver/nvidia/version") as f:
-            return f.readline().strip()
-    except OSError:
-        return "unknown"
-
-
-def warn_of(found: Mapping[str, Verdict]) -> None:
-    """One warning that names what failed, if anything did."""
-    failed = {k: v for k, v in found.items() if not v.passed}
-    if failed:
-        named = "; ".join(f"{k} ({v.reason})" for k, v in list(failed.items())[:5]) + (" ..." if len(failed) > 5 else "")
-        warnings.warn(
-            f"{len(failed)} of {len(found)} launches failed their self-check and run by plain PyTorch, slower but right: {named}",
-            stacklevel=3,
-        )
 
 
 if __name__ == "__main__":

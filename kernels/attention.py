@@ -155,6 +155,8 @@ class Stream:
             bm, bn, bo, warps, stages = 64, 64, 64, 4, 2
         else:
             bm, bn, bo, warps, stages = 64, 32, 32, 8, 2
+            if target.sm in (86, 89):  # 99 KiB of shared memory; they have one instruction family for all heights
+                bm = 32
         return cls(bm, bn, bo, warps if target.sm == 90 else 8, stages)
 
 

@@ -176,7 +176,7 @@ def ddpm_step(
     ValueError for wrong shapes, types or devices.
     """
     _check(x_t, out, table, row, seed, image, learned, old)
-    if launches_kernel(x_t):
+    if launches_kernel(x_t, "noise", "ddpm_step"):
         _launch(x_t, out, table, row, seed, image, learned, old)
         return
     z = torch.zeros((), dtype=x_t.dtype, device=x_t.device)

@@ -229,7 +229,7 @@ def _fill(out: Tensor, seed: Tensor, image: Tensor, row: Tensor, tag: int, norma
 def words(seed: Tensor, image: Tensor, row: Tensor, tag: int, count: int) -> Tensor:
     """`count` random words for each image: int64 [B, count] in 0..2^32-1. See `noise`."""
     check_per_image(len(seed), seed.device, seed=seed, image=image, row=row)
-    if not launches_kernel(seed):
+    if not launches_kernel(seed, "noise"):
         return words_reference(seed, image, row, tag, count).contiguous()
     out = torch.empty(len(seed), count, dtype=torch.int64, device=seed.device)
     _fill(out, seed, image, row, tag, normal=False)
@@ -245,7 +245,7 @@ def noise(seed: Tensor, image: Tensor, row: Tensor, tag: int, channels: int, hei
     """
     check_per_image(len(seed), seed.device, seed=seed, image=image, row=row)
     count = height * width * channels
-    if launches_kernel(seed):
+    if launches_kernel(seed, "noise"):
         z = torch.empty(len(seed), count, dtype=torch.float32, device=seed.device)
         _fill(z, seed, image, row, tag, normal=True)
     else:

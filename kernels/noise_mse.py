@@ -145,7 +145,7 @@ def noise_mse(out: Tensor, x_0: Tensor | None, coef: Tensor, t: Tensor, row: Ten
     Returns fp32 [B], differentiable with respect to `out`. ValueError for wrong shapes, types or devices.
     """
     _check(out, x_0, coef, t, row, seed, image)
-    if launches_kernel(out):
+    if launches_kernel(out, "noise"):
         return _launch_loss(out, x_0, coef, t, row, seed, image)
     eps = noise_reference(seed, image, row, Q_SAMPLE, tuple(out.shape[1:]))
     return noise_mse_reference(out, eps, x_0, coef, t)
@@ -163,7 +163,7 @@ def noise_mse_gradient(
     image: Tensor,
 ) -> Tensor:
     """d loss / d out, in out's dtype, channels-last: 2 (out - target) / elements, times loss_gradient fp32 [B]."""
-    if launches_kernel(out):
+    if launches_kernel(out, "noise"):
         return _launch_gradient(loss_gradient, out, x_0, coef, t, row, seed, image)
     eps = noise_reference(seed, image, row, Q_SAMPLE, tuple(out.shape[1:]))
     scale = (loss_gradient * (2.0 / max(1, out[0].numel() if len(out) else 1)))[:, None, None, None]

@@ -100,7 +100,7 @@ def q_sample(x_0: Tensor, coef: Tensor, t: Tensor, row: Tensor, seed: Tensor, im
     Returns x_t [B, C, H, W] fp32, channels-last, written once. ValueError for wrong shapes, types or devices.
     """
     _check(x_0, coef, t, row, seed, image)
-    if launches_kernel(x_0):
+    if launches_kernel(x_0, "noise"):
         return _launch(x_0, coef, t, row, seed, image)
     eps = noise_reference(seed, image, row, Q_SAMPLE, tuple(x_0.shape[1:]))
     return _empty_x_t(x_0).copy_(q_sample_reference(x_0, eps, coef, t))

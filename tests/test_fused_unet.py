@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench.networks import NETWORKS
 from ddpm_fast import Sampler, UNet, UNetConfig, load_pretrained
 from ddpm_fast import fused_network as network
 from ddpm_fast.fused_unet import FusedUNet
@@ -14,18 +15,6 @@ from ddpm_fast.schedule import NoiseSchedule
 from ddpm_fast.testing import relative_error
 
 WEIGHTS = Path(__file__).parent.parent / "weights" / "fashion-mnist-32"
-CELEBA = UNetConfig(sample_size=256, channels=(128, 128, 256, 256, 512, 512), attention=(False,) * 4 + (True, False))
-IMPROVED = UNetConfig(
-    out_channels=6,
-    layers=3,
-    attention=(False, True, True, False),
-    head_dim=64,
-    scale_shift=True,
-    downsample_padding=1,
-    cos_first=True,
-    freq_shift=0,
-    norm_eps=1e-5,
-)
 SMALL = dict(in_channels=1, out_channels=1, layers=1)
 # together they take every path: straddling groups, attention on two levels, folded and with heads, both downsamplings ...
 NETS = {
@@ -97,7 +86,7 @@ def run(fused, *args):
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    ("config", "batch"), [(UNetConfig(), 3), (CELEBA, 1), (IMPROVED, 2)], ids=["CIFAR-10", "CelebA-HQ 256", "improved"]
+    ("config", "batch"), [(NETWORKS["cifar10"], 3), (NETWORKS["celebahq256"], 1), (NETWORKS["improved_cifar10"], 2)]
 )
 def test_by_twins_at_full_size(config, batch, figure):
     unet = of(config)
@@ -263,6 +252,8 @@ def test_bad_input_is_said():
         (dict(batch_size=0), "at least 1"),
         (dict(batch_size=1, dtype="int8"), "fp32, fp16"),
         (dict(batch_size=1, size=(30, 28)), "divisible by 4"),
+        (dict(batch_size=1, size=28), r"size 28; expected \(H, W\)"),
+        (dict(batch_size=1, target=Target(75, 40)), r"8\.0 or newer"),
     ):
         with pytest.raises(ValueError, match=message):
             FusedUNet(unet, **options)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from bench.networks import NETWORKS
 from ddpm_fast import UNet, UNetConfig
 from ddpm_fast.cost import unet_cost
 from ddpm_fast.fused_unet import FusedUNet
@@ -13,7 +14,7 @@ from ddpm_fast.kernels._tiles import Target, cut, outputs_of
 from ddpm_fast.plan import ALIGNMENT, Arena, Buffer, Launch, lifetimes
 from ddpm_fast.roofline import GAP, GPUS, estimate
 
-CELEBA = UNetConfig(sample_size=256, channels=(128, 128, 256, 256, 512, 512), attention=(False,) * 4 + (True, False))
+CELEBA = NETWORKS["celebahq256"]
 
 
 class Nothing:

@@ -2,14 +2,16 @@
 
 import json
 import sys
+import warnings
 from dataclasses import replace
 
 import pytest
 import torch
 
-from ddpm_fast import UNet, UNetConfig, self_check
+from ddpm_fast import UNet, UNetConfig, verdicts
 from ddpm_fast.cache import cache_dir, cached_files, clear_cache
 from ddpm_fast.fused_unet import FusedUNet
+from ddpm_fast.kernels import _triton, noise
 from ddpm_fast.kernels._feature_map import FeatureMap
 from ddpm_fast.self_check import FORWARD, STEP_LAUNCHES, Verdict, judge
 from ddpm_fast.testing import relative_error
@@ -78,7 +80,7 @@ def planted(faults):
 @pytest.mark.kernel
 def test_right_kernels_pass():
     network, seen = fused(dtype="fp16"), []
-    found = self_check.check(subject_of(network), progress=seen.append)
+    found = verdicts.check(subject_of(network), progress=seen.append)
     names = [*STEP_LAUNCHES, *(launch.name for launch in network.plan()), FORWARD]
     assert list(found) == seen == names
     assert all(v.passed for v in found.values()), {k: v for k, v in found.items() if not v.passed}
@@ -102,7 +104,7 @@ def test_planted_faults_are_found_and_count_against_their_launch():
         "Conv3x3": ("never_returns", "no answer for 12 s", ["conv_out"]),
     }
     command = planted("[" + ", ".join(f"({op}, {fault})" for op, (fault, _, _) in faults.items()) + "]")
-    found = self_check.check(subject_of(network), command, timeout=12)
+    found = verdicts.check(subject_of(network), command, timeout=12)
     reasons = {k: v.reason for k, v in found.items() if not v.passed}
     assert set(reasons) == {name for _, _, names in faults.values() for name in names}
     for _, reason, names in faults.values():
@@ -115,27 +117,55 @@ def test_planted_faults_are_found_and_count_against_their_launch():
 @pytest.mark.kernel
 def test_what_failed_runs_by_its_twin_and_the_images_are_right(monkeypatch):
     """Verdicts are found once, kept, and obeyed; the warning names the launch."""
-    monkeypatch.setattr(self_check, "COMMAND", planted("[(DownsampleConv, wrong_pixel)]"))
-    monkeypatch.setattr(self_check.check, "__defaults__", (self_check.COMMAND, *self_check.check.__defaults__[1:]))
+    monkeypatch.setattr(verdicts, "COMMAND", planted("[(DownsampleConv, wrong_pixel)]"))
     torch.manual_seed(0)
     unet = UNet(TINY).eval().requires_grad_(False)
-    with pytest.warns(UserWarning, match=r"1 of \d+ launches .* down_blocks\.0\.downsamplers\.0\.conv \(relative"):
+    with pytest.warns(UserWarning, match=r"1 of \d+ failed .* down_blocks\.0\.downsamplers\.0\.conv \(relative"):
         network = FusedUNet(unet, 2, "fp32", check=True)
     assert network.plan().twins == {"down_blocks.0.downsamplers.0.conv"} and not network.invariant
     x = torch.randn(2, 1, 8, 8)
     assert relative_error(network(x, 500), unet(x, torch.tensor(500))) < 3e-6
     kept = subject_of(network).kept()
     assert len(cached_files()) == 1 and sum(not v.passed for v in kept.values()) == 1
-    monkeypatch.setattr(self_check, "_child", lambda *_: pytest.fail("checked again"))
+    monkeypatch.setattr(verdicts, "_child", lambda *_: pytest.fail("checked again"))
     with pytest.warns(UserWarning, match="downsamplers"):
         assert FusedUNet(unet, 2, "fp32", check=True).plan().twins
     assert clear_cache() == 1 and not cache_dir().exists()
 
 
+def test_what_follows_from_a_verdict(monkeypatch):
+    """A launch that failed runs by its twin; noise and step, which are no launches of the plan, by their references."""
+    good, bad = Verdict(), Verdict("wrong")
+    names = [*STEP_LAUNCHES, "conv_in", "conv_out", FORWARD]
+    monkeypatch.setattr(_triton, "UNTRUSTED", set())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert verdicts.twins_of(dict.fromkeys(names, good)) == set()
+    with pytest.warns(UserWarning, match=r"1 of 5 failed .* what failed runs by plain PyTorch.*: conv_in \(wrong\)"):
+        assert verdicts.twins_of(dict.fromkeys(names, good) | dict(conv_in=bad)) == {"conv_in"}
+    with pytest.warns(UserWarning, match="the whole network runs"):
+        assert verdicts.twins_of(dict.fromkeys(names, good) | {FORWARD: bad}) == {"conv_in", "conv_out"}
+    assert not _triton.UNTRUSTED
+    with pytest.warns(UserWarning, match="noise"):
+        assert verdicts.twins_of(dict.fromkeys(names, good) | dict(noise=bad)) == set()
+    assert {"noise"} == _triton.UNTRUSTED
+
+
+@pytest.mark.kernel
+def test_an_untrusted_kernel_is_not_launched(monkeypatch, device):
+    """Operations that rest on it run their references, and come out right."""
+    seed, row = torch.tensor([3], device=device), torch.zeros(1, dtype=torch.int64, device=device)
+    want = noise.noise(seed, row, row, noise.X_T, 1, 4, 4)
+    monkeypatch.setattr(noise, "_fill", lambda *_, **__: pytest.fail("launched"))
+    monkeypatch.setattr(_triton, "UNTRUSTED", {"noise"})
+    assert torch.equal(noise.noise(seed, row, row, noise.X_T, 1, 4, 4), want)
+    assert not _triton.launches_kernel(seed, "noise", "ddpm_step") and _triton.launches_kernel(seed, "ddpm_step")
+
+
 def test_a_child_that_cannot_begin_is_no_verdict():
     command = [sys.executable, "-c", "import sys; sys.exit('no torch here')"]
     with pytest.raises(RuntimeError, match=r"could not begin: .*no torch here"):
-        self_check.verdicts(subject_of(fused()), command=command)
+        verdicts.verdicts(subject_of(fused()), command=command)
     assert not cached_files()
 
 
@@ -146,7 +176,7 @@ def test_running_out_of_memory_is_no_verdict():
         "import json; print(json.dumps(dict(begin='noise'))); print(json.dumps(dict(memory='tried 80 GiB')))",
     ]
     with pytest.raises(RuntimeError, match=r"ran out of memory: take a smaller batch_size .*80 GiB"):
-        self_check.verdicts(subject_of(fused()), command=command)
+        verdicts.verdicts(subject_of(fused()), command=command)
     assert not cached_files()
 
 
