@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 import torch
+from click.core import ParameterSource
 
 from .cache import cache_dir, cached_files, clear_cache
 from .checkpoint import Checkpoint, load_pretrained
@@ -45,6 +46,10 @@ def info(
     """What a checkpoint is, and what it costs."""
     if clear and not cache:
         raise ValueError("--clear goes with --cache")
+    context = click.get_current_context()
+    given = [n for n in ("batch_size", "dtype", "size", "gpu") if context.get_parameter_source(n) is ParameterSource.COMMANDLINE]
+    if given and not planned:
+        raise ValueError(f"--{given[0].replace('_', '-')} goes with --plan")
     if cache:
         _cache(clear, as_json)
         return

@@ -76,6 +76,6 @@ def test_cache(run, tmp_path, monkeypatch):
     code, out, _ = run("info", "--cache", "--json")
     assert code == 0 and json.loads(out)["files"] == ["verdicts/a.json"]
     assert "1 files, 0.0 MiB, removed" in run("info", "--cache", "--clear")[1] and not (tmp_path / "cache").exists()
-    for arguments in (("--clear",), ()):
+    for arguments, message in ((("--clear",), "--cache"), ((), "--cache"), ((WEIGHTS, "--gpu", "h100"), "--gpu goes with --plan")):
         code, _, err = run("info", *arguments)
-        assert code == 2 and "--cache" in err
+        assert code == 2 and message in err
