@@ -1,4 +1,4 @@
-"""The folder where the package keeps what it need not find out twice: verdicts of self-checks.
+"""The folder where the package keeps what it need not find out twice.
 
 `DDPM_FAST_CACHE` names it, by default ~/.cache/ddpm_fast. Compiled kernels are Triton's to keep, in its own cache.
 """
@@ -6,8 +6,12 @@
 from __future__ import annotations
 
 import os
-import shutil
+import tempfile
 from pathlib import Path
+
+VERDICTS = "verdicts"  # of self-checks
+CPU = "cpu"  # what the CPU engine compiled
+FOLDERS = (VERDICTS, CPU)  # nothing else in the folder is ours: it may be one that somebody uses for more
 
 
 def cache_dir() -> Path:
@@ -15,16 +19,21 @@ def cache_dir() -> Path:
     named = os.environ.get("DDPM_FAST_CACHE")
     if named:
         return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddpm_fast"
+    try:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # a user without a home
+        return Path(tempfile.gettempdir()) / f"ddpm_fast-{os.getuid()}"
+    return home / "ddpm_fast"
 
 
 def cached_files() -> list[Path]:
-    """Every file in it, sorted."""
-    return sorted(p for p in cache_dir().rglob("*") if p.is_file())
+    """Every file that is kept, sorted."""
+    return sorted(p for folder in FOLDERS for p in (cache_dir() / folder).rglob("*") if p.is_file())
 
 
 def clear_cache() -> int:
-    """Removes what is in the folder; returns how many files there were."""
-    count = len(cached_files())
-    shutil.rmtree(cache_dir(), ignore_errors=True)
-    return count
+    """Removes what is kept; returns how many files there were."""
+    files = cached_files()
+    for path in files:
+        path.unlink(missing_ok=True)
+    return len(files)

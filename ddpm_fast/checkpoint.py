@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -150,7 +151,7 @@ def _exchange(a: Path, b: Path) -> bool:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Writes a file that is there whole or not at all, even if the machine stops meanwhile."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
         with open(temporary, "wb") as f:
             f.write(content)

@@ -21,6 +21,7 @@ from .self_check import config_of
 from .testing import Launch, launch_key, record_launches
 from .unet import UNet
 from .unet_config import UNetConfig
+from .verdicts import child_environment, python
 
 MOST = 8  # processes; each takes some seconds to begin
 
@@ -31,10 +32,10 @@ def compile_in_parallel(config: UNetConfig, options: Mapping[str, Any], processe
     A process that fails leaves its share to be compiled when it is launched.
     """
     count = processes or max(1, min(MOST, (os.cpu_count() or 2) // 2))
-    children = []
+    children, command = [], python("ddpm_fast.compilation")
     for i in range(count):
         spec = dict(config=asdict(config), options=dict(options), share=[i, count])
-        child = subprocess.Popen([sys.executable, "-m", "ddpm_fast.compilation"], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        child = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, env=child_environment())
         assert child.stdin is not None
         child.stdin.write(json.dumps(spec).encode())
         child.stdin.close()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar, cast
 
 import torch
@@ -128,6 +129,19 @@ class Network:
 def tile_key(kind: str, target: Target, dtype: torch.dtype, c: int, k: int, h: int, w: int) -> str:
     """Which launch an override is for: operation, architecture, operands' type, channels in and out, size of its input."""
     return f"{kind} sm{target.sm} {str(dtype).removeprefix('torch.')} {c}->{k} {h}x{w}"
+
+
+KINDS = ("conv3x3", "upsample_conv", "downsample_conv", "pointwise", "first_conv", "time_rows")
+
+
+def check_tiles(tiles: Mapping[str, Mapping[str, Any]]) -> None:
+    """ValueError for a key that no `tile_key` can be, or a field that `Tiles` has not. Keys for other GPUs may be there."""
+    known = [f.name for f in fields(Tiles)]
+    for key, changes in tiles.items():
+        if not re.fullmatch(rf"({'|'.join(KINDS)}) sm\d+ \w+ \d+->\d+ \d+x\d+", key):
+            raise ValueError(f"tiles for {key!r}; expected a key such as 'conv3x3 sm90 bfloat16 128->128 32x32'")
+        if odd := set(changes) - set(known):
+            raise ValueError(f"tiles for {key!r} set {', '.join(sorted(odd))}; expected some of {', '.join(known)}")
 
 
 class Walk:

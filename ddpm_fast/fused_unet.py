@@ -20,10 +20,10 @@ from torch import Tensor
 
 from .checks import is_count
 from .compilation import compile_in_parallel
-from .fused_network import E4M3, Network, Walk
+from .fused_network import E4M3, Network, Walk, check_tiles
 from .kernels._tiles import Target
 from .kernels._triton import launches_kernel
-from .plan import Plan
+from .plan import Plan, exactly
 from .unet import UNet
 from .unet_config import UNetConfig
 from .verdicts import Subject, twins_of, verdicts
@@ -66,13 +66,17 @@ class FusedUNet:
         tiles       overrides of launch configurations, by `fused_network.tile_key`
         check       hold every launch against its twin before it is trusted (`self_check`); default: on a GPU
 
-        ValueError for what no launch can do: channels that are no multiples of 16, e4m3 on a GPU that has none.
+        ValueError for what no launch can do: channels that are no multiples of 16, e4m3 on a GPU that has none; for tiles of
+        unknown launches.
         RuntimeError where the self-check cannot be made.
         """
         self.config, self.batch_size, self.timesteps = unet.config, batch_size, timesteps
         device = torch.device(device if device is not None else unet.conv_in.weight.device)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
         target = target or Target.of(device)
         _check(self.config, batch_size, timesteps, dtype, target)
+        check_tiles(tiles or {})
         self.dtype, self.device, self.target, self.tiles = dtype, device, target, tiles or {}
         self.activations, operand = DTYPES[dtype]
         self.check = device.type == "cuda" if check is None else check
@@ -80,9 +84,10 @@ class FusedUNet:
         if size is None:
             raise ValueError("the configuration names no sample_size; give size=(height, width)")
         self.size = self._check_size(size)
-        self._network = Network(unet, device, self.activations, operand, target, timesteps, self.tiles)
-        self._inputs = self._network.inputs(batch_size)
         self._plans: dict[tuple[int, int], Plan] = {}
+        with exactly(device):
+            self._network = Network(unet, device, self.activations, operand, target, timesteps, self.tiles)
+            self.inputs = self._network.inputs(batch_size)
         self.plan()
         # everything is packed now: what later plans need of the network is its structure
         self._network.keep_structure(copy.deepcopy(unet).to("meta"))
@@ -92,21 +97,41 @@ class FusedUNet:
         """See the class."""
         return cls(unet, batch_size, **options)
 
+    def resized(self, batch_size: int) -> FusedUNet:
+        """The same packed weights for another number of images. ValueError unless it is at least 1."""
+        if not is_count(batch_size):
+            raise ValueError(f"batch_size = {batch_size}; expected an integer of at least 1")
+        other = copy.copy(self)
+        other.batch_size, other._plans = batch_size, {}
+        with exactly(self.device):
+            other.inputs = self._network.inputs(batch_size)
+        other.plan()
+        return other
+
+    @staticmethod
+    def check_config(config: UNetConfig, dtype: str, device: torch.device) -> None:
+        """ValueError for what no launch on `device` can do."""
+        _check(config, 1, 1, dtype, Target.of(device))
+
     def plan(self, size: tuple[int, int] | None = None) -> Plan:
         """The launches for images of `size` (H, W), by default the size that was named first."""
         size = self.size if size is None else self._check_size(size)
         if size not in self._plans:
-            walk = Walk(self._network, self._inputs, self.batch_size, size)
-            plan = Plan(walk.launches, self.device, walk.x, walk.out, walk.given)
-            if not (self.device.type == "meta" or launches_kernel(plan.memory)):
-                plan.twins = {launch.name for launch in plan}
-            elif self.check:
-                subject = self.subject(size, plan)
-                if subject.kept() is None and self.device.type == "cuda":
-                    compile_in_parallel(self.config, subject.options)
-                plan.twins = twins_of(verdicts(subject))
-            self._plans[size] = plan
+            with exactly(self.device):
+                self._plans[size] = self._make_plan(size)
         return self._plans[size]
+
+    def _make_plan(self, size: tuple[int, int]) -> Plan:
+        walk = Walk(self._network, self.inputs, self.batch_size, size)
+        plan = Plan(walk.launches, self.device, walk.x, walk.out, walk.given)
+        if not (self.device.type == "meta" or launches_kernel(self.inputs.t)):
+            plan.twins = {launch.name for launch in plan}
+        elif self.check:  # before the plan takes its memory: the child needs as much
+            subject = self.subject(size, plan)
+            if subject.kept() is None and self.device.type == "cuda":
+                compile_in_parallel(self.config, subject.options)
+            plan.twins = twins_of(verdicts(subject))
+        return plan
 
     def subject(self, size: tuple[int, int], plan: Plan) -> Subject:
         """What a self-check is told of this network's plan for an image size."""
@@ -137,12 +162,13 @@ class FusedUNet:
         plan.run()
         return plan.maps[plan.out].pixels[: len(x_t)].clone(memory_format=torch.channels_last)
 
+    @torch.no_grad()
     def load(self, x_t: Tensor, t: Tensor | int, labels: Tensor | None = None) -> Plan:
         """Checks a call's arguments, puts them where the plan reads them, and returns that plan."""
         b, t, labels = self._check_call(x_t, t, labels)
         plan = self.plan((int(x_t.shape[2]), int(x_t.shape[3])))
         plan.maps[plan.x].pixels[:b].copy_(x_t)
-        i = self._inputs
+        i = self.inputs
         i.t[:b], i.label[:b] = t, labels
         if i.rows_of is None:
             i.row[:b] = t * (self.config.num_classes or 1) + labels
@@ -170,10 +196,10 @@ class FusedUNet:
         found = {"t": (t.expand(b) if t.ndim == 0 else t, self.timesteps)}
         found["labels"] = (torch.zeros(b, dtype=torch.int64, device=self.device) if labels is None else labels, c.num_classes or 1)
         for name, (v, most) in found.items():
-            if v.shape != (b,) or v.is_floating_point() or v.is_complex() or bool(((v < 0) | (v >= most)).any()):
+            if v.shape != (b,) or v.is_floating_point() or v.is_complex() or bool(((v < 0) | (v.long() >= most)).any()):
                 seen = f"{v.min()}..{v.max()}" if v.numel() else "nothing"
                 raise ValueError(f"{name} is {v.dtype} {tuple(v.shape)} of {seen}; expected integers [{b}] in 0..{most - 1}")
-        return b, found["t"][0], found["labels"][0].to(self.device)
+        return b, found["t"][0].long(), found["labels"][0].long().to(self.device)
 
 
 def _check(c: UNetConfig, batch_size: int, timesteps: int, dtype: str, target: Target) -> None:

@@ -22,11 +22,12 @@ from torch import Tensor
 from .checkpoint import write_atomically
 from .checks import integer
 from .data import ImageData
+from .engine import inference
 from .images import from_uint8, seed_bits
 from .kernels.q_sample import q_sample
 from .objective import Bound
 from .profile import profile_of
-from .sampler import Sampler, inference
+from .sampler import Sampler
 from .schedule import Array
 from .timesteps import Steps
 

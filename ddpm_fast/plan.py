@@ -8,7 +8,9 @@ arena, wiring) is proven on any machine by the twins, and a kernel that is not t
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -110,6 +112,19 @@ class Arena:
         return cls({b: at for at, _, b in placed}, max((end for _, end, _ in placed), default=0))
 
 
+@contextmanager
+def exactly(device: torch.device) -> Iterator[None]:
+    """Whatever the caller has switched on, PyTorch computes in the types that it is given here, and makes ordinary tensors."""
+    cudnn, matmul = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    kind = "cpu" if device.type == "meta" else device.type
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(kind, enabled=False):
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+        try:
+            yield
+        finally:
+            torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = cudnn, matmul
+
+
 def lifetimes(launches: list[Launch]) -> dict[Buffer, tuple[int, int]]:
     """Buffer -> the launches (first, last) between which it holds something; external ones are not listed."""
     life: dict[Buffer, tuple[int, int]] = {}
@@ -136,15 +151,26 @@ class Plan:
         assert len(set(names)) == len(names)
         self.launches, self.device, self.x, self.out = launches, device, x, out
         self.compute = torch.float32 if device.type == "cpu" else None
-        self.arena = Arena.of(launches)
-        self.memory = torch.empty(self.arena.size, dtype=torch.uint8, device=device)
-        self.maps = {b: b.on(self.memory[at:]) for b, at in self.arena.offsets.items()} | dict(given or {})
-        for launch in launches:
-            for b in launch.buffers.values():
-                if b.external and b not in self.maps:
-                    self.maps[b] = b.empty(device)
-                    self.maps[b].rows.zero_()
+        self.arena, self._given = Arena.of(launches), dict(given or {})
         self.twins: set[str] = set()
+
+    @cached_property
+    def memory(self) -> Tensor:
+        """The arena, taken when it is first needed: not while another process checks the plan on the same GPU."""
+        with exactly(self.device):
+            return torch.empty(self.arena.size, dtype=torch.uint8, device=self.device)
+
+    @cached_property
+    def maps(self) -> dict[Buffer, FeatureMap]:
+        """Every buffer's memory."""
+        with exactly(self.device):
+            maps = {b: b.on(self.memory[at:]) for b, at in self.arena.offsets.items()} | self._given
+            for launch in self.launches:
+                for b in launch.buffers.values():
+                    if b.external and b not in maps:
+                        maps[b] = b.empty(self.device)
+                        maps[b].rows.zero_()
+            return maps
 
     def arguments(self, launch: Launch) -> dict[str, Any]:
         return {k: self.maps[b] for k, b in launch.buffers.items()} | dict(launch.tensors)
@@ -156,8 +182,9 @@ class Plan:
             launch.op.run(**self.arguments(launch))
 
     def run(self) -> None:
-        for launch in self.launches:
-            self.run_one(launch)
+        with exactly(self.device) if self.twins else nullcontext():
+            for launch in self.launches:
+                self.run_one(launch)
 
     def poison(self) -> None:
         """Fills the arena with NaN, in every floating type that is used."""

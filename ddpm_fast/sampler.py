@@ -6,11 +6,10 @@ drawn, at which place, or beside which others.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 import torch
@@ -18,12 +17,13 @@ from torch import Tensor, nn
 
 from .checkpoint import load_pretrained
 from .checks import integer
-from .images import Images, Labels, check_images, check_labels, image_indices, seed_bits, to_uint8
+from .engine import PRECISIONS, Engine, ModelEngine, State, Wanted, choose
+from .images import Images, Labels, check_images, check_labels, image_indices, seed_bits
 from .kernels import noise
-from .kernels.ddpm_step import ddpm_step
 from .kernels.q_sample import q_sample
+from .outbox import Outbox, arrived
 from .prediction import check_prediction
-from .profile import PROFILES, profile_of
+from .profile import profile_of
 from .schedule import NoiseSchedule
 from .solver import LEARNED, VARIANCES, StepTable, ddim_inversion_table
 from .timesteps import Steps, choose_timesteps
@@ -44,18 +44,7 @@ class Options(TypedDict, total=False):
     pad: bool
     progress: bool
     callback: Callback | None
-
-
-@dataclass
-class State:
-    """A batch on its way: everything a step reads and writes, on the device."""
-
-    x: Tensor  # [B, C, H, W] fp32, channels-last
-    row: Tensor  # [B] int32, each image's own place in the step table
-    seed: Tensor  # [B] int64, the seed's 64 bits
-    image: Tensor  # [B] int64
-    labels: Tensor | None  # [B] int64
-    x_0: Tensor | None = None  # like x: what the last step took x_0 to be, if that is kept
+    stop: Callable[[], bool] | None
 
 
 class Sampler:
@@ -70,9 +59,15 @@ class Sampler:
     clip        bound on the predicted |x_0| at every step, None for none
     num_classes for a class-conditional callable; read from the model where it is a `UNet`
     device      default: where the model's parameters are, or the CPU
+    engine      what computes the steps; `sampler.engine.reason` says why "auto" took which
+                "fused"      our own kernels in a CUDA graph, for a `UNet` (`FusedUNet`); self-checked first
+                "cpu"        the fastest exact way on a CPU, for a `UNet` in fp32 (`CPUEngine`)
+                "compile"    torch.compile of the model
+                "reference"  the model as it is
+    dtype       "fp32", "fp16", "bf16", or "fp8" with the fused engine; default: the weights'
 
-    A module runs in eval mode; one with fp16 or bf16 weights gets its input in that type, one with fp32 weights computes in
-    fp32 (TF32 is switched off around it). The state x_t is always fp32.
+    A module runs in eval mode. Engine "reference" gives a module with fp16 or bf16 weights its input in that type; one with fp32
+    weights computes in fp32 (TF32 is switched off around it). The state x_t is always fp32.
     """
 
     def __init__(
@@ -85,6 +80,8 @@ class Sampler:
         clip: float | None = 1.0,
         num_classes: int | None = None,
         device: torch.device | str | None = None,
+        engine: str = "auto",
+        dtype: str | torch.dtype | None = None,
     ) -> None:
         if len(shape) != 3 or min(integer("shape", n) for n in shape) < 1:
             raise ValueError(f"shape {tuple(shape)}; expected (channels, height, width)")
@@ -98,21 +95,36 @@ class Sampler:
                 f"variance {variance!r} needs a network that gives {2 * shape[0]} channels, mean and variance; "
                 f"this one gives {model.config.out_channels}: take a fixed variance"
             )
-        self.model, self.schedule, self.shape = model, schedule, tuple(shape)
+        c, h, w = shape
+        self.schedule, self.shape = schedule, (c, h, w)
         self.prediction, self.variance, self.clip = prediction, variance, clip
         self.num_classes = model.config.num_classes if isinstance(model, UNet) else num_classes
         parameter = next((p for p in model.parameters() if p.is_floating_point()), None) if isinstance(model, nn.Module) else None
         self.device = torch.device(device if device is not None else parameter.device if parameter is not None else "cpu")
-        self.dtype = parameter.dtype if parameter is not None and parameter.dtype.itemsize == 2 else torch.float32
+        own = parameter.dtype if parameter is not None and parameter.dtype.itemsize == 2 else torch.float32
+        self.precision = _precision(own if dtype is None else dtype)
+        if PRECISIONS[self.precision] != own and not isinstance(model, UNet):
+            raise ValueError(f"dtype {self.precision} with a model of {own}: only a UNet is cast; cast the model yourself")
+        self._engine_name, self._given = engine, model
+        self._choose()
+
+    def _choose(self) -> None:
+        wanted = Wanted(self._given, self.shape, self.precision, self.device, len(self.schedule))
+        self.engine: Engine = choose(self._engine_name, wanted)
+        plain = self.engine if isinstance(self.engine, ModelEngine) else None
+        self.model = plain.model if plain is not None else self._given
+        self.dtype = plain.dtype if plain is not None else torch.float32
+        self._version = _version(self._given)
 
     @classmethod
     def from_pretrained(
         cls,
         directory: str | Path,
         device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: str | torch.dtype | None = None,
         size: tuple[int, int] | None = None,
         variance: str | None = None,
+        engine: str = "auto",
     ) -> Sampler:
         """From a diffusers folder. By default on the GPU if there is one, in fp32, for the size (H, W) it was trained at, and with
         the variance that the folder names.
@@ -122,9 +134,10 @@ class Sampler:
         if size is None:
             raise ValueError(f"{directory} names no sample_size; give size=(height, width)")
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        unet = channels_last(checkpoint.unet.to(device, dtype))
-        shape = (unet.config.in_channels, *size)
-        return cls(unet, checkpoint.schedule, shape, checkpoint.prediction, variance or checkpoint.variance, checkpoint.clip)
+        unet = channels_last(checkpoint.unet.to(device))
+        shape, variance = (unet.config.in_channels, *size), variance or checkpoint.variance
+        prediction, clip, dtype = checkpoint.prediction, checkpoint.clip, dtype or "fp32"
+        return cls(unet, checkpoint.schedule, shape, prediction, variance, clip, engine=engine, dtype=dtype)
 
     # ---- whole images
 
@@ -152,6 +165,7 @@ class Sampler:
         batch_size  how many are drawn at once; pad: fill the last batch up, so that every batch has one size
         progress    show a bar
         callback    called as callback(step, t, x) after every step; x is the state [B, C, H, W], not to be changed
+        stop        asked between steps; once it says yes, the images that are finished are the last to come
 
         uint8 is round((x + 1) 127.5) of x clipped to [-1, 1], or as the profile rounds. ValueError for bad arguments,
         RuntimeError when an image comes out with values that are not finite.
@@ -180,8 +194,13 @@ class Sampler:
         pad: bool = False,
         progress: bool = False,
         callback: Callback | None = None,
+        stop: Callable[[], bool] | None = None,
     ) -> Iterator[tuple[int, Tensor]]:
-        """Yields (index of the first image, images) batch by batch, for runs that should not be held in memory. See `sample`."""
+        """Yields (index of the first image, images) batch by batch, for runs that should not be held in memory. See `sample`.
+
+        On a GPU a batch is handed over while the next one is being drawn. Where memory does not suffice for a batch, smaller ones
+        are drawn from there on: the images are the same.
+        """
         indices = check_images(images)
         if integer("batch_size", batch_size) < 1:
             raise ValueError(f"batch_size = {batch_size}; expected at least 1")
@@ -193,17 +212,31 @@ class Sampler:
         bits = seed_bits(seed)
 
         def batches() -> Iterator[tuple[int, Tensor]]:
-            with bar_of(progress, len(table) * -(-len(indices) // batch_size)) as bar:
-                for first in range(0, len(indices), batch_size):
-                    place = torch.arange(first, min(first + batch_size, len(indices)), device="cpu")
-                    image = image_indices(indices[first : first + batch_size])
-                    count = len(image)
+            first, size = 0, batch_size if pad else min(batch_size, len(indices))
+            sent: list[Outbox] = []
+            with bar_of(progress, len(table) * len(indices)) as bar:
+                while first < len(indices):
+                    place = torch.arange(first, min(first + size, len(indices)), device="cpu")
+                    image, count = image_indices(indices[first : first + size]), len(place)
                     if pad:
-                        extra = batch_size - count
-                        place, image = (torch.cat([v, v[-1:].expand(extra)]) for v in (place, image))
-                    state = self.begin(image, bits, _at(wanted, place), _at(x_start, place))
-                    self.run(state, table, bar.update, of_first(count, callback))
-                    yield int(image[0]), self._finish(state.x[:count], image[:count], output, profile)
+                        place, image = (torch.cat([v, v[-1:].expand(size - count)]) for v in (place, image))
+                    try:
+                        self._ready_for(size)
+                        state = self.begin(image, bits, _at(wanted, place), _at(x_start, place))
+                        left = len(table)
+                        for done in self._steps(state, table, of_first(count, callback), stop):
+                            left -= done
+                            bar.update(count * done)
+                            yield from arrived(sent)
+                    except torch.OutOfMemoryError:
+                        size = self._smaller(size)
+                        continue
+                    if left:
+                        break  # told to stop
+                    sent.append(Outbox.send(state.x[:count], image[:count], output, profile, self.precision))
+                    yield from arrived(sent)
+                    first += count
+            yield from arrived(sent, wait=True)
 
         return batches()  # so that bad arguments are refused here, not at the first image
 
@@ -240,37 +273,38 @@ class Sampler:
             x = x.to(self.device, torch.float32, copy=True).contiguous(memory_format=torch.channels_last)
         return State(x, row, seeds, image, None if labels is None else labels.to(self.device))
 
-    @torch.no_grad()
-    def run(
-        self, state: State, table: StepTable, advance: Callable[[], Any] | None = None, callback: Callback | None = None
-    ) -> None:
+    def run(self, state: State, table: StepTable, callback: Callback | None = None) -> None:
         """Takes the state through the whole table, in place."""
-        t, coef = table.to(self.device)
-        if table.multistep and state.x_0 is None:
-            state.x_0 = torch.zeros_like(state.x)
-        with inference(self.model):
-            for i in range(len(table)):
-                self.step(state, t, coef, table.learned)
-                if advance is not None:
-                    advance()
-                if callback is not None:
-                    callback(i, int(table.t[i]), state.x)
+        self._ready_for(len(state.x))
+        for _ in self._steps(state, table, callback):
+            pass
 
-    def step(self, state: State, t: Tensor, coef: Tensor, learned: bool) -> None:
-        """x_t -> x_{t-1} for every image at its own row of the table; nothing here looks at a device value from the host."""
-        labels = () if state.labels is None else (state.labels,)
-        version, channels = state.x._version, self.shape[0]
-        out = self.model(state.x.to(self.dtype), t[state.row], *labels)
-        if not isinstance(out, Tensor):
-            raise ValueError(
-                f"the model returned {type(out).__name__}; expected a tensor: for diffusers' networks, `.sample` of it"
-            )
-        if state.x._version != version:
-            raise ValueError("the model changed its input x_t in place; let it return a new tensor")
-        if not learned and out.shape[1] == 2 * channels:
-            out = out[:, :channels]  # a network that predicts its variance, under a solver that sets its own
-        ddpm_step(state.x, out, coef, state.row, state.seed, state.image, learned, state.x_0)
-        state.row += 1
+    def _steps(
+        self, state: State, table: StepTable, callback: Callback | None = None, stop: Callable[[], bool] | None = None
+    ) -> Iterator[int]:
+        """How many steps were done since the last time, again and again, until `stop` says so."""
+        before = 0
+        for done in self.engine.steps(state, table, watched=callback is not None):
+            if callback is not None:
+                callback(done - 1, int(table.t[done - 1]), state.x)
+            yield done - before
+            if stop is not None and stop():
+                return
+            before = done
+
+    def _ready_for(self, images: int) -> None:
+        if _version(self._given) != self._version:  # it was trained on, or loaded with other weights
+            self.engine.free()
+            self._choose()
+        self.engine.prepare(images)
+
+    def _smaller(self, size: int) -> int:
+        """Half the batch, after memory ran out; called while that error is handled, so that with one image it goes on."""
+        if size == 1:
+            raise
+        self.engine.free()
+        warnings.warn(f"out of memory with {size} images at once; going on with {size // 2}", stacklevel=3)
+        return size // 2
 
     def labels(self, images: Images, seed: int = 0) -> Tensor:
         """The classes int64 [N] that images draw for themselves where none is asked for. ValueError without classes."""
@@ -316,14 +350,6 @@ class Sampler:
 
     # ---- borders
 
-    def _finish(self, x: Tensor, images: Tensor, output: str, profile: str) -> Tensor:
-        if not x.isfinite().all():
-            broken = images[~x.isfinite().flatten(1).all(1).cpu()].tolist()
-            raise RuntimeError(
-                f"images {broken[:8]} came out with values that are not finite; check the weights, or widen {self.dtype}"
-            )
-        return to_uint8(x, PROFILES[profile].level).cpu() if output == "uint8" else x.contiguous()
-
     def _check_start(self, start: tuple[Tensor, int], count: int) -> tuple[Tensor, int]:
         if not isinstance(start, tuple) or len(start) != 2 or not isinstance(start[0], Tensor):
             raise ValueError(f"start is {type(start).__name__}; expected (x_t tensor [N, C, H, W], timestep)")
@@ -342,16 +368,14 @@ def _at(per_image: Tensor | None, chosen: Tensor) -> Tensor | None:
     return None if per_image is None else per_image[chosen.to(per_image.device)]
 
 
-@contextmanager
-def inference(model: Callable[..., Tensor]) -> Iterator[None]:
-    """A module in eval mode, and convolutions that mean fp32 when they say so: cuDNN takes TF32 by default."""
-    training = model if isinstance(model, nn.Module) and model.training else None
-    tf32, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
-    if training is not None:
-        training.eval()
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = tf32
-        if training is not None:
-            training.train()
+def _precision(dtype: str | torch.dtype) -> str:
+    """Its name in `PRECISIONS`. ValueError for any other."""
+    name = dtype if isinstance(dtype, str) else next((k for k, v in PRECISIONS.items() if v == dtype), str(dtype))
+    if name not in PRECISIONS:
+        raise ValueError(f"dtype {dtype!r}; expected one of {', '.join(PRECISIONS)}")
+    return name
+
+
+def _version(model: Callable[..., Tensor]) -> tuple[tuple[int, int], ...]:
+    """Changes when a parameter does, in place or as a whole."""
+    return tuple((id(p), p._version) for p in model.parameters()) if isinstance(model, nn.Module) else ()

@@ -45,6 +45,18 @@ class StepTable:
         """(t int64 [R], coef fp32 [R, 10]) on `device`: what the sampling loop reads there."""
         return torch.from_numpy(self.t).to(device), torch.from_numpy(self.coef).float().to(device)
 
+    def padded(self, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(t [rows], coef [rows, 10]) as of `to`, on the CPU, filled up with rows that leave x_t as it is: where images rest.
+
+        At least one such row follows the last step. ValueError where there is no place for it.
+        """
+        if rows <= len(self):
+            raise ValueError(f"a table of {len(self)} steps in {rows} rows; expected at least {len(self) + 1}")
+        rest = np.zeros((rows - len(self), len(COLUMNS)))
+        rest[:, COLUMNS.index("mean_x")] = 1
+        coef = torch.from_numpy(np.concatenate([self.coef, rest])).float()
+        return torch.from_numpy(np.pad(self.t, (0, rows - len(self)))), coef
+
 
 @dataclass(frozen=True, eq=False)
 class _Steps:

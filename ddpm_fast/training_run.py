@@ -198,7 +198,7 @@ class TrainingRun:
         trainer = self.trainer
         h, w = trainer.data.images.shape[1:3]
         c = trainer.unet.config
-        sampler = Sampler(trainer.ema, trainer.schedule, (c.in_channels, h, w), trainer.config.prediction_type)
+        sampler = Sampler(trainer.ema, trainer.schedule, (c.in_channels, h, w), trainer.config.prediction_type, engine="reference")
         classes = min(c.num_classes or 0, 16)
         count, columns = (4 * classes, classes) if classes else (64, 8)
         labels = torch.arange(count) % classes if classes else None

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -22,13 +24,27 @@ from typing import IO, Any
 import torch
 
 from . import __version__
-from .cache import cache_dir
+from .cache import VERDICTS, cache_dir
 from .checkpoint import write_atomically
 from .kernels import _triton, noise
-from .self_check import FORWARD, STEP_LAUNCHES, Verdict
+from .self_check import FORWARD, LATE, STEP_LAUNCHES, Verdict
 from .unet_config import UNetConfig
 
-COMMAND = (sys.executable, "-m", "ddpm_fast.self_check")
+HOME = str(Path(__file__).parent.parent)  # where this package is imported from; a child need not find it by itself
+
+
+def python(module: str) -> list[str]:
+    """The command that runs `python -m module` of this very package, whatever this process's path and current folder."""
+    start = f"import runpy, sys; sys.path.append({HOME!r}); runpy.run_module({module!r}, run_name='__main__')"
+    return [sys.executable, "-c", start]
+
+
+def child_environment() -> dict[str, str]:
+    """A child does not look for modules in the current folder, where a queue.py may lie (from Python 3.11 on)."""
+    return {**os.environ, "PYTHONSAFEPATH": "1"}
+
+
+COMMAND = python("ddpm_fast.self_check")
 
 
 @dataclass(frozen=True)
@@ -42,7 +58,7 @@ class Subject:
     @property
     def path(self) -> Path:
         """Where its verdict is kept."""
-        return cache_dir() / "verdicts" / f"{self.key}.json"
+        return cache_dir() / VERDICTS / f"{self.key}.json"
 
     @property
     def key(self) -> str:
@@ -54,7 +70,8 @@ class Subject:
             sources.update(path.read_bytes())
         triton = getattr(_triton.triton, "__version__", None)
         software = [torch.__version__, triton, _triton.INTERPRETED, __version__, sources.hexdigest()]
-        what = [hardware, software, asdict(self.config), dict(self.options), list(self.launches)]
+        options = dict(self.options) | dict(device=device.type)  # of several like GPUs one speaks for all
+        what = [hardware, software, asdict(self.config), options, list(self.launches)]
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
     def kept(self) -> dict[str, Verdict] | None:
@@ -70,9 +87,17 @@ def verdicts(subject: Subject, **how: Any) -> dict[str, Verdict]:
     found = subject.kept()
     if found is None:
         found = check(subject, **how)
-        subject.path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(subject.path, json.dumps({k: asdict(v) for k, v in found.items()}, indent=1).encode())
+        if not any(v.late for v in found.values()):  # a busy machine's fault, perhaps
+            _keep(subject.path, found)
     return found
+
+
+def _keep(path: Path, found: Mapping[str, Verdict]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps({k: asdict(v) for k, v in found.items()}, indent=1).encode())
+    except OSError as error:
+        warnings.warn(f"the self-check's verdict cannot be kept, and will be found again next time: {error}", stacklevel=4)
 
 
 def check(
@@ -87,7 +112,7 @@ def check(
     timeout   seconds for one launch, its compilation included; also for the child to begin
     progress  called with the name of every launch before it is judged
 
-    RuntimeError where memory runs out or a child cannot so much as begin: neither is a verdict.
+    OutOfMemoryError where memory runs out, RuntimeError where a child cannot so much as begin: neither is a verdict.
     """
     wanted = [*STEP_LAUNCHES, *subject.launches, FORWARD]
     done: dict[str, Verdict] = {}
@@ -97,7 +122,7 @@ def check(
         spec = dict(config=asdict(subject.config), options=dict(subject.options), known=known)
         end = _listen(command or COMMAND, spec, timeout, progress, done)
         if len(done) == before:
-            raise RuntimeError(f"the self-check could not begin: {end}")
+            raise RuntimeError(f"the self-check could not begin (check=False goes without it): {end}")
     return {name: done[name] for name in wanted}
 
 
@@ -111,16 +136,18 @@ def _listen(
             try:
                 message = messages.get(timeout=timeout)
             except Empty:
-                message = dict(end=f"no answer for {timeout:g} s")
+                message = dict(end=f"{LATE}for {timeout:g} s")
             if "begin" in message:
                 running = message["begin"]
                 progress(str(running))
             elif "done" in message:
                 done[message["done"]], running = Verdict(**message["verdict"]), None
             elif "memory" in message:
-                raise RuntimeError(f"the self-check ran out of memory: take a smaller batch_size ({message['memory']})")
+                raise torch.OutOfMemoryError(f"the self-check ran out of memory: take a smaller batch_size ({message['memory']})")
             else:
                 break
+    if message.get("code") == -signal.SIGKILL:  # not by us: we ask for its end only after this
+        raise torch.OutOfMemoryError("the self-check's process was killed, as systems do when the host's memory runs out")
     if running is not None:
         done[running] = Verdict(message["end"])
     return message["end"]
@@ -129,7 +156,8 @@ def _listen(
 @contextmanager
 def _child(command: Sequence[str], spec: Mapping[str, Any]) -> Iterator[Queue[dict[str, Any]]]:
     """Starts a child and yields what it says; its end, too, is a message."""
-    child = subprocess.Popen(list(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipe = subprocess.PIPE
+    child = subprocess.Popen(list(command), stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=child_environment())
     assert child.stdin is not None and child.stdout is not None and child.stderr is not None
     messages: Queue[dict[str, Any]] = Queue()
     errors: list[str] = []
@@ -141,7 +169,7 @@ def _child(command: Sequence[str], spec: Mapping[str, Any]) -> Iterator[Queue[di
         reader.join()
         code = child.wait()
         last = errors[-1].strip() if errors else ""
-        messages.put(dict(end=f"the process ended with code {code}{': ' + last if last else ''}"))
+        messages.put(dict(end=f"the process ended with code {code}{': ' + last if last else ''}", code=code))
 
     reader = threading.Thread(target=lambda: errors.extend(child.stderr or ()), daemon=True)
     listener = threading.Thread(target=listen, args=(child.stdout,), daemon=True)

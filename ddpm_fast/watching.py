@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .outbox import to_host
+
 Callback = Callable[[int, int, Tensor], None]  # (step, t, x)
 
 
@@ -23,7 +25,7 @@ class Trajectory:
 
     def __call__(self, step: int, t: int, x: Tensor) -> None:
         if (step + 1) % self.every == 0:
-            self._kept.setdefault(step, []).append(x.cpu().clone())
+            self._kept.setdefault(step, []).append(to_host(x) if x.is_cuda else x.clone())
             self._t[step] = t
 
     @property
@@ -32,6 +34,8 @@ class Trajectory:
 
     @property
     def x(self) -> Tensor:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # copies may still be under way
         return torch.stack([torch.cat(batches) for batches in self._kept.values()])
 
 
@@ -52,9 +56,9 @@ class _Silent:
 
 
 def bar_of(progress: bool, total: int) -> Any:
-    """A tqdm bar over `total` steps, or what takes its place without one."""
+    """A tqdm bar over `total` steps of images, or what takes its place without one."""
     if not progress:
         return _Silent()
     from tqdm import tqdm
 
-    return tqdm(total=total, unit="step", leave=False)
+    return tqdm(total=total, unit="image-step", leave=False)

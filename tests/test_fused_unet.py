@@ -259,3 +259,48 @@ def test_bad_input_is_said():
             FusedUNet(unet, **options)
     with pytest.raises(ValueError, match="sample_size"):
         FusedUNet(UNet(UNetConfig(None, channels=(16,), norm_groups=4, attention=False, mid_attention=False)), 1)
+
+
+def test_whatever_the_caller_has_switched_on():
+    """Inference mode, autocast, gradients: the network computes what it was built to."""
+    model, x, t = UNet(NETS["not square"]).eval(), torch.randn(2, 1, 8, 24), torch.tensor([3, 700])
+    want = model(x, t).detach()
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        network = FusedUNet(model, 2, "fp32")
+        inside = network(x, t)
+        other = network(torch.randn(2, 1, 16, 8), t)
+    assert relative_error(inside, want) < 3e-6 and other.shape == (2, 1, 16, 8)
+    again = network(x.clone().requires_grad_(), t)
+    assert torch.equal(again, inside) and not again.requires_grad
+    network(torch.randn(2, 1, 16, 8), t)
+
+
+def test_small_integers_do_not_overflow():
+    model = UNet(NETS["class-conditional, 28x28"]).eval()
+    network, x, labels = FusedUNet(model, 2, "fp32"), torch.randn(2, 1, 28, 28), torch.tensor([9, 1], dtype=torch.uint8)
+    t = torch.tensor([200, 255])
+    assert torch.equal(network(x, t.to(torch.uint8), labels), network(x, t, labels.long()))
+
+
+def test_resized_shares_the_weights():
+    model = UNet(NETS["class-conditional, 28x28"]).eval()
+    network, x, labels = FusedUNet(model, 2, "fp32"), torch.randn(5, 1, 28, 28), torch.arange(5)
+    more = network.resized(5)
+    t = torch.arange(5) * 200
+    assert more.batch_size == 5 and network.batch_size == 2 and more._network is network._network
+    assert relative_error(more(x, t, labels), model(x, t, labels).detach()) < 3e-6
+    assert relative_error(network(x[:2], t[:2], labels[:2]), model(x[:2], t[:2], labels[:2]).detach()) < 3e-6
+    with pytest.raises(ValueError, match="batch_size = 0"):
+        network.resized(0)
+
+
+@pytest.mark.parametrize(
+    ("tiles", "message"),
+    [
+        ({"conv": {"bm": 64}}, "tiles for 'conv'; expected a key such as"),
+        ({"conv3x3 sm90 bfloat16 128->128 32x32": {"rows": 64}}, "set rows; expected some of bm, bk, bo"),
+    ],
+)
+def test_refuses_tiles(tiles, message):
+    with pytest.raises(ValueError, match=message):
+        FusedUNet(UNet(NETS["not square"]), 1, tiles=tiles)

@@ -104,26 +104,6 @@ def test_padded_batches_are_equal_to_the_bit():
         assert torch.equal(sampler.sample(images, **options), whole[list(images)])
 
 
-def test_images_at_different_steps_share_a_batch():
-    """One step function, every image at its own row: image 0 two steps ahead of image 1."""
-    sampler = gaussian_sampler()
-    table = sampler.table(steps=6)
-    t, coef = table.to("cpu")
-    apart = sampler.sample(2, steps=6, output="float")
-    together, ahead = sampler.begin(torch.tensor([0, 1]), 0), sampler.begin(torch.tensor([0]), 0)
-    for _ in range(2):
-        sampler.step(ahead, t, coef, table.learned)
-    together.x[0], together.row[0] = ahead.x[0], 2
-    for _ in range(4):
-        sampler.step(together, t, coef, table.learned)
-    assert torch.equal(together.x[0], apart[0])
-    late = sampler.begin(torch.tensor([1]), 0)
-    late.x[0], late.row[0] = together.x[1], together.row[1]
-    for _ in range(2):
-        sampler.step(late, t, coef, table.learned)
-    assert torch.equal(late.x[0], apart[1])
-
-
 def test_stream_yields_what_sample_returns():
     sampler = gaussian_sampler()
     pieces = list(sampler.stream(range(10, 17), 3, seed=5, steps=5))

@@ -1,6 +1,7 @@
 """The self-check passes what is right and finds what is wrong, whatever the launch does to its process."""
 
 import json
+import subprocess
 import sys
 import warnings
 from dataclasses import replace
@@ -130,7 +131,7 @@ def test_what_failed_runs_by_its_twin_and_the_images_are_right(monkeypatch):
     monkeypatch.setattr(verdicts, "_child", lambda *_: pytest.fail("checked again"))
     with pytest.warns(UserWarning, match="downsamplers"):
         assert FusedUNet(unet, 2, "fp32", check=True).plan().twins
-    assert clear_cache() == 1 and not cache_dir().exists()
+    assert clear_cache() == 1 and not cached_files()
 
 
 def test_what_follows_from_a_verdict(monkeypatch):
@@ -141,7 +142,7 @@ def test_what_follows_from_a_verdict(monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert verdicts.twins_of(dict.fromkeys(names, good)) == set()
-    with pytest.warns(UserWarning, match=r"1 of 5 failed .* what failed runs by plain PyTorch.*: conv_in \(wrong\)"):
+    with pytest.warns(UserWarning, match=r"1 of 6 failed .* what failed runs by plain PyTorch.*: conv_in \(wrong\)"):
         assert verdicts.twins_of(dict.fromkeys(names, good) | dict(conv_in=bad)) == {"conv_in"}
     with pytest.warns(UserWarning, match="the whole network runs"):
         assert verdicts.twins_of(dict.fromkeys(names, good) | {FORWARD: bad}) == {"conv_in", "conv_out"}
@@ -164,7 +165,7 @@ def test_an_untrusted_kernel_is_not_launched(monkeypatch, device):
 
 def test_a_child_that_cannot_begin_is_no_verdict():
     command = [sys.executable, "-c", "import sys; sys.exit('no torch here')"]
-    with pytest.raises(RuntimeError, match=r"could not begin: .*no torch here"):
+    with pytest.raises(RuntimeError, match=r"could not begin .*no torch here"):
         verdicts.verdicts(subject_of(fused()), command=command)
     assert not cached_files()
 
@@ -178,6 +179,47 @@ def test_running_out_of_memory_is_no_verdict():
     with pytest.raises(RuntimeError, match=r"ran out of memory: take a smaller batch_size .*80 GiB"):
         verdicts.verdicts(subject_of(fused()), command=command)
     assert not cached_files()
+
+
+def test_a_killed_child_and_a_late_answer_are_not_kept():
+    """The first is what happens when the host's memory runs out; the second may be a busy machine's fault, and counts this once."""
+    begin = "import json, os, time; print(json.dumps(dict(begin='noise')), flush=True); "
+    with pytest.raises(torch.OutOfMemoryError, match="killed"):
+        verdicts.verdicts(subject_of(fused()), command=[sys.executable, "-c", begin + "os.kill(os.getpid(), 9)"])
+    late = {"noise": Verdict("no answer for 1 s"), "conv_in": Verdict()}
+    subject = subject_of(fused())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verdicts, "check", lambda *_, **__: late)
+        assert verdicts.verdicts(subject) == late
+    assert not cached_files()
+
+
+def test_a_verdict_that_cannot_be_kept_is_still_obeyed(monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("DDPM_FAST_CACHE", str(tmp_path / "file"))
+    monkeypatch.setattr(verdicts, "check", lambda *_, **__: {"conv_in": Verdict()})
+    with pytest.warns(UserWarning, match="cannot be kept"):
+        assert verdicts.verdicts(subject_of(fused())) == {"conv_in": Verdict()}
+
+
+def test_only_what_is_ours_is_cleared(monkeypatch, tmp_path):
+    monkeypatch.setenv("DDPM_FAST_CACHE", str(tmp_path))
+    (tmp_path / "verdicts").mkdir()
+    (tmp_path / "verdicts" / "a.json").touch()
+    (tmp_path / "thesis.tex").touch()
+    assert clear_cache() == 1 and [p.name for p in tmp_path.rglob("*.*")] == ["thesis.tex"]
+    monkeypatch.delenv("DDPM_FAST_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr("pathlib.Path.home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    assert cache_dir().name.startswith("ddpm_fast-")
+
+
+def test_a_child_finds_this_package_and_nothing_else(monkeypatch, tmp_path):
+    (tmp_path / "queue.py").write_text("raise SystemExit('not the queue you wanted')")
+    monkeypatch.chdir(tmp_path)
+    command = verdicts.python("ddpm_fast.self_check")
+    done = subprocess.run(command, input="{", capture_output=True, text=True, env=verdicts.child_environment())
+    assert "JSONDecodeError" in done.stderr and "queue you wanted" not in done.stderr
 
 
 def test_a_verdict_belongs_to_its_plan():
@@ -210,7 +252,7 @@ def test_judge():
     worse = FeatureMap.of(exact.pixels * (1 + 3e-3), torch.float16)
     assert "relative error" in judge(worse, exact, plain).reason
     pixel = FeatureMap.of(plain.pixels)
-    pixel.pixels[1, :, 2, 2] += 4e-3
+    pixel.pixels[1, :, 2, 2] += 5e-3
     assert "worst pixel" in judge(pixel, exact, plain).reason  # L2 alone would let it pass
     pixel.pixels[1, :, 2, 2] = float("nan")
     assert "relative error" in judge(pixel, exact, plain).reason

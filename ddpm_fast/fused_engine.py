@@ -1,0 +1,201 @@
+"""The engine for a GPU: network, noise, update and step counter as one CUDA graph over static buffers.
+
+t, coefficients, time embeddings and noise are looked up on the device, so one graph serves every solver, seed and number of steps.
+Elsewhere the same step runs uncaptured: by Triton's interpreter, or by the twins of its launches.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .engine import State, mean_of
+from .fused_unet import FusedUNet
+from .graph import Graphed
+from .kernels.advance import advance
+from .kernels.ddpm_step import COLUMNS, ddpm_step
+from .solver import StepTable
+from .unet import UNet
+
+SEVERAL = 8  # steps a graph, where that pays
+SEVERAL_UP_TO = 16  # images: beyond, a step takes so long that nobody notices its launch
+
+
+@dataclass(eq=False)
+class Slots:
+    """Places for `batch` images: everything that a captured step reads and writes, at addresses that stay.
+
+    x, x_0        [B, C, H, W] fp32: the state, which is the network's input as it stands, and the x_0 of the step before
+    row [B] int32; seed, image, label [B] int64
+    t_of, coef    the step table, one row more than the chain has steps: [T + 1] int64, [T + 1, 10] fp32
+    """
+
+    fused: FusedUNet
+    x: Tensor
+    x_0: Tensor
+    row: Tensor
+    seed: Tensor
+    image: Tensor
+    t_of: Tensor
+    coef: Tensor
+
+    @classmethod
+    def of(cls, fused: FusedUNet, timesteps: int) -> Slots:
+        plan, b, device = fused.plan(), fused.batch_size, fused.device
+        x = plan.maps[plan.x].pixels
+        row = torch.zeros(b, dtype=torch.int32, device=device)
+        seed, image = (torch.zeros(b, dtype=torch.int64, device=device) for _ in range(2))
+        t_of = torch.zeros(timesteps + 1, dtype=torch.int64, device=device)
+        coef = torch.zeros(timesteps + 1, len(COLUMNS), device=device)
+        return cls(fused, x, torch.zeros_like(x), row, seed, image, t_of, coef)
+
+    def load(self, state: State, table: StepTable) -> None:
+        """Puts a batch and its table in place; places without an image rest in the table's last row."""
+        n = len(state.x)
+        for own, given in zip((self.t_of, self.coef), table.padded(len(self.t_of)), strict=True):
+            own.copy_(given)
+        self.x[n:], self.x_0[n:], self.row[n:] = 0, 0, len(self.t_of) - 1
+        self.x[:n], self.row[:n], self.seed[:n], self.image[:n] = state.x, state.row, state.seed, state.image
+        self.x_0[:n] = 0 if state.x_0 is None else state.x_0
+        label = self.fused.inputs.label
+        label[:n], label[n:] = 0 if state.labels is None else state.labels, 0
+        self.advance(by=0)
+
+    def advance(self, by: int = 1) -> None:
+        i = self.fused.inputs
+        advance(self.row, self.t_of, i.t, i.row, i.label, self.fused.config.num_classes or 1, by)
+
+    def step(self, learned: bool) -> None:
+        """x_t -> x_{t-1} for every image at its own row, and on to the next."""
+        plan = self.fused.plan()
+        plan.run()
+        out = mean_of(plan.maps[plan.out].pixels, self.x.shape[1], learned)
+        ddpm_step(self.x, out, self.coef, self.row, self.seed, self.image, learned, self.x_0)
+        self.advance()
+
+
+class FusedEngine:
+    """`FusedUNet` and the rest of the step, captured once for each number of images (a power of two) and kind of variance.
+
+    ValueError for what the kernels cannot do; RuntimeError where the self-check cannot be made.
+    """
+
+    name = "fused"
+
+    def __init__(
+        self,
+        unet: UNet,
+        shape: tuple[int, int, int],
+        precision: str,
+        device: torch.device,
+        timesteps: int,
+        reason: str = "",
+        graph: Callable[..., Any] | None = None,
+        **options: Any,
+    ) -> None:
+        """graph: captures a step, as `Graphed` does; default: that on a GPU, None elsewhere. options: of `FusedUNet`."""
+        self.reason, self.timesteps = reason, timesteps
+        self.graph = Graphed if graph is None and device.type == "cuda" else graph
+        FusedUNet.check_config(unet.config, precision, device)
+        self._make = lambda batch: FusedUNet(unet, batch, precision, device, shape[1:], timesteps, **options)
+        self._slots: dict[int, Slots] = {}
+        self._graphs: dict[tuple[int, bool], list[Any]] = {}
+
+    @property
+    def invariant(self) -> bool:
+        return all(slots.fused.invariant for slots in self._slots.values())
+
+    @torch.no_grad()
+    def steps(self, state: State, table: StepTable, watched: bool = True) -> Iterator[int]:
+        slots = self._slots_of(len(state.x))
+        graphs = self.graphs(slots, table.learned, watched)
+        kept = table.multistep or state.x_0 is not None
+        slots.load(state, table)
+        n, done = len(state.x), 0
+        self._show(slots, state, n, kept)
+        for graph in graphs:  # the longest first
+            while len(table) - done >= graph.repeats:
+                graph()
+                done += graph.repeats
+                yield done
+        state.x, state.row = state.x.clone(memory_format=torch.channels_last), state.row.clone()
+        state.x_0 = state.x_0.clone(memory_format=torch.channels_last) if state.x_0 is not None else None
+
+    @staticmethod
+    def _show(slots: Slots, state: State, n: int, kept: bool) -> None:
+        """While the batch is on its way, its state is what the graph writes."""
+        state.x, state.row = slots.x[:n], slots.row[:n]
+        state.x_0 = slots.x_0[:n] if kept else None
+
+    def prepare(self, images: int) -> None:
+        """Places for `images`, made where those at hand are too few, or more than twice too many: capturing takes its time."""
+        if any(images <= b < 2 * images for b in self._slots):
+            return
+        batch = images
+        if self.graph is not None:
+            batch = 2 ** (images - 1).bit_length() if images < 16 else -(-images // 8) * 8
+        self._drop(b for b in list(self._slots) if b <= batch < 2 * b)
+        some = next(iter(self._slots.values()), None)
+        fused = self._make(batch) if some is None else some.fused.resized(batch)
+        self._slots[batch] = Slots.of(fused, self.timesteps)
+
+    def _slots_of(self, images: int) -> Slots:
+        if not any(images <= b for b in self._slots):
+            self.prepare(images)
+        return self._slots[min(b for b in self._slots if images <= b)]
+
+    def graphs(self, slots: Slots, learned: bool, watched: bool) -> list[Any]:
+        """The captured step, before it several at once where that was found faster and nobody watches."""
+        key, step = (len(slots.x), learned), lambda: slots.step(learned)
+        if self.graph is None:
+            return [_Uncaptured(step)]
+        if key not in self._graphs:
+            pool = torch.cuda.graph_pool_handle() if slots.x.is_cuda else None
+            single = self.graph(step, 1, pool)
+            several = self.graph(step, SEVERAL, pool) if len(slots.x) <= SEVERAL_UP_TO else None
+            if several is not None and slots.x.is_cuda and _seconds(several) > 0.98 * _seconds(single):
+                several.free()
+                several = None
+            self._graphs[key] = [several, single] if several is not None else [single]
+        return self._graphs[key][-1:] if watched else self._graphs[key]
+
+    def free(self) -> None:
+        self._drop(list(self._slots))
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _drop(self, batches: Iterable[int]) -> None:
+        for batch in batches:
+            for key in [k for k in self._graphs if k[0] == batch]:
+                for graph in self._graphs.pop(key):
+                    graph.free()
+            del self._slots[batch]
+
+
+@dataclass
+class _Uncaptured:
+    """Stands where a graph would be."""
+
+    step: Callable[[], None]
+    repeats: int = 1
+
+    def __call__(self) -> None:
+        self.step()
+
+    def free(self) -> None:
+        pass
+
+
+def _seconds(graph: Any, steps: int = 48) -> float:
+    """For a step, as the host sees it: launches and all."""
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    for _ in range(steps // graph.repeats):
+        graph()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - began) / (steps // graph.repeats * graph.repeats)

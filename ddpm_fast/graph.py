@@ -1,0 +1,83 @@
+"""A step captured once as a CUDA graph, then replayed: one launch by the host instead of a hundred."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+class Graphed:
+    """`step`, a function without arguments, captured `repeats` times in a row; a call replays it.
+
+    What the step reads and writes are tensors of the caller's: a replay finds them at the addresses that they had at capture,
+    so they must stay, and new values are copied into them. The step runs twice before it is captured (kernels compile, libraries
+    choose), so its buffers are written into before the first replay.
+
+    pool      as of `torch.cuda.graph_pool_handle()`, shared by graphs that never run at once; None: a pool of its own
+    held      bytes that the step allocated while it was captured, and that the pool holds from then on
+
+    RuntimeError where the step cannot be captured: it waits for the device, or allocates what there is no memory for; the message
+    names the line. OutOfMemoryError as it comes.
+    """
+
+    def __init__(self, step: Callable[[], Any], repeats: int = 1, pool: Any = None) -> None:
+        self.repeats = repeats
+        self._graph: torch.cuda.CUDAGraph | None = torch.cuda.CUDAGraph()
+        _warm_up(step)
+        before = torch.cuda.memory_allocated()
+        with _named("could not be captured"), torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
+            for _ in range(repeats):
+                step()
+        self.held = torch.cuda.memory_allocated() - before
+
+    def __call__(self) -> None:
+        """Enqueues one replay and returns at once. RuntimeError after `free`."""
+        if self._graph is None:
+            raise RuntimeError("this graph was freed; capture the step again")
+        self._graph.replay()
+
+    def free(self) -> None:
+        """Gives back what the graph holds. The caller's buffers are untouched."""
+        if self._graph is not None:
+            torch.cuda.synchronize()
+            self._graph.reset()
+            self._graph = None
+
+
+def _warm_up(step: Callable[[], Any]) -> None:
+    """Twice on a stream of its own: once to compile and choose, once to see that nothing waits for the device."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+        mode = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            with _named("cannot be captured: it waits for the device"):
+                step()
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+    torch.cuda.current_stream().wait_stream(side)
+
+
+@contextmanager
+def _named(what: str) -> Iterator[None]:
+    """An error of the driver's or of torch's, with the line of ours that it came from."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise RuntimeError(f"the step {what}, at {_culprit(error)}: {str(error).splitlines()[0]}") from error
+
+
+def _culprit(error: BaseException) -> str:
+    """The innermost line that is not torch's own."""
+    torch_home = str(Path(torch.__file__).parent)
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(torch_home)]
+    return f"{frames[-1].filename}:{frames[-1].lineno}, {frames[-1].line}" if frames else "an unknown line"
