@@ -12,14 +12,16 @@ import click
 import torch
 
 from . import __version__, pictures
-from .cli_common import DTYPES, PATH, parse_images, parse_size, parse_steps, pick_device, report_of, solver_options
+from .cli_common import PATH, megabytes, parse_images, parse_size, parse_steps, pick_device, report_of, solver_options
 from .cli_eval import evaluate
 from .cli_info import info
 from .cli_plot import plot
 from .cli_train import train
-from .environment import environment
+from .engine import ENGINES, PRECISIONS
+from .environment import environment, peak_memory
 from .images import image_indices
 from .sampler import Sampler
+from .stopping import stop_on_signals
 
 # both spellings of every flag: --batch-size and --batch_size
 _SETTINGS: dict[str, Any] = dict(
@@ -47,8 +49,13 @@ def cli() -> None:
 )
 @click.option("--device", help="cpu, cuda, cuda:1 ...  [default: the GPU if there is one]")
 @click.option(
-    "--dtype", type=click.Choice(list(DTYPES)), default="fp32", show_default=True, help="Of the network; the state is always fp32."
+    "--dtype",
+    type=click.Choice(list(PRECISIONS)),
+    default="fp32",
+    show_default=True,
+    help="Of the network; the state is always fp32. fp8: with our own kernels.",
 )
+@click.option("--engine", type=click.Choice(ENGINES), default="auto", show_default=True, help="What computes the steps.")
 @click.option("--size", help="HEIGHTxWIDTH in pixels, such as 32x48.  [default: as trained]")
 @click.option("--progress/--quiet", default=None, help="A progress bar.  [default: on a terminal]")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
@@ -67,14 +74,18 @@ def sample(
     out: str,
     device: str | None,
     dtype: str,
+    engine: str,
     size: str | None,
     progress: bool | None,
     as_json: bool,
 ) -> None:
-    """Draw images. Image i of a seed is the same in whatever batch it is drawn."""
+    """Draw images. Image i of a seed is the same in whatever batch it is drawn.
+
+    Ctrl-C or SIGTERM stops between two steps and keeps the images that are finished.
+    """
     indices = parse_images(images)
     target = _check_target(out)
-    sampler = Sampler.from_pretrained(weights, pick_device(device), DTYPES[dtype], parse_size(size), variance)
+    sampler = Sampler.from_pretrained(weights, pick_device(device), dtype, parse_size(size), variance, engine)
     if target.suffix not in pictures.ARRAYS and sampler.shape[0] not in pictures.PNG_CHANNELS:
         raise ValueError(
             f"--out {out}: images of {sampler.shape[0]} channels are no pictures; write {' or '.join(pictures.ARRAYS)}"
@@ -83,10 +94,10 @@ def sample(
     table = sampler.table(**how)
     began = time.perf_counter()
     show = sys.stderr.isatty() if progress is None else progress
-    stream = sampler.stream(indices, batch_size, seed=seed, labels=label, **how, progress=show)
-    _write(target, stream, indices)
+    with stop_on_signals() as stop:
+        stream = sampler.stream(indices, batch_size, seed=seed, labels=label, **how, progress=show, stop=stop)
+        count = _write(target, stream, indices)
     seconds = time.perf_counter() - began
-    count = len(indices)
     report = dict(
         out=str(target),
         images=count,
@@ -96,15 +107,26 @@ def sample(
         profile=profile,
         device=_device_name(sampler.device),
         dtype=dtype,
+        engine=sampler.engine.name,
+        reason=sampler.engine.reason,
+        invariant=sampler.engine.invariant,
+        peak_memory_bytes=peak_memory(sampler.device),
         seconds=round(seconds, 3),
         images_per_second=round(count / seconds, 3),
-        milliseconds_per_image_step=round(1e3 * seconds / (count * len(table)), 4),
+        milliseconds_per_image_step=round(1e3 * seconds / (max(count, 1) * len(table)), 4),
     )
-    report_of(
-        report,
-        as_json,
-        f"{count} images of seed {seed}, {len(table)} {solver} steps, {dtype} on {report['device']}: {seconds:.1f} s, "
-        f"{count / seconds:.2f} images/s, {report['milliseconds_per_image_step']:.2f} ms per image and step -> {target}",
+    report_of(report, as_json, _text_of(report))
+    if count < len(indices):
+        click.echo(f"ddpm-fast: stopped after {count} of {len(indices)} images", err=True)
+        sys.exit(stop.exit_code)
+
+
+def _text_of(r: dict[str, Any]) -> str:
+    bits = "the same bits in every batch" if r["invariant"] else "bits that depend on the batch"
+    rates = f"{r['images_per_second']:.2f} images/s, {r['milliseconds_per_image_step']:.2f} ms per image and step"
+    return (
+        f"{r['images']} images of seed {r['seed']}, {r['steps']} {r['solver']} steps, {r['dtype']} on {r['device']}: "
+        f"{r['seconds']:.1f} s, {rates} -> {r['out']}\nengine {r['engine']} ({r['reason']}), {bits}, peak memory {megabytes(r['peak_memory_bytes'])}"
     )
 
 
@@ -143,20 +165,25 @@ def _check_target(out: str) -> Path:
     return path
 
 
-def _write(target: Path, stream: Any, indices: range) -> None:
-    """Whole files at the end, single pictures as they come."""
+def _write(target: Path, stream: Any, indices: range) -> int:
+    """Whole files at the end, single pictures as they come; returns how many images."""
     if target.suffix in pictures.PICTURES + pictures.ARRAYS:
-        images = torch.cat([x for _, x in stream]).numpy()
+        batches = [x for _, x in stream]
+        if not batches:  # stopped before the first was finished
+            return 0
+        images = torch.cat(batches).numpy()
         if target.suffix in pictures.PICTURES:
             pictures.save_grid(target, images)
         else:
-            pictures.save_array(target, images, image_indices(indices).numpy())
-        return
+            pictures.save_array(target, images, image_indices(indices[: len(images)]).numpy())
+        return len(images)
     target.mkdir(exist_ok=True)
-    digits = max(6, len(str(indices[-1])))
+    digits, count = max(6, len(str(indices[-1]))), 0
     for first, batch in stream:
         for i, image in enumerate(batch.numpy(), start=first):
             pictures.write_atomically(target / f"{i:0{digits}d}.png", pictures.encode_png(image))
+        count += len(batch)
+    return count
 
 
 def _device_name(device: torch.device) -> str:

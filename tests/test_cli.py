@@ -1,4 +1,6 @@
 import json
+import os
+import signal
 import subprocess
 import sys
 from importlib import import_module
@@ -9,6 +11,7 @@ import pytest
 import torch
 
 from ddpm_fast import NoiseSchedule, Sampler, UNet, UNetConfig, save_pretrained
+from ddpm_fast.engine import ModelEngine
 
 pytest.importorskip("click")
 pytest.importorskip("safetensors")
@@ -66,6 +69,45 @@ def test_sample_a_directory(run, weights, tmp_path):
     assert sorted(p.name for p in (tmp_path / "many").iterdir()) == ["000008.png", "000009.png", "000010.png"]
     one = np.array(Image.open(tmp_path / "many" / "000009.png"))
     assert np.array_equal(one[..., None], Sampler.from_pretrained(weights).sample([9], steps=2)[0])
+
+
+def test_sample_says_which_engine_and_why(run, weights, tmp_path):
+    arguments = ("--weights", weights, "--images", 2, "--steps", 2, "--out", tmp_path / "a.npy")
+    code, out, _ = run("sample", *arguments, "--engine", "reference", "--json")
+    report = json.loads(out)
+    assert code == 0 and (report["engine"], report["reason"], report["invariant"]) == ("reference", "as asked for", False)
+    assert report["peak_memory_bytes"] > 10**7
+    _, out, _ = run("sample", *arguments, "--engine", "reference")
+    assert "engine reference (as asked for), bits that depend on the batch, peak memory" in out
+    code, _, err = run("sample", *arguments, "--engine", "fused")
+    assert code == 2 and "levels of [8] channels; the kernels take multiples of 16" in err
+    code, _, err = run("sample", *arguments, "--dtype", "fp8")
+    assert code == 2 and "fp8 is for our own kernels" in err and len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("out", ["grid.png", "many.npz", "pictures"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_keeps_what_is_finished(run, weights, tmp_path, monkeypatch, out, number):
+    """Told to stop in the second batch of five."""
+    steps, step = [], ModelEngine.step
+
+    def counted(self, *arguments):
+        steps.append(1)
+        if len(steps) == 4:
+            os.kill(os.getpid(), number)
+        return step(self, *arguments)
+
+    monkeypatch.setattr(ModelEngine, "step", counted)
+    arguments = ("--images", 10, "--batch-size", 2, "--steps", 3, "--engine", "reference")
+    code, said, err = run("sample", "--weights", weights, *arguments, "--out", tmp_path / out)
+    assert code == 128 + number and err == "ddpm-fast: stopped after 2 of 10 images\n" and said.startswith("2 images of seed 0")
+    assert len(steps) == 4
+    if out == "many.npz":
+        assert np.load(tmp_path / out)["indices"].tolist() == [0, 1]
+    elif out == "pictures":
+        assert sorted(p.name for p in (tmp_path / out).iterdir()) == ["000000.png", "000001.png"]
+    else:
+        assert Image.open(tmp_path / out).size[0] > 0
 
 
 def test_info(run, weights):

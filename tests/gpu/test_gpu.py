@@ -60,15 +60,13 @@ def test_the_loop_never_waits_for_the_device():
     sampler = Sampler(cifar().cuda(), SCHEDULE, (3, 32, 32))
     table = sampler.table(steps=5)
     state = sampler.begin(torch.arange(4), 0)
-    t, coef = table.to("cuda")
-    with torch.no_grad():
-        sampler.step(state, t, coef, table.learned)  # compiles and chooses algorithms
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            for _ in range(4):
-                sampler.step(state, t, coef, table.learned)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+    run = sampler.engine.steps(state, table)
+    next(run)  # compiles and chooses algorithms
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        assert list(run) == [2, 3, 4, 5]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_more_elements_than_32_bits_count():
