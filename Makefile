@@ -1,6 +1,7 @@
 # make sample   draws a grid of images into samples.png
 # make test     proves the tree right
 # make check    lint, format, types          make proof   the long proofs
+# make gpu      on a machine with a GPU: tests, then timings, within eight minutes
 # make compile-check   every launch of four networks for sm_80, sm_90 and sm_100, by both releases of Triton
 # Everything is installed once into $(VENV); a torch that the machine already has is used as it is.
 PYTHON ?= python3
@@ -17,7 +18,7 @@ OLDEST := PYTHONPATH="$(CURDIR)/$(VENV)/triton-$(OLDEST_TRITON)"
 NEWEST := PYTHONPATH="$(CURDIR)/$(VENV)/triton-$(NEWEST_TRITON)"
 IS_TRITON = -c 'import sys, triton; sys.exit(triton.__version__ != sys.argv[1] and "wrong Triton: " + triton.__version__)'
 
-.PHONY: sample test check proof compile-check clean
+.PHONY: sample test check proof compile-check gpu clean
 
 sample: $(INSTALLED)
 	$(PY) -m ddpm_fast sample --weights $(WEIGHTS) --images 64 --solver ddim --steps 50 --out samples.png
@@ -37,7 +38,11 @@ test: $(INSTALLED)
 proof: $(INSTALLED)
 	$(PY) -m pytest -q --proof -m proof
 
-compile-check: $(INSTALLED)
+compile-# the environment if there is one, else the machine's own Python: nothing is installed
+gpu:
+	$(if $(wildcard $(PY)),$(PY),$(PYTHON)) -m bench.gpu
+
+check: $(INSTALLED)
 	$(OLDEST) $(PY) -m bench.compile_check
 	$(NEWEST) $(PY) -m bench.compile_check
 

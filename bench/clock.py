@@ -5,8 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+
+Row = dict[str, Any]  # what is known of one case: it becomes JSON, and a line of a table
 
 
 @dataclass(frozen=True)
@@ -16,6 +19,10 @@ class Timing:
     median: float
     spread: float
     runs: int
+
+
+def row_of(timing: Timing) -> Row:
+    return dict(ms=1e3 * timing.median, spread=timing.spread, runs=timing.runs)
 
 
 def measure(

@@ -33,3 +33,5 @@ NETWORKS: dict[str, UNetConfig] = {
     ),
     "fashion_mnist": fashion_mnist(),
 }
+
+TINY_UNET = UNetConfig(sample_size=8, channels=(16, 32), layers=1, attention=(False, True), norm_groups=8)

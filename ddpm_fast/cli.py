@@ -122,11 +122,12 @@ def sample(
 
 
 def _text_of(r: dict[str, Any]) -> str:
-    bits = "the same bits in every batch" if r["invariant"] else "bits that depend on the batch"
+    what = f"{r['images']} images of seed {r['seed']}, {r['steps']} {r['solver']} steps, {r['dtype']} on {r['device']}"
     rates = f"{r['images_per_second']:.2f} images/s, {r['milliseconds_per_image_step']:.2f} ms per image and step"
+    bits = "the same bits in every batch" if r["invariant"] else "bits that depend on the batch"
     return (
-        f"{r['images']} images of seed {r['seed']}, {r['steps']} {r['solver']} steps, {r['dtype']} on {r['device']}: "
-        f"{r['seconds']:.1f} s, {rates} -> {r['out']}\nengine {r['engine']} ({r['reason']}), {bits}, peak memory {megabytes(r['peak_memory_bytes'])}"
+        f"{what}: {r['seconds']:.1f} s, {rates} -> {r['out']}\n"
+        f"engine {r['engine']} ({r['reason']}), {bits}, peak memory {megabytes(r['peak_memory_bytes'])}"
     )
 
 

@@ -169,7 +169,7 @@ def test_refuses_the_output_before_sampling(run, weights, tmp_path, monkeypatch)
     def sampled(*_, **__):
         raise AssertionError("sampling began")
 
-    monkeypatch.setattr("ddpm_fast.sampler.Sampler.step", sampled)
+    monkeypatch.setattr("ddpm_fast.sampler.Sampler.begin", sampled)
     assert run("sample", "--weights", weights, "--out", tmp_path / "no" / "x.png")[0] == 2
 
 

@@ -1,4 +1,4 @@
-"""The captured step on a GPU: the images of the uncaptured one, no waiting, the same bits in every batch, memory that comes back."""
+"""The captured step on a GPU: the uncaptured one's images, no waiting, the same bits in every batch, memory that comes back."""
 
 import pytest
 import torch

@@ -1,0 +1,119 @@
+"""Whole sampling loops beside those that users would run: the last part of `bench.gpu`, and the one that matters."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+
+from bench.clock import Row
+from bench.networks import NETWORKS, ROOT, TINY_UNET
+from bench.peers import Diffusers, Ours, Peer, Plain
+from ddpm_fast import NoiseSchedule, Sampler, UNet
+from ddpm_fast.fused_unet import FusedUNet
+from ddpm_fast.testing import relative_error
+
+if TYPE_CHECKING:
+    from bench.gpu import Bench
+
+SCHEDULE = NoiseSchedule.linear()
+ALLOWED = {"fp32": 1e-4, "bf16": 0.05, "fp8": 0.15}  # relative error of a forward pass against fp32
+
+
+def celebahq256(bench: Bench) -> Iterator[Row]:
+    """The 256x256 network, batch 16."""
+    yield from _network(bench, "celebahq256", (16,))
+
+
+def sampling(bench: Bench) -> Iterator[Row]:
+    """The weights that ship, then the CIFAR-10 network: ms a step and img-steps/s, a thousandth of it images/s at T = 1000."""
+    yield from _shipped(bench)
+    yield from _network(bench, "cifar10", (1, 16, 256, 1024))
+
+
+def _network(bench: Bench, network: str, batches: tuple[int, ...]) -> Iterator[Row]:
+    torch.manual_seed(0)
+    unet = UNet(TINY_UNET if bench.tiny else NETWORKS[network]).eval().requires_grad_(False).to(bench.device)
+    for make in _peers(bench, unet):
+        try:
+            peer = make()
+        except ImportError as error:
+            yield dict(what="sampling", network=network, summary=f"{error}: left out")
+            continue
+        yield from _loops(bench, peer, unet, network, (2,) if bench.tiny else batches)
+        del peer
+        gc.collect()  # graphs and compiled code hold memory
+        if bench.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _peers(bench: Bench, unet: UNet) -> list[Callable[[], Peer]]:
+    c = unet.config
+    shape = (c.in_channels, *(c.size or (32, 32)))
+
+    def ours(dtype: str) -> Peer:
+        sampler = Sampler(unet, SCHEDULE, shape, engine="fused", dtype=dtype)
+        return Ours(sampler, lambda x, t: FusedUNet(unet, len(x), dtype, timesteps=len(SCHEDULE))(x, t))  # its launches
+
+    peers: list[Callable[[], Peer]] = [partial(Plain, unet, SCHEDULE, "bf16"), partial(Diffusers, unet, "bf16")]
+    if not bench.tiny:  # compiling takes half a minute
+        peers.append(partial(Plain, unet, SCHEDULE, "bf16", True))
+    return [*peers, *(partial(ours, dtype) for dtype in bench.dtypes)]
+
+
+def _loops(bench: Bench, peer: Peer, unet: UNet, network: str, batches: tuple[int, ...]) -> Iterator[Row]:
+    for batch in batches:
+        if (batch == 1024 and "fp8" not in peer.name) or ("compile" in peer.name and batch != max(b for b in batches if b < 1024)):
+            continue  # the others gain nothing from more images; compiling takes half a minute for each size
+        error = _error(bench, peer, unet, batch)
+        if not error < ALLOWED[peer.name.rsplit(" ", 1)[1]]:
+            yield dict(what=peer.name, network=network, batch=batch, error=error, failed=True, summary="wrong: not timed")
+            continue
+        steps = 2 if bench.tiny else 100 if batch == 1 else 20
+        if bench.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        peer.sample(batch, 16 if not bench.tiny else 1)
+        timing = bench.clock(partial(peer.sample, batch, steps))
+        memory = torch.cuda.max_memory_allocated() / 2**30 if bench.device.type == "cuda" else None
+        per_step = timing.median / steps
+        yield dict(
+            what=peer.name,
+            network=network,
+            batch=batch,
+            ms_per_step=1e3 * per_step,
+            spread=timing.spread,
+            image_steps_per_s=batch / per_step,
+            peak_gib=memory,
+            error=error,
+        )
+
+
+@torch.no_grad()
+def _error(bench: Bench, peer: Peer, unet: UNet, batch: int) -> float:
+    """Of a forward pass against fp32, on a few of the images."""
+    c, few = unet.config, slice(0, 8)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(batch, c.in_channels, *(c.size or (32, 32)), generator=generator).to(bench.device)
+    t = torch.arange(batch, device=bench.device) * 37 % 1000
+    return relative_error(peer.forward(x, t)[few], unet(x[few], t[few]))
+
+
+def _shipped(bench: Bench) -> Iterator[Row]:
+    """The weights that ship, DDIM: whole images, if safetensors is there to read them."""
+    try:
+        import safetensors  # noqa: F401
+    except ImportError:
+        yield dict(what="shipped weights", summary="safetensors is not installed: left out")
+        return
+    count, steps = (2, 2) if bench.tiny else (256, 50)
+    for dtype in ("fp32", "bf16"):
+        sampler = Sampler.from_pretrained(ROOT / "weights" / "fashion-mnist-32", bench.device, dtype)
+        sampler.sample(count, solver="ddim", steps=2, batch_size=count)
+        timing = bench.clock(partial(sampler.sample, count, solver="ddim", steps=steps, batch_size=count))
+        rate = count / timing.median
+        yield dict(
+            what="shipped weights, ddim", engine=sampler.engine.name, dtype=dtype, batch=count, steps=steps, images_per_s=rate
+        )
