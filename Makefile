@@ -38,13 +38,13 @@ test: $(INSTALLED)
 proof: $(INSTALLED)
 	$(PY) -m pytest -q --proof -m proof
 
-compile-# the environment if there is one, else the machine's own Python: nothing is installed
-gpu:
-	$(if $(wildcard $(PY)),$(PY),$(PYTHON)) -m bench.gpu
-
-check: $(INSTALLED)
+compile-check: $(INSTALLED)
 	$(OLDEST) $(PY) -m bench.compile_check
 	$(NEWEST) $(PY) -m bench.compile_check
+
+# the environment if there is one, else the machine's own Python: nothing is installed
+gpu:
+	$(if $(wildcard $(PY)),$(PY),$(PYTHON)) -m bench.gpu
 
 check: $(INSTALLED)
 	$(PY) -m ruff check .
