@@ -214,3 +214,6 @@ def _check(c: UNetConfig, batch_size: int, timesteps: int, dtype: str, target: T
     odd = [n for n in c.channels if n % 16]
     if odd:
         raise ValueError(f"levels of {odd} channels; the kernels take multiples of 16: run the reference UNet")
+    heads = [level.channels // level.heads for level, attends in zip(c.levels, c.attends, strict=True) if attends]
+    if max(heads, default=0) > 512:
+        raise ValueError(f"attention heads of {max(heads)} channels; the kernels take up to 512: run the reference UNet")

@@ -244,6 +244,8 @@ def test_bad_input_is_said():
             fused(*args)
     with pytest.raises(ValueError, match="no labels"):
         FusedUNet(of(NETS["not square"]), 1, "fp32", check=False)(torch.zeros(1, 1, 8, 24), 0, torch.zeros(1, dtype=torch.int64))
+    with pytest.raises(ValueError, match="attention heads of 768 channels; the kernels take up to 512"):
+        FusedUNet(UNet(UNetConfig(8, channels=(32, 768), layers=1, attention=False)), 1, device="meta")
     with pytest.raises(ValueError, match="multiples of 16"):
         FusedUNet(UNet(UNetConfig(8, channels=(8, 24), norm_groups=4, attention=False, mid_attention=False)), 1)
     with pytest.raises(ValueError, match=r"8\.9 or newer"):
