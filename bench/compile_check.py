@@ -109,7 +109,7 @@ def narrow_accesses(case: Case, c: Compiled) -> list[str]:
     if reads_map and not c.count("UTMALDG") and not any(re.match(r"LDG\S*\.(128|256)", line) for line in c.sass):
         wrong.append("no loads of 16 bytes")
     widths = "64|128|256" if getattr(a.get("OUT"), "primitive_bitwidth", 16) == 8 else "128|256"
-    writes_map = case.kernel != "_statistics_kernel" and not a.get("DENSE")
+    writes_map = case.kernel not in ("_statistics_kernel", "_combine_kernel") and not a.get("DENSE")
     if writes_map and not any(re.match(rf"UTMASTG|STG\S*\.({widths})", line) for line in c.sass):
         wrong.append("no stores of 16 bytes")
     return sorted(set(wrong))
@@ -160,6 +160,8 @@ def row_of(case: Case, c: Compiled | None, seconds: float) -> dict[str, Any]:
         tile = f"{a['BM']}x{a['BO']}x{a['BK']}"
     elif "BM" in a:
         tile = f"{a['BM']} queries, {a['BN']} keys"
+    elif "T" in a:
+        tile = f"{a['T']} tiles x {a['USED']} of {a['L']}"
     elif "P" in a:
         tile = f"{a['P']} px x {a['USED']} of {a['L']}"
     else:
@@ -167,7 +169,7 @@ def row_of(case: Case, c: Compiled | None, seconds: float) -> dict[str, Any]:
     channels = f"{a['C']}" if isinstance(a.get("C"), int) else ""
     if isinstance(a.get("K"), int):
         channels += (f"+{a['C2']}" if a.get("C2") else "") + f" -> {a['K']}"
-    flags = ", ".join(k.lower() for k in ("RESIDUAL", "SCALED", "DENSE", "TWO", "FOLDED") if a.get(k))
+    flags = ", ".join(k.lower() for k in ("RESIDUAL", "SCALED", "DENSE", "STATS", "TWO", "FOLDED") if a.get(k))
     return dict(
         sm=case.sm,
         kernel=case.kernel.strip("_").removesuffix("_kernel"),

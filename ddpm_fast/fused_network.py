@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .kernels._feature_map import FeatureMap
+from .kernels._tile_statistics import KeepsStatistics, Tiling
 from .kernels._tiles import E4M3_MAX, Target, Tiles, cut, divisor
 from .kernels.attention import Attention, FoldedAttention, fold
 from .kernels.conv2d import Conv3x3, UpsampleConv
@@ -118,11 +119,23 @@ class Network:
 
     # ---- tiles
 
-    def cut(self, kind: str, c: int, k: int, rows: int, h: int, w: int, *, tma: bool, dtype: torch.dtype | None = None) -> Tiles:
+    def cut(
+        self,
+        kind: str,
+        c: int,
+        k: int,
+        rows: int,
+        h: int,
+        w: int,
+        *,
+        tma: bool,
+        dtype: torch.dtype | None = None,
+        shrinks: bool = False,
+    ) -> Tiles:
         """The tiles of a launch by rule, or as `tiles` says for its key; the batch is no part of the key."""
         dtype = dtype or self.act
         warps = 4 if kind == "conv3x3" and dtype != E4M3 else 8
-        by_rule = cut(self.target, dtype, c, k, rows, tma=tma, warps=warps, shrinks=kind == "conv3x3")
+        by_rule = cut(self.target, dtype, c, k, rows, tma=tma, warps=warps, shrinks=shrinks)
         return replace(by_rule, **self.tiles.get(tile_key(kind, self.target, dtype, c, k, h, w), {}))
 
 
@@ -152,6 +165,8 @@ class Walk:
         self.launches: list[Launch] = []
         self.units: dict[Buffer, float] = {}  # what a unit of an e4m3 map is worth
         self.given: dict[Buffer, FeatureMap] = {}  # buffers whose memory is there before the plan
+        self.writers: dict[Buffer, int] = {}  # the launch that writes a map
+        self.fixed: dict[Buffer, Tiles] = {}  # tiles that do not follow the batch, for launches whose own do
         c = net.config
         self.x = Buffer("x_t", batch, *size, c.in_channels, torch.float32, bordered=False, external=True)
         self.out = Buffer("out", batch, *size, c.out_channels, torch.float32, bordered=False, external=True)
@@ -168,6 +183,7 @@ class Walk:
         **reads: Buffer | None,
     ) -> Buffer:
         writes = {"out": out} | ({"scratch": scratch} if scratch is not None else {})
+        self.writers[out] = len(self.launches)
         self.launches.append(Launch(name, op, {k: b for k, b in reads.items() if b is not None}, writes, tensors or {}))
         return out
 
@@ -295,7 +311,10 @@ class Walk:
         """conv(x) + residual, both times `scale`."""
         net = self.net
         out = out or self.like(f"{name}.out", x, conv.out_channels)
-        tiles = net.cut("conv3x3", x.channels, conv.out_channels, x.rows, *_size(x), tma=True, dtype=x.dtype)
+        tiles, self.fixed[out] = (
+            net.cut("conv3x3", x.channels, conv.out_channels, x.rows, *_size(x), tma=True, dtype=x.dtype, shrinks=shrinks)
+            for shrinks in (True, False)
+        )
 
         def make() -> Conv3x3:
             weight, b = scale * net.weight(conv.weight), scale * net.weight(conv.bias) if bias else None
@@ -367,10 +386,32 @@ class Walk:
         op = net.once(name, make)
         out = self.like(f"{name}.out", x, layer.num_channels, dtype, bordered=bordered)
         self.units[out] = op.unit
+        stats: list[Buffer] = []
+        if op.scratch_elements(x.empty("meta")):
+            stats, tilings = self.statistics([x] if x2 is None else [x, x2])
+            op = replace(op, tilings=tilings)
         elements = op.scratch_elements(x.empty("meta"))
         scratch = Buffer(f"{name}.scratch", 1, 1, elements, 1, torch.float32, bordered=False) if elements else None
         tensors = {} if block is None else dict(table=i.table, row=i.row)
-        return self.emit(name, op, out, scratch=scratch, tensors=tensors, x=x, x2=x2)
+        kept = dict(zip(("stats", "stats2"), stats, strict=False))
+        return self.emit(name, op, out, scratch=scratch, tensors=tensors, x=x, x2=x2, **kept)
+
+    def statistics(self, maps: list[Buffer]) -> tuple[list[Buffer], tuple[Tiling, ...]]:
+        """The statistics of `maps`, which from now on the launches that write them keep; nothing where one of them cannot."""
+        writers = [self.launches[self.writers[b]] for b in maps]
+        if not all(isinstance(launch.op, KeepsStatistics) for launch in writers):
+            return [], ()
+        stats, tilings = [], []
+        for b, launch in zip(maps, writers, strict=True):
+            op: Any = replace(cast(Any, launch.op), tiles=self.fixed.get(b, cast(Any, launch.op).tiles))
+            tiling = op.tiling(b.empty("meta"))
+            kept = launch.writes.get("stats") or Buffer(
+                f"{b.name}.stats", self.batch, tiling.entries, 2, b.channels, torch.float32, bordered=False
+            )
+            self.launches[self.writers[b]] = replace(launch, op=op, writes={**launch.writes, "stats": kept})
+            stats.append(kept)
+            tilings.append(tiling)
+        return stats, tuple(tilings)
 
     def _unit(self, gamma: Tensor, beta: Tensor, time: str | None, column: int) -> float:
         """What a stored 1 of an e4m3 activation is worth, so that values some deviations from the mean just fit."""

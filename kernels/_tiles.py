@@ -140,8 +140,10 @@ def wide(x: Tensor | None, compute: torch.dtype | None) -> Tensor | None:
     return x.to(compute)
 
 
-def cost_of_conv(weight: Tensor, sources: tuple[FeatureMap, ...], out: FeatureMap) -> tuple[int, int]:
-    """FLOP of a convolution with packed weights over the output's real pixels, and the bytes that must move."""
+def cost_of_conv(weight: Tensor, others: tuple[FeatureMap | None, ...], out: FeatureMap) -> tuple[int, int]:
+    """FLOP of a convolution with packed weights over the output's real pixels, and the bytes that must move. others: the maps that
+    it reads or writes besides.
+    """
     pixels = out.images * out.height * out.width
-    moved = sum(fm.rows.numel() * fm.rows.element_size() for fm in (*sources, out)) + weight.numel() * weight.element_size()
+    moved = sum(t.numel() * t.element_size() for t in (weight, *(fm.rows for fm in (*others, out) if fm is not None)))
     return 2 * pixels * weight.numel(), moved

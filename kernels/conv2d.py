@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._feature_map import FeatureMap
+from ._tile_statistics import KeepsStatistics, Tiling, count_tiles, first_row, halves, own_rows, row_tiles, store_statistics
 from ._tiles import PRECISION, TRITON_TYPE, Tiles, box, cost_of_conv, launch_conv, quantise, wide
 from ._triton import tl, triton
 
@@ -62,6 +63,61 @@ def load_rows(x_ptr, row, c0, ROWS, C: tl.constexpr, BM: tl.constexpr, BK: tl.co
     return tl.load(x_ptr + at, mask=((rows >= 0) & (rows < ROWS))[:, None], other=0.0)
 
 
+@triton.jit
+def _finish_conv3x3(
+    acc,
+    y,
+    bias_ptr,
+    scale_ptr,
+    residual_ptr,
+    stats_ptr,
+    residual_scale,
+    tile,
+    m0,
+    o0,
+    ROWS,
+    WP,
+    IMAGE,
+    K: tl.constexpr,
+    BM: tl.constexpr,
+    BO: tl.constexpr,
+    TMA: tl.constexpr,
+    OUT: tl.constexpr,
+    BIAS: tl.constexpr,
+    SCALED: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    DENSE: tl.constexpr,
+    STATS: tl.constexpr,
+):
+    """Sums acc [BM, BO] of rows m0 ... and outputs o0 ... -> what is stored."""
+    cols = o0 + tl.arange(0, BO)
+    rows = m0 + tl.arange(0, BM)
+    r = rows % IMAGE
+    inside = (rows < ROWS) & (r >= WP) & (r % WP != 0)
+    if SCALED:
+        acc = acc * tl.load(scale_ptr + cols, mask=cols < K, other=0.0)[None, :]
+    if BIAS:
+        acc += tl.load(bias_ptr + cols, mask=cols < K, other=0.0)[None, :]
+    if RESIDUAL:
+        at = rows.to(tl.int64)[:, None] * K + cols[None, :]
+        residual = tl.load(residual_ptr + at, mask=inside[:, None] & (cols < K)[None, :], other=0.0)
+        acc += residual_scale * residual.to(tl.float32)
+    if DENSE:  # [N, H, W, K] without borders: the network's output
+        h = IMAGE // WP - 1
+        pixel = (rows // IMAGE) * (h * (WP - 1)) + (r // WP - 1) * (WP - 1) + r % WP - 1
+        at = pixel.to(tl.int64)[:, None] * K + cols[None, :]
+        tl.store(y + at, acc.to(OUT), mask=inside[:, None] & (cols < K)[None, :])
+    else:
+        out = tl.where(inside[:, None], acc, 0.0).to(OUT)
+        if TMA:
+            y.store([m0, o0], out)
+        else:
+            at = rows.to(tl.int64)[:, None] * K + cols[None, :]
+            tl.store(y + at, out, mask=(rows < ROWS)[:, None] & (cols < K)[None, :])
+        if STATS:
+            store_statistics(stats_ptr, tile, out, own_rows(tile, rows, inside, IMAGE, BM), cols, K)
+
+
 @triton.jit(do_not_specialize=["ROWS", "WP", "IMAGE"])
 def _conv3x3_kernel(
     x,
@@ -70,6 +126,7 @@ def _conv3x3_kernel(
     bias_ptr,
     scale_ptr,
     residual_ptr,
+    stats_ptr,
     residual_scale,
     ROWS,
     WP,
@@ -86,15 +143,16 @@ def _conv3x3_kernel(
     SCALED: tl.constexpr,
     RESIDUAL: tl.constexpr,
     DENSE: tl.constexpr,
+    STATS: tl.constexpr,
     PRECISION: tl.constexpr,
     IMPRECISE: tl.constexpr,
 ):
     n_out: tl.constexpr = (K + BO - 1) // BO
     per_tap: tl.constexpr = C // BK
-    tiles = tl.cdiv(ROWS, BM) * n_out
+    tiles = count_tiles(ROWS, IMAGE, BM, STATS) * n_out
     for tile in tl.range(tl.program_id(0), tiles, PROGRAMS if TMA else tiles, flatten=TMA):
         o0 = (tile % n_out) * BO
-        m0 = (tile // n_out) * BM
+        m0 = first_row(tile // n_out, IMAGE, BM, STATS)
         acc = tl.zeros((BM, BO), tl.float32)
         for k in range(9 * per_tap):
             tap = k // per_tap
@@ -108,30 +166,34 @@ def _conv3x3_kernel(
                 b = load_rows(w, o0, k * BK, K, 9 * C, BO, BK)
             acc = tl.dot(a, b.T, acc, input_precision=PRECISION, max_num_imprecise_acc=IMPRECISE)
 
-        cols = o0 + tl.arange(0, BO)
-        rows = m0 + tl.arange(0, BM)
-        r = rows % IMAGE
-        inside = (rows < ROWS) & (r >= WP) & (r % WP != 0)
-        if SCALED:
-            acc = acc * tl.load(scale_ptr + cols, mask=cols < K, other=0.0)[None, :]
-        if BIAS:
-            acc += tl.load(bias_ptr + cols, mask=cols < K, other=0.0)[None, :]
-        if RESIDUAL:
-            at = rows.to(tl.int64)[:, None] * K + cols[None, :]
-            residual = tl.load(residual_ptr + at, mask=inside[:, None] & (cols < K)[None, :], other=0.0)
-            acc += residual_scale * residual.to(tl.float32)
-        if DENSE:  # [N, H, W, K] without borders: the network's output
-            h = IMAGE // WP - 1
-            pixel = (rows // IMAGE) * (h * (WP - 1)) + (r // WP - 1) * (WP - 1) + r % WP - 1
-            at = pixel.to(tl.int64)[:, None] * K + cols[None, :]
-            tl.store(y + at, acc.to(OUT), mask=inside[:, None] & (cols < K)[None, :])
-        else:
-            out = tl.where(inside[:, None], acc, 0.0).to(OUT)
-            if TMA:
-                y.store([m0, o0], out)
-            else:
-                at = rows.to(tl.int64)[:, None] * K + cols[None, :]
-                tl.store(y + at, out, mask=(rows < ROWS)[:, None] & (cols < K)[None, :])
+        # statistics of all columns at once would spill, so with them the tile is finished by halves
+        parts = halves(acc, BM, BO) if STATS else (acc,)
+        for i in tl.static_range(len(parts)):
+            _finish_conv3x3(
+                parts[i],
+                y,
+                bias_ptr,
+                scale_ptr,
+                residual_ptr,
+                stats_ptr,
+                residual_scale,
+                tile // n_out,
+                m0,
+                o0 + i * (BO // len(parts)),
+                ROWS,
+                WP,
+                IMAGE,
+                K,
+                BM,
+                BO // len(parts),
+                TMA,
+                OUT,
+                BIAS,
+                SCALED,
+                RESIDUAL,
+                DENSE,
+                STATS,
+            )
 
 
 @triton.jit(do_not_specialize=["ROWS", "H", "W"])
@@ -140,6 +202,7 @@ def _upsample_conv_kernel(
     w,
     y_ptr,
     bias_ptr,
+    stats_ptr,
     ROWS,
     H,
     W,
@@ -151,17 +214,18 @@ def _upsample_conv_kernel(
     PROGRAMS: tl.constexpr,
     TMA: tl.constexpr,
     OUT: tl.constexpr,
+    STATS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     n_out: tl.constexpr = (K + BO - 1) // BO
     per_tap: tl.constexpr = C // BK
     WP = W + 1
     IMAGE = (H + 1) * WP
-    tiles = tl.cdiv(ROWS, BM) * n_out * 4
+    tiles = count_tiles(ROWS, IMAGE, BM, STATS) * n_out * 4
     for tile in tl.range(tl.program_id(0), tiles, PROGRAMS if TMA else tiles, flatten=TMA):
         o0 = (tile % n_out) * BO
         parity = (tile // n_out) % 4
-        m0 = (tile // (n_out * 4)) * BM
+        m0 = first_row(tile // (n_out * 4), IMAGE, BM, STATS)
         py = parity // 2
         px = parity % 2
         acc = tl.zeros((BM, BO), tl.float32)
@@ -190,6 +254,9 @@ def _upsample_conv_kernel(
         inside = (y >= 0) & (x_ >= 0)
         acc += tl.load(bias_ptr + cols, mask=cols < K, other=0.0)[None, :]
         out = tl.where(inside[:, None], acc, 0.0).to(OUT)
+        if STATS:
+            own = own_rows(tile // (n_out * 4), rows, inside, IMAGE, BM)
+            store_statistics(stats_ptr, tile // n_out, out, own, cols, K)
         out_row = image.to(tl.int64) * ((2 * H + 1) * (2 * W + 1)) + (out_y + 1) * (2 * W + 1) + out_x + 1
         tl.store(y_ptr + out_row[:, None] * K + cols[None, :], out, mask=exists[:, None] & (cols < K)[None, :])
 
@@ -198,7 +265,7 @@ def _upsample_conv_kernel(
 
 
 @dataclass(frozen=True, eq=False)
-class Conv3x3:
+class Conv3x3(KeepsStatistics):
     """conv(x) + bias + residual_scale * residual, stride 1, padding 1. See `conv3x3_reference`.
 
     weight  packed [K, 9 C] in the operands' type;  bias [K] fp32 or None
@@ -226,22 +293,24 @@ class Conv3x3:
         packed, scale = quantise(pack(weight), dtype, x_scale)
         return cls(packed, None if bias is None else bias.float(), tiles, scale, residual_scale)
 
-    def run(self, x: FeatureMap, out: FeatureMap, residual: FeatureMap | None = None) -> None:
+    def run(self, x: FeatureMap, out: FeatureMap, residual: FeatureMap | None = None, stats: FeatureMap | None = None) -> None:
         t, k = self.tiles, len(self.weight)
         x.expect("x", x.images, x.height, x.width, self.weight.shape[1] // 9, bordered=True)
         out.expect("out", x.images, x.height, x.width, k)
         if residual is not None:
             residual.expect("residual", x.images, x.height, x.width, k, bordered=True)
+        self.expect_stats(out, stats)
         launch_conv(
             _conv3x3_kernel,
             t,
-            self.grid(x),
+            self.grid(x, stats),
             box(x.rows, t.bm, t.bk, t.tma),
             box(self.weight, t.bo, t.bk, t.tma),
-            box(out.rows, t.bm, t.bo, t.tma and out.bordered),
+            box(out.rows, t.bm, t.bo if stats is None else t.bo // 2, t.tma and out.bordered),
             self.bias if self.bias is not None else self.weight,
             self.scale if self.scale is not None else self.weight,
             x.rows if residual is None else residual.rows,
+            x.rows if stats is None else stats.rows,
             self.residual_scale,
             len(x.rows),
             x.width + 1,
@@ -254,11 +323,19 @@ class Conv3x3:
             SCALED=self.scale is not None,
             RESIDUAL=residual is not None,
             DENSE=not out.bordered,
+            STATS=stats is not None,
             PRECISION=PRECISION[x.rows.dtype],
             IMPRECISE=t.bk if self.scale is not None else 0,
         )
 
-    def twin(self, x: FeatureMap, out: FeatureMap, residual: FeatureMap | None = None, compute: torch.dtype | None = None) -> None:
+    def twin(
+        self,
+        x: FeatureMap,
+        out: FeatureMap,
+        residual: FeatureMap | None = None,
+        stats: FeatureMap | None = None,
+        compute: torch.dtype | None = None,
+    ) -> None:
         weight, bias = unpack(wide(self.weight, compute), 3), wide(self.bias, compute)
         y = F.conv2d(wide(x.pixels, compute), weight, padding=1)
         if self.scale is not None:
@@ -268,18 +345,21 @@ class Conv3x3:
         if residual is not None:
             y = y + self.residual_scale * wide(residual.pixels, y.dtype)
         out.write(y)
+        self.write_stats(out, stats, compute)
 
-    def grid(self, x: FeatureMap, **_: FeatureMap) -> int:
+    def grid(self, x: FeatureMap, stats: FeatureMap | None = None, **_: FeatureMap) -> int:
         """Tiles of the product."""
-        return triton.cdiv(len(x.rows), self.tiles.bm) * triton.cdiv(len(self.weight), self.tiles.bo)
+        return row_tiles(x, self.tiles.bm, stats is not None) * triton.cdiv(len(self.weight), self.tiles.bo)
 
-    def cost(self, x: FeatureMap, out: FeatureMap, residual: FeatureMap | None = None) -> tuple[int, int]:
+    def cost(
+        self, x: FeatureMap, out: FeatureMap, residual: FeatureMap | None = None, stats: FeatureMap | None = None
+    ) -> tuple[int, int]:
         """FLOP (of real pixels) and the fewest bytes that must move."""
-        return cost_of_conv(self.weight, (x,) if residual is None else (x, residual), out)
+        return cost_of_conv(self.weight, (x, residual, stats), out)
 
 
 @dataclass(frozen=True, eq=False)
-class UpsampleConv:
+class UpsampleConv(KeepsStatistics):
     """Nearest 2x, then a 3x3 convolution. See `upsample_conv_reference`; weight packed [4 K, 4 C], bias [K] fp32."""
 
     weight: Tensor
@@ -291,18 +371,20 @@ class UpsampleConv:
     def of(cls, weight: Tensor, bias: Tensor, dtype: torch.dtype, tiles: Tiles) -> UpsampleConv:
         return cls(pack_parities(weight).to(dtype), bias.float(), tiles)
 
-    def run(self, x: FeatureMap, out: FeatureMap) -> None:
+    def run(self, x: FeatureMap, out: FeatureMap, stats: FeatureMap | None = None) -> None:
         t, k = self.tiles, len(self.weight) // 4
         x.expect("x", x.images, x.height, x.width, self.weight.shape[1] // 4, bordered=True)
         out.expect("out", x.images, 2 * x.height, 2 * x.width, k, bordered=True)
+        self.expect_stats(out, stats)
         launch_conv(
             _upsample_conv_kernel,
             t,
-            self.grid(x),
+            self.grid(x, stats),
             box(x.rows, t.bm, t.bk, t.tma),
             box(self.weight, t.bo, t.bk, t.tma),
             out.rows,
             self.bias,
+            x.rows if stats is None else stats.rows,
             len(x.rows),
             x.height,
             x.width,
@@ -310,10 +392,11 @@ class UpsampleConv:
             K=k,
             TMA=t.tma,
             OUT=TRITON_TYPE[out.rows.dtype],
+            STATS=stats is not None,
             PRECISION=PRECISION[x.rows.dtype],
         )
 
-    def twin(self, x: FeatureMap, out: FeatureMap, compute: torch.dtype | None = None) -> None:
+    def twin(self, x: FeatureMap, out: FeatureMap, stats: FeatureMap | None = None, compute: torch.dtype | None = None) -> None:
         weights, bias = wide(self.weight, compute).chunk(4), wide(self.bias, compute)
         pixels = wide(x.pixels, compute)
         n, _, h, w = pixels.shape
@@ -323,11 +406,15 @@ class UpsampleConv:
             seen = F.pad(pixels, (1 - px, px, 1 - py, py))
             y[:, :, :, py, :, px] = F.conv2d(seen, unpack(weight, 2))
         out.write(y.reshape(n, -1, 2 * h, 2 * w) + bias.to(y.dtype)[:, None, None])
+        self.write_stats(out, stats, compute)
 
-    def grid(self, x: FeatureMap, **_: FeatureMap) -> int:
+    def tiling(self, out: FeatureMap) -> Tiling:
+        return Tiling(out.height // 2, out.width // 2, self.tiles.bm, parts=4)
+
+    def grid(self, x: FeatureMap, stats: FeatureMap | None = None, **_: FeatureMap) -> int:
         """Tiles of the four products."""
-        return triton.cdiv(len(x.rows), self.tiles.bm) * triton.cdiv(len(self.weight) // 4, self.tiles.bo) * 4
+        return row_tiles(x, self.tiles.bm, stats is not None) * triton.cdiv(len(self.weight) // 4, self.tiles.bo) * 4
 
-    def cost(self, x: FeatureMap, out: FeatureMap) -> tuple[int, int]:
-        flops, moved = cost_of_conv(self.weight, (x,), out)
+    def cost(self, x: FeatureMap, out: FeatureMap, stats: FeatureMap | None = None) -> tuple[int, int]:
+        flops, moved = cost_of_conv(self.weight, (x, stats), out)
         return flops // 4, moved  # an output pixel sees one parity's filter

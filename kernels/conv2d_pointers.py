@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._feature_map import FeatureMap
+from ._tile_statistics import KeepsStatistics, first_row, own_rows, row_tiles, store_statistics
 from ._tiles import PRECISION, TRITON_TYPE, Tiles, cost_of_conv, launch_conv, power_of_two, wide
 from ._triton import tl, triton
 from .conv2d import load_rows, pack, unpack
@@ -50,6 +51,7 @@ def _first_conv_kernel(
     w_ptr,
     y_ptr,
     bias_ptr,
+    stats_ptr,
     ROWS,
     H,
     W,
@@ -62,11 +64,13 @@ def _first_conv_kernel(
     PROGRAMS: tl.constexpr,
     OUT: tl.constexpr,
     CENTER: tl.constexpr,
+    STATS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     n_out: tl.constexpr = (K + BO - 1) // BO
     o0 = (tl.program_id(0) % n_out) * BO
-    rows = (tl.program_id(0) // n_out) * BM + tl.arange(0, BM)
+    tile = tl.program_id(0) // n_out
+    rows = first_row(tile, (H + 1) * (W + 1), BM, STATS) + tl.arange(0, BM)
     image, y, x, inside = pixel_of(rows, ROWS, H, W, 1)
     acc = tl.zeros((BM, BO), tl.float32)
     for k in range(DEPTH // BK):
@@ -83,8 +87,11 @@ def _first_conv_kernel(
         acc = tl.dot(a.to(b.dtype), b.T, acc, input_precision=PRECISION)
     cols = o0 + tl.arange(0, BO)
     acc += tl.load(bias_ptr + cols, mask=cols < K, other=0.0)[None, :]
+    out = tl.where(inside[:, None], acc, 0.0).to(OUT)
+    if STATS:
+        store_statistics(stats_ptr, tile, out, own_rows(tile, rows, inside, (H + 1) * (W + 1), BM), cols, K)
     at = rows.to(tl.int64)[:, None] * K + cols[None, :]
-    tl.store(y_ptr + at, tl.where(inside[:, None], acc, 0.0).to(OUT), mask=(rows < ROWS)[:, None] & (cols < K)[None, :])
+    tl.store(y_ptr + at, out, mask=(rows < ROWS)[:, None] & (cols < K)[None, :])
 
 
 @triton.jit(do_not_specialize=["ROWS", "ROWS_IN", "H", "W"])
@@ -93,6 +100,7 @@ def _downsample_kernel(
     w_ptr,
     y_ptr,
     bias_ptr,
+    stats_ptr,
     ROWS,
     ROWS_IN,
     H,
@@ -105,12 +113,14 @@ def _downsample_kernel(
     BO: tl.constexpr,
     PROGRAMS: tl.constexpr,
     OUT: tl.constexpr,
+    STATS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     n_out: tl.constexpr = (K + BO - 1) // BO
     per_tap: tl.constexpr = C // BK
     o0 = (tl.program_id(0) % n_out) * BO
-    rows = (tl.program_id(0) // n_out) * BM + tl.arange(0, BM)
+    tile = tl.program_id(0) // n_out
+    rows = first_row(tile, (H + 1) * (W + 1), BM, STATS) + tl.arange(0, BM)
     image, y, x, inside = pixel_of(rows, ROWS, H, W, 1)
     # the source is bordered, so a tap that falls off the image falls on a zero, or behind the last row
     WP = 2 * W + 1
@@ -124,8 +134,11 @@ def _downsample_kernel(
         acc = tl.dot(a, load_rows(w_ptr, o0, k * BK, K, 9 * C, BO, BK).T, acc, input_precision=PRECISION)
     cols = o0 + tl.arange(0, BO)
     acc += tl.load(bias_ptr + cols, mask=cols < K, other=0.0)[None, :]
+    out = tl.where(inside[:, None], acc, 0.0).to(OUT)
+    if STATS:
+        store_statistics(stats_ptr, tile, out, own_rows(tile, rows, inside, (H + 1) * (W + 1), BM), cols, K)
     at = rows.to(tl.int64)[:, None] * K + cols[None, :]
-    tl.store(y_ptr + at, tl.where(inside[:, None], acc, 0.0).to(OUT), mask=(rows < ROWS)[:, None] & (cols < K)[None, :])
+    tl.store(y_ptr + at, out, mask=(rows < ROWS)[:, None] & (cols < K)[None, :])
 
 
 @triton.jit(do_not_specialize=["ROWS", "H", "W"])
@@ -181,7 +194,7 @@ def _pointwise_kernel(
 
 
 @dataclass(frozen=True, eq=False)
-class FirstConv:
+class FirstConv(KeepsStatistics):
     """The network's first 3x3 convolution, of few channels, from dense fp32 pixels; of 2 x - 1 where `center`.
 
     weight packed [K, DEPTH], its 9 C columns padded with zeros to whole steps of the product; bias [K] fp32.
@@ -205,18 +218,20 @@ class FirstConv:
         """BK: all of a few channels' taps in one step of the product."""
         return min(64, max(16, power_of_two(9 * channels)))
 
-    def run(self, x: FeatureMap, out: FeatureMap) -> None:
+    def run(self, x: FeatureMap, out: FeatureMap, stats: FeatureMap | None = None) -> None:
         t, (k, depth) = self.tiles, self.weight.shape
         x.expect("x", x.images, x.height, x.width, self.channels, bordered=False)
         out.expect("out", x.images, x.height, x.width, k, bordered=True)
+        self.expect_stats(out, stats)
         launch_conv(
             _first_conv_kernel,
             t,
-            self.grid(out),
+            self.grid(out, stats),
             x.rows,
             self.weight,
             out.rows,
             self.bias,
+            x.rows if stats is None else stats.rows,
             len(out.rows),
             out.height,
             out.width,
@@ -225,26 +240,28 @@ class FirstConv:
             DEPTH=depth,
             OUT=TRITON_TYPE[out.rows.dtype],
             CENTER=self.center,
+            STATS=stats is not None,
             PRECISION=PRECISION[self.weight.dtype],
         )
 
-    def twin(self, x: FeatureMap, out: FeatureMap, compute: torch.dtype | None = None) -> None:
+    def twin(self, x: FeatureMap, out: FeatureMap, stats: FeatureMap | None = None, compute: torch.dtype | None = None) -> None:
         weight = wide(self.weight[:, : 9 * self.channels], compute)
         pixels = 2 * x.pixels - 1 if self.center else x.pixels
         seen = pixels.to(self.weight.dtype).to(weight.dtype)  # rounded to the operands' type, as the kernel does
         y = F.conv2d(seen, unpack(weight, 3), padding=1)
         out.write(y + self.bias.to(y.dtype)[:, None, None])
+        self.write_stats(out, stats, compute)
 
-    def grid(self, out: FeatureMap, **_: FeatureMap) -> int:
+    def grid(self, out: FeatureMap, stats: FeatureMap | None = None, **_: FeatureMap) -> int:
         """Tiles of the product."""
-        return triton.cdiv(len(out.rows), self.tiles.bm) * triton.cdiv(len(self.weight), self.tiles.bo)
+        return row_tiles(out, self.tiles.bm, stats is not None) * triton.cdiv(len(self.weight), self.tiles.bo)
 
-    def cost(self, x: FeatureMap, out: FeatureMap) -> tuple[int, int]:
-        return cost_of_conv(self.weight[:, : 9 * self.channels], (x,), out)
+    def cost(self, x: FeatureMap, out: FeatureMap, stats: FeatureMap | None = None) -> tuple[int, int]:
+        return cost_of_conv(self.weight[:, : 9 * self.channels], (x, stats), out)
 
 
 @dataclass(frozen=True, eq=False)
-class DownsampleConv:
+class DownsampleConv(KeepsStatistics):
     """3x3, stride 2. See `downsample_reference`; weight packed [K, 9 C], bias [K] fp32."""
 
     weight: Tensor
@@ -257,18 +274,20 @@ class DownsampleConv:
     def of(cls, weight: Tensor, bias: Tensor, padding: int, dtype: torch.dtype, tiles: Tiles) -> DownsampleConv:
         return cls(pack(weight).to(dtype).contiguous(), bias.float(), padding, tiles)
 
-    def run(self, x: FeatureMap, out: FeatureMap) -> None:
+    def run(self, x: FeatureMap, out: FeatureMap, stats: FeatureMap | None = None) -> None:
         t, k = self.tiles, len(self.weight)
         x.expect("x", x.images, 2 * out.height, 2 * out.width, self.weight.shape[1] // 9, bordered=True)
         out.expect("out", x.images, out.height, out.width, k, bordered=True)
+        self.expect_stats(out, stats)
         launch_conv(
             _downsample_kernel,
             t,
-            self.grid(out),
+            self.grid(out, stats),
             x.rows,
             self.weight,
             out.rows,
             self.bias,
+            x.rows if stats is None else stats.rows,
             len(out.rows),
             len(x.rows),
             out.height,
@@ -277,19 +296,21 @@ class DownsampleConv:
             K=k,
             PADDING=self.padding,
             OUT=TRITON_TYPE[out.rows.dtype],
+            STATS=stats is not None,
             PRECISION=PRECISION[x.rows.dtype],
         )
 
-    def twin(self, x: FeatureMap, out: FeatureMap, compute: torch.dtype | None = None) -> None:
+    def twin(self, x: FeatureMap, out: FeatureMap, stats: FeatureMap | None = None, compute: torch.dtype | None = None) -> None:
         y = downsample_reference(wide(x.pixels, compute), unpack(wide(self.weight, compute), 3), None, self.padding)
         out.write(y + self.bias.to(y.dtype)[:, None, None])
+        self.write_stats(out, stats, compute)
 
-    def grid(self, out: FeatureMap, **_: FeatureMap) -> int:
+    def grid(self, out: FeatureMap, stats: FeatureMap | None = None, **_: FeatureMap) -> int:
         """Tiles of the product."""
-        return triton.cdiv(len(out.rows), self.tiles.bm) * triton.cdiv(len(self.weight), self.tiles.bo)
+        return row_tiles(out, self.tiles.bm, stats is not None) * triton.cdiv(len(self.weight), self.tiles.bo)
 
-    def cost(self, x: FeatureMap, out: FeatureMap) -> tuple[int, int]:
-        return cost_of_conv(self.weight, (x,), out)
+    def cost(self, x: FeatureMap, out: FeatureMap, stats: FeatureMap | None = None) -> tuple[int, int]:
+        return cost_of_conv(self.weight, (x, stats), out)
 
 
 @dataclass(frozen=True, eq=False)
@@ -367,4 +388,4 @@ class Pointwise:
     def cost(
         self, x: FeatureMap, out: FeatureMap, x2: FeatureMap | None = None, residual: FeatureMap | None = None
     ) -> tuple[int, int]:
-        return cost_of_conv(self.weight, tuple(fm for fm in (x, x2, residual) if fm is not None), out)
+        return cost_of_conv(self.weight, (x, x2, residual), out)

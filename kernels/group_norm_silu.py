@@ -2,7 +2,8 @@
 
 One pass reads a feature map once and writes it once: a program holds one image's block of channels (whole groups) in registers,
 takes the mean, then the squared deviations from it, then writes what the next layer reads. Where a block is too large for that,
-two launches: statistics by chunks of pixels, merged in a fixed order (Chan et al. 1983), then the same arithmetic on tiles.
+two launches: statistics of groups (`_group_statistics`), from the map or from what its writer kept by tiles, then the same
+arithmetic on tiles.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._feature_map import FeatureMap
+from ._group_statistics import _combine_kernel, _statistics_kernel, load_pixels, of_group
+from ._tile_statistics import Tiling, channel_statistics
 from ._tiles import E4M3_MAX, TRITON_TYPE, power_of_two, wide
 from ._triton import tl, triton
 
@@ -23,6 +26,7 @@ HELD = 32768
 WIDEST = 64  # channels of a block: 128 bytes of a 2-byte type, one line of the cache
 TILE = 16384  # elements of a tile of the two-pass form
 MOST_CHUNKS = 16
+COMBINED = 4096  # tiles x channels of statistics that a program combines at once
 
 
 def group_norm_silu_reference(
@@ -38,34 +42,23 @@ def group_norm_silu_reference(
 ) -> Tensor:
     """SiLU(norm(x + shift) * (1 + scale) + offset) of x [N, C, H, W]; shift, scale, offset [N, C] or absent."""
     y = F.group_norm(x if shift is None else x + shift[:, :, None, None], groups, weight, bias, eps)
+    return _modulated(y, silu, scale, offset)
+
+
+def _modulated(y: Tensor, silu: bool, scale: Tensor | None, offset: Tensor | None) -> Tensor:
     if scale is not None and offset is not None:
         y = y * (1 + scale[:, :, None, None]) + offset[:, :, None, None]
     return F.silu(y) if silu else y
 
 
-@triton.jit
-def load_pixels(x_ptr, x2_ptr, n, p, c, inside, W, IMAGE, C1, C, TWO: tl.constexpr):
-    """fp32 [P, L]: pixels p, channels c of image n of a bordered map, or of two joined along the channels."""
-    row = (p + p // W + W + 2)[:, None]  # a border row, and a border pixel a row; within the image, so 32 bits will do
-    if TWO:
-        x = tl.load(x_ptr + n * IMAGE * C1 + (row * C1 + c[None, :]), mask=inside & (c < C1)[None, :], other=0.0)
-        second = x2_ptr + n * IMAGE * (C - C1) - C1
-        x2 = tl.load(second + (row * (C - C1) + c[None, :]), mask=inside & (c >= C1)[None, :], other=0.0)
-        return tl.where((c < C1)[None, :], x, x2).to(tl.float32)  # joined before they are widened: fewer registers
-    return tl.load(x_ptr + n * IMAGE * C + (row * C + c[None, :]), mask=inside, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def of_group(s, lane, WIDTH, GROUPS: tl.constexpr):
-    """Per channel s [L] -> the sum over the channel's group, for every channel. GROUPS: "each" channel is one, the block is "one",
-    or it holds "some".
-    """
-    if GROUPS == "each":
-        return s
-    if GROUPS == "one":
-        return tl.sum(s, 0) + tl.zeros_like(s)
-    same = (lane // WIDTH)[:, None] == (lane // WIDTH)[None, :]
-    return tl.sum(tl.where(same, s[None, :], 0.0), 1)
+def norm_from_statistics(x: Tensor, mean: Tensor, squares: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
+    """`F.group_norm` of x [N, C, H, W]; mean, squares [N, C]: of each channel, and the sum of squared deviations from it."""
+    size = x.shape[2] * x.shape[3]
+    means, squares = (v.unflatten(1, (groups, -1)) for v in (mean, squares))
+    center = means.mean(2, keepdim=True)
+    variance = (squares + (means - center).square() * size).mean(2, keepdim=True) / size
+    y = (x.to(mean.dtype).unflatten(1, (groups, -1)) - center[..., None, None]) * (variance + eps).rsqrt()[..., None, None]
+    return (y.flatten(1, 2) * weight[:, None, None] + bias[:, None, None]).to(x.dtype)
 
 
 @triton.jit
@@ -152,60 +145,6 @@ def _one_pass_kernel(
     store_pixels(out_ptr, y, n, p, c, inside, H, W, C, BORDER)
     if BORDER:
         zero_border(out_ptr, n, c, used, H, W, C, L, OUT)
-
-
-@triton.jit(do_not_specialize=["H", "W", "S", "WIDTH", "CHUNK", "CHUNKS"])
-def _statistics_kernel(
-    x_ptr,
-    x2_ptr,
-    part_ptr,
-    table_ptr,
-    row_ptr,
-    H,
-    W,
-    C1,
-    C,
-    S,
-    WIDTH,
-    CHUNK,
-    CHUNKS,
-    P: tl.constexpr,
-    L: tl.constexpr,
-    USED: tl.constexpr,
-    GROUPS: tl.constexpr,
-    TWO: tl.constexpr,
-    TIME: tl.constexpr,
-):
-    """part [N, CHUNKS, groups, 2]: mean and sum of squared deviations from it, over a chunk of pixels."""
-    blocks = tl.cdiv(C, USED)
-    chunk = tl.program_id(0) // blocks % CHUNKS
-    n = (tl.program_id(0) // (blocks * CHUNKS)).to(tl.int64)
-    lane = tl.arange(0, L)
-    c = tl.program_id(0) % blocks * USED + lane
-    used = (lane < USED) & (c < C)
-    last = tl.minimum((chunk + 1) * CHUNK, H * W)
-    mean = tl.zeros((L,), tl.float32)
-    squares = tl.zeros((L,), tl.float32)
-    seen = 0.0
-    for first in range(chunk * CHUNK, last, P):
-        p = first + tl.arange(0, P)
-        inside = (p < last)[:, None] & used[None, :]
-        x = load_pixels(x_ptr, x2_ptr, n, p, c, inside, W, (H + 1) * (W + 1), C1, C, TWO)
-        if TIME == 1:
-            x += tl.load(table_ptr + tl.load(row_ptr + n).to(tl.int64) * S + c, mask=used, other=0.0)[None, :]
-        count = (tl.minimum(last - first, P) * WIDTH).to(tl.float32)
-        here = of_group(tl.sum(tl.where(inside, x, 0.0), 0), lane, WIDTH, GROUPS) / count
-        d = tl.where(inside, x - here[None, :], 0.0)
-        delta = here - mean
-        total = seen + count
-        squares += of_group(tl.sum(d * d, 0), lane, WIDTH, GROUPS) + delta * delta * (seen * count / total)
-        mean += delta * (count / total)
-        seen = total
-    groups = C // WIDTH
-    at = ((n * CHUNKS + chunk) * groups + c // WIDTH) * 2
-    first_of_group = used & (lane % WIDTH == 0)
-    tl.store(part_ptr + at, mean, mask=first_of_group)
-    tl.store(part_ptr + at + 1, squares, mask=first_of_group)
 
 
 @triton.jit(do_not_specialize=["H", "W", "S", "WIDTH", "CHUNK", "CHUNKS"])
@@ -317,6 +256,7 @@ class GroupNormSiLU:
              "scale_shift": its 2 C entries scale and shift the normed values
     column   where this layer's entries begin in a row of the table
     unit     of an e4m3 output: what a stored 1 is worth
+    tilings  of each map that it reads, where their writers kept statistics; empty: statistics are taken from the maps
     """
 
     gamma: Tensor
@@ -327,6 +267,7 @@ class GroupNormSiLU:
     time: str | None = None
     column: int = 0
     unit: float = 1.0
+    tilings: tuple[Tiling, ...] = ()
     name = "group_norm_silu"
 
     @property
@@ -339,7 +280,7 @@ class GroupNormSiLU:
 
     def scratch_elements(self, x: FeatureMap) -> int:
         """fp32 elements that the two-pass form needs for its statistics; 0 in one pass."""
-        return 0 if self.blocks(x).one_pass else x.images * MOST_CHUNKS * self.groups * 2
+        return 0 if self.blocks(x).one_pass else x.images * (1 if self.tilings else MOST_CHUNKS) * self.groups * 2
 
     def run(
         self,
@@ -349,23 +290,20 @@ class GroupNormSiLU:
         table: Tensor | None = None,
         row: Tensor | None = None,
         scratch: FeatureMap | None = None,
+        stats: FeatureMap | None = None,
+        stats2: FeatureMap | None = None,
     ) -> None:
-        """table [R, columns] fp32, row [N] integer: each image's row; scratch: fp32, `scratch_elements(x)` of them."""
+        """table [R, columns] fp32, row [N] integer: each image's row; scratch: fp32, `scratch_elements(x)` of them; stats, stats2:
+        what the writers of x and x2 kept (`KeepsStatistics`), where there are `tilings`.
+
+        ValueError where a map, the scratch or the statistics are not of the shapes that belong together.
+        """
         b, c = self.blocks(x), len(self.gamma)
-        x.expect("x", x.images, x.height, x.width, c if x2 is None else c - x2.channels, bordered=True)
-        out.expect("out", x.images, x.height, x.width, c)
-        if x2 is not None:
-            x2.expect("x2", x.images, x.height, x.width, x2.channels, bordered=True)
-        if not b.one_pass and (scratch is None or scratch.rows.numel() < self.scratch_elements(x)):
-            raise ValueError(
-                f"norms of {x.height}x{x.width} pixels take two passes and need scratch of {self.scratch_elements(x)} elements"
-            )
+        self._expect(x, out, x2, scratch, stats, stats2)
         second = x if x2 is None else x2
         sources, times = (x.rows, second.rows), (self.gamma, self.gamma) if table is None else (table[:, self.column :], row)
-        part = None if scratch is None else scratch.rows
         numbers = (x.height, x.width, x.channels, c, 0 if table is None else table.stride(0), self.width)
-        groups = "each" if self.width == 1 else "one" if self.width == b.used else "some"
-        cut = dict(P=b.pixels, L=b.lanes, USED=b.used, GROUPS=groups, TWO=x2 is not None, num_warps=b.warps)
+        cut = dict(P=b.pixels, L=b.lanes, USED=b.used, GROUPS=self._groups(b.used), TWO=x2 is not None, num_warps=b.warps)
         mode = 0 if self.time is None else 1 if self.time == "add" else 2
         write = dict(TIME=mode, SILU=self.silu, BORDER=int(out.bordered), OUT=TRITON_TYPE[out.rows.dtype])
         blocks = triton.cdiv(c, b.used)
@@ -375,10 +313,15 @@ class GroupNormSiLU:
                     *sources, out.rows, self.gamma, self.beta, *times, *numbers, self.eps, 1 / self.unit, **cut, **write
                 )
                 return
-            size = x.height * x.width
+            assert scratch is not None
+            size, part = x.height * x.width, scratch.rows
             chunk = triton.cdiv(triton.cdiv(size, MOST_CHUNKS), b.pixels) * b.pixels
+            if stats is not None:
+                chunk = size
+                self._combine(stats, stats2, part, x.images, times, numbers, mode)
             chunks = triton.cdiv(size, chunk)
-            _statistics_kernel[(x.images * chunks * blocks,)](*sources, part, *times, *numbers, chunk, chunks, TIME=mode, **cut)
+            if stats is None:
+                _statistics_kernel[(x.images * chunks * blocks,)](*sources, part, *times, *numbers, chunk, chunks, TIME=mode, **cut)
             _apply_kernel[(x.images * triton.cdiv(size, b.pixels) * blocks,)](
                 *sources,
                 out.rows,
@@ -396,6 +339,67 @@ class GroupNormSiLU:
                 **write,
             )
 
+    def _combine(
+        self,
+        stats: FeatureMap,
+        stats2: FeatureMap | None,
+        part: Tensor,
+        images: int,
+        times: tuple[Tensor | None, ...],
+        numbers: tuple[int, ...],
+        mode: int,
+    ) -> None:
+        """Few channels a program, so that one image occupies several."""
+        lanes = max(16, power_of_two(self.width))
+        used = lanes // self.width * self.width
+        first, second = self.tilings[0], self.tilings[-1]
+        _combine_kernel[(images * triton.cdiv(len(self.gamma), used),)](
+            stats.rows,
+            stats.rows if stats2 is None else stats2.rows,
+            part,
+            *times,
+            *numbers,
+            *(v for t in (first, second) for v in (t.height, t.width, t.rows, t.parts)),
+            T=max(1, COMBINED // lanes),
+            L=lanes,
+            USED=used,
+            GROUPS=self._groups(used),
+            TWO=stats2 is not None,
+            TIME=mode,
+            num_warps=8,
+        )
+
+    def _groups(self, used: int) -> str:
+        """What a block of `used` channels holds, as `of_group` is told."""
+        return "each" if self.width == 1 else "one" if self.width == used else "some"
+
+    def _expect(
+        self,
+        x: FeatureMap,
+        out: FeatureMap,
+        x2: FeatureMap | None,
+        scratch: FeatureMap | None,
+        stats: FeatureMap | None,
+        stats2: FeatureMap | None,
+    ) -> None:
+        c = len(self.gamma)
+        x.expect("x", x.images, x.height, x.width, c if x2 is None else c - x2.channels, bordered=True)
+        out.expect("out", x.images, x.height, x.width, c)
+        if x2 is not None:
+            x2.expect("x2", x.images, x.height, x.width, x2.channels, bordered=True)
+        if not self.blocks(x).one_pass and (scratch is None or scratch.rows.numel() < self.scratch_elements(x)):
+            raise ValueError(
+                f"norms of {x.height}x{x.width} pixels take two passes and need scratch of {self.scratch_elements(x)} elements"
+            )
+        maps = [fm for fm in (x, x2) if fm is not None]
+        kept = [fm for fm in (stats, stats2) if fm is not None]
+        if len(kept) != len(self.tilings) or len(kept) not in (0, len(maps)):
+            raise ValueError(
+                f"{len(kept)} maps of statistics and {len(self.tilings)} tilings for {len(maps)} maps; one each or none"
+            )
+        for fm, s, tiling in zip(maps, kept, self.tilings, strict=False):
+            s.expect("stats", fm.images, tiling.entries, 2, fm.channels, bordered=False)
+
     def twin(
         self,
         x: FeatureMap,
@@ -404,6 +408,8 @@ class GroupNormSiLU:
         table: Tensor | None = None,
         row: Tensor | None = None,
         scratch: FeatureMap | None = None,
+        stats: FeatureMap | None = None,
+        stats2: FeatureMap | None = None,
         compute: torch.dtype | None = None,
     ) -> None:
         # channels-first, where torch takes the mean before the squared deviations; channels-last it subtracts squares on a CPU
@@ -414,12 +420,37 @@ class GroupNormSiLU:
             names = ("scale", "offset") if self.time == "scale_shift" else ("shift",)
             more = dict(zip(names, entries.split(c, dim=1), strict=True))
         gamma, beta = self.gamma.to(pixels.dtype), self.beta.to(pixels.dtype)
-        y = group_norm_silu_reference(pixels, gamma, beta, self.groups, self.eps, self.silu, **more)
+        if stats is None:
+            y = group_norm_silu_reference(pixels, gamma, beta, self.groups, self.eps, self.silu, **more)
+        else:
+            shift = more.pop("shift", None)
+            mean, squares = self._channels([stats] if stats2 is None else [stats, stats2], pixels.dtype)
+            if shift is not None:
+                pixels, mean = pixels + shift[:, :, None, None], mean + shift
+            y = norm_from_statistics(pixels, mean, squares, gamma, beta, self.groups, self.eps)
+            y = _modulated(y, self.silu, more.get("scale"), more.get("offset"))
         if out.rows.dtype == torch.float8_e4m3fn:
             y = (y / self.unit).clamp(-E4M3_MAX, E4M3_MAX)
         out.write(y)
 
-    def cost(self, x: FeatureMap, out: FeatureMap, x2: FeatureMap | None = None, **_: object) -> tuple[int, int]:
-        """No FLOP worth counting, and the bytes that must move: twice the input's where one pass does not hold it."""
-        read = sum(fm.rows.numel() * fm.rows.element_size() for fm in (x, x2) if fm is not None)
-        return 0, read * (1 if self.blocks(x).one_pass else 2) + out.rows.numel() * out.rows.element_size()
+    def _channels(self, kept: list[FeatureMap], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Mean and squared deviations of every channel, [N, C] each, in fp32 at least."""
+        wider = torch.promote_types(dtype, torch.float32)
+        found = [channel_statistics(s.grid.to(wider), tiling) for s, tiling in zip(kept, self.tilings, strict=True)]
+        return torch.cat([mean for mean, _ in found], dim=1), torch.cat([squares for _, squares in found], dim=1)
+
+    def cost(
+        self,
+        x: FeatureMap,
+        out: FeatureMap,
+        x2: FeatureMap | None = None,
+        stats: FeatureMap | None = None,
+        stats2: FeatureMap | None = None,
+        **_: object,
+    ) -> tuple[int, int]:
+        """No FLOP worth counting, and the bytes that must move: twice the input's where one pass does not hold it and its writer
+        kept no statistics.
+        """
+        once, more = [fm for fm in (x, x2) if fm is not None], [fm for fm in (stats, stats2) if fm is not None]
+        twice = [] if self.blocks(x).one_pass or more else once
+        return 0, sum(fm.rows.numel() * fm.rows.element_size() for fm in (*once, *twice, *more, out))

@@ -1,0 +1,175 @@
+"""Statistics of a norm's groups where one pass does not hold an image: from the map by chunks of pixels, or, without reading it,
+from those that its writer kept by tiles (`_tile_statistics`). Both merge in a fixed order (Chan et al. 1983).
+"""
+
+from __future__ import annotations
+
+from ._triton import tl, triton
+
+
+@triton.jit
+def load_pixels(x_ptr, x2_ptr, n, p, c, inside, W, IMAGE, C1, C, TWO: tl.constexpr):
+    """fp32 [P, L]: pixels p, channels c of image n of a bordered map, or of two joined along the channels."""
+    row = (p + p // W + W + 2)[:, None]  # a border row, and a border pixel a row; within the image, so 32 bits will do
+    if TWO:
+        x = tl.load(x_ptr + n * IMAGE * C1 + (row * C1 + c[None, :]), mask=inside & (c < C1)[None, :], other=0.0)
+        second = x2_ptr + n * IMAGE * (C - C1) - C1
+        x2 = tl.load(second + (row * (C - C1) + c[None, :]), mask=inside & (c >= C1)[None, :], other=0.0)
+        return tl.where((c < C1)[None, :], x, x2).to(tl.float32)  # joined before they are widened: fewer registers
+    return tl.load(x_ptr + n * IMAGE * C + (row * C + c[None, :]), mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def of_group(s, lane, WIDTH, GROUPS: tl.constexpr):
+    """Per channel s [L] -> the sum over the channel's group, for every channel. GROUPS: "each" channel is one, the block is "one",
+    or it holds "some".
+    """
+    if GROUPS == "each":
+        return s
+    if GROUPS == "one":
+        return tl.sum(s, 0) + tl.zeros_like(s)
+    same = (lane // WIDTH)[:, None] == (lane // WIDTH)[None, :]
+    return tl.sum(tl.where(same, s[None, :], 0.0), 1)
+
+
+@triton.jit(do_not_specialize=["H", "W", "S", "WIDTH", "CHUNK", "CHUNKS"])
+def _statistics_kernel(
+    x_ptr,
+    x2_ptr,
+    part_ptr,
+    table_ptr,
+    row_ptr,
+    H,
+    W,
+    C1,
+    C,
+    S,
+    WIDTH,
+    CHUNK,
+    CHUNKS,
+    P: tl.constexpr,
+    L: tl.constexpr,
+    USED: tl.constexpr,
+    GROUPS: tl.constexpr,
+    TWO: tl.constexpr,
+    TIME: tl.constexpr,
+):
+    """part [N, CHUNKS, groups, 2]: mean and sum of squared deviations from it, over a chunk of pixels."""
+    blocks = tl.cdiv(C, USED)
+    chunk = tl.program_id(0) // blocks % CHUNKS
+    n = (tl.program_id(0) // (blocks * CHUNKS)).to(tl.int64)
+    lane = tl.arange(0, L)
+    c = tl.program_id(0) % blocks * USED + lane
+    used = (lane < USED) & (c < C)
+    last = tl.minimum((chunk + 1) * CHUNK, H * W)
+    mean = tl.zeros((L,), tl.float32)
+    squares = tl.zeros((L,), tl.float32)
+    seen = 0.0
+    for first in range(chunk * CHUNK, last, P):
+        p = first + tl.arange(0, P)
+        inside = (p < last)[:, None] & used[None, :]
+        x = load_pixels(x_ptr, x2_ptr, n, p, c, inside, W, (H + 1) * (W + 1), C1, C, TWO)
+        if TIME == 1:
+            x += tl.load(table_ptr + tl.load(row_ptr + n).to(tl.int64) * S + c, mask=used, other=0.0)[None, :]
+        count = (tl.minimum(last - first, P) * WIDTH).to(tl.float32)
+        here = of_group(tl.sum(tl.where(inside, x, 0.0), 0), lane, WIDTH, GROUPS) / count
+        d = tl.where(inside, x - here[None, :], 0.0)
+        delta = here - mean
+        total = seen + count
+        squares += of_group(tl.sum(d * d, 0), lane, WIDTH, GROUPS) + delta * delta * (seen * count / total)
+        mean += delta * (count / total)
+        seen = total
+    groups = C // WIDTH
+    at = ((n * CHUNKS + chunk) * groups + c // WIDTH) * 2
+    first_of_group = used & (lane % WIDTH == 0)
+    tl.store(part_ptr + at, mean, mask=first_of_group)
+    tl.store(part_ptr + at + 1, squares, mask=first_of_group)
+
+
+@triton.jit
+def pixels_before(row, H, W):
+    """Pixels of an image among its first `row` rows, borders counted."""
+    y = row // (W + 1) - 1
+    return tl.where(y < 0, 0, y * W + tl.maximum(row - (y + 1) * (W + 1) - 1, 0))
+
+
+@triton.jit
+def merge_tiles(stats_ptr, n, c, known, C, H, W, ROWS, PARTS, T: tl.constexpr, L: tl.constexpr):
+    """[L], [L]: mean and sum of squared deviations of channels c of image n of one map, from its tiles; 0 where not known.
+    H, W, ROWS, PARTS: its `Tiling`.
+    """
+    entries = tl.cdiv((H + 1) * (W + 1), ROWS) * PARTS
+    mean = tl.zeros((L,), tl.float32)
+    squares = tl.zeros((L,), tl.float32)
+    seen = 0.0
+    for first in range(0, entries, T):
+        e = first + tl.arange(0, T)
+        at = ((n * entries + e) * 2 * C)[:, None] + c[None, :]
+        there = (e < entries)[:, None] & known[None, :]
+        means = tl.load(stats_ptr + at, mask=there, other=0.0)
+        deviations = tl.load(stats_ptr + at + C, mask=there, other=0.0)
+        begin = tl.minimum(e // PARTS * ROWS, (H + 1) * (W + 1))
+        end = tl.minimum(begin + ROWS, (H + 1) * (W + 1))
+        counts = (pixels_before(end, H, W) - pixels_before(begin, H, W)).to(tl.float32)
+        count = tl.maximum(tl.sum(counts, 0), 1.0)  # a chunk of wide images' first tiles may be all border
+        here = tl.sum(means * counts[:, None], 0) / count
+        off = means - here[None, :]
+        delta = here - mean
+        total = seen + count
+        squares += tl.sum(deviations + off * off * counts[:, None], 0) + delta * delta * (seen * count / total)
+        mean += delta * (count / total)
+        seen = total
+    return tl.where(known, mean, 0.0), tl.where(known, squares, 0.0)
+
+
+@triton.jit(
+    do_not_specialize=["H", "W", "S", "WIDTH", "TILED_H", "TILED_W", "ROWS", "PARTS", "TILED_H2", "TILED_W2", "ROWS2", "PARTS2"]
+)
+def _combine_kernel(
+    stats_ptr,
+    stats2_ptr,
+    part_ptr,
+    table_ptr,
+    row_ptr,
+    H,
+    W,
+    C1,
+    C,
+    S,
+    WIDTH,
+    TILED_H,
+    TILED_W,
+    ROWS,
+    PARTS,
+    TILED_H2,
+    TILED_W2,
+    ROWS2,
+    PARTS2,
+    T: tl.constexpr,
+    L: tl.constexpr,
+    USED: tl.constexpr,
+    GROUPS: tl.constexpr,
+    TWO: tl.constexpr,
+    TIME: tl.constexpr,
+):
+    """part [N, 1, groups, 2], as `_statistics_kernel` has it: from stats of one map, or of two joined along the channels."""
+    blocks = tl.cdiv(C, USED)
+    n = (tl.program_id(0) // blocks).to(tl.int64)
+    lane = tl.arange(0, L)
+    c = tl.program_id(0) % blocks * USED + lane
+    used = (lane < USED) & (c < C)
+    mean, squares = merge_tiles(stats_ptr, n, c, used & (c < C1), C1, TILED_H, TILED_W, ROWS, PARTS, T, L)
+    if TWO:
+        joined = used & (c >= C1)
+        mean2, squares2 = merge_tiles(stats2_ptr, n, c - C1, joined, C - C1, TILED_H2, TILED_W2, ROWS2, PARTS2, T, L)
+        mean += mean2
+        squares += squares2
+    if TIME == 1:
+        mean += tl.load(table_ptr + tl.load(row_ptr + n).to(tl.int64) * S + c, mask=used, other=0.0)
+    of_all = of_group(mean, lane, WIDTH, GROUPS) / WIDTH
+    off = tl.where(used, mean - of_all, 0.0)
+    squares = of_group(squares + off * off * (H * W).to(tl.float32), lane, WIDTH, GROUPS)
+    at = (n * (C // WIDTH) + c // WIDTH) * 2
+    first_of_group = used & (lane % WIDTH == 0)
+    tl.store(part_ptr + at, of_all, mask=first_of_group)
+    tl.store(part_ptr + at + 1, squares, mask=first_of_group)
