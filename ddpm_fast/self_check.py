@@ -10,6 +10,7 @@ What a launch must show, on the first, the middle and the last image of a batch,
 - no pixel that is off by more than twice what plain PyTorch's worst pixel is, and one unit in the last place of the output's
   largest value: a GPU's exp and rsqrt are off by as much
 - a border of exact zeros, and the same bits in a second run
+- where it keeps statistics: those of what it stored, to `STATISTICS`
 
 The truth is the twin in fp32, or fp64 where the plan is fp32. Then the whole forward is held against the reference network.
 """
@@ -28,6 +29,7 @@ from torch import Tensor
 
 from .kernels import noise
 from .kernels._feature_map import FeatureMap
+from .kernels._tile_statistics import Tiling, tile_statistics
 from .kernels._tiles import Target
 from .kernels.advance import advance, advance_reference
 from .kernels.ddpm_step import COLUMNS, ddpm_step, ddpm_step_reference
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
 STEP_LAUNCHES = ("noise", "ddpm_step", "advance")  # what a step runs besides the network
 FORWARD = "forward"
 LATE = "no answer "  # how the reason begins where a time limit ran out
+STATISTICS = 1e-5  # relative error of statistics, which are sums of some dozens of values in fp32
 FP8_FORWARD = 0.15  # relative error of an fp8 forward: plain PyTorch has none to compare with
 
 
@@ -90,9 +93,21 @@ def judge(kernel: FeatureMap, exact: FeatureMap, plain: FeatureMap) -> Verdict:
     return Verdict(reason, error, allowed, pixel, pixel_allowed)
 
 
+def judge_statistics(stats: FeatureMap, out: FeatureMap, tiling: Tiling) -> Verdict:
+    """Means and squared deviations that a launch kept of `out`, each against fp64."""
+    truth, errors, worst = tile_statistics(out.pixels.double(), tiling), [], []
+    for found, exact in zip(stats.grid.double().unbind(2), truth.unbind(2), strict=True):
+        errors.append(float((found - exact).norm() / exact.norm().clamp(min=1e-30)))
+        worst.append(float((found - exact).abs().max() / exact.abs().max().clamp(min=1e-30)))
+    right = all(e <= STATISTICS for e in (*errors, *worst))
+    reason = "" if right else f"statistics: relative errors {errors[0]:.1e} and {errors[1]:.1e}, {STATISTICS:.1e} allowed"
+    return Verdict(reason, max(errors), STATISTICS, max(worst), STATISTICS)
+
+
 def check_launch(plan: Plan, launch: Launch) -> Verdict:
     """Runs a launch by its kernel, twice, on what its inputs hold, and by its twin on three images."""
     arguments, out = plan.arguments(launch), plan.maps[launch.out]
+    outputs = {name: plan.maps[b] for name, b in launch.writes.items() if name != "scratch"}
     images = sorted({0, out.images // 2, out.images - 1})
     some = {k: _of_images(v, images, out.images) for k, v in arguments.items()}
     truth_type = torch.float64 if out.rows.dtype == torch.float32 and not _is_half(plan) else torch.float32
@@ -100,15 +115,21 @@ def check_launch(plan: Plan, launch: Launch) -> Verdict:
     launch.op.twin(**(some | {"out": exact}), compute=truth_type)
     plain = _like(some["out"], out.rows.dtype)
     launch.op.twin(**(some | {"out": plain}), compute=None)
-    bits = out.rows.view(torch.uint8)
+    bits = [fm.rows.view(torch.uint8) for fm in outputs.values()]
     before = bits
     for _ in range(2):
-        before = bits.clone()
-        bits.fill_(0xFF)  # NaN in every type
+        before = [b.clone() for b in bits]
+        for b in bits:
+            b.fill_(0xFF)  # NaN in every type
         launch.op.run(**arguments)
-    if not torch.equal(before, bits):
+    if not all(torch.equal(first, second) for first, second in zip(before, bits, strict=True)):
         return Verdict("two runs differ")
-    return judge(_of_images(out, images, out.images), exact, plain)
+    written = {name: _of_images(fm, images, out.images) for name, fm in outputs.items()}
+    verdict = judge(written["out"], exact, plain)
+    if verdict.passed and "stats" in written:
+        kept = judge_statistics(written["stats"], written["out"], launch.op.tiling(out))  # type: ignore[attr-defined]
+        return verdict if kept.passed else kept
+    return verdict
 
 
 def _is_half(plan: Plan) -> bool:

@@ -133,12 +133,18 @@ def own_rows(tile, rows, inside, IMAGE, BM: tl.constexpr):
 
 
 @triton.jit
-def store_statistics(stats_ptr, entry, out, own, cols, K):
-    """Of the rows `own` of columns as they are stored, out [BM, columns]."""
-    count = tl.maximum(tl.sum(own.to(tl.float32), 0), 1.0)
-    x = tl.where(own[:, None], out.to(tl.float32), 0.0)
-    mean = tl.sum(x, 0) / count
-    d = tl.where(own[:, None], x - mean[None, :], 0.0)
-    at = stats_ptr + tl.cast(entry, tl.int64) * (2 * K) + cols
-    tl.store(at, mean, mask=cols < K)
-    tl.store(at + K, tl.sum(d * d, 0), mask=cols < K)
+def store_statistics(stats_ptr, entry, out, own, o0, K, BM: tl.constexpr, BO: tl.constexpr, AT_ONCE: tl.constexpr = 32):
+    """Of the rows `own` of outputs o0 ... as they are stored, out [BM, BO]. AT_ONCE: outputs; few, for the sake of registers."""
+    if BO > AT_ONCE:
+        left, right = halves(out, BM, BO)
+        store_statistics(stats_ptr, entry, left, own, o0, K, BM, BO // 2, AT_ONCE)
+        store_statistics(stats_ptr, entry, right, own, o0 + BO // 2, K, BM, BO // 2, AT_ONCE)
+    else:
+        cols = o0 + tl.arange(0, BO)
+        count = tl.maximum(tl.sum(own.to(tl.float32), 0), 1.0)
+        x = tl.where(own[:, None], out.to(tl.float32), 0.0)
+        mean = tl.sum(x, 0) / count
+        d = tl.where(own[:, None], x - mean[None, :], 0.0)
+        at = stats_ptr + tl.cast(entry, tl.int64) * (2 * K) + cols
+        tl.store(at, mean, mask=cols < K)
+        tl.store(at + K, tl.sum(d * d, 0), mask=cols < K)

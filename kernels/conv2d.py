@@ -115,7 +115,9 @@ def _finish_conv3x3(
             at = rows.to(tl.int64)[:, None] * K + cols[None, :]
             tl.store(y + at, out, mask=(rows < ROWS)[:, None] & (cols < K)[None, :])
         if STATS:
-            store_statistics(stats_ptr, tile, out, own_rows(tile, rows, inside, IMAGE, BM), cols, K)
+            # behind a residual a thread holds columns as it loaded them, and cutting between them would move them all
+            at_once: tl.constexpr = BO if RESIDUAL else 32
+            store_statistics(stats_ptr, tile, out, own_rows(tile, rows, inside, IMAGE, BM), o0, K, BM, BO, at_once)
 
 
 @triton.jit(do_not_specialize=["ROWS", "WP", "IMAGE"])
@@ -254,11 +256,11 @@ def _upsample_conv_kernel(
         inside = (y >= 0) & (x_ >= 0)
         acc += tl.load(bias_ptr + cols, mask=cols < K, other=0.0)[None, :]
         out = tl.where(inside[:, None], acc, 0.0).to(OUT)
-        if STATS:
-            own = own_rows(tile // (n_out * 4), rows, inside, IMAGE, BM)
-            store_statistics(stats_ptr, tile // n_out, out, own, cols, K)
         out_row = image.to(tl.int64) * ((2 * H + 1) * (2 * W + 1)) + (out_y + 1) * (2 * W + 1) + out_x + 1
         tl.store(y_ptr + out_row[:, None] * K + cols[None, :], out, mask=exists[:, None] & (cols < K)[None, :])
+        if STATS:
+            own = own_rows(tile // (n_out * 4), rows, inside, IMAGE, BM)
+            store_statistics(stats_ptr, tile // n_out, out, own, o0, K, BM, BO)
 
 
 # ---- the operations: packed weights, and what a plan needs to know of them

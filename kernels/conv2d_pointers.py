@@ -88,10 +88,10 @@ def _first_conv_kernel(
     cols = o0 + tl.arange(0, BO)
     acc += tl.load(bias_ptr + cols, mask=cols < K, other=0.0)[None, :]
     out = tl.where(inside[:, None], acc, 0.0).to(OUT)
-    if STATS:
-        store_statistics(stats_ptr, tile, out, own_rows(tile, rows, inside, (H + 1) * (W + 1), BM), cols, K)
     at = rows.to(tl.int64)[:, None] * K + cols[None, :]
     tl.store(y_ptr + at, out, mask=(rows < ROWS)[:, None] & (cols < K)[None, :])
+    if STATS:
+        store_statistics(stats_ptr, tile, out, own_rows(tile, rows, inside, (H + 1) * (W + 1), BM), o0, K, BM, BO)
 
 
 @triton.jit(do_not_specialize=["ROWS", "ROWS_IN", "H", "W"])
@@ -135,10 +135,10 @@ def _downsample_kernel(
     cols = o0 + tl.arange(0, BO)
     acc += tl.load(bias_ptr + cols, mask=cols < K, other=0.0)[None, :]
     out = tl.where(inside[:, None], acc, 0.0).to(OUT)
-    if STATS:
-        store_statistics(stats_ptr, tile, out, own_rows(tile, rows, inside, (H + 1) * (W + 1), BM), cols, K)
     at = rows.to(tl.int64)[:, None] * K + cols[None, :]
     tl.store(y_ptr + at, out, mask=(rows < ROWS)[:, None] & (cols < K)[None, :])
+    if STATS:
+        store_statistics(stats_ptr, tile, out, own_rows(tile, rows, inside, (H + 1) * (W + 1), BM), o0, K, BM, BO)
 
 
 @triton.jit(do_not_specialize=["ROWS", "H", "W"])

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 
@@ -42,6 +43,21 @@ def poison_empty():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def sums_as_on_a_gpu(monkeypatch):
+    """The interpreter adds a tile's pixels one after another; a GPU's threads add as a tree, and so does numpy along a row."""
+    if INTERPRETED:
+        summed = np.sum
+
+        def tree(x, axis=None, keepdims=False):
+            if axis is None:
+                return summed(x, keepdims=keepdims)
+            y = summed(np.ascontiguousarray(np.moveaxis(x, axis, -1)), axis=-1)
+            return np.expand_dims(y, axis) if keepdims else y
+
+        monkeypatch.setattr(np, "sum", tree)
 
 
 @pytest.fixture

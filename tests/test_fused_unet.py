@@ -10,6 +10,7 @@ from bench.networks import NETWORKS
 from ddpm_fast import Sampler, UNet, UNetConfig, load_pretrained
 from ddpm_fast import fused_network as network
 from ddpm_fast.fused_unet import FusedUNet
+from ddpm_fast.kernels import group_norm_silu
 from ddpm_fast.kernels._tiles import Target
 from ddpm_fast.schedule import NoiseSchedule
 from ddpm_fast.testing import relative_error
@@ -161,6 +162,27 @@ def test_an_image_is_the_same_alone_first_last_and_in_a_ragged_batch(name, dtype
     assert torch.equal(run(small, *(v[3:4] for v in args)), whole[3:4])  # alone, in a batch that is not full
     assert torch.equal(run(small, *(v[[4, 0]] for v in args)), whole[[4, 0]])  # the last first, the first last
     assert small.invariant
+
+
+@torch.no_grad()
+@pytest.mark.kernel
+def test_an_image_is_the_same_in_every_batch_where_its_norms_read_statistics(device, monkeypatch):
+    """No map fits one pass, so whoever writes one keeps statistics of it, unless it is an attention layer."""
+    monkeypatch.setattr(group_norm_silu, "HELD", 1)
+    config = UNetConfig((8, 10), channels=(16, 16), attention=(True, False), mid_attention=False, norm_groups=4, **SMALL)
+    unet = of(config).to(device)
+    args = [v.to(device) for v in inputs(config, 3)]
+    fused = FusedUNet(unet, 3, "fp32", check=False)
+    norms = [launch.reads for launch in fused.plan() if launch.op.name == "group_norm_silu"]
+    from_statistics = [reads for reads in norms if "stats" in reads]
+    assert any("stats2" in reads for reads in from_statistics) and len(from_statistics) < len(norms)
+    whole = run(fused, *args)
+    small = FusedUNet(unet, 2, "fp32", check=False)
+    assert torch.equal(run(small, *(v[1:2] for v in args)), whole[1:2])  # alone, in a batch that is not full
+    assert torch.equal(run(small, *(v[[2, 0]] for v in args)), whole[[2, 0]])  # the last first, the first last
+    assert small.invariant
+    exact, plain = unet.double()(*args), unet.float()(*args)
+    assert relative_error(whole, exact) <= max(1e-6, 2 * relative_error(plain, exact))
 
 
 @torch.no_grad()

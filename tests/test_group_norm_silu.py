@@ -4,7 +4,6 @@ import itertools
 from dataclasses import replace
 from functools import partial
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -25,6 +24,7 @@ from ddpm_fast.testing import (
     spread,
 )
 
+pytestmark = pytest.mark.usefixtures("sums_as_on_a_gpu")
 E4M3 = torch.float8_e4m3fn
 EPS = 1e-6
 COLUMN = 3  # where the layer's entries begin in a row of the table
@@ -34,21 +34,6 @@ FORMS = {
     "add": dict(time="add"),
     "scale_shift": dict(time="scale_shift"),
 }
-
-
-@pytest.fixture(autouse=True)
-def sums_as_on_a_gpu(monkeypatch):
-    """The interpreter adds a tile's pixels one after another; a GPU's threads add as a tree, and so does numpy along a row."""
-    if INTERPRETED:
-        summed = np.sum
-
-        def tree(x, axis=None, keepdims=False):
-            if axis is None:
-                return summed(x, keepdims=keepdims)
-            y = summed(np.ascontiguousarray(np.moveaxis(x, axis, -1)), axis=-1)
-            return np.expand_dims(y, axis) if keepdims else y
-
-        monkeypatch.setattr(np, "sum", tree)
 
 
 class Case:

@@ -12,10 +12,10 @@ import torch
 from ddpm_fast import UNet, UNetConfig, verdicts
 from ddpm_fast.cache import cache_dir, cached_files, clear_cache
 from ddpm_fast.fused_unet import FusedUNet
-from ddpm_fast.kernels import _triton, noise
+from ddpm_fast.kernels import _triton, group_norm_silu, noise
 from ddpm_fast.kernels._feature_map import FeatureMap
-from ddpm_fast.self_check import FORWARD, STEP_LAUNCHES, Verdict, judge
-from ddpm_fast.testing import relative_error
+from ddpm_fast.self_check import FORWARD, STEP_LAUNCHES, Verdict, check_launch, judge
+from ddpm_fast.testing import Damaged, relative_error
 
 TINY = UNetConfig(8, 1, 1, channels=(16, 16), layers=1, attention=False, mid_attention=False, norm_groups=4)
 # what a child runs instead of `python -m ddpm_fast.self_check`: the same, with faults planted in some launches
@@ -132,6 +132,40 @@ def test_what_failed_runs_by_its_twin_and_the_images_are_right(monkeypatch):
     with pytest.warns(UserWarning, match="downsamplers"):
         assert FusedUNet(unet, 2, "fp32", check=True).plan().twins
     assert clear_cache() == 1 and not cached_files()
+
+
+@torch.no_grad()
+@pytest.mark.kernel
+def test_statistics_are_checked_beside_the_map(monkeypatch, device):
+    monkeypatch.setattr(group_norm_silu, "HELD", 1)  # one pass holds nothing
+    network = FusedUNet(UNet(TINY).to(device), 3, "fp16", check=False)
+    plan = network.load(torch.randn(3, 1, 8, 8, device=device), 500)
+    found = {}
+    for launch in plan:
+        if "stats" in launch.writes and launch.op.name not in found:
+            found[launch.op.name] = check_launch(plan, launch)
+        plan.run_one(launch)
+    assert set(found) == {"first_conv", "conv3x3", "downsample_conv", "upsample_conv"}
+    assert all(v.passed for v in found.values()), found
+    launch = plan.launches[0]
+    for fault, says in (
+        (lambda stats: stats[-1, 0, 1, 3].mul_(1.001), "statistics: relative errors"),
+        (lambda stats: stats[0, 0, 0].fill_(float("nan")), "statistics: relative errors nan"),
+        (lambda stats: stats[0, 0, 0, 0].mul_(1 + 1e-6 * torch.rand(())), "two runs differ"),
+    ):
+        broken = replace(launch, op=DamagedStatistics(launch.op, fault))
+        assert says in check_launch(plan, broken).reason
+
+
+class DamagedStatistics(Damaged):
+    """The damage is in the statistics."""
+
+    twin = property(lambda self: self.op.twin)
+    tiling = property(lambda self: self.op.tiling)
+
+    def run(self, stats, **arguments):
+        self.op.run(stats=stats, **arguments)
+        self.damage(stats.grid)
 
 
 def test_what_follows_from_a_verdict(monkeypatch):
