@@ -1,10 +1,10 @@
 """Statistics of a map by tiles, made by the launch that writes it, so that a norm need not read the map for them.
 
-A tile of a product starts anew at every image (elsewhere tiles run over the whole batch), so the pixels whose sums meet do not
-depend on the batch. The last tile of an image runs over into the next one. Those rows it computes and stores as their own tile
-does: a row of a product sees its operands' rows, its output's scale, bias and residual, its place on the border, and neither its
-place in the tile nor the tile's other rows. So both tiles store the same bits and it does not matter which comes last; only the
-statistics leave such rows out.
+A tile of a product starts anew at every image (elsewhere tiles run over the whole batch), and its height is fixed, so the pixels
+whose sums meet do not depend on the batch. The last tile of an image runs over into the next one. Those rows it computes and stores
+as their own tile does: a row of a product sees its operands' rows, its output's scale, bias and residual, its place on the border,
+and neither its place in the tile nor the tile's other rows. So both tiles store the same bits and it does not matter which comes
+last; only the statistics leave such rows out.
 
 What is summed up is what is stored: values after bias and residual, rounded to the map's type, as the norm will read them.
 """
@@ -127,14 +127,17 @@ def halves(acc, BM: tl.constexpr, BO: tl.constexpr):
 
 
 @triton.jit
-def own_rows(tile, rows, inside, IMAGE, BM: tl.constexpr):
-    """Pixels of a tile's own image."""
-    return inside & (rows < (tile // tl.cdiv(IMAGE, BM) + 1) * IMAGE)
+def own_rows(m0, rows, inside, IMAGE):
+    """Pixels of the image in which a tile of rows m0 ... begins."""
+    return inside & (rows < m0 - m0 % IMAGE + IMAGE)
 
 
 @triton.jit
 def store_statistics(stats_ptr, entry, out, own, o0, K, BM: tl.constexpr, BO: tl.constexpr, AT_ONCE: tl.constexpr = 32):
-    """Of the rows `own` of outputs o0 ... as they are stored, out [BM, BO]. AT_ONCE: outputs; few, for the sake of registers."""
+    """Of the rows `own` of outputs o0 ... as they are stored, out [BM, BO].
+
+    AT_ONCE: outputs; few, for the sake of registers: on sm_90 a second program fits beside a first or strided convolution then.
+    """
     if BO > AT_ONCE:
         left, right = halves(out, BM, BO)
         store_statistics(stats_ptr, entry, left, own, o0, K, BM, BO // 2, AT_ONCE)

@@ -100,7 +100,8 @@ def _finish_conv3x3(
         acc += tl.load(bias_ptr + cols, mask=cols < K, other=0.0)[None, :]
     if RESIDUAL:
         at = rows.to(tl.int64)[:, None] * K + cols[None, :]
-        residual = tl.load(residual_ptr + at, mask=inside[:, None] & (cols < K)[None, :], other=0.0)
+        seen = rows < ROWS if STATS else inside  # with the border, which is zero: fewer registers
+        residual = tl.load(residual_ptr + at, mask=seen[:, None] & (cols < K)[None, :], other=0.0)
         acc += residual_scale * residual.to(tl.float32)
     if DENSE:  # [N, H, W, K] without borders: the network's output
         h = IMAGE // WP - 1
@@ -117,7 +118,7 @@ def _finish_conv3x3(
         if STATS:
             # behind a residual a thread holds columns as it loaded them, and cutting between them would move them all
             at_once: tl.constexpr = BO if RESIDUAL else 32
-            store_statistics(stats_ptr, tile, out, own_rows(tile, rows, inside, IMAGE, BM), o0, K, BM, BO, at_once)
+            store_statistics(stats_ptr, tile, out, own_rows(m0, rows, inside, IMAGE), o0, K, BM, BO, at_once)
 
 
 @triton.jit(do_not_specialize=["ROWS", "WP", "IMAGE"])
@@ -259,7 +260,7 @@ def _upsample_conv_kernel(
         out_row = image.to(tl.int64) * ((2 * H + 1) * (2 * W + 1)) + (out_y + 1) * (2 * W + 1) + out_x + 1
         tl.store(y_ptr + out_row[:, None] * K + cols[None, :], out, mask=exists[:, None] & (cols < K)[None, :])
         if STATS:
-            own = own_rows(tile // (n_out * 4), rows, inside, IMAGE, BM)
+            own = own_rows(m0, rows, inside, IMAGE)
             store_statistics(stats_ptr, tile // n_out, out, own, o0, K, BM, BO)
 
 

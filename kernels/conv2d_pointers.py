@@ -70,7 +70,8 @@ def _first_conv_kernel(
     n_out: tl.constexpr = (K + BO - 1) // BO
     o0 = (tl.program_id(0) % n_out) * BO
     tile = tl.program_id(0) // n_out
-    rows = first_row(tile, (H + 1) * (W + 1), BM, STATS) + tl.arange(0, BM)
+    m0 = first_row(tile, (H + 1) * (W + 1), BM, STATS)
+    rows = m0 + tl.arange(0, BM)
     image, y, x, inside = pixel_of(rows, ROWS, H, W, 1)
     acc = tl.zeros((BM, BO), tl.float32)
     for k in range(DEPTH // BK):
@@ -91,7 +92,7 @@ def _first_conv_kernel(
     at = rows.to(tl.int64)[:, None] * K + cols[None, :]
     tl.store(y_ptr + at, out, mask=(rows < ROWS)[:, None] & (cols < K)[None, :])
     if STATS:
-        store_statistics(stats_ptr, tile, out, own_rows(tile, rows, inside, (H + 1) * (W + 1), BM), o0, K, BM, BO)
+        store_statistics(stats_ptr, tile, out, own_rows(m0, rows, inside, (H + 1) * (W + 1)), o0, K, BM, BO, AT_ONCE=16)
 
 
 @triton.jit(do_not_specialize=["ROWS", "ROWS_IN", "H", "W"])
@@ -120,7 +121,8 @@ def _downsample_kernel(
     per_tap: tl.constexpr = C // BK
     o0 = (tl.program_id(0) % n_out) * BO
     tile = tl.program_id(0) // n_out
-    rows = first_row(tile, (H + 1) * (W + 1), BM, STATS) + tl.arange(0, BM)
+    m0 = first_row(tile, (H + 1) * (W + 1), BM, STATS)
+    rows = m0 + tl.arange(0, BM)
     image, y, x, inside = pixel_of(rows, ROWS, H, W, 1)
     # the source is bordered, so a tap that falls off the image falls on a zero, or behind the last row
     WP = 2 * W + 1
@@ -138,7 +140,7 @@ def _downsample_kernel(
     at = rows.to(tl.int64)[:, None] * K + cols[None, :]
     tl.store(y_ptr + at, out, mask=(rows < ROWS)[:, None] & (cols < K)[None, :])
     if STATS:
-        store_statistics(stats_ptr, tile, out, own_rows(tile, rows, inside, (H + 1) * (W + 1), BM), o0, K, BM, BO)
+        store_statistics(stats_ptr, tile, out, own_rows(m0, rows, inside, (H + 1) * (W + 1)), o0, K, BM, BO, AT_ONCE=16)
 
 
 @triton.jit(do_not_specialize=["ROWS", "H", "W"])
