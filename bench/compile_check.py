@@ -29,11 +29,11 @@ from ddpm_fast.fused_unet import FusedUNet
 from ddpm_fast.kernels._tiles import Target
 from ddpm_fast.testing import Compiled, Launch, compile_launch, launch_key, record_launches
 
-PROCESSORS = {80: 108, 89: 128, 90: 132, 100: 148}
-SHARED = {80: 163, 89: 99, 90: 227, 100: 227}  # KiB that a program may take
+PROCESSORS = {80: 108, 89: 128, 90: 132, 100: 148, 120: 170}
+SHARED = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB that a program may take
 HOT = ("_conv3x3_kernel", "_upsample_conv_kernel")
 PRODUCTS = (*HOT, "_downsample_kernel", "_pointwise_kernel", "_first_conv_kernel", "_attention_kernel", "_time_rows_kernel")
-UNITS = {80: "mma.sync", 89: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+UNITS = {80: "mma.sync", 89: "mma.sync", 120: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 # Local-memory instructions that a norm may have where its block fills a thread's 128 registers, on an architecture other than
 # sm_90: beside two thousand that wait for memory; releases differ by one or two. In products none.
 SPILLS_OF_NORMS = 8
@@ -57,11 +57,11 @@ class Case:
         return self.launch.args.get("PRECISION") == "ieee"
 
 
-def launches_of(net: str, batch: int, dtype: str, sm: int) -> Iterator[tuple[str, Launch]]:
+def launches_of(net: str, batch: int, dtype: str, sm: int, overlap: bool = False) -> Iterator[tuple[str, Launch]]:
     """(name, launch) for every kernel that a forward pass starts."""
     with torch.device("meta"):
         unet = UNet(NETWORKS[net])
-    plan = FusedUNet(unet, batch, dtype, "meta", target=Target(sm, PROCESSORS[sm])).plan()
+    plan = FusedUNet(unet, batch, dtype, "meta", target=Target(sm, PROCESSORS[sm]), overlap=overlap).plan()
     for planned in plan:
         with record_launches() as recorded:
             plan.run_one(planned)
@@ -69,14 +69,14 @@ def launches_of(net: str, batch: int, dtype: str, sm: int) -> Iterator[tuple[str
             yield f"{net} {planned.name}", launch
 
 
-def distinct(nets: Iterable[str], batches: Iterable[int], dtypes: Iterable[str], sm: int) -> list[Case]:
+def distinct(nets: Iterable[str], batches: Iterable[int], dtypes: Iterable[str], sm: int, overlap: bool = False) -> list[Case]:
     found: dict[tuple[Any, ...], Case] = {}
     for net in nets:
         for dtype in dtypes:
             if dtype == "fp8" and sm < 89:
                 continue
             for batch in batches:
-                for where, launch in launches_of(net, batch, dtype, sm):
+                for where, launch in launches_of(net, batch, dtype, sm, overlap):
                     found.setdefault(launch_key(launch), Case(sm, where, launch))
     return list(found.values())
 
@@ -96,6 +96,8 @@ def faults(case: Case, c: Compiled) -> list[str]:
         wrong.append(f"{c.registers} registers")
     if c.shared > SHARED[case.sm] * 1024:
         wrong.append(f"{c.shared} bytes of shared memory, {SHARED[case.sm]} KiB are there")
+    if case.launch.options.get("launch_pdl") and not waits_first(c.ptx):
+        wrong.append("does not wait for the launch before it")
     return wrong + narrow_accesses(case, c) + (faults_of_product(case, c) if case.kernel in PRODUCTS else [])
 
 
@@ -113,6 +115,13 @@ def narrow_accesses(case: Case, c: Compiled) -> list[str]:
     if writes_map and not any(re.match(rf"UTMASTG|STG\S*\.({widths})", line) for line in c.sass):
         wrong.append("no stores of 16 bytes")
     return sorted(set(wrong))
+
+
+def waits_first(ptx: str) -> bool:
+    """Does it wait for the launch before it, once, ahead of everything that reads or writes memory?"""
+    waits = [m.start() for m in re.finditer(r"griddepcontrol\.wait", ptx)]
+    memory = re.search(r"\b(ld|st|atom|cp\.async\S*)\.(global|shared|bulk)", ptx)
+    return len(waits) == 1 and (memory is None or waits[0] < memory.start())
 
 
 def faults_of_product(case: Case, c: Compiled) -> list[str]:
@@ -221,14 +230,15 @@ def main() -> None:
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 16, 256])
     parser.add_argument("--dtype", nargs="+", choices=["fp32", "fp16", "bf16", "fp8"], default=["bf16", "fp8"])
     parser.add_argument("--sm", nargs="+", type=int, choices=list(PROCESSORS), default=[80, 90, 100])
+    parser.add_argument("--overlap", action="store_true", help="launches that begin beside the end of those before them")
     parser.add_argument("--markdown", type=Path, help="write the table to this file")
     args = parser.parse_args()
     import triton
 
     rows, failed = [], 0
     for sm in args.sm:
-        cases, began, serial = distinct(args.net, args.batch, args.dtype, sm), time.perf_counter(), 0.0
-        cases = with_fp32(cases) if sm == 90 and set(FP32[0]) <= set(args.net) else cases
+        cases, began, serial = distinct(args.net, args.batch, args.dtype, sm, args.overlap), time.perf_counter(), 0.0
+        cases = with_fp32(cases) if sm == 90 and set(FP32[0]) <= set(args.net) and not args.overlap else cases
         for case, result, seconds in compile_all(cases):
             serial += seconds
             wrong = [result] if isinstance(result, str) else faults(case, result)

@@ -285,6 +285,11 @@ class Walk:
 
     # ---- layers
 
+    def cut(self, out: Buffer, *args: Any, **options: Any) -> Tiles:
+        """Tiles that follow the batch; those that do not are kept for the case that the launch keeps statistics."""
+        self.fixed[out] = self.net.cut(*args, **options)
+        return self.net.cut(*args, **options, shrinks=True)
+
     def first_conv(self, conv: nn.Conv2d) -> Buffer:
         net, k = self.net, conv.out_channels
         out = self.like("conv_in.out", self.x, k)
@@ -311,10 +316,7 @@ class Walk:
         """conv(x) + residual, both times `scale`."""
         net = self.net
         out = out or self.like(f"{name}.out", x, conv.out_channels)
-        tiles, self.fixed[out] = (
-            net.cut("conv3x3", x.channels, conv.out_channels, x.rows, *_size(x), tma=True, dtype=x.dtype, shrinks=shrinks)
-            for shrinks in (True, False)
-        )
+        tiles = self.cut(out, "conv3x3", x.channels, conv.out_channels, x.rows, *_size(x), tma=True, dtype=x.dtype)
 
         def make() -> Conv3x3:
             weight, b = scale * net.weight(conv.weight), scale * net.weight(conv.bias) if bias else None
@@ -323,20 +325,18 @@ class Walk:
         return self.emit(name, replace(net.once(name, make), tiles=tiles), out, x=x, residual=residual)
 
     def upsample(self, name: str, conv: nn.Conv2d, x: Buffer, bias: bool = True) -> Buffer:
-        net = self.net
-        tiles = net.cut("upsample_conv", x.channels, conv.out_channels, 4 * x.rows, *_size(x), tma=True)
+        net, out = self.net, self.like(f"{name}.out", x, conv.out_channels, scale=2)
+        tiles = self.cut(out, "upsample_conv", x.channels, conv.out_channels, 4 * x.rows, *_size(x), tma=True)
 
         def make() -> UpsampleConv:
             b = net.weight(conv.bias)
             return UpsampleConv.of(net.weight(conv.weight), b if bias else torch.zeros_like(b), net.act, tiles)
 
-        return self.emit(
-            name, replace(net.once(name, make), tiles=tiles), self.like(f"{name}.out", x, conv.out_channels, scale=2), x=x
-        )
+        return self.emit(name, replace(net.once(name, make), tiles=tiles), out, x=x)
 
     def downsample(self, name: str, conv: nn.Conv2d, x: Buffer) -> Buffer:
         net, out = self.net, self.like(f"{name}.out", x, conv.out_channels, scale=0.5)
-        tiles = net.cut("downsample_conv", x.channels, out.channels, out.rows, *_size(x), tma=False)
+        tiles = self.cut(out, "downsample_conv", x.channels, out.channels, out.rows, *_size(x), tma=False)
         padding = net.config.downsample_padding
         make = lambda: DownsampleConv.of(net.weight(conv.weight), net.weight(conv.bias), padding, net.act, tiles)
         return self.emit(name, replace(net.once(name, make), tiles=tiles), out, x=x)

@@ -55,6 +55,7 @@ class FusedUNet:
         target: Target | None = None,
         tiles: Mapping[str, Mapping[str, Any]] | None = None,
         check: bool | None = None,
+        overlap: bool = False,
     ) -> None:
         """
         batch_size  the most images that one call takes
@@ -64,6 +65,8 @@ class FusedUNet:
         timesteps   t runs from 0 to timesteps - 1
         target      the GPU to configure launches for; default: the device's own
         tiles       overrides of launch configurations, by `fused_network.tile_key`
+        overlap     launches begin while those before them finish (`kernels._launch`; sm_90 and newer), for small batches; no GPU
+                    has run it yet
         check       hold every launch against its twin before it is trusted (`self_check`); default: on a GPU
 
         ValueError for what no launch can do: channels that are no multiples of 16, e4m3 on a GPU that has none; for tiles of
@@ -75,10 +78,11 @@ class FusedUNet:
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
         target = target or Target.of(device)
-        _check(self.config, batch_size, timesteps, dtype, target)
+        _check(self.config, batch_size, timesteps, dtype, target, overlap)
         check_tiles(tiles or {})
         self.dtype, self.device, self.target, self.tiles = dtype, device, target, tiles or {}
         self.activations, operand = DTYPES[dtype]
+        self.overlap = overlap
         self.check = device.type == "cuda" if check is None else check
         size = size or self.config.size
         if size is None:
@@ -124,6 +128,7 @@ class FusedUNet:
     def _make_plan(self, size: tuple[int, int]) -> Plan:
         walk = Walk(self._network, self.inputs, self.batch_size, size)
         plan = Plan(walk.launches, self.device, walk.x, walk.out, walk.given)
+        plan.overlap = self.overlap
         if not (self.device.type == "meta" or launches_kernel(self.inputs.t)):
             plan.twins = {launch.name for launch in plan}
         elif self.check:  # before the plan takes its memory: the child needs as much
@@ -143,6 +148,7 @@ class FusedUNet:
             timesteps=self.timesteps,
             target=asdict(self.target),
             tiles={k: dict(v) for k, v in self.tiles.items()},
+            overlap=self.overlap,
         )
         return Subject(self.config, options, [launch.name for launch in plan])
 
@@ -202,13 +208,15 @@ class FusedUNet:
         return b, found["t"][0].long(), found["labels"][0].long().to(self.device)
 
 
-def _check(c: UNetConfig, batch_size: int, timesteps: int, dtype: str, target: Target) -> None:
+def _check(c: UNetConfig, batch_size: int, timesteps: int, dtype: str, target: Target, overlap: bool = False) -> None:
     if not (is_count(batch_size) and is_count(timesteps)):
         raise ValueError(f"batch_size = {batch_size}, timesteps = {timesteps}; expected integers of at least 1")
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r}; expected one of {', '.join(DTYPES)}")
     if target.sm < 80:
         raise ValueError(f"the kernels need compute capability 8.0 or newer; this GPU has {target.sm / 10}: run the reference UNet")
+    if overlap and target.sm < 90:
+        raise ValueError(f"overlap needs a GPU of compute capability 9.0 or newer; this one has {target.sm / 10}")
     if dtype == "fp8" and target.sm < 89:
         raise ValueError(f"fp8 needs a GPU of compute capability 8.9 or newer; this one has {target.sm / 10}: take bf16")
     odd = [n for n in c.channels if n % 16]

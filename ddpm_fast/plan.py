@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .kernels._feature_map import FeatureMap
+from .kernels._launch import overlapped
 
 ALIGNMENT = 1024  # bytes: whole TMA swizzles and cache lines
 
@@ -153,6 +154,7 @@ class Plan:
         self.compute = torch.float32 if device.type == "cpu" else None
         self.arena, self._given = Arena.of(launches), dict(given or {})
         self.twins: set[str] = set()
+        self.overlap = False
 
     @cached_property
     def memory(self) -> Tensor:
@@ -179,7 +181,8 @@ class Plan:
         if launch.name in self.twins:
             launch.op.twin(**self.arguments(launch), compute=self.compute)
         else:
-            launch.op.run(**self.arguments(launch))
+            with overlapped(self.overlap):
+                launch.op.run(**self.arguments(launch))
 
     def run(self) -> None:
         with exactly(self.device) if self.twins else nullcontext():

@@ -1,8 +1,9 @@
 """What a plan should take on a GPU: no launch is faster than its arithmetic at the chip's peak, or its bytes at the memory's.
 
 `floor` is that bound, launch by launch. `predicted` is what to expect of our kernels, from rates that were measured on an H100:
-whole rounds of tiles (the last one may be half empty) with their borders and padding, at the rate of the flat convolution; bytes
-at the rate of a device copy; and a gap between launches in a CUDA graph. It is a prediction until it has been measured.
+whole rounds of tiles (the last one may be half empty) with their borders and padding, at the rate of the flat convolution, and of
+tiles smaller than its own as fast as that convolution was fed; bytes at the rate of a device copy; and a gap between launches in
+a CUDA graph. It is a prediction until it has been measured.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def estimate(launch: Launch, gpu: Gpu) -> Estimate:
     arithmetic, memory = flops / peak, moved / gpu.bandwidth
     floor = max(arithmetic, memory)
     bound = "launch" if floor < GAP else "arithmetic" if arithmetic > memory else "memory"
-    return Estimate(flops, moved, floor, max(_issued(launch, gpu) / rate, moved / gpu.copy) + GAP, bound)
+    return Estimate(flops, moved, floor, max(_product(launch, gpu, rate), moved / gpu.copy) + GAP, bound)
 
 
 def _operand_size(launch: Launch, operand: torch.dtype) -> int:
@@ -83,12 +84,15 @@ def _operand_size(launch: Launch, operand: torch.dtype) -> int:
     return (operand if weight is None else weight.dtype).itemsize
 
 
-def _issued(launch: Launch, gpu: Gpu) -> float:
-    """FLOP of whole rounds of tiles, one tile on each processor; of what has no tiles, the FLOP that count."""
+def _product(launch: Launch, gpu: Gpu, rate: float) -> float:
+    """Seconds of whole rounds of tiles, one tile on each processor; of what has no tiles, of the FLOP that count."""
     tiles = getattr(launch.op, "tiles", None)
     if tiles is None:
-        return launch.cost()[0]
+        return launch.cost()[0] / rate
     maps = {k: b.empty("meta") for k, b in launch.buffers.items()}
-    grid = launch.op.grid(**maps)  # type: ignore[attr-defined]
-    rounds = math.ceil(grid / gpu.target.processors) * gpu.target.processors
-    return rounds * 2 * tiles.bm * tiles.bo * launch.op.weight.shape[1]  # type: ignore[attr-defined]
+    weight = launch.op.weight  # type: ignore[attr-defined]
+    rounds = math.ceil(launch.op.grid(**maps) / gpu.target.processors)  # type: ignore[attr-defined]
+    arithmetic = 2 * tiles.bm * tiles.bo / (rate / gpu.target.processors)
+    # the flat convolution's tiles, 128 by 128, multiply as fast as they are fed; smaller ones wait for (bm + bo) operands a channel
+    feed = 2 * 128 * 128 / (rate / gpu.target.processors) * (tiles.bm + tiles.bo) / 256
+    return rounds * weight.shape[1] * max(arithmetic, feed)

@@ -4,6 +4,7 @@ from those that its writer kept by tiles (`_tile_statistics`). Both merge in a f
 
 from __future__ import annotations
 
+from ._launch import begin
 from ._triton import tl, triton
 
 
@@ -53,8 +54,10 @@ def _statistics_kernel(
     GROUPS: tl.constexpr,
     TWO: tl.constexpr,
     TIME: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """part [N, CHUNKS, groups, 2]: mean and sum of squared deviations from it, over a chunk of pixels."""
+    begin(PDL)
     blocks = tl.cdiv(C, USED)
     chunk = tl.program_id(0) // blocks % CHUNKS
     n = (tl.program_id(0) // (blocks * CHUNKS)).to(tl.int64)
@@ -151,8 +154,10 @@ def _combine_kernel(
     GROUPS: tl.constexpr,
     TWO: tl.constexpr,
     TIME: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """part [N, 1, groups, 2], as `_statistics_kernel` has it: from stats of one map, or of two joined along the channels."""
+    begin(PDL)
     blocks = tl.cdiv(C, USED)
     n = (tl.program_id(0) // blocks).to(tl.int64)
     lane = tl.arange(0, L)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ._feature_map import FeatureMap
+from ._launch import launch_options
 from ._triton import PRESENT, tl, triton
 
 E4M3_MAX = 448.0
@@ -36,6 +37,16 @@ class Target:
         properties = torch.cuda.get_device_properties(device)
         return cls(10 * properties.major + properties.minor, properties.multi_processor_count)
 
+    @property
+    def tma(self) -> bool:
+        """Operands by TMA into large shared memory: data-centre GPUs. sm_120 has TMA, but 99 KiB, so it goes as sm_89 does."""
+        return 90 <= self.sm < 120
+
+    @property
+    def small(self) -> bool:
+        """99 KiB of shared memory a program."""
+        return self.sm in (86, 89) or self.sm >= 120
+
 
 H100 = Target()
 
@@ -47,8 +58,8 @@ class Tiles:
     programs   of a persistent grid: one per multiprocessor
     tma        operands through TMA descriptors (sm_90 and newer) or pointers
 
-    An image's result depends on bk and on the instruction family, not on bm: so bk never follows the batch, and bm, which may,
-    stays at 64 rows or more (below, sm_90 would take another family).
+    An image's result depends on bk and on the instruction family, not on bm and bo: so bk never follows the batch,
+    and bm, which may, stays at 64 rows or more (below, sm_90 would take another family).
     """
 
     bm: int
@@ -63,21 +74,26 @@ class Tiles:
 def cut(target: Target, dtype: torch.dtype, c: int, k: int, rows: int, *, tma: bool, warps: int, shrinks: bool = False) -> Tiles:
     """Tiles for a product of `rows` rows, c channels (a tap) and k outputs; tma, warps: on a GPU that has TMA.
 
-    128 rows, or where `shrinks` 64 if that many would leave half of the processors idle (what is bound by memory gains
-    nothing from it, and every form costs a compilation); the largest step that divides c, up to 128 bytes; the outputs as
-    `outputs_of` says; eight warps where four would spill. fp32 goes without tensor cores, in small tiles.
+    128 rows, or where `shrinks` 64 if that many would leave half of the processors idle, and then as few outputs, 32 at least, as
+    occupy them (few images wait for operands, so more programs with less each are faster, and more steps of them on their way);
+    the largest step that divides c, up to 128 bytes; the outputs as `outputs_of` says; eight warps where four would spill.
+    fp32 goes without tensor cores, in small tiles.
     """
     if dtype == torch.float32:
-        return Tiles(64, divisor(c, 32), min(64, outputs_of(k)), 8, 2, target.processors, tma and target.sm >= 90)
-    bo, modern = outputs_of(k), target.sm >= 90
-    idle = shrinks and 2 * triton.cdiv(rows, 128) * triton.cdiv(k, bo) <= target.processors
-    bm = 64 if idle else 128
+        return Tiles(64, divisor(c, 32), min(64, outputs_of(k)), 8, 2, target.processors, tma and target.tma)
+    bo, modern, stages = outputs_of(k), target.tma, 3
+    idle = lambda bm, bo: shrinks and 2 * triton.cdiv(rows, bm) * triton.cdiv(k, bo) <= target.processors
+    bm = 64 if idle(128, bo) else 128
+    while bm == 64 and bo > 32 and idle(bm, bo):
+        bo //= 2
     bk = divisor(c, 128 // dtype.itemsize)
     if target.sm != 90 or k % bo:
         warps = 8
     if bm == 64 or (modern and bo < 128):
-        warps = 8 if (modern and k % bo and bo > 64) or target.sm >= 100 else 4
-    return Tiles(bm, bk, bo, warps, 4 if tma and modern else 3, target.processors, tma and modern)
+        warps = 8 if (modern and k % bo and bo > 64) or (modern and target.sm >= 100) else 4
+    if tma and modern:
+        stages = 4 if bm == 128 else min(8, 96 * 1024 // ((bm + bo) * bk * dtype.itemsize))
+    return Tiles(bm, bk, bo, warps, stages, target.processors, tma and modern)
 
 
 def outputs_of(k: int) -> int:
@@ -113,7 +129,7 @@ def launch_conv(kernel: Any, t: Tiles, tiles: int, *args: Any, **constants: Any)
         raise ValueError(f"{constants['C']} channels; tiles of {t.bk} channels a step need a multiple of them")
     with torch.cuda.device_of(next(a for a in args if isinstance(a, Tensor))):
         kernel[(min(tiles, t.programs) if t.tma else tiles,)](
-            *args, BM=t.bm, BK=t.bk, BO=t.bo, PROGRAMS=t.programs, num_warps=t.warps, num_stages=t.stages, **constants
+            *args, BM=t.bm, BK=t.bk, BO=t.bo, PROGRAMS=t.programs, **constants, **launch_options(t.warps, num_stages=t.stages)
         )
 
 

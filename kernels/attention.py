@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._feature_map import FeatureMap
+from ._launch import begin, launch_options
 from ._tiles import H100, PRECISION, TRITON_TYPE, Target, power_of_two, wide
 from ._triton import tl, triton
 
@@ -67,7 +68,9 @@ def _attention_kernel(
     FOLDED: tl.constexpr,
     OUT: tl.constexpr,
     PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    begin(PDL)
     blocks = tl.cdiv(PIXELS, BM)
     head = tl.program_id(0) // blocks % HEADS
     n = (tl.program_id(0) // (blocks * HEADS)).to(tl.int64)
@@ -155,7 +158,7 @@ class Stream:
             bm, bn, bo, warps, stages = 64, 64, 64, 4, 2
         else:
             bm, bn, bo, warps, stages = 64, 32, 32, 8, 2
-            if target.sm in (86, 89):  # 99 KiB of shared memory; they have one instruction family for all heights
+            if target.small:  # these have one instruction family for all heights
                 bm = 32
         return cls(bm, bn, bo, warps if target.sm == 90 else 8, stages)
 
@@ -259,6 +262,5 @@ def _launch(
             FOLDED=weight is not None,
             OUT=TRITON_TYPE[out.rows.dtype],
             PRECISION=PRECISION[q.dtype],
-            num_warps=s.warps,
-            num_stages=s.stages,
+            **launch_options(s.warps, num_stages=s.stages),
         )

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._feature_map import FeatureMap
+from ._launch import begin
 from ._tile_statistics import KeepsStatistics, Tiling, count_tiles, first_row, halves, own_rows, row_tiles, store_statistics
 from ._tiles import PRECISION, TRITON_TYPE, Tiles, box, cost_of_conv, launch_conv, quantise, wide
 from ._triton import tl, triton
@@ -149,7 +150,9 @@ def _conv3x3_kernel(
     STATS: tl.constexpr,
     PRECISION: tl.constexpr,
     IMPRECISE: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    begin(PDL)
     n_out: tl.constexpr = (K + BO - 1) // BO
     per_tap: tl.constexpr = C // BK
     tiles = count_tiles(ROWS, IMAGE, BM, STATS) * n_out
@@ -219,7 +222,9 @@ def _upsample_conv_kernel(
     OUT: tl.constexpr,
     STATS: tl.constexpr,
     PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    begin(PDL)
     n_out: tl.constexpr = (K + BO - 1) // BO
     per_tap: tl.constexpr = C // BK
     WP = W + 1

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._feature_map import FeatureMap
+from ._launch import begin
 from ._tile_statistics import KeepsStatistics, first_row, own_rows, row_tiles, store_statistics
 from ._tiles import PRECISION, TRITON_TYPE, Tiles, cost_of_conv, launch_conv, power_of_two, wide
 from ._triton import tl, triton
@@ -66,7 +67,9 @@ def _first_conv_kernel(
     CENTER: tl.constexpr,
     STATS: tl.constexpr,
     PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    begin(PDL)
     n_out: tl.constexpr = (K + BO - 1) // BO
     o0 = (tl.program_id(0) % n_out) * BO
     tile = tl.program_id(0) // n_out
@@ -116,7 +119,9 @@ def _downsample_kernel(
     OUT: tl.constexpr,
     STATS: tl.constexpr,
     PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    begin(PDL)
     n_out: tl.constexpr = (K + BO - 1) // BO
     per_tap: tl.constexpr = C // BK
     o0 = (tl.program_id(0) % n_out) * BO
@@ -167,7 +172,9 @@ def _pointwise_kernel(
     RESIDUAL: tl.constexpr,
     BORDER: tl.constexpr,
     PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    begin(PDL)
     n_out = tl.cdiv(K, BO)
     o0 = (tl.program_id(0) % n_out) * BO
     m0 = (tl.program_id(0) // n_out) * BM

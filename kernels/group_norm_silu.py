@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ._feature_map import FeatureMap
 from ._group_statistics import _combine_kernel, _statistics_kernel, load_pixels, of_group
+from ._launch import begin, launch_options
 from ._tile_statistics import Tiling, channel_statistics
 from ._tiles import E4M3_MAX, TRITON_TYPE, power_of_two, wide
 from ._triton import tl, triton
@@ -124,7 +125,9 @@ def _one_pass_kernel(
     SILU: tl.constexpr,
     BORDER: tl.constexpr,
     OUT: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    begin(PDL)
     blocks = tl.cdiv(C, USED)
     n = (tl.program_id(0) // blocks).to(tl.int64)
     lane = tl.arange(0, L)
@@ -177,7 +180,9 @@ def _apply_kernel(
     SILU: tl.constexpr,
     BORDER: tl.constexpr,
     OUT: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    begin(PDL)
     blocks = tl.cdiv(C, USED)
     tiles = tl.cdiv(H * W, P)
     tile = tl.program_id(0) // blocks % tiles
@@ -303,7 +308,8 @@ class GroupNormSiLU:
         second = x if x2 is None else x2
         sources, times = (x.rows, second.rows), (self.gamma, self.gamma) if table is None else (table[:, self.column :], row)
         numbers = (x.height, x.width, x.channels, c, 0 if table is None else table.stride(0), self.width)
-        cut = dict(P=b.pixels, L=b.lanes, USED=b.used, GROUPS=self._groups(b.used), TWO=x2 is not None, num_warps=b.warps)
+        cut = dict(P=b.pixels, L=b.lanes, USED=b.used, GROUPS=self._groups(b.used), TWO=x2 is not None)
+        cut |= launch_options(b.warps)
         mode = 0 if self.time is None else 1 if self.time == "add" else 2
         write = dict(TIME=mode, SILU=self.silu, BORDER=int(out.bordered), OUT=TRITON_TYPE[out.rows.dtype])
         blocks = triton.cdiv(c, b.used)
@@ -366,7 +372,7 @@ class GroupNormSiLU:
             GROUPS=self._groups(used),
             TWO=stats2 is not None,
             TIME=mode,
-            num_warps=8,
+            **launch_options(8),
         )
 
     def _groups(self, used: int) -> str:

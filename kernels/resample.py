@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._feature_map import FeatureMap
+from ._launch import begin, launch_options
 from ._tiles import TRITON_TYPE, wide
 from ._triton import tl, triton
 from .conv2d_pointers import pixel_of
@@ -35,8 +36,10 @@ def _resample_kernel(
     TO: tl.constexpr,
     BORDER: tl.constexpr,
     OUT: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """y: COUNT rows of [H, W] images; x: a bordered map of [2 H, 2 W], [H, W] or [H / 2, W / 2] images."""
+    begin(PDL)
     blocks = tl.cdiv(C, L)
     rows = tl.program_id(0) // blocks * R + tl.arange(0, R)
     c = tl.program_id(0) % blocks * L + tl.arange(0, L)
@@ -81,6 +84,7 @@ class Resample:
                 TO=self.to,
                 BORDER=int(out.bordered),
                 OUT=TRITON_TYPE[out.rows.dtype],
+                **launch_options(4),
             )
 
     def twin(self, x: FeatureMap, out: FeatureMap, compute: torch.dtype | None = None) -> None:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._feature_map import FeatureMap
+from ._launch import begin
 from ._tiles import PRECISION, Tiles, launch_conv, wide
 from ._triton import tl, triton
 from .conv2d import load_rows
@@ -39,7 +40,9 @@ def _time_rows_kernel(
     BO: tl.constexpr,
     PROGRAMS: tl.constexpr,
     PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    begin(PDL)
     outputs = tl.cdiv(S, BO)
     o0 = tl.program_id(0) % outputs * BO
     n = tl.program_id(0) // outputs * BM + tl.arange(0, BM)
