@@ -278,6 +278,8 @@ class Conv3x3(KeepsStatistics):
 
     weight  packed [K, 9 C] in the operands' type;  bias [K] fp32 or None
     scale   [K] fp32 where the operands are e4m3: what one unit of the product is worth, per output channel
+    bounded of e4m3 operands: does every step's product join the sum in fp32 (sm_90's tensor core itself adds with fewer bits), or
+            only the whole sum?
     """
 
     weight: Tensor
@@ -285,6 +287,7 @@ class Conv3x3(KeepsStatistics):
     tiles: Tiles
     scale: Tensor | None = None
     residual_scale: float = 1.0
+    bounded: bool = True
     name = "conv3x3"
 
     @classmethod
@@ -296,10 +299,11 @@ class Conv3x3(KeepsStatistics):
         tiles: Tiles,
         x_scale: float = 1.0,
         residual_scale: float = 1.0,
+        bounded: bool = True,
     ) -> Conv3x3:
         """From weight [K, C, 3, 3] and bias [K]; x_scale: what one unit of an e4m3 input is worth."""
         packed, scale = quantise(pack(weight), dtype, x_scale)
-        return cls(packed, None if bias is None else bias.float(), tiles, scale, residual_scale)
+        return cls(packed, None if bias is None else bias.float(), tiles, scale, residual_scale, bounded)
 
     def run(self, x: FeatureMap, out: FeatureMap, residual: FeatureMap | None = None, stats: FeatureMap | None = None) -> None:
         t, k = self.tiles, len(self.weight)
@@ -333,7 +337,7 @@ class Conv3x3(KeepsStatistics):
             DENSE=not out.bordered,
             STATS=stats is not None,
             PRECISION=PRECISION[x.rows.dtype],
-            IMPRECISE=t.bk if self.scale is not None else 0,
+            IMPRECISE=0 if self.scale is None else t.bk if self.bounded else None,  # None: as Triton does it
         )
 
     def twin(

@@ -63,7 +63,34 @@ def norm_from_statistics(x: Tensor, mean: Tensor, squares: Tensor, weight: Tenso
 
 
 @triton.jit
-def finish(d, rstd, gamma_ptr, beta_ptr, time_ptr, c, used, C, unit, TIME: tl.constexpr, SILU: tl.constexpr, OUT: tl.constexpr):
+def fit_e4m3(y, inside, saturated_ptr, COUNT: tl.constexpr):
+    """y clamped to what e4m3 holds; a NaN stays one, so that it is seen. An int64 grows by how many were beyond or are NaN: by
+    programs in whatever order they arrive, for no image depends on it.
+    """
+    if COUNT:
+        saturated = tl.sum(tl.where(inside & ~(tl.abs(y) <= 448.0), 1, 0))
+        tl.atomic_add(saturated_ptr, saturated.to(tl.int64), mask=saturated > 0, sem="relaxed")
+    return tl.clamp(y, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def finish(
+    d,
+    rstd,
+    gamma_ptr,
+    beta_ptr,
+    time_ptr,
+    c,
+    used,
+    C,
+    unit,
+    inside,
+    saturated_ptr,
+    TIME: tl.constexpr,
+    SILU: tl.constexpr,
+    OUT: tl.constexpr,
+    COUNT: tl.constexpr,
+):
     """Deviations d [P, L] from the mean -> what is stored."""
     gain = rstd * tl.load(gamma_ptr + c, mask=used, other=0.0)
     shift = tl.load(beta_ptr + c, mask=used, other=0.0)
@@ -75,7 +102,7 @@ def finish(d, rstd, gamma_ptr, beta_ptr, time_ptr, c, used, C, unit, TIME: tl.co
     if SILU:
         y = y * tl.sigmoid(y)
     if OUT.primitive_bitwidth == 8:
-        y = tl.clamp(y * unit, -448.0, 448.0)
+        y = fit_e4m3(y * unit, inside, saturated_ptr, COUNT)
     return y.to(OUT)
 
 
@@ -116,6 +143,7 @@ def _one_pass_kernel(
     WIDTH,
     eps,
     unit,
+    saturated_ptr,
     P: tl.constexpr,
     L: tl.constexpr,
     USED: tl.constexpr,
@@ -125,6 +153,7 @@ def _one_pass_kernel(
     SILU: tl.constexpr,
     BORDER: tl.constexpr,
     OUT: tl.constexpr,
+    COUNT: tl.constexpr,
     PDL: tl.constexpr,
 ):
     begin(PDL)
@@ -144,7 +173,7 @@ def _one_pass_kernel(
     mean = of_group(tl.sum(tl.where(inside, x, 0.0), 0), lane, WIDTH, GROUPS) / count
     d = tl.where(inside, x - mean[None, :], 0.0)
     rstd = tl.rsqrt(of_group(tl.sum(d * d, 0), lane, WIDTH, GROUPS) / count + eps)
-    y = finish(d, rstd, gamma_ptr, beta_ptr, table_ptr, c, used, C, unit, TIME, SILU, OUT)
+    y = finish(d, rstd, gamma_ptr, beta_ptr, table_ptr, c, used, C, unit, inside, saturated_ptr, TIME, SILU, OUT, COUNT)
     store_pixels(out_ptr, y, n, p, c, inside, H, W, C, BORDER)
     if BORDER:
         zero_border(out_ptr, n, c, used, H, W, C, L, OUT)
@@ -170,6 +199,7 @@ def _apply_kernel(
     CHUNKS,
     eps,
     unit,
+    saturated_ptr,
     MOST: tl.constexpr,
     P: tl.constexpr,
     L: tl.constexpr,
@@ -180,6 +210,7 @@ def _apply_kernel(
     SILU: tl.constexpr,
     BORDER: tl.constexpr,
     OUT: tl.constexpr,
+    COUNT: tl.constexpr,
     PDL: tl.constexpr,
 ):
     begin(PDL)
@@ -209,7 +240,9 @@ def _apply_kernel(
         table_ptr += tl.load(row_ptr + n).to(tl.int64) * S
     if TIME == 1:
         x += tl.load(table_ptr + c, mask=used, other=0.0)[None, :]
-    y = finish(x - mean[None, :], rstd, gamma_ptr, beta_ptr, table_ptr, c, used, C, unit, TIME, SILU, OUT)
+    y = finish(
+        x - mean[None, :], rstd, gamma_ptr, beta_ptr, table_ptr, c, used, C, unit, inside, saturated_ptr, TIME, SILU, OUT, COUNT
+    )
     store_pixels(out_ptr, y, n, p, c, inside, H, W, C, BORDER)
     if BORDER and tile == 0:
         zero_border(out_ptr, n, c, used, H, W, C, L, OUT)
@@ -297,9 +330,11 @@ class GroupNormSiLU:
         scratch: FeatureMap | None = None,
         stats: FeatureMap | None = None,
         stats2: FeatureMap | None = None,
+        saturated: Tensor | None = None,
     ) -> None:
         """table [R, columns] fp32, row [N] integer: each image's row; scratch: fp32, `scratch_elements(x)` of them; stats, stats2:
-        what the writers of x and x2 kept (`KeepsStatistics`), where there are `tilings`.
+        what the writers of x and x2 kept (`KeepsStatistics`), where there are `tilings`; saturated [1, 1] int64, of an e4m3 output:
+        grows by how many of its values were clamped or are NaN; None: uncounted, and no cost.
 
         ValueError where a map, the scratch or the statistics are not of the shapes that belong together.
         """
@@ -311,12 +346,15 @@ class GroupNormSiLU:
         cut = dict(P=b.pixels, L=b.lanes, USED=b.used, GROUPS=self._groups(b.used), TWO=x2 is not None)
         cut |= launch_options(b.warps)
         mode = 0 if self.time is None else 1 if self.time == "add" else 2
-        write = dict(TIME=mode, SILU=self.silu, BORDER=int(out.bordered), OUT=TRITON_TYPE[out.rows.dtype])
+        write = dict(
+            TIME=mode, SILU=self.silu, BORDER=int(out.bordered), OUT=TRITON_TYPE[out.rows.dtype], COUNT=saturated is not None
+        )
+        scale = (1 / self.unit, self.gamma if saturated is None else saturated)
         blocks = triton.cdiv(c, b.used)
         with torch.cuda.device_of(x.rows):
             if b.one_pass:
                 _one_pass_kernel[(x.images * blocks,)](
-                    *sources, out.rows, self.gamma, self.beta, *times, *numbers, self.eps, 1 / self.unit, **cut, **write
+                    *sources, out.rows, self.gamma, self.beta, *times, *numbers, self.eps, *scale, **cut, **write
                 )
                 return
             assert scratch is not None
@@ -339,7 +377,7 @@ class GroupNormSiLU:
                 chunk,
                 chunks,
                 self.eps,
-                1 / self.unit,
+                *scale,
                 MOST=MOST_CHUNKS,
                 **cut,
                 **write,
@@ -416,6 +454,7 @@ class GroupNormSiLU:
         scratch: FeatureMap | None = None,
         stats: FeatureMap | None = None,
         stats2: FeatureMap | None = None,
+        saturated: Tensor | None = None,
         compute: torch.dtype | None = None,
     ) -> None:
         # channels-first, where torch takes the mean before the squared deviations; channels-last it subtracts squares on a CPU
@@ -435,8 +474,11 @@ class GroupNormSiLU:
                 pixels, mean = pixels + shift[:, :, None, None], mean + shift
             y = norm_from_statistics(pixels, mean, squares, gamma, beta, self.groups, self.eps)
             y = _modulated(y, self.silu, more.get("scale"), more.get("offset"))
+        y = y / self.unit  # also into a map that is wider than the kernel's
+        if saturated is not None:
+            saturated += (~(y.abs() <= E4M3_MAX)).sum()
         if out.rows.dtype == torch.float8_e4m3fn:
-            y = (y / self.unit).clamp(-E4M3_MAX, E4M3_MAX)
+            y = y.clamp(-E4M3_MAX, E4M3_MAX)
         out.write(y)
 
     def _channels(self, kept: list[FeatureMap], dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -251,6 +251,36 @@ def test_e4m3_saturates_below_too(device):
     assert sure.double().mean() > 0.9 and torch.equal(out.pixels.double()[sure], exact.sign()[sure] * E4M3_MAX)
 
 
+@pytest.mark.kernel
+@pytest.mark.parametrize(
+    "shape", [ONE_PASS["width 3"], ONE_PASS["width 12, the last block not full"], TWO_PASS["one group of 96"]], ids=str
+)
+def test_what_saturates_is_counted(shape, device):
+    """Exactly, in the pixels alone, by kernel and twin; NaN among it, which is not clamped away."""
+    needs_e4m3(device)
+    case = Case(*shape, torch.float32, device, silu=False)
+
+    def counted(op, by):
+        out, saturated = case.out(dtype=E4M3), torch.full((1, 1), 7, dtype=torch.int64, device=device)
+        getattr(op, by)(out=out, saturated=saturated, **case.arguments(), **(dict(compute=torch.float32) if by == "twin" else {}))
+        return out, int(saturated) - 7
+
+    beta = case.op.beta.clone()
+    beta[[3, 10]] = torch.tensor([1e4, -1e4], device=device)  # every pixel of two channels
+    fits, over = replace(case.op, unit=0.5), replace(case.op, beta=beta)
+    pixels = case.x[:, 0].numel()
+    for by in ("run", "twin"):
+        assert counted(fits, by)[1] == 0, by
+        assert counted(over, by)[1] == 2 * pixels, by
+        case.x[-1, 3, 1, 2] = float("nan")  # a group of one image
+        out, found = counted(over, by)
+        nan = len(case.op.gamma) // case.op.groups * case.x[0, 0].numel()
+        others = 2 * pixels - sum(i // case.op.width == 3 // case.op.width for i in (3, 10)) * case.x[0, 0].numel()
+        assert found == others + nan, by
+        assert int(out.pixels.float().isnan().sum()) == nan or (INTERPRETED and by == "run"), by
+        case.x[-1, 3, 1, 2] = 0.0
+
+
 # ---- batches, faults
 
 
