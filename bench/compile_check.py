@@ -37,6 +37,7 @@ UNITS = {80: "mma.sync", 89: "mma.sync", 120: "mma.sync", 90: "wgmma.mma_async",
 # Local-memory instructions that a norm may have where its block fills a thread's 128 registers, on an architecture other than
 # sm_90: beside two thousand that wait for memory; releases differ by one or two. In products none.
 SPILLS_OF_NORMS = 8
+DTYPES = ("fp32", "fp16", "bf16", "fp8", "fp8-unbounded")  # the last: see `FusedUNet`'s accumulation
 FP32 = (["fashion_mnist"], [1], ["fp32"])
 
 
@@ -61,7 +62,10 @@ def launches_of(net: str, batch: int, dtype: str, sm: int, overlap: bool = False
     """(name, launch) for every kernel that a forward pass starts."""
     with torch.device("meta"):
         unet = UNet(NETWORKS[net])
-    plan = FusedUNet(unet, batch, dtype, "meta", target=Target(sm, PROCESSORS[sm]), overlap=overlap).plan()
+    dtype, _, accumulation = dtype.partition("-")
+    target = Target(sm, PROCESSORS[sm])
+    options: dict[str, Any] = dict(overlap=overlap, accumulation=accumulation or "bounded")
+    plan = FusedUNet(unet, batch, dtype, "meta", target=target, **options).plan()
     for planned in plan:
         with record_launches() as recorded:
             plan.run_one(planned)
@@ -73,7 +77,7 @@ def distinct(nets: Iterable[str], batches: Iterable[int], dtypes: Iterable[str],
     found: dict[tuple[Any, ...], Case] = {}
     for net in nets:
         for dtype in dtypes:
-            if dtype == "fp8" and sm < 89:
+            if dtype.startswith("fp8") and sm < 89:
                 continue
             for batch in batches:
                 for where, launch in launches_of(net, batch, dtype, sm, overlap):
@@ -179,6 +183,7 @@ def row_of(case: Case, c: Compiled | None, seconds: float) -> dict[str, Any]:
     if isinstance(a.get("K"), int):
         channels += (f"+{a['C2']}" if a.get("C2") else "") + f" -> {a['K']}"
     flags = ", ".join(k.lower() for k in ("RESIDUAL", "SCALED", "DENSE", "STATS", "TWO", "FOLDED") if a.get(k))
+    flags += ", unbounded" if a.get("SCALED") and a["IMPRECISE"] is None else ""
     return dict(
         sm=case.sm,
         kernel=case.kernel.strip("_").removesuffix("_kernel"),
@@ -228,7 +233,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--net", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 16, 256])
-    parser.add_argument("--dtype", nargs="+", choices=["fp32", "fp16", "bf16", "fp8"], default=["bf16", "fp8"])
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16", "fp8"])
     parser.add_argument("--sm", nargs="+", type=int, choices=list(PROCESSORS), default=[80, 90, 100])
     parser.add_argument("--overlap", action="store_true", help="launches that begin beside the end of those before them")
     parser.add_argument("--markdown", type=Path, help="write the table to this file")

@@ -10,6 +10,7 @@ import torch
 from click.core import ParameterSource
 
 from .cache import cache_dir, cached_files, clear_cache
+from .calibration import Calibration, load_calibration
 from .checkpoint import Checkpoint, load_pretrained
 from .cli_common import PATH, megabytes, parse_size, report_of
 from .cost import unet_cost
@@ -18,6 +19,9 @@ from .kernels._tiles import Target
 from .plan import Buffer, Launch
 from .roofline import GPUS, Estimate, Gpu, estimate
 from .self_check import Verdict
+
+HEADER = ("launch", "kernel", "input", "output", "operands", "tile", "GFLOP", "MB", "floor us", "predicted", "bound by")
+TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float8_e4m3fn: "e4m3"}
 
 
 @click.command()
@@ -57,7 +61,8 @@ def info(
         raise ValueError("give the directory of a checkpoint, or --cache")
     checkpoint = load_pretrained(directory)
     if planned:
-        _plan(checkpoint, batch_size, dtype, parse_size(size), GPUS[gpu], as_json)
+        calibration = load_calibration(directory, checkpoint.unet) if dtype == "fp8" else None
+        _plan(checkpoint, batch_size, dtype, parse_size(size), GPUS[gpu], calibration, as_json)
     else:
         _describe(directory, checkpoint, as_json)
 
@@ -106,14 +111,22 @@ def _where(flags: Any) -> str:
 # ---- the plan
 
 
-def _plan(c: Checkpoint, batch: int, dtype: str, size: tuple[int, int] | None, gpu: Gpu, as_json: bool) -> None:
+def _plan(
+    c: Checkpoint,
+    batch: int,
+    dtype: str,
+    size: tuple[int, int] | None,
+    gpu: Gpu,
+    calibration: Calibration | None,
+    as_json: bool,
+) -> None:
     """Planned on the meta device for the GPU that was named; the verdict is of this machine's, if it has one."""
     steps = len(c.schedule)
-    fused = FusedUNet(c.unet.to("meta"), batch, dtype, "meta", size, steps, gpu.target)
+    fused = FusedUNet(c.unet.to("meta"), batch, dtype, "meta", size, steps, gpu.target, calibration=calibration)
     plan = fused.plan()
     estimates = [estimate(launch, gpu) for launch in plan]
     verdicts = _kept(c, fused)
-    rows = [_row(launch, e, verdicts.get(launch.name)) for launch, e in zip(plan, estimates, strict=True)]
+    rows = [_row(launch, e, verdicts.get(launch.name), fused.wide) for launch, e in zip(plan, estimates, strict=True)]
     floor, predicted = sum(e.floor for e in estimates), sum(e.predicted for e in estimates)
     flops, moved = sum(e.flops for e in estimates), sum(e.bytes for e in estimates)
     totals = dict(
@@ -129,8 +142,10 @@ def _plan(c: Checkpoint, batch: int, dtype: str, size: tuple[int, int] | None, g
         predicted_ms=round(1e3 * predicted, 4),
         verdict=_verdict_of(verdicts),
     )
-    lines = [_columns("launch", "kernel", "input", "output", "tile", "GFLOP", "MB", "floor us", "predicted", "bound by")]
-    lines += [*map(_line, rows), ""]
+    if dtype == "fp8":
+        totals["calibrated"], totals["wide"] = calibration is not None, fused.wide
+    lines = [_columns(*HEADER), *map(_line, rows), ""]
+    lines += _about_fp8(fused, calibration) if dtype == "fp8" else []
     lines += [
         f"{len(plan)} launches, {totals['gflop_per_image']} GFLOP and {moved / batch / 1e6:.1f} MB an image (weights included), "
         f"arena {megabytes(plan.arena.size)}; self-check: {totals['verdict']}",
@@ -150,7 +165,17 @@ def _kept(c: Checkpoint, fused: FusedUNet) -> dict[str, Verdict]:
     return type(subject)(subject.config, options, subject.launches).kept() or {}
 
 
-def _row(launch: Launch, e: Estimate, verdict: Verdict | None) -> dict[str, Any]:
+def _about_fp8(fused: FusedUNet, calibration: Calibration | None) -> list[str]:
+    """Where the units come from, and what stays wide and why."""
+    narrow = sum(_operands(launch) == "e4m3" for launch in fused.plan())
+    if calibration is None:
+        return [f"{narrow} convolutions in e4m3, with ranges by rule: ddpm-fast calibrate would look at the activations themselves"]
+    lines = [f"{narrow} convolutions in e4m3, with ranges as calibrated, {len(fused.wide) or 'none'} kept wide"]
+    wide = ((name, calibration.layers[name].error) for name in fused.wide)
+    return lines + [f"  {name} stays wide: off by {error:.4f} in e4m3, {calibration.allowed:.4f} allowed" for name, error in wide]
+
+
+def _row(launch: Launch, e: Estimate, verdict: Verdict | None, wide: list[str]) -> dict[str, Any]:
     t = getattr(launch.op, "tiles", None)
     first = launch.reads.get("x") or launch.reads.get("qkv") or launch.out
     second = launch.reads.get("x2")
@@ -159,6 +184,8 @@ def _row(launch: Launch, e: Estimate, verdict: Verdict | None) -> dict[str, Any]
         kernel=launch.op.name,
         reads=_shape(first) + (f"+{second.channels}" if second is not None else ""),
         writes=_shape(launch.out),
+        operands=_operands(launch),
+        wide=launch.name in wide,
         tile=None if t is None else f"{t.bm}x{t.bo}x{t.bk} w{t.warps}",
         flops=e.flops,
         bytes=e.bytes,
@@ -169,18 +196,25 @@ def _row(launch: Launch, e: Estimate, verdict: Verdict | None) -> dict[str, Any]
     )
 
 
+def _operands(launch: Launch) -> str | None:
+    """The type that a launch multiplies; None where it does not."""
+    weight = getattr(launch.op, "weight", None)
+    return None if weight is None else TYPES[weight.dtype]
+
+
 def _shape(b: Buffer) -> str:
     return f"{b.height}x{b.width}x{b.channels}"
 
 
 def _line(r: dict[str, Any]) -> str:
     figures = (f"{r['flops'] / 1e9:.2f}", f"{r['bytes'] / 1e6:.2f}", f"{r['floor_us']:.2f}", f"{r['predicted_us']:.2f}")
+    operands = f"{r['operands'] or ''}{' wide' if r['wide'] else ''}"
     failed = "" if r["verdict"] in (None, "passed") else f"  FAILED: {r['verdict']}"
-    return _columns(r["launch"], r["kernel"], r["reads"], r["writes"], r["tile"] or "", *figures, r["bound"] + failed)
+    return _columns(r["launch"], r["kernel"], r["reads"], r["writes"], operands, r["tile"] or "", *figures, r["bound"] + failed)
 
 
 def _columns(*c: str) -> str:
-    return f"{c[0]:46} {c[1]:16} {c[2]:>16} {c[3]:>14} {c[4]:>16} {c[5]:>8} {c[6]:>8} {c[7]:>8} {c[8]:>9}  {c[9]}"
+    return f"{c[0]:46} {c[1]:16} {c[2]:>16} {c[3]:>14} {c[4]:>9} {c[5]:>16} {c[6]:>8} {c[7]:>8} {c[8]:>8} {c[9]:>9}  {c[10]}"
 
 
 def _verdict_of(verdicts: dict[str, Verdict]) -> str:

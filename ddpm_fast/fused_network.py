@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar, cast
 
@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .calibration import e4m3_convolutions
 from .kernels._feature_map import FeatureMap
 from .kernels._tile_statistics import KeepsStatistics, Tiling
 from .kernels._tiles import E4M3_MAX, Target, Tiles, cut, divisor
@@ -26,7 +27,7 @@ from .unet import Downsample, Level, ResBlock, UNet, Upsample
 
 LARGEST_TABLE = 256 * 2**20  # bytes that the table of time embeddings may take
 E4M3 = torch.float8_e4m3fn
-DEVIATIONS = 8.0  # from the mean, that an e4m3 activation holds without saturating
+DEVIATIONS = 8.0  # from the mean, that an e4m3 activation holds without saturating, where no calibration says what comes
 AnyOp = TypeVar("AnyOp")
 
 
@@ -49,6 +50,10 @@ class Network:
 
     act, operand   types of activations, and of what 3x3 convolutions multiply
     tiles          overrides of single launches' tiles, by `tile_key`
+    units          3x3 convolution -> what a 1 of its e4m3 input is worth; those that are not named follow the rule
+    wide           3x3 convolutions that multiply in `act`, whatever `operand` is
+    bounded        see `Conv3x3`
+    saturated      [convolutions that take e4m3] int64: values of their inputs that were clamped or NaN, where `counting`
     """
 
     def __init__(
@@ -60,9 +65,17 @@ class Network:
         target: Target,
         timesteps: int,
         tiles: Mapping[str, Mapping[str, Any]],
+        units: Mapping[str, float],
+        wide: Collection[str],
+        bounded: bool,
+        counting: bool,
     ) -> None:
         self.config, self.wide = unet.config, torch.float64 if unet.dtype == torch.float64 else torch.float32
         self.device, self.act, self.operand, self.target, self.tiles = device, act, operand, target, tiles
+        self.units, self.bounded, self.counting = units, bounded, counting
+        may = list(e4m3_convolutions(unet)) if operand == E4M3 else []
+        self.narrow = [name for name in may if name not in wide]
+        self.saturated = torch.zeros(len(self.narrow), dtype=torch.int64, device=device)
         self._ops: dict[str, Any] = {}
         self.keep_structure(unet)
         blocks = [m for m in unet.modules() if isinstance(m, ResBlock)]
@@ -238,7 +251,7 @@ class Walk:
         block = cast(ResBlock, block)
         name, scale = self.net.names[block], 1 / block.scale
         plain = block.resample is None
-        a = self.norm(f"{name}.norm1", block.norm1, x, skip, self.operand_of(block.conv1) if plain else None)
+        a = self.norm(f"{name}.norm1", block.norm1, x, skip, block.conv1 if plain else None)
         if block.resample == "down":
             a, x = (self.resampled(f"{name}.{what}.pool", b, "half") for what, b in (("norm1", a), ("x", x)))
         elif block.resample == "up":
@@ -252,7 +265,7 @@ class Walk:
             h = self.upsample(f"{name}.conv1", block.conv1, a, bias)
         else:
             h = self.conv3x3(f"{name}.conv1", block.conv1, a, None, bias=bias)
-        a = self.norm(f"{name}.norm2", block.norm2, h, None, self.operand_of(block.conv2), block)
+        a = self.norm(f"{name}.norm2", block.norm2, h, None, block.conv2, block)
         return self.conv3x3(f"{name}.conv2", block.conv2, a, None, residual=x, scale=scale)
 
     def attention(self, layer: AttentionLayer, x: Buffer) -> Buffer:
@@ -298,10 +311,11 @@ class Walk:
         make = lambda: FirstConv.of(net.weight(conv.weight), net.weight(conv.bias), net.act, tiles, net.config.center_input)
         return self.emit("conv_in", replace(net.once("conv_in", make), tiles=tiles), out, x=self.x)
 
-    def operand_of(self, conv: nn.Conv2d) -> torch.dtype:
-        """e4m3 where that was asked for, the product can take it (steps of 32 channels), and its range is known beforehand."""
-        known = self.net.rows_of is None or not self.net.config.scale_shift
-        return self.net.operand if conv.in_channels % 32 == 0 and known else self.net.act
+    def operand_of(self, conv: nn.Conv2d | None) -> torch.dtype:
+        """e4m3 where that was asked for, the product can take it, and its range is known beforehand."""
+        net = self.net
+        known = net.rows_of is None or not net.config.scale_shift
+        return E4M3 if conv is not None and net.names[conv] in net.narrow and known else net.act
 
     def conv3x3(
         self,
@@ -320,7 +334,7 @@ class Walk:
 
         def make() -> Conv3x3:
             weight, b = scale * net.weight(conv.weight), scale * net.weight(conv.bias) if bias else None
-            return Conv3x3.of(weight, b, x.dtype, tiles, self.units.get(x, 1.0), scale)
+            return Conv3x3.of(weight, b, x.dtype, tiles, self.units.get(x, 1.0), scale, net.bounded)
 
         return self.emit(name, replace(net.once(name, make), tiles=tiles), out, x=x, residual=residual)
 
@@ -367,20 +381,20 @@ class Walk:
         layer: nn.GroupNorm,
         x: Buffer,
         x2: Buffer | None = None,
-        dtype: torch.dtype | None = None,
+        conv: nn.Conv2d | None = None,
         block: ResBlock | None = None,
         silu: bool = True,
         bordered: bool = True,
     ) -> Buffer:
-        """block: the residual block whose time embedding joins here."""
+        """conv: the 3x3 convolution that reads this; block: the residual block whose time embedding joins here."""
         net, i = self.net, self.inputs
-        dtype = dtype or net.act
+        dtype = self.operand_of(conv)
         time = None if block is None else "scale_shift" if block.scale_shift else "add"
         column = 0 if block is None else net.columns[net.names[block]]
 
         def make() -> GroupNormSiLU:
             gamma, beta = net.weight(layer.weight).float(), net.weight(layer.bias).float()
-            unit = 1.0 if dtype != E4M3 else self._unit(gamma, beta, time, column)
+            unit = 1.0 if conv is None or dtype != E4M3 else self._unit(net.names[conv], gamma, beta, time, column)
             return GroupNormSiLU(gamma, beta, layer.num_groups, layer.eps, silu, time, column, unit)
 
         op = net.once(name, make)
@@ -393,6 +407,8 @@ class Walk:
         elements = op.scratch_elements(x.empty("meta"))
         scratch = Buffer(f"{name}.scratch", 1, 1, elements, 1, torch.float32, bordered=False) if elements else None
         tensors = {} if block is None else dict(table=i.table, row=i.row)
+        if conv is not None and dtype == E4M3 and net.counting:
+            tensors["saturated"] = net.saturated[net.narrow.index(net.names[conv])].view(1, 1)  # not [1]: it belongs to no image
         kept = dict(zip(("stats", "stats2"), stats, strict=False))
         return self.emit(name, op, out, scratch=scratch, tensors=tensors, x=x, x2=x2, **kept)
 
@@ -413,8 +429,10 @@ class Walk:
             tilings.append(tiling)
         return stats, tuple(tilings)
 
-    def _unit(self, gamma: Tensor, beta: Tensor, time: str | None, column: int) -> float:
-        """What a stored 1 of an e4m3 activation is worth, so that values some deviations from the mean just fit."""
+    def _unit(self, conv: str, gamma: Tensor, beta: Tensor, time: str | None, column: int) -> float:
+        """What a stored 1 of an e4m3 activation is worth: as calibrated, or so that values some deviations from the mean fit."""
+        if conv in self.net.units:
+            return self.net.units[conv]
         if gamma.is_meta:
             return 1.0
         if time == "scale_shift":

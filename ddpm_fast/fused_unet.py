@@ -11,13 +11,16 @@ What it does differently from the reference, all of it exact but for rounding:
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .calibration import Calibration, e4m3_convolutions, load_calibration
+from .checkpoint import load_pretrained
 from .checks import is_count
 from .compilation import compile_in_parallel
 from .fused_network import E4M3, Network, Walk, check_tiles
@@ -35,6 +38,7 @@ DTYPES = {
     "bf16": (torch.bfloat16, torch.bfloat16),
     "fp8": (torch.bfloat16, E4M3),
 }
+ACCUMULATIONS = ("bounded", "unbounded")
 
 
 class FusedUNet:
@@ -56,6 +60,10 @@ class FusedUNet:
         tiles: Mapping[str, Mapping[str, Any]] | None = None,
         check: bool | None = None,
         overlap: bool = False,
+        calibration: Calibration | None = None,
+        wide: Collection[str] = (),
+        accumulation: str = "bounded",
+        count_saturated: bool = False,
     ) -> None:
         """
         batch_size  the most images that one call takes
@@ -69,8 +77,16 @@ class FusedUNet:
                     has run it yet
         check       hold every launch against its twin before it is trusted (`self_check`); default: on a GPU
 
+        of fp8 alone:
+        calibration      this network's, of `load_calibration`: the ranges of its activations, and which convolutions stay bf16;
+                         without one ranges follow from the norms' parameters, eight deviations
+        wide             further convolutions that stay bf16, by name
+        accumulation     "bounded": sm_90's tensor cores, which add fp8 products with fewer bits than fp32 has, hand a sum over
+                         after every step; "unbounded": only at the end, which may be faster and is less exact
+        count_saturated  count activations that do not fit (`saturated`): a tenth more instructions in the norms before e4m3
+
         ValueError for what no launch can do: channels that are no multiples of 16, e4m3 on a GPU that has none; for tiles of
-        unknown launches.
+        unknown launches; for a calibration of other weights; for names that are no convolutions.
         RuntimeError where the self-check cannot be made.
         """
         self.config, self.batch_size, self.timesteps = unet.config, batch_size, timesteps
@@ -80,6 +96,7 @@ class FusedUNet:
         target = target or Target.of(device)
         _check(self.config, batch_size, timesteps, dtype, target, overlap)
         check_tiles(tiles or {})
+        _check_fp8(unet, calibration, wide, accumulation)
         self.dtype, self.device, self.target, self.tiles = dtype, device, target, tiles or {}
         self.activations, operand = DTYPES[dtype]
         self.overlap = overlap
@@ -88,9 +105,14 @@ class FusedUNet:
         if size is None:
             raise ValueError("the configuration names no sample_size; give size=(height, width)")
         self.size = self._check_size(size)
+        self.accumulation, self.count_saturated = accumulation, count_saturated
+        units = {} if calibration is None else calibration.units
+        self.wide = sorted({*wide, *(() if calibration is None else calibration.wide)})
+        bounded = accumulation == "bounded"
+        numerics = (units, self.wide, bounded, count_saturated)
         self._plans: dict[tuple[int, int], Plan] = {}
         with exactly(device):
-            self._network = Network(unet, device, self.activations, operand, target, timesteps, self.tiles)
+            self._network = Network(unet, device, self.activations, operand, target, timesteps, self.tiles, *numerics)
             self.inputs = self._network.inputs(batch_size)
         self.plan()
         # everything is packed now: what later plans need of the network is its structure
@@ -116,6 +138,14 @@ class FusedUNet:
     def check_config(config: UNetConfig, dtype: str, device: torch.device) -> None:
         """ValueError for what no launch on `device` can do."""
         _check(config, 1, 1, dtype, Target.of(device))
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path, batch_size: int, dtype: str = "bf16", **options: Any) -> FusedUNet:
+        """From a diffusers folder; in fp8 with the folder's calibration, if it has one."""
+        unet = load_pretrained(directory).unet
+        if dtype == "fp8":
+            options = dict(calibration=load_calibration(directory, unet)) | options
+        return cls(unet, batch_size, dtype, **options)
 
     def plan(self, size: tuple[int, int] | None = None) -> Plan:
         """The launches for images of `size` (H, W), by default the size that was named first."""
@@ -149,6 +179,9 @@ class FusedUNet:
             target=asdict(self.target),
             tiles={k: dict(v) for k, v in self.tiles.items()},
             overlap=self.overlap,
+            wide=self.wide,
+            accumulation=self.accumulation,
+            count_saturated=self.count_saturated,
         )
         return Subject(self.config, options, [launch.name for launch in plan])
 
@@ -156,6 +189,19 @@ class FusedUNet:
     def invariant(self) -> bool:
         """Is an image the same to the bit in every batch and place? Not where a twin runs: libraries choose by batch size."""
         return not any(plan.twins for plan in self._plans.values())
+
+    def saturated(self, clear: bool = False) -> dict[str, int]:
+        """Convolution -> how many values of its e4m3 input were clamped or NaN, in all calls so far or since they were last
+        cleared; those where all fitted are not listed. All places of a batch count, filled or not. Waits for the device.
+
+        ValueError where nothing is counted.
+        """
+        if not self.count_saturated:
+            raise ValueError("this network was planned without count_saturated=True, so nothing was counted")
+        found = self._network.saturated.tolist()
+        if clear:
+            self._network.saturated.zero_()
+        return {name: n for name, n in zip(self._network.narrow, found, strict=True) if n}
 
     @torch.no_grad()
     def __call__(self, x_t: Tensor, t: Tensor | int, labels: Tensor | None = None) -> Tensor:
@@ -206,6 +252,17 @@ class FusedUNet:
                 seen = f"{v.min()}..{v.max()}" if v.numel() else "nothing"
                 raise ValueError(f"{name} is {v.dtype} {tuple(v.shape)} of {seen}; expected integers [{b}] in 0..{most - 1}")
         return b, found["t"][0].long(), found["labels"][0].long().to(self.device)
+
+
+def _check_fp8(unet: UNet, calibration: Calibration | None, wide: Collection[str], accumulation: str) -> None:
+    if accumulation not in ACCUMULATIONS:
+        raise ValueError(f"accumulation {accumulation!r}; expected one of {', '.join(ACCUMULATIONS)}")
+    may = e4m3_convolutions(unet)
+    unknown = wide if isinstance(wide, str) else [name for name in wide if name not in may]
+    if unknown:
+        raise ValueError(f"wide = {unknown!r}; expected a list of convolutions' names, of {', '.join(list(may)[:3])} ...")
+    if calibration is not None:
+        calibration.expect(unet)
 
 
 def _check(c: UNetConfig, batch_size: int, timesteps: int, dtype: str, target: Target, overlap: bool = False) -> None:

@@ -17,7 +17,11 @@ pytestmark = pytest.mark.compile
 def test_every_launch_compiles_as_meant(figure):
     cases = distinct(NETWORKS, [256], ["bf16"], 90)
     known = {launch_key(c.launch) for c in cases}
-    more = [*distinct(NETWORKS, [256], ["fp8"], 90), *distinct(["cifar10"], [1], ["bf16"], 90)]
+    more = [
+        *distinct(NETWORKS, [256], ["fp8"], 90),
+        *distinct(["cifar10"], [256], ["fp8-unbounded"], 90),
+        *distinct(["cifar10"], [1], ["bf16"], 90),
+    ]
     cases += [c for c in more if launch_key(c.launch) not in known]
     cases, wrong, serial = with_fp32(cases), [], 0.0
     for case, result, seconds in compile_all(cases):
