@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,9 @@ from .kernels import _triton
 from .kernels.ddpm_step import ddpm_step
 from .solver import StepTable
 from .unet import UNet, channels_last
+
+if TYPE_CHECKING:
+    from .calibration import Calibration
 
 ENGINES = ("auto", "fused", "compile", "cpu", "reference")
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
@@ -152,6 +155,7 @@ class Wanted:
     precision: str
     device: torch.device
     timesteps: int
+    calibration: Calibration | None = None  # of fp8 layers
 
 
 def choose(name: str, wanted: Wanted) -> Engine:
@@ -195,7 +199,8 @@ def _fused(wanted: Wanted, reason: str) -> Engine:
 
     if not isinstance(wanted.model, UNet):
         raise ValueError(f"engine 'fused' takes a UNet; this model is {type(wanted.model).__name__}: take 'compile' or 'reference'")
-    return FusedEngine(wanted.model, wanted.shape, wanted.precision, wanted.device, wanted.timesteps, reason)
+    w = wanted
+    return FusedEngine(wanted.model, w.shape, w.precision, w.device, w.timesteps, reason, calibration=w.calibration)
 
 
 def _cpu(wanted: Wanted, reason: str) -> Engine:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .calibration import Calibration, load_calibration
 from .checkpoint import load_pretrained
 from .checks import integer
 from .engine import PRECISIONS, Engine, ModelEngine, State, Wanted, choose
@@ -65,6 +66,7 @@ class Sampler:
                 "compile"    torch.compile of the model
                 "reference"  the model as it is
     dtype       "fp32", "fp16", "bf16", or "fp8" with the fused engine; default: the weights'
+    calibration of fp8 layers (`ddpm-fast calibrate`); None: units by rule
 
     A module runs in eval mode. Engine "reference" gives a module with fp16 or bf16 weights its input in that type; one with fp32
     weights computes in fp32 (TF32 is switched off around it). The state x_t is always fp32.
@@ -82,6 +84,7 @@ class Sampler:
         device: torch.device | str | None = None,
         engine: str = "auto",
         dtype: str | torch.dtype | None = None,
+        calibration: Calibration | None = None,
     ) -> None:
         if len(shape) != 3 or min(integer("shape", n) for n in shape) < 1:
             raise ValueError(f"shape {tuple(shape)}; expected (channels, height, width)")
@@ -105,11 +108,11 @@ class Sampler:
         self.precision = _precision(own if dtype is None else dtype)
         if PRECISIONS[self.precision] != own and not isinstance(model, UNet):
             raise ValueError(f"dtype {self.precision} with a model of {own}: only a UNet is cast; cast the model yourself")
-        self._engine_name, self._given = engine, model
+        self._engine_name, self._given, self._calibration = engine, model, calibration
         self._choose()
 
     def _choose(self) -> None:
-        wanted = Wanted(self._given, self.shape, self.precision, self.device, len(self.schedule))
+        wanted = Wanted(self._given, self.shape, self.precision, self.device, len(self.schedule), self._calibration)
         self.engine: Engine = choose(self._engine_name, wanted)
         plain = self.engine if isinstance(self.engine, ModelEngine) else None
         self.model = plain.model if plain is not None else self._given
@@ -127,7 +130,7 @@ class Sampler:
         engine: str = "auto",
     ) -> Sampler:
         """From a diffusers folder. By default on the GPU if there is one, in fp32, for the size (H, W) it was trained at, and with
-        the variance that the folder names.
+        the variance that the folder names; in fp8 with its calibration, if it has one.
         """
         checkpoint = load_pretrained(directory)
         size = size or checkpoint.unet.config.size
@@ -137,7 +140,9 @@ class Sampler:
         unet = channels_last(checkpoint.unet.to(device))
         shape, variance = (unet.config.in_channels, *size), variance or checkpoint.variance
         prediction, clip, dtype = checkpoint.prediction, checkpoint.clip, dtype or "fp32"
-        return cls(unet, checkpoint.schedule, shape, prediction, variance, clip, engine=engine, dtype=dtype)
+        calibration = load_calibration(directory, unet) if dtype == "fp8" else None
+        how = (checkpoint.schedule, shape, prediction, variance, clip)
+        return cls(unet, *how, engine=engine, dtype=dtype, calibration=calibration)
 
     # ---- whole images
 

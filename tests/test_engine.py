@@ -2,6 +2,7 @@
 
 import os
 import signal
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpm_fast import NoiseSchedule, Sampler, Trajectory, UNet, UNetConfig
+from ddpm_fast.calibration import load_calibration
 from ddpm_fast.fused_engine import SEVERAL, FusedEngine
 from ddpm_fast.kernels.advance import advance, advance_reference
 from ddpm_fast.stopping import stop_on_signals
@@ -357,3 +359,16 @@ def planted(folder):
         "self_check.main(sys.stdin, lambda message: print(json.dumps(message), flush=True))\n"
     )
     return [sys.executable, str(script)]
+
+
+def test_fp8_of_a_folder_takes_its_calibration():
+    """The network that ships: its units, and the saturation that they leave room for."""
+    folder = Path(__file__).parent.parent / "weights" / "fashion-mnist-32"
+    s = Sampler.from_pretrained(folder, "cpu", "fp8", engine="fused")
+    s.engine.prepare(1)
+    (slots,) = s.engine._slots.values()
+    known = load_calibration(folder, s.model)
+    assert known is not None and slots.fused._network.units == known.units
+    exact = Sampler.from_pretrained(folder, "cpu", engine="reference")
+    got, want = (v.sample(1, solver="ddim", steps=3, output="float") for v in (s, exact))
+    assert relative_error(got, want) < 0.05
