@@ -1,0 +1,1 @@
+"""The fp32 network on a CPU as machine code made there by LLVM: `executor.NativeExecutor`. Needs llvmlite."""

@@ -1,0 +1,123 @@
+"""Runs a native program for the images of a batch: every core takes images of its own, the last ones they share."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+import threading
+import weakref
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..solver import StepTable
+from ..time_table import TimeTable
+from ..unet import UNet
+from .code import vector_width
+from .machine import ITEM, JOB, compile_kernels
+from .network import Network
+
+if TYPE_CHECKING:
+    from ..sampler import State
+
+COLUMN = {name: k for k, name in enumerate(ITEM)}
+
+
+class NativeExecutor:
+    """Machine code made on this machine by LLVM. An image's bits depend on the CPU alone."""
+
+    name = "native"
+
+    def __init__(self, unet: UNet, shape: tuple[int, int, int], timesteps: int, threads: int) -> None:
+        self.threads, self.out_channels = threads, unet.config.out_channels
+        self._work, self._engine, self.found_in_cache = compile_kernels()
+        self.program = Network(unet, shape, vector_width())
+        self.times = TimeTable(unet, *self.program.projection, timesteps)
+        self._memory = [_aligned_zeros(self.program.size) for _ in range(threads)]
+        self._programs = [self.program.rows(m) for m in self._memory]
+        self._job = np.zeros(len(JOB), dtype=np.int64)
+        self._job[JOB.index("yield_to_others")] = _yield_to_others()
+        self._lock = threading.Lock()
+        self._pool = ThreadPoolExecutor(max(1, threads - 1), "ddpm-fast")
+        weakref.finalize(self, self._pool.shutdown, wait=False)
+        self.reason = f"machine code for this CPU, {vector_width()} floats a vector, on {threads} threads"
+
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+        x = x.float().contiguous(memory_format=torch.channels_last)
+        out = torch.empty((len(x), self.out_channels, *x.shape[2:]), memory_format=torch.channels_last)
+        items = _items(len(x))
+        rows = self.times.rows(t, labels)
+        _point(items, x=x, out=out)
+        items[:, COLUMN["row"]] = rows.addresses
+        self._run(items)
+        return out
+
+    def steps(self, state: State, table: StepTable) -> Iterator[int]:
+        """Takes the state through what is left of the table; yields after every step."""
+        t, coef = table.to("cpu")
+        coef = coef.contiguous()
+        x = state.x.contiguous(memory_format=torch.channels_last)
+        old = None if state.x_0 is None else state.x_0.contiguous(memory_format=torch.channels_last)
+        items = _items(len(x))
+        _point(items, x=x, **({} if old is None else {"old": old}))
+        for name, values in (("seed", state.seed), ("image", state.image)):
+            items[:, COLUMN[name]] = values.numpy()
+        items[:, COLUMN["learned"]] = table.learned
+        for i in range(int(state.row.max()), len(table)):
+            at = state.row.long()
+            rows = self.times.rows(t[at], state.labels)
+            items[:, COLUMN["row"]] = rows.addresses
+            items[:, COLUMN["coef"]] = coef.data_ptr() + at.numpy() * coef.stride(0) * 4
+            items[:, COLUMN["step"]] = at.numpy()
+            self._run(items)
+            state.row += 1
+            if x is not state.x:
+                state.x.copy_(x)
+            if old is not None and old is not state.x_0:
+                state.x_0.copy_(old)  # type: ignore[union-attr]
+            yield i
+
+    def _run(self, items: NDArray[np.int64]) -> None:
+        """All images: whole rounds one per thread; what is left over by all threads together, unless that is nearly a round."""
+        count, left = len(items), len(items) % self.threads
+        alone = count - left if left <= self.threads * 3 // 4 else count
+        with self._lock:
+            job = self._job
+            job[: JOB.index("round")] = [0, alone, count, items.ctypes.data, 0]
+            helpers = min(self.threads, count if alone == count else self.threads)
+            rest = [self._pool.submit(self._part, k, helpers) for k in range(1, helpers)]
+            self._part(0, helpers)
+            for part in rest:
+                part.result()
+
+    def _part(self, thread: int, threads: int) -> None:
+        own, shared = self._programs[thread], self._programs[0]
+        self._work(self._job.ctypes.data, own.ctypes.data, shared.ctypes.data, len(own), thread, threads)
+
+
+def _items(count: int) -> NDArray[np.int64]:
+    return np.zeros((count, len(ITEM)), dtype=np.int64)
+
+
+def _point(items: NDArray[np.int64], **tensors: Tensor) -> None:
+    """Every item at its image of these dense tensors."""
+    for name, tensor in tensors.items():
+        items[:, COLUMN[name]] = tensor.data_ptr() + np.arange(len(items)) * tensor[0].numel() * 4
+
+
+def _aligned_zeros(size: int) -> NDArray[np.uint8]:
+    memory = np.zeros(size + 64, dtype=np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size]
+
+
+def _yield_to_others() -> int:
+    """The address of a function without arguments that lets other threads run."""
+    library = ctypes.CDLL("kernel32" if sys.platform == "win32" else None)
+    function = library.SwitchToThread if sys.platform == "win32" else library.sched_yield
+    return int(ctypes.cast(function, ctypes.c_void_p).value or 0)
