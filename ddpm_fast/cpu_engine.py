@@ -63,7 +63,10 @@ class CPUEngine:
             raise ValueError(f"x_t is {seen}; expected floating [B, {wanted}] on cpu")
         t = torch.as_tensor(t, device="cpu")
         t = self._integers("t", t.expand(len(x_t)) if t.ndim == 0 else t, len(x_t), self.timesteps)
-        return self._executor.forward(x_t, t, self._labels(labels, len(x_t)))
+        labels = self._labels(labels, len(x_t))
+        if not len(x_t):
+            return x_t.new_empty((0, self.config.out_channels, *self.shape[1:]), dtype=torch.float32)
+        return self._executor.forward(x_t, t, labels)
 
     def steps(self, state: State, table: StepTable) -> Iterator[int]:
         """Takes the state through the table, in place; yields the index of every step once it is done.

@@ -61,16 +61,24 @@ def batch(unet, count, seed=1):
 
 
 @pytest.fixture(autouse=True, scope="module")
+def one_thread_for_references():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True, scope="module")
 def one_cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DDPM_FAST_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
 
 
-def engine(unet, executor="native", **options):
+def engine(unet, executor="native", threads=2):
     if executor == "native":
         pytest.importorskip("llvmlite")
-    return CPUEngine(unet, shape_of(unet), T, executor=executor, **options)
+    return CPUEngine(unet, shape_of(unet), T, threads, executor)
 
 
 @torch.no_grad()
@@ -112,7 +120,7 @@ def test_an_image_is_the_same_to_the_bit_in_every_batch(name, executor):
     two = engine(unet, executor, threads=2)
     assert two.invariant
     every = two(*given)
-    for threads in (1, 2, 3):
+    for threads in (1, 3):
         other = engine(unet, executor, threads=threads)
         for part in (slice(0, 1), slice(6, 7), slice(2, 5), slice(1, 7), slice(0, 7)):
             assert torch.equal(other(*(v[part] for v in given)), every[part]), (threads, part)
@@ -144,7 +152,7 @@ def test_the_noise_is_that_of_the_reference_to_the_bit():
 
 
 def sampler(unet, variance="fixed_large", prediction="eps", clip=1.0):
-    return Sampler(unet, NoiseSchedule.cosine(T), shape_of(unet), prediction, variance, clip)
+    return Sampler(unet, NoiseSchedule.linear(timesteps=T), shape_of(unet), prediction, variance, clip)
 
 
 def start(s, table, count=5, layout=torch.channels_last):
@@ -156,13 +164,14 @@ def start(s, table, count=5, layout=torch.channels_last):
 
 
 LOOPS = {
-    "ddpm": dict(solver="ddpm", steps=20),
-    "ddim": dict(solver="ddim", steps=8),
-    "ddim, eta": dict(solver="ddim", steps=8, eta=0.7),
-    "multistep": dict(solver="dpm++2m", steps=8),
-    "multistep, noisy": dict(solver="dpm++2m-sde", steps=8),
-    "as diffusers": dict(solver="ddpm", steps=10, profile="diffusers"),
+    "ddpm": dict(solver="ddpm", steps=10),
+    "ddim": dict(solver="ddim", steps=5),
+    "ddim, eta": dict(solver="ddim", steps=5, eta=0.7),
+    "multistep": dict(solver="dpm++2m", steps=5),
+    "multistep, noisy": dict(solver="dpm++2m-sde", steps=5),
+    "as diffusers": dict(solver="ddpm", steps=5, profile="diffusers"),
 }
+SHORT = dict(channels=(8, 16), sample_size=8, norm_groups=4)
 OF_NETWORKS = {
     "plain": (dict(), dict()),
     "classes": (dict(num_classes=7), dict(prediction="v", clip=None)),
@@ -172,24 +181,25 @@ OF_NETWORKS = {
 }
 
 
-@pytest.mark.parametrize("executor", EXECUTORS)
 @pytest.mark.parametrize("which", OF_NETWORKS)
-def test_steps_are_the_reference_loop(which, executor):
-    """x, x_0 and row after every loop; the reference loop in fp64 is the truth."""
+def test_steps_are_the_reference_loop(which):
+    """x, x_0 and row after every loop; the reference loop, its network in fp64, is the truth."""
     changes, options = OF_NETWORKS[which]
-    unet = network(**changes)
-    s, e = sampler(unet, **options), engine(unet, executor)
+    unet = network(**SHORT, **changes)
+    s, wide = sampler(unet, **options), copy.deepcopy(unet).double()
+    model = lambda x, *a: wide(x.double(), *a).float()
+    reference = Sampler(model, s.schedule, s.shape, s.prediction, s.variance, s.clip)
+    engines = [engine(unet, executor) for executor in EXECUTORS]
     for name, loop in LOOPS.items():
         table = s.table(**loop)
-        ours, exact = start(s, table), start(s, table)
-        assert list(e.steps(ours, table)) == list(range(len(table)))
-        wide = copy.deepcopy(unet).double()
-        reference = Sampler(lambda x, *a: wide(x.double(), *a).float(), s.schedule, s.shape, s.prediction, s.variance, s.clip)
+        exact = start(s, table)
         reference.run(exact, table)
-        assert (ours.x - exact.x).abs().max() < 1e-4 * max(1, float(exact.x.abs().max())), name
-        assert torch.equal(ours.row, exact.row)
-        if table.multistep:
-            assert (ours.x_0 - exact.x_0).abs().max() < 1e-4 * max(1, float(exact.x_0.abs().max())), name
+        for e in engines:
+            ours = start(s, table)
+            assert list(e.steps(ours, table)) == list(range(len(table)))
+            assert torch.equal(ours.row, exact.row)
+            for mine, true in [(ours.x, exact.x), (ours.x_0, exact.x_0)][: 1 + table.multistep]:
+                assert (mine - true).abs().max() < 1e-4 * max(1, float(true.abs().max())), (name, e.executor)
 
 
 @pytest.mark.parametrize("executor", EXECUTORS)
@@ -237,7 +247,7 @@ def test_the_code_is_kept_and_a_damaged_file_is_made_again(tmp_path, monkeypatch
     whole = kept.read_bytes()
     second = engine(unet)
     assert second._executor.found_in_cache and torch.equal(second(*given), first(*given))
-    for damaged in (whole[: len(whole) // 2], b"", whole[:-1] + bytes([whole[-1] ^ 1]), b"something else"):
+    for damaged in (whole[: len(whole) // 2], whole[:-1] + bytes([whole[-1] ^ 1])):
         kept.write_bytes(damaged)
         again = engine(unet)
         assert not again._executor.found_in_cache and torch.equal(again(*given), first(*given))
@@ -330,9 +340,9 @@ def test_states_and_tables_that_do_not_fit_are_refused():
         e.steps(state, table)
     with pytest.raises(ValueError, match="mean and variance"):
         e.steps(state, replace(s.table("ddpm", 5), learned=True))
-    with pytest.raises(ValueError, match="row"):
-        state.row += 5
-        e.steps(state, s.table("ddpm", 5))
+    longer = Sampler(unet, NoiseSchedule.cosine(2 * T), s.shape)
     with pytest.raises(ValueError, match=f"0..{T - 1}"):
-        longer = Sampler(unet, NoiseSchedule.cosine(2 * T), s.shape)
-        e.steps(s.begin(torch.arange(2), 0), longer.table("ddpm", 5))
+        e.steps(state, longer.table("ddpm", 5))
+    state.row += 5
+    with pytest.raises(ValueError, match="row"):
+        e.steps(state, s.table("ddpm", 5))

@@ -107,7 +107,7 @@ def _items(count: int) -> NDArray[np.int64]:
 def _point(items: NDArray[np.int64], **tensors: Tensor) -> None:
     """Every item at its image of these dense tensors."""
     for name, tensor in tensors.items():
-        items[:, COLUMN[name]] = tensor.data_ptr() + np.arange(len(items)) * tensor[0].numel() * 4
+        items[:, COLUMN[name]] = tensor.data_ptr() + np.arange(len(items)) * tensor.stride(0) * 4
 
 
 def _aligned_zeros(size: int) -> NDArray[np.uint8]:
