@@ -124,15 +124,17 @@ class Program:
 
     def pad(self, w: Tensor, blocks: Sequence[int], dim: int) -> Tensor:
         """w with the channels of each of `blocks` along `dim` padded with zeros on their own."""
-        parts = []
-        for part, real in zip(w.split(list(blocks), dim), blocks, strict=True):
-            parts.append(F.pad(part, [0, 0] * (w.ndim - 1 - dim) + [0, self.padded(real) - real]))
-        return torch.cat(parts, dim)
+        if all(real == self.padded(real) for real in blocks):
+            return w
+        behind = [0, 0] * (w.ndim - 1 - dim)
+        parts = zip(w.split(list(blocks), dim), blocks, strict=True)
+        return torch.cat([F.pad(part, [*behind, 0, self.padded(real) - real]) for part, real in parts], dim)
 
     def keep(self, t: Tensor) -> Tensor:
-        t = t.float().contiguous() if t.is_floating_point() else t.contiguous()
-        self._kept.append(t)
-        return t
+        kept = torch.empty(t.shape, dtype=torch.float32 if t.is_floating_point() else t.dtype)
+        kept.copy_(t)  # never the network's own memory
+        self._kept.append(kept)
+        return kept
 
     def vector_of(self, values: Tensor, blocks: Sequence[int] | None = None) -> Tensor:
         """[C] -> [padded]"""
@@ -141,7 +143,9 @@ class Program:
     def pack(self, weight: Tensor) -> Tensor:
         """[..., K, L] -> [..., block, L, 2 vectors]: a product's second operand."""
         block = 2 * self.vector
-        weight = F.pad(weight, (0, 0, 0, -weight.shape[-2] % block)).float()
+        weight = weight.float()
+        if extra := -weight.shape[-2] % block:
+            weight = F.pad(weight, (0, 0, 0, extra))
         return self.keep(weight.unflatten(-2, (-1, block)).transpose(-1, -2))
 
     # ---- instructions
