@@ -41,6 +41,8 @@ SHIPPED = Path(__file__).parent.parent / "weights" / "fashion-mnist-32"
 T = 1000
 Forward = Callable[..., Tensor]
 Inputs = tuple[Tensor, ...]
+Clock = Callable[[], float]
+CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 def network(name: str) -> UNet:
@@ -91,6 +93,7 @@ class Diffusers(torch.nn.Module):
 
         self.unet: Any = UNet2DModel.from_config(unet.config.to_diffusers()).eval()
         self.unet.load_state_dict(unet.state_dict())
+        self.eval()
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         return self.unet(x, t, class_labels=labels, return_dict=False)[0]
@@ -152,8 +155,9 @@ ENGINES: dict[str, Callable[[UNet, Inputs, Path], Forward]] = {
 # ---- one process for each engine
 
 
-def serve(name: str, model: str, batch: int, folder: Path) -> None:
+def serve(name: str, model: str, batch: int, folder: Path, threads: int, clock: Clock) -> None:
     """Says how long its first output took and how far it is from fp64; then runs what it is asked for."""
+    torch.set_num_threads(threads)
     unet = network(model)
     given = inputs(unet, batch)
     began = time.perf_counter()
@@ -166,7 +170,11 @@ def serve(name: str, model: str, batch: int, folder: Path) -> None:
         loop = own_loop(unet, forward, batch) if isinstance(forward, CPUEngine) else diffusers_loop(unet, forward, batch)
         for line in sys.stdin:
             what, amount = line.split()
-            times = burst(lambda: forward(*given), float(amount)) if what == "forward" else [timed(partial(loop, int(amount)))]
+            times = (
+                burst(lambda: forward(*given), float(amount), clock)
+                if what == "forward"
+                else [timed(partial(loop, int(amount)), clock)]
+            )
             print(json.dumps(times), flush=True)
 
 
@@ -197,40 +205,29 @@ def diffusers_loop(unet: UNet, forward: Forward, batch: int) -> Callable[[int], 
     return loop
 
 
-def timed(call: Callable[[], object]) -> float:
-    began = time.perf_counter()
+def timed(call: Callable[[], object], clock: Clock) -> float:
+    began = clock()
     call()
-    return time.perf_counter() - began
+    return clock() - began
 
 
-def burst(call: Callable[[], object], seconds: float) -> list[float]:
+def burst(call: Callable[[], object], seconds: float, clock: Clock) -> list[float]:
     call()
-    times = [timed(call)]
+    times = [timed(call, clock)]
     while sum(times) < seconds:
-        times.append(timed(call))
+        times.append(timed(call, clock))
     return times
 
 
 class Engine:
     """A process that runs when asked."""
 
-    def __init__(self, name: str, model: str, batch: int, folder: Path) -> None:
+    def __init__(self, name: str, args: argparse.Namespace, batch: int, folder: Path) -> None:
         self.name = name
         home = folder / name.replace(" ", "-")
         home.mkdir(exist_ok=True)
-        command = [
-            sys.executable,
-            "-m",
-            "bench.cpu",
-            "--serve",
-            name,
-            "--model",
-            model,
-            "--batch",
-            str(batch),
-            "--folder",
-            str(home),
-        ]
+        command = [sys.executable, "-m", "bench.cpu", "--serve", name, "--folder", str(home), "--batch", str(batch)]
+        command += ["--model", args.model, "--threads", str(args.threads), "--clock", args.clock]
         env = {**os.environ, "DDPM_FAST_CACHE": str(home)}
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         self.process = subprocess.Popen(command, text=True, env=env, **pipes)  # type: ignore[call-overload]
@@ -256,26 +253,32 @@ class Engine:
 # ---- the comparison
 
 
-def compare(model: str, batch: int, names: list[str], seconds: float, steps: int, folder: Path) -> dict[str, Any]:
-    """Milliseconds per image and step of every engine, and how much faster the first is: median over rounds, middle half."""
-    engines, first = [], {}
+def compare(args: argparse.Namespace, batch: int, folder: Path) -> dict[str, Any]:
+    """Milliseconds per image and step of every engine, and how much faster the first is: median over rounds, middle half.
+
+    On a machine that others use too, one thread and the clock of its CPU time say what an engine takes without them.
+    """
+    engines, first, names, steps = [], {}, args.engines, args.loop
     for name in names:
         try:
-            begun = Engine(name, model, batch, folder)
+            begun = Engine(name, args, batch, folder)
             first[name] = begun.hello["start"]
             begun.close()
-            engines.append(Engine(name, model, batch, folder))
+            engines.append(Engine(name, args, batch, folder))
         except RuntimeError as error:
             print(f"  left out: {error}", flush=True)
     if wrong := {e.name: e.hello["error"] for e in engines if not e.hello["error"] < 1e-5}:
         raise RuntimeError(f"nothing is timed, since these are not the network in fp64: {wrong}")
     forward: dict[str, list[float]] = {e.name: [] for e in engines}
+    fastest = dict.fromkeys(forward, float("inf"))
     loops: dict[str, list[float]] = {e.name: [] for e in engines}
     began = time.perf_counter()
-    while time.perf_counter() - began < seconds or len(forward[names[0]]) < 5:
+    while time.perf_counter() - began < args.seconds or len(forward[names[0]]) < 5:
         for e in engines:
             time.sleep(0.3)  # threads that still wait for the last call's successor give up meanwhile
-            forward[e.name].append(statistics.median(e.ask("forward", 0.7)) / batch)
+            times = e.ask("forward", 0.7)
+            forward[e.name].append(statistics.median(times) / batch)
+            fastest[e.name] = min(fastest[e.name], min(times) / batch)
             if steps:
                 loops[e.name].append(e.ask("loop", steps)[0] / batch / steps)
     for e in engines:
@@ -284,10 +287,13 @@ def compare(model: str, batch: int, names: list[str], seconds: float, steps: int
     for e in engines:
         row: dict[str, Any] = dict(engine=e.name, error=e.hello["error"], first_start=first[e.name], second_start=e.hello["start"])
         row |= {f"forward_{k}": v for k, v in summary(forward[e.name], forward[names[0]]).items()}
+        row["forward_fastest_ms"] = round(1e3 * fastest[e.name], 3)
+        row["forward_fastest_ratio"] = round(fastest[e.name] / fastest[names[0]], 3)
         if steps:
             row |= {f"loop_{k}": v for k, v in summary(loops[e.name], loops[names[0]]).items()}
         rows.append(row)
-    return dict(model=model, batch=batch, rounds=len(forward[names[0]]), loop_steps=steps, rows=rows)
+    run = dict(model=args.model, batch=batch, threads=args.threads, clock=args.clock, load=os.getloadavg()[0])
+    return dict(**run, rounds=len(forward[names[0]]), loop_steps=steps, rows=rows)
 
 
 def summary(theirs: list[float], ours: list[float]) -> dict[str, Any]:
@@ -300,12 +306,14 @@ def summary(theirs: list[float], ours: list[float]) -> dict[str, Any]:
 
 
 def show(result: dict[str, Any]) -> None:
-    print(f"{result['model']}, batch {result['batch']}, {result['rounds']} rounds: ms per image and step")
+    about = f"{result['threads']} threads, {result['clock']} clock, {result['rounds']} rounds, load {result['load']:.1f}"
+    print(f"{result['model']}, batch {result['batch']}, {about}: ms per image and step")
     for r in result["rows"]:
         text = f"  {r['engine']:26}"
         for what in ("forward", "loop") if result["loop_steps"] else ("forward",):
             low, high = r[f"{what}_middle_half"]
             text += f"{what} {r[f'{what}_ms']:8.2f}, ours {r[f'{what}_ours_is_faster_by']:5.2f} x ({low:.2f} to {high:.2f})   "
+        text += f"fastest {r['forward_fastest_ms']:.2f}, {r['forward_fastest_ratio']:.2f} x   "
         print(f"{text}start {r['first_start']:5.1f} s, then {r['second_start']:5.2f}   error {r['error']:.0e}", flush=True)
 
 
@@ -314,6 +322,10 @@ def main() -> None:
     parser.add_argument("--model", default="shipped", choices=["shipped", "cifar"], help="cifar: UNetConfig(), random weights")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16, 64])
     parser.add_argument("--seconds", type=float, default=60, help="of rounds, for each batch size")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument(
+        "--clock", default="wall", choices=list(CLOCKS), help="cpu: with --threads 1, on a machine that is not idle"
+    )
     parser.add_argument("--loop", type=int, default=5, help="steps of the sampling loops; 0: none")
     parser.add_argument("--engines", nargs="+", default=list(ENGINES), choices=list(ENGINES))
     parser.add_argument("--out", type=Path, help="JSON; other models' and batch sizes' results in it stay")
@@ -321,13 +333,14 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
-        return serve(args.serve, args.model, args.batch[0], args.folder)
+        return serve(args.serve, args.model, args.batch[0], args.folder, args.threads, CLOCKS[args.clock])
     kept = json.loads(args.out.read_text())["results"] if args.out and args.out.exists() else []
     for batch in args.batch:
         with tempfile.TemporaryDirectory() as folder:
-            result = compare(args.model, batch, args.engines, args.seconds, args.loop, Path(folder))
+            result = compare(args, batch, Path(folder))
         show(result)
-        kept = [r for r in kept if (r["model"], r["batch"]) != (args.model, batch)] + [result]
+        which = ("model", "batch", "threads", "clock")
+        kept = [r for r in kept if any(r[k] != result[k] for k in which)] + [result]
         if args.out:
             args.out.write_text(json.dumps(dict(environment=environment(), results=kept), indent=2) + "\n")
 

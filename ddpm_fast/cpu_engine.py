@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .sampler import State
 
 EXECUTORS = ("native", "torch")
-INSTALL = "llvmlite is missing; about twice as fast after: pip install ddpm-fast[cpu]"
+INSTALL = "llvmlite is missing; two to three times as fast after: pip install ddpm-fast[cpu]"
 
 
 class CPUEngine:

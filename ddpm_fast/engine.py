@@ -181,7 +181,7 @@ def choose(name: str, wanted: Wanted) -> Engine:
 def _or_model(name: str, wanted: Wanted, reason: str) -> Engine:
     try:
         return _MAKERS[name](wanted, reason)
-    except (ValueError, ImportError) as error:
+    except ValueError as error:
         return _model(wanted, str(error))
 
 

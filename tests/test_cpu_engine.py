@@ -148,6 +148,23 @@ def test_the_noise_is_that_of_the_reference_to_the_bit():
         assert torch.equal(state.x, z)
 
 
+@pytest.mark.parametrize("width", [4, 8])
+def test_cpus_with_narrower_vectors(width, monkeypatch):
+    pytest.importorskip("llvmlite")
+    for module in ("executor", "machine"):
+        monkeypatch.setattr(f"ddpm_fast.native.{module}.vector_width", lambda: width)
+    for name in ("heads", "odd widths", "resblocks resample"):
+        unet = network(**NETWORKS[name])
+        given = batch(unet, 2)
+        assert relative_error(engine(unet)(*given), in_fp64(unet, *given)) < 1e-5
+    s = sampler(unet)
+    table = s.table("dpm++2m-sde", 3)
+    state, exact = start(s, table), start(s, table)
+    list(engine(unet).steps(state, table))
+    s.run(exact, table)
+    assert (state.x - exact.x).abs().max() < 1e-4
+
+
 # ---- loops
 
 

@@ -208,13 +208,6 @@ class Function:
     def store(self, value: Value, address: Value, index: Value | int = 0) -> None:
         self.b.store(value.v, self.pointer(address, index), align=4)
 
-    def prefetch(self, address: Value) -> None:
-        """Has the cache line there brought near, without waiting for it."""
-        name, t = "llvm.prefetch.p0", ir.FunctionType(ir.VoidType(), [POINTER, I32, I32, I32])
-        declared = self.module.globals.get(name) or ir.Function(self.module, t, name)
-        read, second_level, data = (ir.Constant(I32, n) for n in (0, 2, 1))
-        self.b.call(declared, [self.pointer(address), read, second_level, data])
-
     # ---- control
 
     @contextmanager

@@ -57,10 +57,7 @@ def gemm(f: Function, part: Value, parts: Value, **a: Value) -> None:
         half = (block * 2 + 1).is_("==", a["vectors"])
         for vectors, condition in ((2, half.is_("==", 0)), (1, half)):
             with f.when(condition):
-                whole = a["width"] // size
-                with f.when(whole.is_(">", 1)):
-                    _tile(f, a, batch, block, y, f.integer(0), size, vectors, ahead=True)
-                with f.loop(whole.is_(">", 1).pick(f.integer(1), f.integer(0)), whole) as j:
+                with f.loop(0, a["width"] // size) as j:
                     _tile(f, a, batch, block, y, j * size, size, vectors)
                 left = a["width"] % size
                 for count in range(1, size):
@@ -68,9 +65,7 @@ def gemm(f: Function, part: Value, parts: Value, **a: Value) -> None:
                         _tile(f, a, batch, block, y, a["width"] - left, count, vectors)
 
 
-def _tile(
-    f: Function, a: dict[str, Value], batch: Value, block: Value, y: Value, x: Value, count: int, vectors: int, ahead: bool = False
-) -> None:
+def _tile(f: Function, a: dict[str, Value], batch: Value, block: Value, y: Value, x: Value, count: int, vectors: int) -> None:
     sums = [[f.variable(f.vector(0)) for _ in range(vectors)] for _ in range(count)]
     u = f.variable(a["u"] + (batch * a["u_batch"] + block * a["u_block"]) * 4)
     with f.loop(0, a["segment_count"]) as s:
@@ -79,9 +74,6 @@ def _tile(
         pixels = [first + of_x * (4 * k) for k in range(count)]
         with f.loop(0, channels) as c:
             row = u.get()
-            if ahead:
-                for k in range(vectors):
-                    f.prefetch(row + (a["u_block"] + k * f.width) * 4)
             weights = [f.load(row, k * f.width) for k in range(vectors)]
             for pixel, of_pixel in zip(pixels, sums, strict=True):
                 value = f.splat(f.load(pixel, c, F32))
