@@ -33,7 +33,6 @@ from torch import Tensor
 from ddpm_fast import NoiseSchedule, Sampler, UNet, UNetConfig, load_pretrained
 from ddpm_fast.cpu_engine import CPUEngine
 from ddpm_fast.environment import environment
-from ddpm_fast.sampler import inference
 from ddpm_fast.testing import relative_error
 from ddpm_fast.unet import channels_last
 
@@ -180,8 +179,7 @@ def serve(name: str, model: str, batch: int, folder: Path, threads: int, clock: 
 
 def own_loop(unet: UNet, engine: CPUEngine, batch: int) -> Callable[[int], None]:
     sampler = Sampler(unet, NoiseSchedule.linear(), shape_of(unet))
-    with inference(unet):
-        begun = sampler.begin(torch.arange(batch), 0)
+    begun = sampler.begin(torch.arange(batch), 0)
 
     def loop(steps: int) -> None:
         for _ in engine.steps(copy.deepcopy(begun), sampler.table("ddpm", steps)):

@@ -18,8 +18,8 @@ from .torch_executor import TorchExecutor
 from .unet import UNet
 
 if TYPE_CHECKING:
+    from .engine import State
     from .native.executor import NativeExecutor
-    from .sampler import State
 
 EXECUTORS = ("native", "torch")
 INSTALL = "llvmlite is missing; two to three times as fast after: pip install ddpm-fast[cpu]"
@@ -68,23 +68,30 @@ class CPUEngine:
             return x_t.new_empty((0, self.config.out_channels, *self.shape[1:]), dtype=torch.float32)
         return self._executor.forward(x_t, t, labels)
 
-    def steps(self, state: State, table: StepTable) -> Iterator[int]:
-        """Takes the state through the table, in place; yields the index of every step once it is done.
+    def prepare(self, images: int) -> None:
+        """Nothing: memory is taken for one image a thread, whatever the batch."""
 
-        Whoever looks at the state between two steps sees it whole. ValueError, before the first step, for a state of another shape,
-        a table that this network cannot serve, and a multistep table without `state.x_0` to remember by.
+    def free(self) -> None:
+        """Nothing: the memory goes with the engine."""
+
+    def steps(self, state: State, table: StepTable, watched: bool = True) -> Iterator[int]:
+        """Takes the state through the table, in place; yields how many steps are done, after every step, the state whole.
+
+        An image whose row is behind the table's last rests. ValueError, before the first step, for a state of another shape and for
+        a table that this network cannot serve.
         """
         c, out = self.shape[0], self.config.out_channels
+        wanted = ", ".join(map(str, self.shape))
         if state.x.dtype != torch.float32 or state.x.ndim != 4 or tuple(state.x.shape[1:]) != self.shape:
-            raise ValueError(f"the state is {state.x.dtype} {tuple(state.x.shape)}; expected float32 [B, {self.shape}]")
+            raise ValueError(f"the state is {state.x.dtype} {tuple(state.x.shape)}; expected float32 [B, {wanted}]")
         if out not in (c, 2 * c) or (table.learned and out != 2 * c):
             wanted = f"{2 * c} (mean and variance)" if table.learned else f"{c} or {2 * c}"
             raise ValueError(f"the network gives {out} channels; a step needs {wanted}")
         if table.multistep and state.x_0 is None:
-            raise ValueError("the table is a multistep solver's and the state keeps no x_0; give it one: state.x_0 = zeros like x")
+            state.x_0 = torch.zeros_like(state.x)
         count = len(state.x)
         self._integers("t of the table", torch.from_numpy(table.t), len(table), self.timesteps)
-        self._integers("row", state.row, count, len(table))
+        self._integers("row", state.row, count, len(table) + 1)
         self._labels(state.labels, count)
         return self._executor.steps(state, table) if count else iter(())
 

@@ -18,7 +18,7 @@ from .time_table import TimeTable
 from .unet import Level, ResBlock, UNet, channels_last
 
 if TYPE_CHECKING:
-    from .sampler import State
+    from .engine import State
 
 NOISE_AT_ONCE = 2**20  # normals of several steps that are drawn in one call: as many as stay in the cache
 
@@ -74,19 +74,19 @@ class TorchExecutor:
 
     @torch.no_grad()
     def steps(self, state: State, table: StepTable) -> Iterator[int]:
-        """Takes the state through what is left of the table; yields after every step."""
-        t, coef = table.to("cpu")
+        """Takes the state through the table; yields how many steps are done, after every step."""
+        t, coef = table.padded(len(table) + 1)
         noise = _Noise(state, coef, len(table))
         channels = state.x.shape[1]
-        for i in range(int(state.row.max()), len(table)):
+        for i in range(len(table)):
             out = self.forward(state.x, t[state.row.long()], state.labels)
             out = out if table.learned else out[:, :channels]
             x = ddpm_step_reference(state.x, out, noise.next(), coef, state.row, table.learned, state.x_0)
             if state.x_0 is not None:
                 state.x_0.copy_(x_0_reference(state.x, out, coef, state.row))
             state.x.copy_(x)
-            state.row += 1
-            yield i
+            state.row.add_(1).clamp_(max=len(table))
+            yield i + 1
 
 
 class _Noise:
@@ -103,8 +103,8 @@ class _Noise:
         if not self._any:
             return torch.zeros((), dtype=s.x.dtype)
         if not self._drawn:
-            ahead = min(self._steps - int(s.row.max()), max(1, NOISE_AT_ONCE // s.x.numel()))
-            rows = (s.row[None] + torch.arange(ahead)[:, None]).flatten()
+            ahead = max(1, min(self._steps - int(s.row.min()), NOISE_AT_ONCE // s.x.numel()))
+            rows = (s.row[None] + torch.arange(ahead)[:, None]).clamp(max=self._steps).flatten()
             z = noise_reference(s.seed.repeat(ahead), s.image.repeat(ahead), rows, REVERSE, tuple(s.x.shape[1:]))
             self._drawn = list(z.split(len(s.x)))[::-1]
         return self._drawn.pop()

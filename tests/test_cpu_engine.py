@@ -12,9 +12,9 @@ import torch
 from ddpm_fast import NoiseSchedule, Sampler, UNet, UNetConfig
 from ddpm_fast.cache import cached_files
 from ddpm_fast.cpu_engine import CPUEngine
+from ddpm_fast.engine import ModelEngine, State
 from ddpm_fast.kernels import noise
 from ddpm_fast.kernels.ddpm_step import COLUMNS
-from ddpm_fast.sampler import State
 from ddpm_fast.solver import StepTable
 from ddpm_fast.testing import relative_error
 
@@ -144,7 +144,7 @@ def test_the_noise_is_that_of_the_reference_to_the_bit():
     seed, image = torch.tensor([0, -5, 2**62, 9]), torch.tensor([0, 3, 2**40 + 5, 2**62])
     state = State(torch.zeros(4, *shape_of(unet)), torch.zeros(4, dtype=torch.int32), seed, image, None)
     for i in engine(unet).steps(state, StepTable(np.array([3, 2]), coef)):
-        z = noise.noise_reference(seed, image, torch.full((4,), i), noise.REVERSE, shape_of(unet))
+        z = noise.noise_reference(seed, image, torch.full((4,), i - 1), noise.REVERSE, shape_of(unet))
         assert torch.equal(state.x, z)
 
 
@@ -169,7 +169,7 @@ def test_cpus_with_narrower_vectors(width, monkeypatch):
 
 
 def sampler(unet, variance="fixed_large", prediction="eps", clip=1.0):
-    return Sampler(unet, NoiseSchedule.linear(timesteps=T), shape_of(unet), prediction, variance, clip)
+    return Sampler(unet, NoiseSchedule.linear(timesteps=T), shape_of(unet), prediction, variance, clip, engine="reference")
 
 
 def start(s, table, count=5, layout=torch.channels_last):
@@ -213,7 +213,7 @@ def test_steps_are_the_reference_loop(which):
         reference.run(exact, table)
         for e in engines:
             ours = start(s, table)
-            assert list(e.steps(ours, table)) == list(range(len(table)))
+            assert list(e.steps(ours, table)) == list(range(1, len(table) + 1))
             assert torch.equal(ours.row, exact.row)
             for mine, true in [(ours.x, exact.x), (ours.x_0, exact.x_0)][: 1 + table.multistep]:
                 assert (mine - true).abs().max() < 1e-4 * max(1, float(true.abs().max())), (name, e.executor)
@@ -228,27 +228,37 @@ def test_loops_do_not_depend_on_the_batch_and_show_every_step(executor):
     alone = State(*(v[4:] for v in (alone.x, alone.row, alone.seed, alone.image, alone.labels, alone.x_0)))
     seen = []
     for i in e.steps(every, table):
-        assert every.row.tolist() == [i + 1] * 5
+        assert every.row.tolist() == [i] * 5
         seen.append(every.x[4].clone())
     for i in e.steps(alone, table):
-        assert torch.equal(alone.x[0], seen[i])
+        assert torch.equal(alone.x[0], seen[i - 1])
 
 
 @pytest.mark.parametrize("executor", EXECUTORS)
-def test_images_may_be_at_rows_of_their_own_and_in_another_layout(executor):
+def test_images_may_be_at_rows_of_their_own_rest_behind_the_last_and_lie_in_another_layout(executor):
     unet = network()
     s, e = sampler(unet), engine(unet, executor)
-    table = s.table("ddpm", 6)
-    together, apart = start(s, table), start(s, table, layout=torch.contiguous_format)
+    table = s.table("ddpm", 4)
+    apart, together = start(s, table, layout=torch.contiguous_format), start(s, table)
     assert not apart.x.is_contiguous(memory_format=torch.channels_last)
-    apart.row[:] = torch.tensor([2, 0, 1, 2, 0])
-    together.row.copy_(apart.row)
-    step = e.steps(apart, table)
-    next(step), next(step)
-    with torch.no_grad():
-        t, coef = table.to("cpu")
-        s.step(together, t, coef, False), s.step(together, t, coef, False)
-    assert (apart.x - together.x).abs().max() < 1e-3 and apart.row.tolist() == [4, 2, 3, 4, 2]
+    for state in (apart, together):
+        state.row[:] = torch.tensor([2, 0, 1, 4, 0])
+    at_rest = apart.x[3].clone()
+    assert list(e.steps(apart, table)) == list(ModelEngine(unet, torch.float32).steps(together, table))
+    assert torch.equal(apart.x[3], at_rest) and apart.row.tolist() == together.row.tolist() == [4] * 5
+    assert (apart.x - together.x).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_a_sampler_draws_with_it(executor, monkeypatch):
+    unet = network(num_classes=7)
+    drawn = Sampler(unet, NoiseSchedule.linear(timesteps=T), shape_of(unet), engine="reference").sample(3, steps=5, output="float")
+    monkeypatch.setattr("ddpm_fast.cpu_engine.CPUEngine", lambda *args: engine(unet, executor))
+    s = Sampler(unet, NoiseSchedule.linear(timesteps=T), shape_of(unet))
+    assert s.engine.name == "cpu" and s.engine.executor == executor
+    every = s.sample(3, steps=5, output="float")
+    assert (every - drawn).abs().max() < 1e-4
+    assert torch.equal(s.sample(range(2, 3), steps=5, output="float"), every[2:])
 
 
 # ---- what is kept, and what is missing
@@ -351,15 +361,12 @@ def test_bad_arguments_are_refused():
 def test_states_and_tables_that_do_not_fit_are_refused():
     unet = network()
     s, e = sampler(unet), engine(unet)
-    table = s.table("dpm++2m", 5)
     state = s.begin(torch.arange(2), 0)
-    with pytest.raises(ValueError, match="keeps no x_0"):
-        e.steps(state, table)
     with pytest.raises(ValueError, match="mean and variance"):
         e.steps(state, replace(s.table("ddpm", 5), learned=True))
     longer = Sampler(unet, NoiseSchedule.cosine(2 * T), s.shape)
     with pytest.raises(ValueError, match=f"0..{T - 1}"):
         e.steps(state, longer.table("ddpm", 5))
-    state.row += 5
+    state.row += 6
     with pytest.raises(ValueError, match="row"):
         e.steps(state, s.table("ddpm", 5))

@@ -17,7 +17,7 @@ import llvmlite.binding as llvm
 from llvmlite import ir
 
 from .. import __version__
-from ..cache import cache_dir
+from ..cache import CPU, cache_dir
 from ..checkpoint import write_atomically
 
 I64, I32, F32 = ir.IntType(64), ir.IntType(32), ir.FloatType()
@@ -272,7 +272,7 @@ def compile_cached(build: Callable[[], str], sources: Sequence[str]) -> tuple[An
     llvm.initialize_native_asmprinter()
     cpu, features = llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()
     what = [cpu, features, __version__, llvmlite.__version__, str(llvm.llvm_version_info), *sources]
-    path = cache_dir() / "native" / f"{hashlib.sha256(repr(what).encode()).hexdigest()}.o"
+    path = cache_dir() / CPU / f"{hashlib.sha256(repr(what).encode()).hexdigest()}.o"
     target = llvm.Target.from_default_triple()
     machine = target.create_target_machine(cpu, features, opt=3, reloc="default", codemodel="jitdefault")
     engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)

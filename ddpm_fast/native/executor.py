@@ -23,7 +23,7 @@ from .machine import ITEM, JOB, compile_kernels
 from .network import Network
 
 if TYPE_CHECKING:
-    from ..sampler import State
+    from ..engine import State
 
 COLUMN = {name: k for k, name in enumerate(ITEM)}
 
@@ -58,9 +58,8 @@ class NativeExecutor:
         return out
 
     def steps(self, state: State, table: StepTable) -> Iterator[int]:
-        """Takes the state through what is left of the table; yields after every step."""
-        t, coef = table.to("cpu")
-        coef = coef.contiguous()
+        """Takes the state through the table; yields how many steps are done, after every step."""
+        t, coef = table.padded(len(table) + 1)
         x = state.x.contiguous(memory_format=torch.channels_last)
         old = None if state.x_0 is None else state.x_0.contiguous(memory_format=torch.channels_last)
         items = _items(len(x))
@@ -68,19 +67,19 @@ class NativeExecutor:
         for name, values in (("seed", state.seed), ("image", state.image)):
             items[:, COLUMN[name]] = values.numpy()
         items[:, COLUMN["learned"]] = table.learned
-        for i in range(int(state.row.max()), len(table)):
+        for i in range(len(table)):
             at = state.row.long()
             rows = self.times.rows(t[at], state.labels)
             items[:, COLUMN["row"]] = rows.addresses
             items[:, COLUMN["coef"]] = coef.data_ptr() + at.numpy() * coef.stride(0) * 4
             items[:, COLUMN["step"]] = at.numpy()
             self._run(items)
-            state.row += 1
+            state.row.add_(1).clamp_(max=len(table))
             if x is not state.x:
                 state.x.copy_(x)
             if old is not None and old is not state.x_0:
                 state.x_0.copy_(old)  # type: ignore[union-attr]
-            yield i
+            yield i + 1
 
     def _run(self, items: NDArray[np.int64]) -> None:
         """All images: whole rounds one per thread; what is left over by all threads together, unless that is nearly a round."""
