@@ -371,4 +371,4 @@ def test_fp8_of_a_folder_takes_its_calibration():
     assert known is not None and slots.fused._network.units == known.units
     exact = Sampler.from_pretrained(folder, "cpu", engine="reference")
     got, want = (v.sample(1, solver="ddim", steps=3, output="float") for v in (s, exact))
-    assert relative_error(got, want) < 0.05
+    assert relative_error(got, want) < 0.15
