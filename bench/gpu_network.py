@@ -131,12 +131,23 @@ def forward(bench: Bench) -> Iterator[Row]:
                 continue  # half a minute for each size
             error = relative_error(peer.forward(x, t), exact)
             yield _forward_row(peer.name, batch, bench.clock(partial(peer.forward, x, t)).median, error, error < 0.05)
-        for dtype in bench.dtypes:
-            fused = FusedUNet(unet, batch, dtype)
+        for name, options in _forms(bench, batch):
+            fused = FusedUNet(unet, batch, **options)
             error = relative_error(fused(x, t), exact)
             timing = bench.clock(fused.load(x, t).run, captured=True)
-            row = _forward_row(f"FusedUNet {dtype}", batch, timing.median, error, error < (0.15 if dtype == "fp8" else 0.05))
+            row = _forward_row(f"FusedUNet {name}", batch, timing.median, error, error < (0.15 if "fp8" in name else 0.05))
             yield row | dict(twins=len(fused.plan().twins), launches=len(fused.plan()))
+
+
+def _forms(bench: Bench, batch: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What is in use; then what has to show that it is worth it: unbounded sums in e4m3, overlapped launches of few images."""
+    for dtype in bench.dtypes:
+        yield dtype, dict(dtype=dtype)
+    if "fp8" in bench.dtypes:
+        if batch > 1:
+            yield "fp8 unbounded", dict(dtype="fp8", accumulation="unbounded", check=False)
+        else:
+            yield "bf16 overlapped", dict(dtype="bf16", overlap=True, check=False)
 
 
 def _forward_row(name: str, batch: int, seconds: float, error: float, right: bool) -> Row:
