@@ -51,18 +51,36 @@ def gemm(f: Function, part: Value, parts: Value, **a: Value) -> None:
     blocks = (a["vectors"] + 1) // 2
     rows = a["batch"] * blocks * a["height"]
     size = tile_rows(f.width)
-    with f.loop(*f.share(rows, part, parts)) as i:
+    # pixels are shared where there are enough: then each thread goes on with what it wrote itself, in its own cache
+    by_pixel = _units(f, a["width"]).is_(">=", parts)
+    pixels = [
+        by_pixel.pick(mine, all_)
+        for mine, all_ in zip(_share_pixels(f, a["width"], part, parts), (f.integer(0), a["width"]), strict=True)
+    ]
+    mine = [by_pixel.pick(all_, own) for all_, own in zip((f.integer(0), rows), f.share(rows, part, parts), strict=True)]
+    with f.loop(*mine) as i:
         y, rest = i % a["height"], i // a["height"]
         block, batch = rest % blocks, rest // blocks
         half = (block * 2 + 1).is_("==", a["vectors"])
         for vectors, condition in ((2, half.is_("==", 0)), (1, half)):
             with f.when(condition):
-                with f.loop(0, a["width"] // size) as j:
-                    _tile(f, a, batch, block, y, j * size, size, vectors)
-                left = a["width"] % size
+                first, stop = pixels
+                with f.loop(0, (stop - first) // size) as j:
+                    _tile(f, a, batch, block, y, first + j * size, size, vectors)
+                left = (stop - first) % size
                 for count in range(1, size):
                     with f.when(left.is_("==", count)):
-                        _tile(f, a, batch, block, y, a["width"] - left, count, vectors)
+                        _tile(f, a, batch, block, y, stop - left, count, vectors)
+
+
+def _units(f: Function, pixels: Value) -> Value:
+    return (pixels + (tile_rows(f.width) - 1)) // tile_rows(f.width)
+
+
+def _share_pixels(f: Function, pixels: Value, part: Value, parts: Value) -> tuple[Value, Value]:
+    """As `Function.share`, by whole tiles of a product; the last may be cut short."""
+    first, stop = (v * tile_rows(f.width) for v in f.share(_units(f, pixels), part, parts))
+    return first, stop.is_(">", pixels).pick(pixels, stop)
 
 
 def _tile(f: Function, a: dict[str, Value], batch: Value, block: Value, y: Value, x: Value, count: int, vectors: int) -> None:
@@ -104,7 +122,7 @@ def _float(f: Function, bits: Value) -> Value:
 @instruction("x width channels tiles_x first tiles v")
 def winograd_in(f: Function, part: Value, parts: Value, **a: Value) -> None:
     """v[16][tile][channel] = B^T d B of the 4x4 pixels d at every second place of a bordered map `width` pixels wide."""
-    with f.loop(*f.share(a["tiles"], part, parts)) as t:
+    with f.loop(*_share_pixels(f, a["tiles"], part, parts)) as t:
         tile = a["first"] + t
         corner = ((tile // a["tiles_x"]) * 2 * a["width"] + (tile % a["tiles_x"]) * 2) * a["channels"]
         with f.loop(0, a["channels"] // f.width) as vector:
@@ -124,7 +142,7 @@ def _b(d0: Value, d1: Value, d2: Value, d3: Value) -> tuple[Value, Value, Value,
 def winograd_out(f: Function, part: Value, parts: Value, **a: Value) -> None:
     """out[2x2 pixels] = bias + residual_scale residual + A^T m A of m[16][tile][channel], into a dense map `width` pixels wide."""
     scale = f.splat(_float(f, a["residual_scale"]))
-    with f.loop(*f.share(a["tiles"], part, parts)) as t:
+    with f.loop(*_share_pixels(f, a["tiles"], part, parts)) as t:
         tile = a["first"] + t
         corner = ((tile // a["tiles_x"]) * 2 * a["width"] + (tile % a["tiles_x"]) * 2) * a["channels"]
         with f.loop(0, a["channels"] // f.width) as vector:
