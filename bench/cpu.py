@@ -4,8 +4,7 @@ Every engine runs the same weights in a process of its own, so that none is slow
 against the network in fp64 first; then they take turns: a burst each, after a rest, round after round. A ratio is of two bursts
 of one round.
 
-    ddpm_fast           `CPUEngine`, its native executor
-    ddpm_fast (torch)   `CPUEngine` without its extra
+    ddpm_fast           `CPUEngine`
     reference           `UNet`, and channels-last
     diffusers           UNet2DModel: eager; by torch.compile with frozen weights; exported to ONNX Runtime; to OpenVINO
 """
@@ -67,11 +66,7 @@ def shape_of(unet: UNet) -> tuple[int, int, int]:
 
 
 def native(unet: UNet, given: Inputs, folder: Path) -> Forward:
-    return CPUEngine(unet, shape_of(unet), T, executor="native")
-
-
-def torch_only(unet: UNet, given: Inputs, folder: Path) -> Forward:
-    return CPUEngine(unet, shape_of(unet), T, executor="torch")
+    return CPUEngine(unet, shape_of(unet), T)
 
 
 def reference(unet: UNet, given: Inputs, folder: Path) -> Forward:
@@ -141,7 +136,6 @@ def openvino(unet: UNet, given: Inputs, folder: Path) -> Forward:
 
 ENGINES: dict[str, Callable[[UNet, Inputs, Path], Forward]] = {
     "ddpm_fast": native,
-    "ddpm_fast (torch)": torch_only,
     "reference": reference,
     "reference, channels-last": reference_channels_last,
     "diffusers": diffusers,

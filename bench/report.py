@@ -14,6 +14,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,13 @@ import torch
 
 from bench.clock import Row
 from bench.networks import NETWORKS, ROOT
+from bench.precision import markdown
 from ddpm_fast import UNet
 from ddpm_fast.fused_unet import FusedUNet
 from ddpm_fast.roofline import GAP, GPUS, estimate
 
 RESULTS = ROOT / "bench" / "results"
-DOCUMENTS = ("README.md", "docs/performance.md", "docs/kernels.md")
+DOCUMENTS = ("docs/performance.md", "docs/cpu.md", "docs/precision.md")
 H100 = GPUS["h100"]
 NAMES = {"cifar10": "CIFAR-10", "celebahq256": "CelebA-HQ 256", "shipped": "Fashion-MNIST", "cifar": "CIFAR-10"}
 PREDICTED = [("cifar10", 1, "bf16"), ("cifar10", 16, "bf16"), ("cifar10", 256, "bf16"), ("cifar10", 256, "fp8")]
@@ -126,26 +128,47 @@ def peers_h100() -> str:
     return table(["network", "how", "batch", "forward ms", "step ms", "img-steps/s"], rows)
 
 
-def cpu_table() -> str:
-    """Every engine's milliseconds per image and step; in brackets how many times faster ours was, round by round."""
-    found = results("cpu.json")["results"]
-    columns = [f"{NAMES[r['model']]}, {r['batch']}" for r in found]
+def cpu_table(what: str) -> str:
+    """Milliseconds per image and step of every engine, by the wall clock on all cores; in brackets how many times faster ours was."""
+
+    def cell(row: Row) -> str:
+        low, high = row[f"{what}_middle_half"]
+        own = row["engine"] == "ddpm_fast"
+        ms, ratio = f"{row[f'{what}_ms']:.2f}", f"{row[f'{what}_ours_is_faster_by']:.2f}"
+        return f"**{ms}**" if own else f"{ms} ({ratio}: {low:.2f} to {high:.2f})"
+
+    return _cpu(cell)
+
+
+def cpu_starts() -> str:
+    """Seconds until the first output: the first time, and when what could be kept was there."""
+    return _cpu(lambda row: f"{row['first_start']:.1f}, {row['second_start']:.2f}")
+
+
+def _cpu(cell: Callable[[Row], str]) -> str:
+    order = {"shipped": 0, "cifar": 1}
+    found = [r for r in results("cpu.json")["results"] if r["clock"] == "wall"]
+    found.sort(key=lambda r: (order[r["model"]], r["batch"]))
     names = list(dict.fromkeys(row["engine"] for r in found for row in r["rows"]))
     rows = []
     for name in names:
-        cells = []
-        for r in found:
-            row = next((row for row in r["rows"] if row["engine"] == name), None)
-            cells.append("" if row is None else f"{row['forward_ms']:.2f} ({row['forward_ours_is_faster_by']:.2f})")
-        rows.append([name, *cells])
-    return table(["engine", *columns], rows)
+        of_engine = ({row["engine"]: row for row in r["rows"]}.get(name) for r in found)
+        rows.append([name, *("" if row is None else cell(row) for row in of_engine)])
+    return table(["engine", *(f"{NAMES[r['model']]}, {r['batch']}" for r in found)], rows)
+
+
+def precision_table() -> str:
+    return markdown(results("precision-cpu.json")["rows"])
 
 
 TABLES: dict[str, Callable[[], str]] = {
     "predicted": predicted_table,
     "bars": bars_table,
     "peers-h100": peers_h100,
-    "cpu": cpu_table,
+    "cpu-forward": partial(cpu_table, "forward"),
+    "cpu-loop": partial(cpu_table, "loop"),
+    "cpu-starts": cpu_starts,
+    "precision": precision_table,
 }
 
 

@@ -1,7 +1,7 @@
 """The CPU as an engine: the function of an fp32 `UNet` and a solver's steps, one image per core at a time.
 
-With llvmlite (`pip install ddpm-fast[cpu]`) by machine code of its own (`native`), otherwise by PyTorch. Either way an image is
-the same to the bit in every batch and at every place: no reduction knows how many images there are, or how many threads.
+By machine code of its own (`native`), for which it needs llvmlite (`pip install ddpm-fast[cpu]`). An image is the same to the bit
+in every batch and at every place: no reduction knows how many images there are, or how many threads.
 """
 
 from __future__ import annotations
@@ -14,15 +14,13 @@ from torch import Tensor
 
 from .checks import is_count
 from .solver import StepTable
-from .torch_executor import TorchExecutor
 from .unet import UNet
 
 if TYPE_CHECKING:
     from .engine import State
     from .native.executor import NativeExecutor
 
-EXECUTORS = ("native", "torch")
-INSTALL = "llvmlite is missing; two to three times as fast after: pip install ddpm-fast[cpu]"
+INSTALL = "llvmlite is missing; twice as fast, and the same bits in every batch, after: pip install ddpm-fast[cpu]"
 
 
 class CPUEngine:
@@ -30,10 +28,9 @@ class CPUEngine:
 
     timesteps  t runs from 0 to timesteps - 1
     threads    how many cores take images; default: as many as PyTorch would use
-    executor   "native" or "torch"; default: native where llvmlite is installed. `reason` says in one line what was taken and why
 
-    The weights are copied: training may go on. ValueError for weights that are not fp32 on the CPU, and for a shape that the
-    network does not take.
+    The weights are copied: training may go on. ValueError for weights that are not fp32 on the CPU, for a shape that the network
+    does not take, and where llvmlite is missing or LLVM does not serve this machine.
     """
 
     name = "cpu"
@@ -45,13 +42,12 @@ class CPUEngine:
         shape: tuple[int, int, int],
         timesteps: int,
         threads: int | None = None,
-        executor: str | None = None,
     ) -> None:
         self.config, self.shape, self.timesteps = unet.config, tuple(shape), timesteps
         threads = torch.get_num_threads() if threads is None else threads
-        _check(unet, self.shape, timesteps, threads, executor)
-        self._executor = _executor(unet, shape, timesteps, threads, executor)
-        self.executor, self.reason = self._executor.name, self._executor.reason
+        _check(unet, self.shape, timesteps, threads)
+        self._executor = _executor(unet, shape, timesteps, threads)
+        self.reason = self._executor.reason
 
     @torch.no_grad()
     def __call__(self, x_t: Tensor, t: Tensor | int, labels: Tensor | None = None) -> Tensor:
@@ -110,7 +106,7 @@ class CPUEngine:
         return v.long()
 
 
-def _check(unet: UNet, shape: tuple[int, ...], timesteps: int, threads: int, executor: str | None) -> None:
+def _check(unet: UNet, shape: tuple[int, ...], timesteps: int, threads: int) -> None:
     c, coarsest = unet.config, 2 ** (len(unet.config.channels) - 1)
     other = next((p for p in unet.parameters() if p.dtype != torch.float32 or p.device.type != "cpu"), None)
     if other is not None:
@@ -121,23 +117,14 @@ def _check(unet: UNet, shape: tuple[int, ...], timesteps: int, threads: int, exe
         raise ValueError(f"shape {shape}; expected ({c.in_channels}, height, width), both divisible by {coarsest}")
     if not (is_count(timesteps) and is_count(threads)):
         raise ValueError(f"timesteps = {timesteps}, threads = {threads}; expected integers of at least 1")
-    if executor not in (None, *EXECUTORS):
-        raise ValueError(f"executor {executor!r}; expected one of {', '.join(EXECUTORS)}, or None for the fastest")
 
 
-def _executor(
-    unet: UNet, shape: tuple[int, int, int], timesteps: int, threads: int, wanted: str | None
-) -> NativeExecutor | TorchExecutor:
-    why = "it was asked for"
-    if wanted != "torch":
-        try:
-            from .native.executor import NativeExecutor
+def _executor(unet: UNet, shape: tuple[int, int, int], timesteps: int, threads: int) -> NativeExecutor:
+    try:
+        from .native.executor import NativeExecutor
 
-            return NativeExecutor(unet, shape, timesteps, threads)
-        except ImportError:
-            why = INSTALL
-        except (OSError, RuntimeError) as error:
-            why = f"LLVM does not serve this machine ({error})"
-        if wanted == "native":
-            raise ValueError(f'executor "native": {why}')
-    return TorchExecutor(unet, shape, timesteps, threads, why)
+        return NativeExecutor(unet, shape, timesteps, threads)
+    except ImportError:
+        raise ValueError(INSTALL) from None
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"LLVM does not serve this machine ({error})") from None

@@ -26,9 +26,6 @@ class Rows:
     def addresses(self) -> NDArray[np.int64]:
         return self.table.data_ptr() + self.index * self.table.stride(0) * 4
 
-    def __getitem__(self, image: int) -> Tensor:
-        return self.table[int(self.index[image])]
-
 
 class TimeTable:
     """row(t, class) = weight SiLU(embedding of (t, class)) + bias, fp32.

@@ -18,7 +18,6 @@ from ddpm_fast.kernels.ddpm_step import COLUMNS
 from ddpm_fast.solver import StepTable
 from ddpm_fast.testing import relative_error
 
-EXECUTORS = ("native", "torch")
 T = 50
 SMALL = dict(sample_size=16, channels=(16, 32), layers=1, attention=(False, True), norm_groups=8)
 NETWORKS = {
@@ -75,10 +74,9 @@ def one_cache(tmp_path_factory):
         yield
 
 
-def engine(unet, executor="native", threads=2):
-    if executor == "native":
-        pytest.importorskip("llvmlite")
-    return CPUEngine(unet, shape_of(unet), T, threads, executor)
+def engine(unet, threads=2):
+    pytest.importorskip("llvmlite")
+    return CPUEngine(unet, shape_of(unet), T, threads)
 
 
 @torch.no_grad()
@@ -86,12 +84,11 @@ def in_fp64(unet, x, t, *labels):
     return copy.deepcopy(unet).double()(x.double(), t, *labels)
 
 
-@pytest.mark.parametrize("executor", EXECUTORS)
 @pytest.mark.parametrize("name", NETWORKS)
-def test_it_is_the_function_of_the_unet(name, executor):
+def test_it_is_the_function_of_the_unet(name):
     unet = network(**NETWORKS[name])
     given = batch(unet, 3)
-    out = engine(unet, executor)(*given)
+    out = engine(unet)(*given)
     assert out.dtype == torch.float32 and out.is_contiguous(memory_format=torch.channels_last)
     assert relative_error(out, in_fp64(unet, *given)) < 1e-5
 
@@ -111,17 +108,16 @@ def test_winograd_and_direct_convolutions_are_both_used():
 # ---- bits
 
 
-@pytest.mark.parametrize("executor", EXECUTORS)
 @pytest.mark.parametrize("name", ["heads", "resblocks resample", "28x28"])
-def test_an_image_is_the_same_to_the_bit_in_every_batch(name, executor):
+def test_an_image_is_the_same_to_the_bit_in_every_batch(name):
     """Alone, first, last, in a ragged batch, on any number of threads (several share one image then)."""
     unet = network(**NETWORKS[name])
     given = batch(unet, 7)
-    two = engine(unet, executor, threads=2)
+    two = engine(unet, threads=2)
     assert two.invariant
     every = two(*given)
     for threads in (1, 3):
-        other = engine(unet, executor, threads=threads)
+        other = engine(unet, threads=threads)
         for part in (slice(0, 1), slice(6, 7), slice(2, 5), slice(1, 7), slice(0, 7)):
             assert torch.equal(other(*(v[part] for v in given)), every[part]), (threads, part)
 
@@ -206,7 +202,7 @@ def test_steps_are_the_reference_loop(which):
     s, wide = sampler(unet, **options), copy.deepcopy(unet).double()
     model = lambda x, *a: wide(x.double(), *a).float()
     reference = Sampler(model, s.schedule, s.shape, s.prediction, s.variance, s.clip)
-    engines = [engine(unet, executor) for executor in EXECUTORS]
+    engines = [engine(unet)]
     for name, loop in LOOPS.items():
         table = s.table(**loop)
         exact = start(s, table)
@@ -216,13 +212,12 @@ def test_steps_are_the_reference_loop(which):
             assert list(e.steps(ours, table)) == list(range(1, len(table) + 1))
             assert torch.equal(ours.row, exact.row)
             for mine, true in [(ours.x, exact.x), (ours.x_0, exact.x_0)][: 1 + table.multistep]:
-                assert (mine - true).abs().max() < 1e-4 * max(1, float(true.abs().max())), (name, e.executor)
+                assert (mine - true).abs().max() < 1e-4 * max(1, float(true.abs().max())), name
 
 
-@pytest.mark.parametrize("executor", EXECUTORS)
-def test_loops_do_not_depend_on_the_batch_and_show_every_step(executor):
+def test_loops_do_not_depend_on_the_batch_and_show_every_step():
     unet = network(num_classes=7)
-    s, e = sampler(unet), engine(unet, executor)
+    s, e = sampler(unet), engine(unet)
     table = s.table("dpm++2m-sde", 6)
     every, alone = start(s, table), start(s, table)
     alone = State(*(v[4:] for v in (alone.x, alone.row, alone.seed, alone.image, alone.labels, alone.x_0)))
@@ -234,10 +229,9 @@ def test_loops_do_not_depend_on_the_batch_and_show_every_step(executor):
         assert torch.equal(alone.x[0], seen[i - 1])
 
 
-@pytest.mark.parametrize("executor", EXECUTORS)
-def test_images_may_be_at_rows_of_their_own_rest_behind_the_last_and_lie_in_another_layout(executor):
+def test_images_may_be_at_rows_of_their_own_rest_behind_the_last_and_lie_in_another_layout():
     unet = network()
-    s, e = sampler(unet), engine(unet, executor)
+    s, e = sampler(unet), engine(unet)
     table = s.table("ddpm", 4)
     apart, together = start(s, table, layout=torch.contiguous_format), start(s, table)
     assert not apart.x.is_contiguous(memory_format=torch.channels_last)
@@ -249,13 +243,12 @@ def test_images_may_be_at_rows_of_their_own_rest_behind_the_last_and_lie_in_anot
     assert (apart.x - together.x).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("executor", EXECUTORS)
-def test_a_sampler_draws_with_it(executor, monkeypatch):
+def test_a_sampler_draws_with_it(monkeypatch):
     unet = network(num_classes=7)
     drawn = Sampler(unet, NoiseSchedule.linear(timesteps=T), shape_of(unet), engine="reference").sample(3, steps=5, output="float")
-    monkeypatch.setattr("ddpm_fast.cpu_engine.CPUEngine", lambda *args: engine(unet, executor))
+    monkeypatch.setattr("ddpm_fast.cpu_engine.CPUEngine", lambda *args: engine(unet))
     s = Sampler(unet, NoiseSchedule.linear(timesteps=T), shape_of(unet))
-    assert s.engine.name == "cpu" and s.engine.executor == executor
+    assert s.engine.name == "cpu"
     every = s.sample(3, steps=5, output="float")
     assert (every - drawn).abs().max() < 1e-4
     assert torch.equal(s.sample(range(2, 3), steps=5, output="float"), every[2:])
@@ -288,7 +281,7 @@ def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch):
     assert engine(unet)(*batch(unet, 2)).isfinite().all()
 
 
-def test_without_the_extra_pytorch_takes_over_and_says_what_to_install(monkeypatch):
+def test_without_the_extra_the_reference_takes_over_and_says_what_to_install(monkeypatch):
     for name in [m for m in sys.modules if m.startswith(("ddpm_fast.native", "llvmlite"))]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.delattr("ddpm_fast.native", raising=False)
@@ -301,25 +294,21 @@ def test_without_the_extra_pytorch_takes_over_and_says_what_to_install(monkeypat
 
     monkeypatch.setattr(builtins, "__import__", missing)
     unet = network()
-    e = CPUEngine(unet, shape_of(unet), T)
-    assert e.executor == "torch" and "pip install ddpm-fast[cpu]" in e.reason and e.invariant
-    given = batch(unet, 2)
-    assert relative_error(e(*given), in_fp64(unet, *given)) < 1e-5
+    s = Sampler(unet, NoiseSchedule.linear(), shape_of(unet))
+    assert s.engine.name == "reference" and "pip install ddpm-fast[cpu]" in s.engine.reason
     with pytest.raises(ValueError, match=r"ddpm-fast\[cpu\]"):
-        CPUEngine(unet, shape_of(unet), T, executor="native")
+        Sampler(unet, NoiseSchedule.linear(), shape_of(unet), engine="cpu")
 
 
 def test_training_may_go_on():
     unet = network()
     given = batch(unet, 2)
-    for executor in EXECUTORS:
-        e = engine(copy.deepcopy(unet), executor)
-        changed = network()
-        e2 = engine(changed, executor)
-        before = e2(*given)
-        for p in changed.parameters():
-            p.data.zero_()
-        assert torch.equal(e2(*given), before) and torch.equal(e(*given), before)
+    e, changed = engine(copy.deepcopy(unet)), network()
+    e2 = engine(changed)
+    before = e2(*given)
+    for p in changed.parameters():
+        p.data.zero_()
+    assert torch.equal(e2(*given), before) and torch.equal(e(*given), before)
 
 
 # ---- refusals
@@ -339,7 +328,6 @@ def test_bad_arguments_are_refused():
         (("shape", (1, 16, 16)),): r"expected \(3, height, width\)",
         (("timesteps", 0),): "at least 1",
         (("threads", 0),): "at least 1",
-        (("executor", "gpu"),): "native, torch",
     }.items():
         with pytest.raises(ValueError, match=message):
             CPUEngine(unet, **{"shape": shape_of(unet), "timesteps": T, **dict(options)})

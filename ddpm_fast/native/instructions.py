@@ -58,7 +58,7 @@ def gemm(f: Function, part: Value, parts: Value, **a: Value) -> None:
         for mine, all_ in zip(_share_pixels(f, a["width"], part, parts), (f.integer(0), a["width"]), strict=True)
     ]
     mine = [by_pixel.pick(all_, own) for all_, own in zip((f.integer(0), rows), f.share(rows, part, parts), strict=True)]
-    with f.loop(*mine) as i:
+    with f.loop(mine[0], mine[1]) as i:
         y, rest = i % a["height"], i // a["height"]
         block, batch = rest % blocks, rest // blocks
         half = (block * 2 + 1).is_("==", a["vectors"])
