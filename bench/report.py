@@ -129,7 +129,7 @@ def peers_h100() -> str:
 
 
 def cpu_table(what: str) -> str:
-    """Milliseconds per image and step of every engine, by the wall clock on all cores; in brackets how many times faster ours was."""
+    """Milliseconds per image and step, by the wall clock on all cores; in brackets how many times faster ours was."""
 
     def cell(row: Row) -> str:
         low, high = row[f"{what}_middle_half"]
