@@ -40,7 +40,11 @@ def compile_in_parallel(config: UNetConfig, options: Mapping[str, Any], processe
         child.stdin.write(json.dumps(spec).encode())
         child.stdin.close()
         children.append(child)
-    return [child.wait() for child in children]
+    try:
+        return [child.wait() for child in children]
+    finally:
+        for child in children:
+            child.kill()
 
 
 def distinct_launches(config: UNetConfig, options: Mapping[str, Any]) -> list[Launch]:

@@ -6,7 +6,7 @@ in every batch and at every place: no reduction knows how many images there are,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import TYPE_CHECKING
 
 import torch
@@ -70,7 +70,7 @@ class CPUEngine:
     def free(self) -> None:
         """Nothing: the memory goes with the engine."""
 
-    def steps(self, state: State, table: StepTable, watched: bool = True) -> Iterator[int]:
+    def steps(self, state: State, table: StepTable, watched: bool = True) -> Generator[int, None, None]:
         """Takes the state through the table, in place; yields how many steps are done, after every step, the state whole.
 
         An image whose row is behind the table's last rests. ValueError, before the first step, for a state of another shape and for
@@ -89,7 +89,7 @@ class CPUEngine:
         self._integers("t of the table", torch.from_numpy(table.t), len(table), self.timesteps)
         self._integers("row", state.row, count, len(table) + 1)
         self._labels(state.labels, count)
-        return self._executor.steps(state, table) if count else iter(())
+        return self._executor.steps(state, table) if count else (i for i in range(0))
 
     def _labels(self, labels: Tensor | None, count: int) -> Tensor | None:
         classes = self.config.num_classes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from .full_fp32 import full_fp32
 from .kernels import _triton
 from .kernels.ddpm_step import ddpm_step
 from .solver import StepTable
@@ -51,7 +52,7 @@ class Engine(Protocol):
         """Gets ready for batches of up to `images`."""
         ...
 
-    def steps(self, state: State, table: StepTable, watched: bool = True) -> Iterator[int]:
+    def steps(self, state: State, table: StepTable, watched: bool = True) -> Generator[int, None, None]:
         """Takes the state through the table in place and yields how many steps are done: after every step where somebody watches,
         else as often as it likes. An image whose row is behind the table's last rests.
 
@@ -76,12 +77,12 @@ class ModelEngine:
     def prepare(self, images: int) -> None:
         pass
 
-    def steps(self, state: State, table: StepTable, watched: bool = True) -> Iterator[int]:
+    def steps(self, state: State, table: StepTable, watched: bool = True) -> Generator[int, None, None]:
         t, coef = (v.to(state.x.device) for v in table.padded(len(table) + 1))
         if table.multistep and state.x_0 is None:
             state.x_0 = torch.zeros_like(state.x)
         for i in range(len(table)):
-            with torch.no_grad(), inference(self.model):
+            with torch.inference_mode(False), torch.no_grad(), inference(self.model):
                 self.step(state, t, coef, table.learned)
             yield i + 1
 
@@ -130,15 +131,14 @@ def _compiled(model: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 @contextmanager
 def inference(model: Callable[..., Tensor]) -> Iterator[None]:
-    """A module in eval mode, and convolutions that mean fp32 when they say so: cuDNN takes TF32 by default."""
+    """A module in eval mode, and fp32 that is fp32."""
     training = model if isinstance(model, nn.Module) and model.training else None
-    tf32, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
     if training is not None:
         training.eval()
     try:
-        yield
+        with full_fp32():
+            yield
     finally:
-        torch.backends.cudnn.allow_tf32 = tf32
         if training is not None:
             training.train()
 

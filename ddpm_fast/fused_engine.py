@@ -7,8 +7,9 @@ Elsewhere the same step runs uncaptured: by Triton's interpreter, or by the twin
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,6 +44,12 @@ class Slots:
     image: Tensor
     t_of: Tensor
     coef: Tensor
+    graphs: dict[bool, list[Any]] = field(default_factory=dict)  # learned variance? -> what was captured
+    busy: bool = False  # with a batch that is on its way
+
+    @property
+    def places(self) -> int:
+        return len(self.x)
 
     @classmethod
     def of(cls, fused: FusedUNet, timesteps: int) -> Slots:
@@ -69,6 +76,18 @@ class Slots:
     def advance(self, by: int = 1) -> None:
         i = self.fused.inputs
         advance(self.row, self.t_of, i.t, i.row, i.label, self.fused.config.num_classes or 1, by)
+
+    def show(self, state: State, kept: bool) -> None:
+        """While the batch is on its way, its state is what the graph writes."""
+        n = len(state.x)
+        state.x, state.row = self.x[:n], self.row[:n]
+        state.x_0 = self.x_0[:n] if kept else None
+
+    def free(self) -> None:
+        for graphs in self.graphs.values():
+            for graph in graphs:
+                graph.free()
+        self.graphs.clear()
 
     def step(self, learned: bool) -> None:
         """x_t -> x_{t-1} for every image at its own row, and on to the next."""
@@ -100,81 +119,82 @@ class FusedEngine:
     ) -> None:
         """graph: captures a step, as `Graphed` does; default: that on a GPU, None elsewhere. options: of `FusedUNet`."""
         self.reason, self.timesteps = reason, timesteps
-        self.graph = Graphed if graph is None and device.type == "cuda" else graph
+        self.graph = partial(Graphed, device=device) if graph is None and device.type == "cuda" else graph
         FusedUNet.check_config(unet.config, precision, device)
         self._make = lambda batch: FusedUNet(unet, batch, precision, device, shape[1:], timesteps, **options)
-        self._slots: dict[int, Slots] = {}
-        self._graphs: dict[tuple[int, bool], list[Any]] = {}
+        self._slots: list[Slots] = []
 
     @property
     def invariant(self) -> bool:
-        return all(slots.fused.invariant for slots in self._slots.values())
+        return all(slots.fused.invariant for slots in self._slots)
 
     @torch.no_grad()
-    def steps(self, state: State, table: StepTable, watched: bool = True) -> Iterator[int]:
-        slots = self._slots_of(len(state.x))
-        graphs = self.graphs(slots, table.learned, watched)
-        kept = table.multistep or state.x_0 is not None
-        slots.load(state, table)
-        n, done = len(state.x), 0
-        self._show(slots, state, n, kept)
-        for graph in graphs:  # the longest first
-            while len(table) - done >= graph.repeats:
-                graph()
-                done += graph.repeats
-                yield done
-        state.x, state.row = state.x.clone(memory_format=torch.channels_last), state.row.clone()
-        state.x_0 = state.x_0.clone(memory_format=torch.channels_last) if state.x_0 is not None else None
-
-    @staticmethod
-    def _show(slots: Slots, state: State, n: int, kept: bool) -> None:
-        """While the batch is on its way, its state is what the graph writes."""
-        state.x, state.row = slots.x[:n], slots.row[:n]
-        state.x_0 = slots.x_0[:n] if kept else None
+    def steps(self, state: State, table: StepTable, watched: bool = True) -> Generator[int, None, None]:
+        slots = self._free_slots(len(state.x))
+        slots.busy, done = True, 0
+        try:
+            graphs = self.graphs(slots, table.learned, watched)
+            slots.load(state, table)
+            slots.show(state, table.multistep or state.x_0 is not None)
+            for graph in graphs:  # the longest first
+                while len(table) - done >= graph.repeats:
+                    graph()
+                    done += graph.repeats
+                    yield done
+            _own(state)
+        except GeneratorExit:  # whoever stops half way keeps the state that far
+            _own(state)
+            raise
+        finally:
+            slots.busy = False
 
     def prepare(self, images: int) -> None:
         """Places for `images`, made where those at hand are too few, or more than twice too many: capturing takes its time."""
-        if any(images <= b < 2 * images for b in self._slots):
+        if any(images <= s.places < 2 * images and not s.busy for s in self._slots):
             return
         batch = images
         if self.graph is not None:
             batch = 2 ** (images - 1).bit_length() if images < 16 else -(-images // 8) * 8
-        self._drop(b for b in list(self._slots) if b <= batch < 2 * b)
-        some = next(iter(self._slots.values()), None)
-        fused = self._make(batch) if some is None else some.fused.resized(batch)
-        self._slots[batch] = Slots.of(fused, self.timesteps)
+        self._drop([s for s in self._slots if s.places <= batch < 2 * s.places and not s.busy])
+        fused = self._slots[0].fused.resized(batch) if self._slots else self._make(batch)
+        self._slots.append(Slots.of(fused, self.timesteps))
 
-    def _slots_of(self, images: int) -> Slots:
-        if not any(images <= b for b in self._slots):
+    def _free_slots(self, images: int) -> Slots:
+        """The smallest that will do. One that is busy is left alone: a caller may draw images while others are on their way."""
+        if not any(images <= s.places and not s.busy for s in self._slots):
             self.prepare(images)
-        return self._slots[min(b for b in self._slots if images <= b)]
+        return min((s for s in self._slots if images <= s.places and not s.busy), key=lambda s: s.places)
 
     def graphs(self, slots: Slots, learned: bool, watched: bool) -> list[Any]:
         """The captured step, before it several at once where that was found faster and nobody watches."""
-        key, step = (len(slots.x), learned), lambda: slots.step(learned)
+        step = lambda: slots.step(learned)
         if self.graph is None:
             return [_Uncaptured(step)]
-        if key not in self._graphs:
+        if learned not in slots.graphs:
             pool = torch.cuda.graph_pool_handle() if slots.x.is_cuda else None
-            single = self.graph(step, 1, pool)
-            several = self.graph(step, SEVERAL, pool) if len(slots.x) <= SEVERAL_UP_TO else None
-            if several is not None and slots.x.is_cuda and _seconds(several) > 0.98 * _seconds(single):
-                several.free()
-                several = None
-            self._graphs[key] = [several, single] if several is not None else [single]
-        return self._graphs[key][-1:] if watched else self._graphs[key]
+            captured = [self.graph(step, 1, pool)]
+            if slots.places <= SEVERAL_UP_TO:
+                captured.insert(0, self.graph(step, SEVERAL, pool))
+                if slots.x.is_cuda and not _pays(captured[0], captured[1], slots.x.device):
+                    captured.pop(0).free()
+            slots.graphs[learned] = captured
+        return slots.graphs[learned][-1:] if watched else slots.graphs[learned]
 
     def free(self) -> None:
-        self._drop(list(self._slots))
+        self._drop([s for s in self._slots if not s.busy])
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def _drop(self, batches: Iterable[int]) -> None:
-        for batch in batches:
-            for key in [k for k in self._graphs if k[0] == batch]:
-                for graph in self._graphs.pop(key):
-                    graph.free()
-            del self._slots[batch]
+    def _drop(self, unwanted: list[Slots]) -> None:
+        for slots in unwanted:
+            slots.free()
+            self._slots.remove(slots)
+
+
+def _own(state: State) -> None:
+    """From now on the state is the caller's, and not what the next batch overwrites."""
+    state.x, state.row = state.x.clone(memory_format=torch.channels_last), state.row.clone()
+    state.x_0 = None if state.x_0 is None else state.x_0.clone(memory_format=torch.channels_last)
 
 
 @dataclass
@@ -191,11 +211,15 @@ class _Uncaptured:
         pass
 
 
-def _seconds(graph: Any, steps: int = 48) -> float:
-    """For a step, as the host sees it: launches and all."""
-    torch.cuda.synchronize()
-    began = time.perf_counter()
-    for _ in range(steps // graph.repeats):
-        graph()
-    torch.cuda.synchronize()
-    return (time.perf_counter() - began) / (steps // graph.repeats * graph.repeats)
+def _pays(several: Any, single: Any, device: torch.device, rounds: int = 5) -> bool:
+    """Do several steps a graph take less than 98 % of the time? The best of some rounds, launches and all, after one of each."""
+    best = [float("inf")] * 2
+    for _ in range(rounds + 1):
+        for i, graph in enumerate((several, single)):
+            torch.cuda.synchronize(device)
+            began = time.perf_counter()
+            for _ in range(several.repeats // graph.repeats):
+                graph()
+            torch.cuda.synchronize(device)
+            best[i] = min(best[i], time.perf_counter() - began)
+    return best[0] < 0.98 * best[1]

@@ -18,33 +18,39 @@ class Graphed:
     so they must stay, and new values are copied into them. The step runs twice before it is captured (kernels compile, libraries
     choose), so its buffers are written into before the first replay.
 
+    device    whose graph it is; default: the current one
     pool      as of `torch.cuda.graph_pool_handle()`, shared by graphs that never run at once; None: a pool of its own
     held      bytes that the step allocated while it was captured, and that the pool holds from then on
 
     RuntimeError where the step cannot be captured: it waits for the device, or allocates what there is no memory for; the message
-    names the line. OutOfMemoryError as it comes.
+    names the line. OutOfMemoryError as it comes. While the step warms up, no other thread may wait for a device.
     """
 
-    def __init__(self, step: Callable[[], Any], repeats: int = 1, pool: Any = None) -> None:
-        self.repeats = repeats
-        self._graph: torch.cuda.CUDAGraph | None = torch.cuda.CUDAGraph()
-        _warm_up(step)
-        before = torch.cuda.memory_allocated()
-        with _named("could not be captured"), torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
-            for _ in range(repeats):
-                step()
-        self.held = torch.cuda.memory_allocated() - before
+    def __init__(
+        self, step: Callable[[], Any], repeats: int = 1, pool: Any = None, device: torch.device | str | None = None
+    ) -> None:
+        self.repeats, self.device = repeats, torch.device("cuda", torch.cuda.current_device()) if device is None else device
+        with torch.cuda.device(self.device):
+            self._graph: torch.cuda.CUDAGraph | None = torch.cuda.CUDAGraph()
+            _warm_up(step)
+            before = torch.cuda.memory_allocated()
+            how = dict(pool=pool, stream=torch.cuda.Stream(), capture_error_mode="thread_local")
+            with _named("could not be captured"), torch.cuda.graph(self._graph, **how):
+                for _ in range(repeats):
+                    step()
+            self.held = torch.cuda.memory_allocated() - before
 
     def __call__(self) -> None:
         """Enqueues one replay and returns at once. RuntimeError after `free`."""
         if self._graph is None:
             raise RuntimeError("this graph was freed; capture the step again")
-        self._graph.replay()
+        with torch.cuda.device(self.device):
+            self._graph.replay()
 
     def free(self) -> None:
         """Gives back what the graph holds. The caller's buffers are untouched."""
         if self._graph is not None:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self.device)
             self._graph.reset()
             self._graph = None
 

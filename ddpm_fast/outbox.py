@@ -32,7 +32,7 @@ class Outbox:
         finite = to_host(finite)
         pixels = to_host(pixels) if output == "uint8" else pixels
         event = torch.cuda.Event()
-        event.record()
+        event.record(torch.cuda.current_stream(x.device))
         return cls(images, pixels, finite, event, precision)
 
     def ready(self) -> bool:

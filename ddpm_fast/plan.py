@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .full_fp32 import full_fp32
 from .kernels._feature_map import FeatureMap
 from .kernels._launch import overlapped
 
@@ -116,14 +117,9 @@ class Arena:
 @contextmanager
 def exactly(device: torch.device) -> Iterator[None]:
     """Whatever the caller has switched on, PyTorch computes in the types that it is given here, and makes ordinary tensors."""
-    cudnn, matmul = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     kind = "cpu" if device.type == "meta" else device.type
-    with torch.inference_mode(False), torch.no_grad(), torch.autocast(kind, enabled=False):
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-        try:
-            yield
-        finally:
-            torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = cudnn, matmul
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(kind, enabled=False), full_fp32():
+        yield
 
 
 def lifetimes(launches: list[Launch]) -> dict[Buffer, tuple[int, int]]:

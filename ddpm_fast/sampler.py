@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
@@ -117,7 +118,12 @@ class Sampler:
         plain = self.engine if isinstance(self.engine, ModelEngine) else None
         self.model = plain.model if plain is not None else self._given
         self.dtype = plain.dtype if plain is not None else torch.float32
-        self._version = _version(self._given)
+        self._weights = _fingerprint(self._given) if self._copied else b""
+
+    @property
+    def _copied(self) -> bool:
+        """Does the engine compute with weights of its own?"""
+        return isinstance(self._given, nn.Module) and not (isinstance(self.engine, ModelEngine) and self.model is self._given)
 
     @classmethod
     def from_pretrained(
@@ -217,16 +223,18 @@ class Sampler:
         bits = seed_bits(seed)
 
         def batches() -> Iterator[tuple[int, Tensor]]:
+            self._refresh()
             first, size = 0, batch_size if pad else min(batch_size, len(indices))
             sent: list[Outbox] = []
             with bar_of(progress, len(table) * len(indices)) as bar:
-                while first < len(indices):
+                while first < len(indices) and not (stop is not None and stop()):
                     place = torch.arange(first, min(first + size, len(indices)), device="cpu")
                     image, count = image_indices(indices[first : first + size]), len(place)
                     if pad:
                         place, image = (torch.cat([v, v[-1:].expand(size - count)]) for v in (place, image))
+                    tight = False
                     try:
-                        self._ready_for(size)
+                        self.engine.prepare(size)
                         state = self.begin(image, bits, _at(wanted, place), _at(x_start, place))
                         left = len(table)
                         for done in self._steps(state, table, of_first(count, callback), stop):
@@ -234,6 +242,10 @@ class Sampler:
                             bar.update(count * done)
                             yield from arrived(sent)
                     except torch.OutOfMemoryError:
+                        if size == 1:
+                            raise
+                        tight = True
+                    if tight:  # by now the error holds nothing any more
                         size = self._smaller(size)
                         continue
                     if left:
@@ -264,6 +276,8 @@ class Sampler:
             t = np.concatenate([[self._check_t(start)], t[t < start]])
         return rules.table(self.schedule, solver, t, self.prediction, self.variance, self.clip, eta)
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def begin(self, image: Tensor, seed: int, labels: Tensor | None = None, x: Tensor | None = None) -> State:
         """The state before the first step: x, or x_T drawn from the images' own noise; labels, or each image's own."""
         c, h, w = self.shape
@@ -280,7 +294,8 @@ class Sampler:
 
     def run(self, state: State, table: StepTable, callback: Callback | None = None) -> None:
         """Takes the state through the whole table, in place."""
-        self._ready_for(len(state.x))
+        self._refresh()
+        self.engine.prepare(len(state.x))
         for _ in self._steps(state, table, callback):
             pass
 
@@ -289,24 +304,23 @@ class Sampler:
     ) -> Iterator[int]:
         """How many steps were done since the last time, again and again, until `stop` says so."""
         before = 0
-        for done in self.engine.steps(state, table, watched=callback is not None):
-            if callback is not None:
-                callback(done - 1, int(table.t[done - 1]), state.x)
-            yield done - before
-            if stop is not None and stop():
-                return
-            before = done
+        with closing(self.engine.steps(state, table, watched=callback is not None)) as steps:
+            for done in steps:
+                if callback is not None:
+                    callback(done - 1, int(table.t[done - 1]), state.x)
+                yield done - before
+                if stop is not None and done < len(table) and stop():
+                    return
+                before = done
 
-    def _ready_for(self, images: int) -> None:
-        if _version(self._given) != self._version:  # it was trained on, or loaded with other weights
+    def _refresh(self) -> None:
+        """Chooses the engine anew where it computes with weights that are no longer the model's: it was trained on meanwhile."""
+        if self._copied and _fingerprint(self._given) != self._weights:
             self.engine.free()
             self._choose()
-        self.engine.prepare(images)
 
     def _smaller(self, size: int) -> int:
-        """Half the batch, after memory ran out; called while that error is handled, so that with one image it goes on."""
-        if size == 1:
-            raise
+        """Half the batch, after memory ran out."""
         self.engine.free()
         warnings.warn(f"out of memory with {size} images at once; going on with {size // 2}", stacklevel=3)
         return size // 2
@@ -381,6 +395,9 @@ def _precision(dtype: str | torch.dtype) -> str:
     return name
 
 
-def _version(model: Callable[..., Tensor]) -> tuple[tuple[int, int], ...]:
-    """Changes when a parameter does, in place or as a whole."""
-    return tuple((id(p), p._version) for p in model.parameters()) if isinstance(model, nn.Module) else ()
+@torch.no_grad()
+def _fingerprint(model: Callable[..., Tensor]) -> bytes:
+    """Changes when a weight does. By values: training may write where torch does not count it (`.data`, fused optimizers)."""
+    assert isinstance(model, nn.Module)
+    values = [f(p) for p in model.parameters() for f in (lambda p: p.sum(dtype=torch.float64), lambda p: p.double().norm())]
+    return torch.stack(values).cpu().numpy().tobytes() if values else b""

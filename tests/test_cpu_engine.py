@@ -2,6 +2,8 @@
 
 import builtins
 import copy
+import os
+import subprocess
 import sys
 from dataclasses import replace
 
@@ -358,3 +360,40 @@ def test_states_and_tables_that_do_not_fit_are_refused():
     state.row += 6
     with pytest.raises(ValueError, match="row"):
         e.steps(state, s.table("ddpm", 5))
+
+
+def test_ctrl_c_leaves_no_thread_waiting(monkeypatch):
+    """An interrupt while the parts are being begun: the call ends, and the next one computes."""
+    unet = network()
+    given, e = batch(unet, 4), engine(unet)
+    want = e(*given)
+    lead = e._executor._lead
+    submit = lead.submit
+
+    def interrupted(*arguments):
+        submit(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(lead, "submit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        e(*given)
+    monkeypatch.undo()
+    assert torch.equal(e(*given), want)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_child_computes_too():
+    code = (
+        "import os, torch\n"
+        "from ddpm_fast import UNet, UNetConfig\n"
+        "from ddpm_fast.cpu_engine import CPUEngine\n"
+        "unet = UNet(UNetConfig(8, channels=(16,), norm_groups=4, attention=False, mid_attention=False)).eval()\n"
+        "e, x, t = CPUEngine(unet, (3, 8, 8), 10, threads=2), torch.randn(4, 3, 8, 8), torch.arange(4)\n"
+        "want = e(x, t)\n"
+        "child = os.fork()\n"
+        "if child == 0:\n"
+        "    os._exit(0 if torch.equal(e(x, t), want) else 1)\n"
+        "assert os.waitpid(child, 0)[1] == 0\n"
+    )
+    pytest.importorskip("llvmlite")
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

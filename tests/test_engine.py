@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import ClassVar
 
@@ -161,15 +163,15 @@ def test_several_steps_a_graph_where_nobody_watches(graphed):
 def test_a_tail_is_drawn_in_the_captured_size(graphed):
     s = graphed()
     images = s.sample(10, batch_size=4, steps=3, output="float")
-    assert list(s.engine._slots) == [4] and len(Recorded.made) == 2
+    assert [slots.places for slots in s.engine._slots] == [4] and len(Recorded.made) == 2
     torch.testing.assert_close(images, sampler("reference").sample(10, steps=3, output="float"), rtol=0, atol=1e-4)
     s.sample(3, steps=3)  # fits; a fourth place is idle
-    assert list(s.engine._slots) == [4]
+    assert [slots.places for slots in s.engine._slots] == [4]
     s.sample(1, steps=3)
-    assert list(s.engine._slots) == [4, 1]
+    assert [slots.places for slots in s.engine._slots] == [4, 1]
     for images, places in ((17, [4, 1, 24]), (13, [4, 1, 24]), (25, [4, 1, 32])):  # 32 places replace the 24
         s.sample(images, steps=1)
-        assert list(s.engine._slots) == places
+        assert [slots.places for slots in s.engine._slots] == places
 
 
 def test_one_graph_serves_every_solver_and_number_of_steps(graphed):
@@ -210,16 +212,45 @@ def test_out_of_memory_halves_the_batch_and_keeps_the_images(graphed):
         s.sample(2, steps=3)
 
 
-@pytest.mark.parametrize("engine", ["reference", "fused"])
-def test_new_weights_are_seen(engine):
+@pytest.mark.parametrize("how", ["in place", "behind torch's back"])
+@pytest.mark.parametrize("engine", ["reference", "fused", "cpu"])
+def test_new_weights_are_seen(engine, how):
     model = unet()
     s = sampler(engine, model, dtype="fp32")
     before = s.sample(2, steps=3, output="float")
     with torch.no_grad():
-        model.conv_out.weight.mul_(1.5)
+        weight = model.conv_out.weight
+        (weight if how == "in place" else weight.data).mul_(1.5)
     after = s.sample(2, steps=3, output="float")
     assert relative_error(after, before) > 1e-3
     torch.testing.assert_close(after, sampler("reference", model).sample(2, steps=3, output="float"), rtol=0, atol=1e-4)
+
+
+def test_a_sampler_may_be_used_while_its_images_are_on_their_way(graphed):
+    """Also for as many images: they get places of their own."""
+    s, want = graphed(), sampler("reference").sample(4, steps=6, output="float")
+    table = s.table(steps=6)
+    state = s.begin(torch.arange(4), 0)
+    run = s.engine.steps(state, table)
+    next(run)
+    torch.testing.assert_close(s.sample(4, steps=6, output="float"), want, rtol=0, atol=1e-4)
+    assert list(run)[-1] == 6
+    torch.testing.assert_close(state.x, want, rtol=0, atol=1e-4)
+
+
+def test_inference_mode_and_the_newer_precision_settings():
+    want = sampler("reference").sample(2, steps=2, output="float")
+    with torch.inference_mode():
+        assert torch.equal(sampler("reference").sample(2, steps=2, output="float"), want)
+        torch.testing.assert_close(sampler("fused", dtype="fp32").sample(2, steps=2, output="float"), want, rtol=0, atol=1e-4)
+    code = (
+        "import torch; torch.backends.cudnn.conv.fp32_precision = torch.backends.cuda.matmul.fp32_precision = 'tf32'\n"
+        "from ddpm_fast import NoiseSchedule, Sampler\n"
+        "Sampler(lambda x, t: x, NoiseSchedule.linear(), (1, 4, 4)).sample(1, steps=2)\n"
+        "assert torch.backends.cudnn.conv.fp32_precision == torch.backends.cuda.matmul.fp32_precision == 'tf32'"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 # ---- stopping
@@ -235,6 +266,14 @@ def test_a_run_stops_between_steps_and_keeps_what_is_finished():
     whole = s.sample(6, batch_size=2, steps=3)
     got = s.sample(6, batch_size=2, steps=3, stop=stop)
     assert torch.equal(got, whole[:4])  # it was told so in the second step of the third batch
+
+
+@pytest.mark.parametrize("engine", ["reference", "fused"])
+def test_told_to_stop_after_a_last_step_the_batch_counts(engine):
+    s = sampler(engine, dtype="fp32")
+    whole, asked = s.sample(4, batch_size=2, steps=3, output="float"), []
+    got = s.sample(4, batch_size=2, steps=3, output="float", stop=lambda: asked.append(1) or len(asked) == 4)
+    assert torch.equal(got, whole[:2])  # before each batch, and after its first and second step
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -336,15 +375,13 @@ def test_a_wrong_kernel_is_caught_and_its_launch_runs_by_its_twin(device, tmp_pa
     s.engine = FusedEngine(model, s.shape, "fp32", s.device, len(SCHEDULE), graph=None, check=True)
     with pytest.warns(UserWarning, match="conv_out"):
         got = s.sample(2, steps=2, output="float")
-    (slots,) = s.engine._slots.values()
+    (slots,) = s.engine._slots
     assert "conv_out" in slots.fused.plan().twins and not s.engine.invariant
     torch.testing.assert_close(got, sampler("reference", model).sample(2, steps=2, output="float"), rtol=0, atol=1e-4)
 
 
 def planted(folder):
     """The self-check's child with the same fault."""
-    import sys
-
     script = folder / "child.py"
     script.write_text(
         "import json, sys\n"
@@ -366,7 +403,7 @@ def test_fp8_of_a_folder_takes_its_calibration():
     folder = Path(__file__).parent.parent / "weights" / "fashion-mnist-32"
     s = Sampler.from_pretrained(folder, "cpu", "fp8", engine="fused")
     s.engine.prepare(1)
-    (slots,) = s.engine._slots.values()
+    (slots,) = s.engine._slots
     known = load_calibration(folder, s.model)
     assert known is not None and slots.fused._network.units == known.units
     exact = Sampler.from_pretrained(folder, "cpu", engine="reference")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
-import threading
 import weakref
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor, wait
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -42,10 +42,23 @@ class NativeExecutor:
         self._programs = [self.program.rows(m) for m in self._memory]
         self._job = np.zeros(len(JOB), dtype=np.int64)
         self._job[JOB.index("yield_to_others")] = _yield_to_others()
-        self._lock = threading.Lock()
-        self._pool = ThreadPoolExecutor(max(1, threads - 1), "ddpm-fast")
-        weakref.finalize(self, self._pool.shutdown, wait=False)
+        self._begin_threads()
+        own = weakref.ref(self)
+
+        def in_child() -> None:  # which has none of its parent's threads
+            alive = own()
+            if alive is not None:
+                alive._begin_threads()
+
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=in_child)
         self.reason = f"machine code for this CPU, {vector_width()} floats a vector, on {threads} threads"
+
+    def _begin_threads(self) -> None:
+        # parts wait for one another, so one thread, which Ctrl-C does not reach, begins them all, batch after batch
+        self._lead, self._helpers = (ThreadPoolExecutor(max(1, n), "ddpm-fast") for n in (1, self.threads - 1))
+        for pool in (self._lead, self._helpers):
+            weakref.finalize(self, pool.shutdown, wait=False)
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
         x = x.float().contiguous(memory_format=torch.channels_last)
@@ -54,10 +67,10 @@ class NativeExecutor:
         rows = self.times.rows(t, labels)
         _point(items, x=x, out=out)
         items[:, COLUMN["row"]] = rows.addresses
-        self._run(items)
+        self._run(items, x, out, rows)
         return out
 
-    def steps(self, state: State, table: StepTable) -> Iterator[int]:
+    def steps(self, state: State, table: StepTable) -> Generator[int, None, None]:
         """Takes the state through the table; yields how many steps are done, after every step."""
         t, coef = table.padded(len(table) + 1)
         x = state.x.contiguous(memory_format=torch.channels_last)
@@ -73,7 +86,7 @@ class NativeExecutor:
             items[:, COLUMN["row"]] = rows.addresses
             items[:, COLUMN["coef"]] = coef.data_ptr() + at.numpy() * coef.stride(0) * 4
             items[:, COLUMN["step"]] = at.numpy()
-            self._run(items)
+            self._run(items, x, old, rows, coef)
             state.row.add_(1).clamp_(max=len(table))
             if x is not state.x:
                 state.x.copy_(x)
@@ -81,18 +94,26 @@ class NativeExecutor:
                 state.x_0.copy_(old)  # type: ignore[union-attr]
             yield i + 1
 
-    def _run(self, items: NDArray[np.int64]) -> None:
-        """All images: whole rounds one per thread; what is left over by all threads together, unless that is nearly a round."""
+    def _run(self, items: NDArray[np.int64], *used: Any) -> None:
+        """All images: whole rounds one per thread; what is left over by all threads together, unless that is nearly a round.
+
+        used: what the items point into; it lives as long as they are computed, even if the caller is interrupted.
+        """
+        lead = self._lead.submit(self._parts, items, used)
+        try:
+            lead.result()
+        finally:
+            wait([lead])
+
+    def _parts(self, items: NDArray[np.int64], used: Any) -> None:
         count, left = len(items), len(items) % self.threads
         alone = count - left if left <= self.threads * 3 // 4 else count
-        with self._lock:
-            job = self._job
-            job[: JOB.index("round")] = [0, alone, count, items.ctypes.data, 0]
-            helpers = min(self.threads, count if alone == count else self.threads)
-            rest = [self._pool.submit(self._part, k, helpers) for k in range(1, helpers)]
-            self._part(0, helpers)
-            for part in rest:
-                part.result()
+        threads = min(self.threads, count if alone == count else self.threads)
+        self._job[: JOB.index("round")] = [0, alone, count, items.ctypes.data, 0]
+        rest = [self._helpers.submit(self._part, k, threads) for k in range(1, threads)]
+        self._part(0, threads)
+        for part in rest:
+            part.result()
 
     def _part(self, thread: int, threads: int) -> None:
         own, shared = self._programs[thread], self._programs[0]
