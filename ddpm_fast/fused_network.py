@@ -143,7 +143,7 @@ class Network:
         *,
         tma: bool,
         dtype: torch.dtype | None = None,
-        shrinks: bool = False,
+        shrinks: float = 0,
     ) -> Tiles:
         """The tiles of a launch by rule, or as `tiles` says for its key; the batch is no part of the key."""
         dtype = dtype or self.act
@@ -298,10 +298,10 @@ class Walk:
 
     # ---- layers
 
-    def cut(self, out: Buffer, *args: Any, **options: Any) -> Tiles:
+    def cut(self, out: Buffer, kind: str, *args: Any, **options: Any) -> Tiles:
         """Tiles that follow the batch; those that do not are kept for the case that the launch keeps statistics."""
-        self.fixed[out] = self.net.cut(*args, **options)
-        return self.net.cut(*args, **options, shrinks=True)
+        self.fixed[out] = self.net.cut(kind, *args, **options)
+        return self.net.cut(kind, *args, **options, shrinks=2 if kind == "conv3x3" else 0.2)
 
     def first_conv(self, conv: nn.Conv2d) -> Buffer:
         net, k = self.net, conv.out_channels

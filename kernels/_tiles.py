@@ -71,21 +71,19 @@ class Tiles:
     tma: bool
 
 
-def cut(target: Target, dtype: torch.dtype, c: int, k: int, rows: int, *, tma: bool, warps: int, shrinks: bool = False) -> Tiles:
+def cut(target: Target, dtype: torch.dtype, c: int, k: int, rows: int, *, tma: bool, warps: int, shrinks: float = 0) -> Tiles:
     """Tiles for a product of `rows` rows, c channels (a tap) and k outputs; tma, warps: on a GPU that has TMA.
 
-    128 rows, or where `shrinks` 64 if that many would leave half of the processors idle, and then as few outputs, 32 at least, as
-    occupy them (few images wait for operands, so more programs with less each are faster, and more steps of them on their way);
-    the largest step that divides c, up to 128 bytes; the outputs as `outputs_of` says; eight warps where four would spill.
-    fp32 goes without tensor cores, in small tiles.
+    128 rows and the outputs as `outputs_of` says; or 64 by 32, if `shrinks` rounds of those do it all: few images wait for
+    operands, so more programs with less each are faster, and more steps of them on their way. (Every form costs a compilation.)
+    The largest step that divides c, up to 128 bytes; eight warps where four would spill. fp32 goes without tensor cores, in small
+    tiles.
     """
     if dtype == torch.float32:
         return Tiles(64, divisor(c, 32), min(64, outputs_of(k)), 8, 2, target.processors, tma and target.tma)
     bo, modern, stages = outputs_of(k), target.tma, 3
-    idle = lambda bm, bo: shrinks and 2 * triton.cdiv(rows, bm) * triton.cdiv(k, bo) <= target.processors
-    bm = 64 if idle(128, bo) else 128
-    while bm == 64 and bo > 32 and idle(bm, bo):
-        bo //= 2
+    few = triton.cdiv(rows, 64) * triton.cdiv(k, min(32, bo)) <= shrinks * target.processors
+    bm, bo = (64, min(32, bo)) if few else (128, bo)
     bk = divisor(c, 128 // dtype.itemsize)
     if target.sm != 90 or k % bo:
         warps = 8
