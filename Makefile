@@ -25,7 +25,7 @@ sample: $(INSTALLED)
 
 # The kernels run by Triton's interpreter and compile under the oldest and the newest release; whole networks under the oldest, which
 # is what most GPUs have (compile-check has both). On a GPU they run there too.
-BUT_NETWORKS := --ignore tests/test_fused_unet.py --ignore tests/test_self_check.py --ignore tests/test_compile_network.py
+BUT_NETWORKS := $(foreach t,fused_unet self_check compile_network engine calibration,--ignore tests/test_$(t).py)
 test: $(INSTALLED)
 	$(OLDEST) $(PY) $(IS_TRITON) $(OLDEST_TRITON)
 	$(OLDEST) TRITON_INTERPRET=1 $(PY) -m pytest -q -m kernel
