@@ -20,7 +20,6 @@ class Graphed:
 
     device    whose graph it is; default: the current one
     pool      as of `torch.cuda.graph_pool_handle()`, shared by graphs that never run at once; None: a pool of its own
-    held      bytes that the step allocated while it was captured, and that the pool holds from then on
 
     RuntimeError where the step cannot be captured: it waits for the device, or allocates what there is no memory for; the message
     names the line. OutOfMemoryError as it comes. While the step warms up, no other thread may wait for a device.
@@ -33,12 +32,10 @@ class Graphed:
         with torch.cuda.device(self.device):
             self._graph: torch.cuda.CUDAGraph | None = torch.cuda.CUDAGraph()
             _warm_up(step)
-            before = torch.cuda.memory_allocated()
             how = dict(pool=pool, stream=torch.cuda.Stream(), capture_error_mode="thread_local")
             with _named("could not be captured"), torch.cuda.graph(self._graph, **how):
                 for _ in range(repeats):
                     step()
-            self.held = torch.cuda.memory_allocated() - before
 
     def __call__(self) -> None:
         """Enqueues one replay and returns at once. RuntimeError after `free`."""

@@ -40,7 +40,7 @@ def test_few_compilations_for_the_cifar10_network(batch, figure):
 
 
 def test_a_batch_that_16_divides_compiles_no_other_kernels():
-    """Sizes that follow the batch are not specialised on; only the height of tiles follows it."""
+    """Sizes that follow the batch are not specialised on; only the form of tiles follows it."""
 
     def keys(batch):
         return {launch_key(launch) for _, launch in launches_of("cifar10", batch, "bf16", 90)}

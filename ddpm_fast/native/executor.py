@@ -31,8 +31,6 @@ COLUMN = {name: k for k, name in enumerate(ITEM)}
 class NativeExecutor:
     """Machine code made on this machine by LLVM. An image's bits depend on the CPU alone."""
 
-    name = "native"
-
     def __init__(self, unet: UNet, shape: tuple[int, int, int], timesteps: int, threads: int) -> None:
         self.threads, self.out_channels = threads, unet.config.out_channels
         self._work, self._engine, self.found_in_cache = compile_kernels()
