@@ -116,7 +116,7 @@ def save_pretrained(
         ),
         "unet/config.json": _json(unet.config.to_diffusers()),
         f"unet/{WEIGHTS}": save(weights, metadata={"format": "pt"}),
-        "scheduler/scheduler_config.json": _json(_scheduler_config(schedule, prediction, variance, clip)),
+        "scheduler/scheduler_config.json": _json(scheduler_config(schedule, prediction, variance, clip)),
     }
     staging = Path(tempfile.mkdtemp(dir=directory.absolute().parent, prefix=f".{directory.name}-"))
     try:
@@ -262,7 +262,8 @@ def _read_schedule(d: Mapping[str, Any]) -> NoiseSchedule:
     )
 
 
-def _scheduler_config(schedule: NoiseSchedule, prediction: str, variance: str, clip: float | None) -> dict[str, Any]:
+def scheduler_config(schedule: NoiseSchedule, prediction: str, variance: str, clip: float | None) -> dict[str, Any]:
+    """As diffusers' DDPMScheduler takes it."""
     names = {ours: theirs for theirs, ours in _PREDICTIONS.items()}
     linear = NoiseSchedule.linear(schedule.beta[0], schedule.beta[-1], len(schedule))
     return dict(

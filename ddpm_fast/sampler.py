@@ -399,5 +399,6 @@ def _precision(dtype: str | torch.dtype) -> str:
 def _fingerprint(model: Callable[..., Tensor]) -> bytes:
     """Changes when a weight does. By values: training may write where torch does not count it (`.data`, fused optimizers)."""
     assert isinstance(model, nn.Module)
-    values = [f(p) for p in model.parameters() for f in (lambda p: p.sum(dtype=torch.float64), lambda p: p.double().norm())]
+    figures = (lambda p: p.sum(), lambda p: torch.linalg.vector_norm(p, dtype=torch.float64))  # the norm sees no signs
+    values = [f(p).double() for p in model.parameters() for f in figures]
     return torch.stack(values).cpu().numpy().tobytes() if values else b""
