@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench.clock import Row
 from bench.networks import NETWORKS, ROOT, TINY_UNET
 from ddpm_fast import NoiseSchedule, Sampler, UNet
+from ddpm_fast.benchmark.clock import Row
 from ddpm_fast.compilation import distinct_launches
 from ddpm_fast.fused_engine import FusedEngine
 from ddpm_fast.fused_unet import FusedUNet

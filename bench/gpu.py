@@ -28,9 +28,9 @@ from typing import Any
 import torch
 
 from bench import gpu_kernels, gpu_network, gpu_sampling, gpu_training
-from bench.clock import Row, Timing, measure
 from bench.gpu_bars import bars
 from bench.networks import ROOT
+from ddpm_fast.benchmark.clock import Row, Timing, measure
 from ddpm_fast.environment import environment
 
 Part = Callable[["Bench"], Iterator[Row]]

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from bench.clock import Row, row_of
 from ddpm_fast import NoiseSchedule
+from ddpm_fast.benchmark.clock import Row, row_of
 from ddpm_fast.kernels import noise as N
 from ddpm_fast.kernels.ddpm_step import ddpm_step, ddpm_step_reference
 from ddpm_fast.kernels.noise_mse import noise_mse, noise_mse_gradient, noise_mse_reference

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from bench.clock import Row
 from bench.networks import NETWORKS, TINY_UNET
 from bench.peers import Diffusers, Plain
 from ddpm_fast import NoiseSchedule, UNet
+from ddpm_fast.benchmark.clock import Row
 from ddpm_fast.fused_unet import FusedUNet
 from ddpm_fast.plan import Launch
 from ddpm_fast.roofline import GPUS, estimate

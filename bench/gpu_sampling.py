@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from bench.clock import Row
 from bench.networks import NETWORKS, ROOT, TINY_UNET
 from bench.peers import Diffusers, Ours, Peer, Plain
 from ddpm_fast import NoiseSchedule, Sampler, UNet
+from ddpm_fast.benchmark.clock import Row
 from ddpm_fast.fused_unet import FusedUNet
 from ddpm_fast.testing import relative_error
 

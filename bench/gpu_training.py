@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from bench.clock import Row, row_of
 from bench.networks import NETWORKS, TINY_UNET
 from bench.training import ours, plain
 from ddpm_fast import NoiseSchedule, Sampler, UNet
+from ddpm_fast.benchmark.clock import Row, row_of
 from ddpm_fast.data import ImageData
 from ddpm_fast.likelihood import bits_per_dimension
 from ddpm_fast.unet import channels_last

@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 
-from bench.clock import Row
 from bench.networks import NETWORKS, ROOT
 from bench.precision import markdown
 from ddpm_fast import UNet
+from ddpm_fast.benchmark.clock import Row
 from ddpm_fast.fused_unet import FusedUNet
 from ddpm_fast.roofline import GAP, GPUS, estimate
 

@@ -20,11 +20,11 @@ from typing import Any
 
 import torch
 
-from bench.clock import measure
 from bench.gpu import write
 from bench.gpu_network import TINY_UNET
 from bench.networks import NETWORKS
 from ddpm_fast import UNet
+from ddpm_fast.benchmark.clock import measure
 from ddpm_fast.environment import environment
 from ddpm_fast.fused_network import tile_key
 from ddpm_fast.fused_unet import FusedUNet

@@ -1,4 +1,4 @@
-"""The command line: ddpm-fast sample | train | eval | plot | calibrate | info | collect-env."""
+"""The command line: ddpm-fast sample | train | eval | plot | calibrate | bench | info | collect-env."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import click
 import torch
 
 from . import __version__, pictures
+from .cli_bench import bench
 from .cli_calibrate import calibrate_command
 from .cli_common import PATH, megabytes, parse_images, parse_size, parse_steps, pick_device, report_of, solver_options
 from .cli_eval import evaluate
@@ -145,6 +146,7 @@ cli.add_command(train)
 cli.add_command(evaluate)
 cli.add_command(plot)
 cli.add_command(calibrate_command)
+cli.add_command(bench)
 cli.add_command(info)
 
 

@@ -156,8 +156,11 @@ class FusedEngine:
         if self.graph is not None:
             batch = 2 ** (images - 1).bit_length() if images < 16 else -(-images // 8) * 8
         self._drop([s for s in self._slots if s.places <= batch < 2 * s.places and not s.busy])
-        fused = self._slots[0].fused.resized(batch) if self._slots else self._make(batch)
-        self._slots.append(Slots.of(fused, self.timesteps))
+        self._slots.append(Slots.of(self.network(batch), self.timesteps))
+
+    def network(self, batch: int) -> FusedUNet:
+        """The network for so many images, with the packed weights of those that are there."""
+        return self._slots[0].fused.resized(batch) if self._slots else self._make(batch)
 
     def _free_slots(self, images: int) -> Slots:
         """The smallest that will do. One that is busy is left alone: a caller may draw images while others are on their way."""

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from bench import gpu, gpu_kernels
-from bench.clock import measure
 from bench.gpu_bars import bars
+from ddpm_fast.benchmark.clock import measure
 
 ROOT = Path(__file__).parent.parent
 
@@ -132,8 +132,8 @@ def test_training_engines_take_turns_and_agree(capsys, monkeypatch, tmp_path):
 def test_tuning_finds_the_faster_of_two_tiles(monkeypatch, tmp_path):
     """By a clock that counts rows instead of seconds, so that the smallest tile wins; what it writes, FusedUNet takes."""
     from bench import tune
-    from bench.clock import Timing
     from ddpm_fast import UNet
+    from ddpm_fast.benchmark.clock import Timing
     from ddpm_fast.fused_unet import FusedUNet
 
     def rows_of(call, *_, **__):

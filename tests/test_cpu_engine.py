@@ -103,7 +103,7 @@ def test_winograd_and_direct_convolutions_are_both_used():
     from ddpm_fast.native.program import NUMBERS
 
     program = Network(network(), (3, 16, 16), 16)
-    count = Counter(row[0] for row in program._instructions)
+    count = Counter(row[0] for row in program.instructions)
     assert count[NUMBERS["winograd_in"]] > 5 and count[NUMBERS["gemm"]] > count[NUMBERS["winograd_in"]] + 5
 
 

@@ -89,8 +89,8 @@ class Program:
         self.vector = vector
         self.size = 0  # bytes of a worker's memory
         self.header: dict[str, Argument] = {}
-        self._instructions: list[list[Argument]] = []
-        self._segments: list[Segment] = []
+        self.instructions: list[list[Argument]] = []
+        self.segments: list[Segment] = []
         self._kept: list[Tensor] = []  # what the rows point to
         self._free: dict[tuple[object, ...], list[Place]] = defaultdict(list)
 
@@ -154,12 +154,12 @@ class Program:
         names = INSTRUCTIONS[name][1]
         if set(names) != set(arguments):
             raise ValueError(f"{name} was given {sorted(arguments)}; expected {sorted(names)}")
-        self._instructions.append([NUMBERS[name], *(arguments[n] for n in names)])
+        self.instructions.append([NUMBERS[name], *(arguments[n] for n in names)])
 
     def product(self, segments: list[Segment], u: Tensor | Place, out: Place, vectors: int, **arguments: Any) -> None:
         """`instructions.gemm`, its second operand packed and its output one row of pixels unless the arguments say otherwise."""
-        table = Segments(len(self._segments))
-        self._segments += segments
+        table = Segments(len(self.segments))
+        self.segments += segments
         block = 2 * self.vector
         whole: dict[str, Any] = dict(batch=1, a_batch=0, u_batch=0, u_block=sum(s.channels for s in segments) * block, u_row=block)
         whole |= dict(bias=0, residual=0, residual_scale=1.0, out_batch=0, out_y=0, height=1)
@@ -170,16 +170,16 @@ class Program:
 
     def finish(self) -> None:
         """No instruction comes after this."""
-        self._table_at = self.take(8 * len(self._segments))
+        self._table_at = self.take(8 * len(self.segments))
         self.size += 4 * LINE  # the last vector may be stored whole
 
     def rows(self, memory: NDArray[np.uint8]) -> NDArray[np.int64]:
         """The program for a worker whose memory, `size` bytes of zeros, this is; its table of segments is written there."""
         base = memory.ctypes.data
-        table = [(base + s.at.offset, s.channels, s.stride_y, s.stride_x) for s in self._segments]
+        table = [(base + s.at.offset, s.channels, s.stride_y, s.stride_x) for s in self.segments]
         flat = np.array(table, dtype=np.int64).reshape(-1)
         memory[self._table_at.offset :][: flat.nbytes] = flat.view(np.uint8)
-        every = [[self.header[name] for name in HEADER], *self._instructions]
+        every = [[self.header[name] for name in HEADER], *self.instructions]
         program = np.zeros((len(every), WIDTH), dtype=np.int64)
         for row, values in zip(program, every, strict=True):
             row[: len(values)] = [self._integer(v, base) for v in values]

@@ -1,0 +1,263 @@
+"""Engines taking turns: each in a process of its own, a burst after a rest, round after round.
+
+A process each, because some engines keep their threads spinning after a call, and so that memory and the time to a first image are
+one engine's alone. A ratio is of two bursts of one round; its interval is that of a median. Nothing is timed that is not right.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from ..testing import relative_error
+from .peers import Subject
+from .worker import CHECKED, Setting
+
+Case = dict[str, Any]  # one batch size, in one type: becomes JSON
+ALLOWED = {"fp32": 1e-5, "fp16": 5e-3, "bf16": 0.05, "fp8": 0.15}  # relative error of a forward pass against fp64
+STEPS_ALLOWED = 1e-4  # of images of our loop against the reference's steps with the same outputs of the network
+FIRST_STEPS = 10  # of the loop that a process begins with
+LEAST = 6  # rounds: of so many, a median's interval has a probability of 95 %
+
+
+@dataclass(frozen=True)
+class Effort:
+    """seconds  of rounds, for each batch size; there are at least `LEAST`
+    burst    seconds an engine runs when it is its turn, for forward passes and for loops
+    rest     seconds before, in which threads that still wait for work give up
+    steps    of the sampling loops; None: as many as the slowest engine does in a second, 4 to 50
+    again    is each engine started a second time, with what it could keep?
+    """
+
+    seconds: float = 30
+    burst: float = 0.3
+    rest: float = 0.2
+    steps: int | None = None
+    again: bool = False
+
+
+class Rival:
+    """One engine's process. RuntimeError with a reason where it cannot be had, or ends."""
+
+    def __init__(self, name: str, setting: Setting) -> None:
+        self.label = name
+        spec = json.dumps(dict(peer=name, setting=asdict(setting)))
+        self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
+        env = {**os.environ, **({} if setting.folder is None else {"DDPM_FAST_CACHE": setting.folder})}
+        self.began = time.perf_counter()
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "ddpm_fast.benchmark.worker", spec],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            env=env,
+        )
+        try:
+            hello = self._read()
+        except BaseException:
+            self.close()
+            raise
+        self.name, self.reason = hello["name"], hello["reason"]
+
+    def ask(self, do: str, **request: Any) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(dict(do=do, **request)) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            pass  # why, is read below
+        return self._read()
+
+    def _read(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            code = self._process.wait()
+            self._log.seek(0)
+            last = self._log.read().decode(errors="replace").strip().splitlines()
+            raise RuntimeError(f"its process ended with {code}: {last[-1] if last else 'it said nothing'}")
+        answer = json.loads(line)
+        if "missing" in answer:
+            raise RuntimeError(answer["missing"])
+        return answer
+
+    def close(self) -> None:
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                pipe.close()
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._log.close()
+
+
+class Truth:
+    """What outputs are held against: the network in fp64."""
+
+    def __init__(self, subject: Subject) -> None:
+        self.subject, unet = subject, subject.unet
+        self._exact = type(unet)(unet.config).double().eval()
+        self._exact.load_state_dict(unet.state_dict())
+        self._exact.to(subject.device)
+
+    @torch.no_grad()
+    def error(self, rival: Rival, batch: int) -> float:
+        """Of a forward pass. RuntimeError where that or the loop is wrong: then nothing may be timed."""
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder) / "out.pt"
+            rival.ask("check", batch=batch, out=str(out))
+            found = torch.load(out, weights_only=True)
+        x, *rest = (v[:CHECKED] for v in self.subject.inputs(batch))
+        error, allowed = relative_error(found["output"], self._exact(x.double(), *rest).cpu()), ALLOWED[self.subject.dtype]
+        if not error <= allowed:
+            raise RuntimeError(f"wrong, so not timed: its output is off by {error:.1e}, {allowed:.1e} allowed")
+        images, clip = found["images"], self.subject.checkpoint.clip
+        if not images.isfinite().all() or (clip is not None and images.abs().max() > 1.05 * clip):
+            raise RuntimeError("wrong, so not timed: its loop does not end in images")
+        if "stepped" in found and not (apart := relative_error(images, found["stepped"])) <= STEPS_ALLOWED:
+            raise RuntimeError(f"wrong, so not timed: its steps are off by {apart:.1e}, {STEPS_ALLOWED:.1e} allowed")
+        return error
+
+
+# ---- figures
+
+
+def interval(values: Iterable[float], probability: float = 0.95) -> tuple[float, float, float]:
+    """(median, low, high): between the latter lies, with that probability, the median of whatever these are drawn from.
+
+    By order statistics: the number of values below a median is binomial. Of fewer than six values, the extremes.
+    """
+    v = sorted(values)
+    n, outside, k = len(v), 0.0, 0
+    while k < (n - 1) // 2 and 2 * (outside + math.comb(n, k) / 2**n) <= 1 - probability:
+        outside += math.comb(n, k) / 2**n
+        k += 1
+    k = max(k, 1)
+    return statistics.median(v), v[k - 1], v[n - k]
+
+
+def figures(times: list[float], own: list[float]) -> dict[str, Any]:
+    """Milliseconds, and how many times faster ours was in the same rounds: medians with their intervals."""
+    ms, low, high = (_short(1e3 * v) for v in interval(times))
+    ratio, least, most = (_short(v) for v in interval(a / b for a, b in zip(times, own, strict=True)))
+    return dict(ms=ms, low=low, high=high, ours_is_faster_by=ratio, from_to=[least, most])
+
+
+def _short(v: float) -> float:
+    return float(f"{v:.4g}")
+
+
+# ---- the race
+
+
+@contextmanager
+def race(
+    setting: Setting, peers: list[str], first_batch: int, effort: Effort, say: Callable[[str], None] = print
+) -> Iterator[Race]:
+    """The engines, begun one after another; `say` is told who cannot be had and why."""
+    with tempfile.TemporaryDirectory() as folder:
+        r = Race(setting, effort, say, Path(folder))
+        try:
+            for name in peers:
+                r.begin(name, first_batch)
+            yield r
+        finally:
+            for rival in r.rivals:
+                rival.close()
+
+
+class Race:
+    """Rivals over one network in one type. The first is the one that the others are measured by."""
+
+    def __init__(self, setting: Setting, effort: Effort, say: Callable[[str], None], folder: Path) -> None:
+        self.setting, self.effort, self.say, self.folder = setting, effort, say, folder
+        self.subject = setting.subject()
+        self.truth = Truth(self.subject)
+        self.rivals: list[Rival] = []
+        self.starts: dict[str, dict[str, float]] = {}
+        self.left_out: dict[str, str] = {}
+
+    def begin(self, name: str, batch: int) -> None:
+        """Starts an engine with nothing kept; how long until its first images are there; and again, with what it kept."""
+        home = self.folder / "".join(c if c.isalnum() else "-" for c in name)
+        home.mkdir()
+        setting = replace(self.setting, folder=str(home))
+        try:
+            rival = self._first_images(name, setting, batch, "first_image_s")
+            if self.effort.again:
+                rival.close()
+                rival = self._first_images(name, setting, batch, "again_s")
+            self.rivals.append(rival)
+        except RuntimeError as error:
+            self._leave_out(name, str(error))
+
+    def _first_images(self, name: str, setting: Setting, batch: int, which: str) -> Rival:
+        rival = Rival(name, setting)
+        try:
+            rival.ask("loop", batch=batch, steps=FIRST_STEPS)
+        except BaseException:
+            rival.close()
+            raise
+        self.starts.setdefault(name, {})[which] = round(time.perf_counter() - rival.began, 2)
+        return rival
+
+    def _leave_out(self, name: str, reason: str) -> None:
+        self.left_out[name] = reason
+        self.say(f"{name} left out: {reason}")
+
+    def case(self, batch: int, seconds: float | None = None) -> Case:
+        """One batch size: errors, rounds, and a row for each engine. RuntimeError where ours cannot be timed."""
+        effort, rivals, errors = self.effort, [], {}
+        for rival in self.rivals:
+            try:
+                errors[rival.label] = self.truth.error(rival, batch)
+                rivals.append(rival)
+            except RuntimeError as error:
+                self._leave_out(rival.label, str(error))
+        if not rivals or rivals[0] is not self.rivals[0]:
+            raise RuntimeError(f"{self.rivals[0].label if self.rivals else 'no engine'}: {self.left_out}")
+        steps = effort.steps or self._steps(rivals, batch)
+        times: dict[str, dict[str, list[float]]] = {do: {r.label: [] for r in rivals} for do in ("forward", "loop")}
+        began, rounds = time.perf_counter(), 0
+        while rounds < LEAST or time.perf_counter() - began < (effort.seconds if seconds is None else seconds):
+            for i in range(len(rivals)):
+                rival = rivals[(i + rounds) % len(rivals)]  # nobody always comes after the same one
+                time.sleep(effort.rest)
+                for do in times:
+                    found = rival.ask(do, **{"batch": batch, "steps": steps, "for": effort.burst})["times"]
+                    per_image = batch * (steps if do == "loop" else 1)
+                    times[do][rival.label].append(statistics.median(found) / per_image)
+            rounds += 1
+        rows = [self._row(rival, batch, errors[rival.label], times, rivals[0].label) for rival in rivals]
+        s = self.setting
+        how = dict(batch=batch, dtype=s.dtype, device=s.device, threads=s.threads, size=list(self.subject.shape[1:]))
+        more = dict(steps=steps, rounds=rounds, load=round(os.getloadavg()[0], 2), left_out=dict(self.left_out))
+        return dict(**how, **more, rows=rows)
+
+    def _steps(self, rivals: list[Rival], batch: int) -> int:
+        slowest = max(rival.ask("loop", batch=batch, steps=4)["seconds"] for rival in rivals) / 4
+        return max(4, min(50, len(self.subject.checkpoint.schedule), round(1 / slowest)))
+
+    def _row(self, rival: Rival, batch: int, error: float, times: dict[str, dict[str, list[float]]], own: str) -> dict[str, Any]:
+        row = dict(engine=rival.label, name=rival.name, reason=rival.reason, error=_short(error))
+        row |= {do: figures(t[rival.label], t[own]) for do, t in times.items()}
+        chain = len(self.subject.checkpoint.schedule)
+        row["images_per_s"] = _short(1e3 / (row["loop"]["ms"] * chain))  # of the whole chain
+        row["peak_bytes"] = rival.ask("memory")["bytes"]
+        return row | self.starts[rival.label]
