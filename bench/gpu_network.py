@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from bench.networks import NETWORKS, TINY_UNET
-from bench.peers import Diffusers, Plain
 from ddpm_fast import NoiseSchedule, UNet
 from ddpm_fast.benchmark.clock import Row
+from ddpm_fast.benchmark.launches import distinct
+from ddpm_fast.benchmark.peers import Diffusers, Missing, Plain, Subject
+from ddpm_fast.checkpoint import Checkpoint
 from ddpm_fast.fused_unet import FusedUNet
-from ddpm_fast.plan import Launch
 from ddpm_fast.roofline import GPUS, estimate
 from ddpm_fast.self_check import FORWARD
 from ddpm_fast.testing import relative_error
@@ -83,7 +84,7 @@ def launches(bench: Bench) -> Iterator[Row]:
         unet = network_of(bench)
         plan = FusedUNet(unet, batch, dtype).load(*inputs(bench, unet, batch))
         plan.run()
-        for launch, count in _distinct(list(plan)):
+        for launch, count in distinct(list(plan)):
             arguments = plan.arguments(launch)
             plain = bench.clock(partial(launch.op.twin, **arguments, compute=None), captured=True)
             ours = plain if launch.name in plan.twins else bench.clock(partial(launch.op.run, **arguments), captured=True)
@@ -102,25 +103,17 @@ def launches(bench: Bench) -> Iterator[Row]:
             )
 
 
-def _distinct(plan: list[Launch]) -> Iterator[tuple[Launch, int]]:
-    seen: dict[tuple[Any, ...], list[Launch]] = {}
-    for launch in plan:
-        shapes = tuple((k, b.height, b.width, b.channels, b.bordered, b.dtype) for k, b in launch.buffers.items())
-        seen.setdefault((launch.op.name, shapes), []).append(launch)
-    for group in seen.values():
-        yield group[0], len(group)
-
-
 def forward(bench: Bench) -> Iterator[Row]:
     """FusedUNet's plan as one CUDA graph, beside the reference in fp32, channels-last bf16, diffusers and torch.compile."""
     unet = network_of(bench)
-    peers: list[Any] = [Plain(unet, NoiseSchedule.linear(), "bf16")]
+    subject = Subject(Checkpoint(unet, NoiseSchedule.linear()), "bf16")
+    peers: list[Any] = [Plain(subject)]
     try:
-        peers.append(Diffusers(unet, "bf16"))
-    except ImportError as missing:
-        yield dict(what="diffusers", summary=f"{missing}: left out")
+        peers.append(Diffusers(subject))
+    except Missing as missing:
+        yield dict(what="diffusers", summary=f"left out: {missing}")
     if not bench.tiny:
-        peers.append(Plain(unet, NoiseSchedule.linear(), "bf16", compiled=True))
+        peers.append(Plain(subject, compiled=True))
     for batch in (2,) if bench.tiny else (1, 16, 256):
         x, t = inputs(bench, unet, batch)
         with torch.no_grad():

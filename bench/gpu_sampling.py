@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from bench.networks import NETWORKS, ROOT, TINY_UNET
-from bench.peers import Diffusers, Ours, Peer, Plain
 from ddpm_fast import NoiseSchedule, Sampler, UNet
 from ddpm_fast.benchmark.clock import Row
-from ddpm_fast.fused_unet import FusedUNet
+from ddpm_fast.benchmark.peers import Diffusers, Missing, Ours, Peer, Plain, Subject
+from ddpm_fast.checkpoint import Checkpoint
 from ddpm_fast.testing import relative_error
 
 if TYPE_CHECKING:
@@ -40,8 +40,8 @@ def _network(bench: Bench, network: str, batches: tuple[int, ...]) -> Iterator[R
     for make in _peers(bench, unet):
         try:
             peer = make()
-        except ImportError as error:
-            yield dict(what="sampling", network=network, summary=f"{error}: left out")
+        except Missing as error:
+            yield dict(what="sampling", network=network, summary=f"left out: {error}")
             continue
         yield from _loops(bench, peer, unet, network, (2,) if bench.tiny else batches)
         del peer
@@ -51,17 +51,11 @@ def _network(bench: Bench, network: str, batches: tuple[int, ...]) -> Iterator[R
 
 
 def _peers(bench: Bench, unet: UNet) -> list[Callable[[], Peer]]:
-    c = unet.config
-    shape = (c.in_channels, *(c.size or (32, 32)))
-
-    def ours(dtype: str) -> Peer:
-        sampler = Sampler(unet, SCHEDULE, shape, engine="fused", dtype=dtype)
-        return Ours(sampler, lambda x, t: FusedUNet(unet, len(x), dtype, timesteps=len(SCHEDULE))(x, t))  # its launches
-
-    peers: list[Callable[[], Peer]] = [partial(ours, dtype) for dtype in bench.dtypes]
-    peers += [partial(Plain, unet, SCHEDULE, "bf16"), partial(Diffusers, unet, "bf16")]
+    subjects = {dtype: Subject(Checkpoint(unet, SCHEDULE), dtype) for dtype in bench.dtypes}
+    peers: list[Callable[[], Peer]] = [partial(Ours, subject, "fused") for subject in subjects.values()]
+    peers += [partial(make, subjects["bf16"]) for make in (Plain, Diffusers)]
     if not bench.tiny:  # compiling takes half a minute: last, should time run out
-        peers.append(partial(Plain, unet, SCHEDULE, "bf16", True))
+        peers.append(partial(Plain, subjects["bf16"], True))
     return peers
 
 
@@ -76,8 +70,8 @@ def _loops(bench: Bench, peer: Peer, unet: UNet, network: str, batches: tuple[in
         steps = 2 if bench.tiny else 100 if batch == 1 else 20
         if bench.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        peer.sample(batch, 16 if not bench.tiny else 1)
-        timing = bench.clock(partial(peer.sample, batch, steps))
+        peer.loop(batch, 16 if not bench.tiny else 1)
+        timing = bench.clock(partial(peer.loop, batch, steps))
         memory = torch.cuda.max_memory_allocated() / 2**30 if bench.device.type == "cuda" else None
         per_step = timing.median / steps
         yield dict(

@@ -397,8 +397,16 @@ def _precision(dtype: str | torch.dtype) -> str:
 
 @torch.no_grad()
 def _fingerprint(model: Callable[..., Tensor]) -> bytes:
-    """Changes when a weight does. By values: training may write where torch does not count it (`.data`, fused optimizers)."""
+    """Changes when a weight does. By their bits, added up as integers: training may write where torch does not count it (`.data`,
+    fused optimizers). Reads every weight once.
+    """
     assert isinstance(model, nn.Module)
-    figures = (lambda p: p.sum(), lambda p: torch.linalg.vector_norm(p, dtype=torch.float64))  # the norm sees no signs
-    values = [f(p).double() for p in model.parameters() for f in figures]
-    return torch.stack(values).cpu().numpy().tobytes() if values else b""
+    sums = [_bits(p) for p in model.parameters()]
+    return torch.stack(sums).cpu().numpy().tobytes() if sums else b""
+
+
+def _bits(p: Tensor) -> Tensor:
+    last = p.ndim == 4 and p.is_contiguous(memory_format=torch.channels_last)
+    flat = (p.permute(0, 2, 3, 1) if last else p).flatten()
+    whole = next(kind for kind in (torch.int64, torch.int32, torch.int16, torch.uint8) if flat.nbytes % kind.itemsize == 0)
+    return flat.view(whole).sum(dtype=torch.int64)

@@ -121,8 +121,7 @@ def roofline(axes: Any, points: Iterable[dict[str, Any]], ceilings: Iterable[dic
             end = min(most, 1.3 * peak / c["per_s"])
             axes.plot([least, end], [least * c["per_s"], end * c["per_s"]], color="black", linewidth=1, linestyle="--")
             text = f"{c['what']}: {_si(c['per_s'])}B/s"
-            middle = (least * end) ** 0.5
-            axes.annotate(text, (middle, middle * c["per_s"]), (-2, 6), textcoords="offset points", fontsize=8, ha="right")
+            axes.annotate(text, (least, least * c["per_s"]), (8, 0), textcoords="offset points", fontsize=8, va="top")
     axes.set(xscale="log", yscale="log", xlabel="FLOP per byte, each operand counted once", ylabel="FLOP a second")
     axes.legend(frameon=False, fontsize=8, loc="lower right")
     where = "predicted" if predicted else "one image on one core" if points[0]["images"] == 1 else f"batch {points[0]['images']}"

@@ -1,6 +1,7 @@
 """Every kernel beside the machine's ceilings: on a GPU each launch of the plan, on a CPU each instruction of the native program.
 
-A point is {what, times (in a forward pass), flops, bytes, seconds, images}; a ceiling {what, per_s}, FLOP or bytes a second. Bytes
+A point is {what, times (in a forward pass), flops, bytes, seconds, images}; a ceiling {what, dtype, kind, per_s},
+its kind "flops" or "bytes". Bytes
 count each operand once; what fits into a cache may pass the memory's ceiling, so a cache has one of its own.
 """
 
@@ -15,6 +16,7 @@ import torch
 
 from ..cpu_engine import CPUEngine
 from ..engine import Engine
+from ..plan import Launch
 from .clock import measure
 from .peers import Subject
 
@@ -43,7 +45,7 @@ def _ceilings(device: torch.device, dtype: str, tiny: bool) -> Iterator[Point]:
         seconds = clock(lambda: torch._scaled_mm(a8, b8, one, one, out_dtype=torch.bfloat16)).median
     else:
         seconds = clock(lambda: a @ b).median
-    yield dict(what=f"product of matrices, {dtype}", kind="flops", per_s=2 * n**3 / seconds)
+    yield dict(what="matmul", dtype=dtype, kind="flops", per_s=2 * n**3 / seconds, seconds=seconds)
     sizes = {"copy": 2**20 if tiny else 2**32 if on_gpu else 2**28}
     if not on_gpu:
         sizes["copy in the second-level cache"] = 2**18
@@ -51,7 +53,7 @@ def _ceilings(device: torch.device, dtype: str, tiny: bool) -> Iterator[Point]:
         source = torch.ones(size // 4, device=device)
         target = torch.empty_like(source)
         seconds = clock(partial(target.copy_, source)).median
-        yield dict(what=what, kind="bytes", per_s=2 * size / seconds)
+        yield dict(what=what, dtype="fp32", kind="bytes", per_s=2 * size / seconds, seconds=seconds)
 
 
 def points(subject: Subject, batch: int) -> list[Point]:
@@ -67,16 +69,23 @@ def launches(engine: Any, subject: Subject, batch: int) -> list[Point]:
     fused = engine.network(batch)
     plan = fused.load(*subject.inputs(batch))
     plan.run()
-    found: dict[tuple[Any, ...], Point] = {}
+    found = []
+    for launch, times in distinct(list(plan)):
+        flops, moved = launch.cost()
+        seconds = measure(partial(plan.run_one, launch), subject.device, 0.1, captured=True).median
+        what = dict(what=launch.op.name, first=launch.name, times=times)
+        found.append(dict(**what, flops=flops, bytes=moved, seconds=seconds, images=batch))
+    return found
+
+
+def distinct(plan: list[Launch]) -> Iterator[tuple[Launch, int]]:
+    """The first of each kind of launch, and how many there are of it."""
+    seen: dict[tuple[Any, ...], list[Launch]] = {}
     for launch in plan:
         shapes = tuple((k, b.height, b.width, b.channels, b.bordered, b.dtype) for k, b in launch.buffers.items())
-        point = found.setdefault((launch.op.name, shapes), dict(what=launch.op.name, first=launch.name, times=0))
-        if not point["times"]:
-            flops, moved = launch.cost()
-            seconds = measure(partial(plan.run_one, launch), subject.device, 0.1, captured=True).median
-            point |= dict(flops=flops, bytes=moved, seconds=seconds, images=batch)
-        point["times"] += 1
-    return list(found.values())
+        seen.setdefault((launch.op.name, shapes), []).append(launch)
+    for group in seen.values():
+        yield group[0], len(group)
 
 
 def instructions(engine: CPUEngine, subject: Subject) -> list[Point]:

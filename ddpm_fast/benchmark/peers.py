@@ -228,6 +228,8 @@ class Pipeline(Diffusers):
     def __init__(self, subject: Subject) -> None:
         if subject.unet.config.num_classes is not None:
             raise Missing("passes no labels, which this network needs")
+        if subject.dtype == "bf16":
+            raise Missing("hands images over through numpy, which has no bf16")
         super().__init__(subject)
         import diffusers
 

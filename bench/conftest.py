@@ -1,0 +1,74 @@
+"""What the pytest-benchmark suites share: `python -m pytest bench/bench_*.py`, `--tiny` to prove on any machine that they run.
+
+The timer waits for the device. A case says how far it is from the truth first; where that is too far it fails, and is not timed.
+What a case did besides taking time (rates, shares of the ceilings measured in the same session) stands in its `extra_info`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from ddpm_fast.benchmark.launches import ceilings as measured_ceilings
+
+
+def pytest_addoption(parser: Any) -> None:
+    parser.addoption("--tiny", action="store_true", help="tiny sizes: no figure means anything")
+
+
+def synchronised() -> float:
+    """Seconds, after everything that the device was given is done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        item.add_marker(pytest.mark.benchmark(timer=synchronised, min_rounds=5, warmup=True, warmup_iterations=2, disable_gc=True))
+
+
+@pytest.fixture(scope="session")
+def tiny(request: pytest.FixtureRequest) -> bool:
+    return bool(request.config.getoption("--tiny"))
+
+
+@pytest.fixture(scope="session")
+def device(tiny: bool) -> torch.device:
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
+    return torch.device("cuda" if torch.cuda.is_available() and not tiny else "cpu")
+
+
+@pytest.fixture(scope="session")
+def ceilings(device: torch.device, tiny: bool) -> dict[str, float]:
+    """(FLOP or bytes) a second, by "copy" and a type's name. On a CPU those of one core."""
+    found = {c["dtype"] if c["kind"] == "flops" else c["what"]: c["per_s"] for c in measured_ceilings(device, "fp32", tiny)}
+    if device.type == "cuda":
+        kinds = ["bf16"] + ["fp8"] * (torch.cuda.get_device_capability() >= (8, 9))
+        found |= {k: c["per_s"] for k in kinds for c in measured_ceilings(device, k) if c["kind"] == "flops"}
+    return found
+
+
+Timed = Callable[..., float]
+
+
+@pytest.fixture
+def timed(benchmark: Any) -> Timed:
+    """timed(call, error, allowed, **info) -> median seconds of a call, once it is known to be right."""
+
+    def run(call: Callable[[], object], error: float, allowed: float, rounds: int | None = None, **info: Any) -> float:
+        if not error <= allowed:
+            pytest.fail(f"wrong, so not timed: off by {error:.1e}, {allowed:.1e} allowed")
+        benchmark.extra_info.update(error=error, **info)
+        if rounds is None:
+            benchmark(call)
+        else:
+            benchmark.pedantic(call, rounds=rounds, iterations=1, warmup_rounds=1)
+        # with --benchmark-disable there are no figures
+        return float(benchmark.stats.stats.median) if benchmark.stats else float("nan")
+
+    return run

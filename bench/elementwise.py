@@ -1,0 +1,119 @@
+"""The elementwise kernels and what plain PyTorch does instead, on the same tensors: for `bench_kernels.py` and `bench.gpu`."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ddpm_fast import NoiseSchedule
+from ddpm_fast.kernels import noise as N
+from ddpm_fast.kernels.ddpm_step import ddpm_step, ddpm_step_reference
+from ddpm_fast.kernels.noise_mse import noise_mse, noise_mse_gradient, noise_mse_reference
+from ddpm_fast.kernels.q_sample import q_sample, q_sample_reference
+from ddpm_fast.objective import target_table
+from ddpm_fast.profile import EXACT
+from ddpm_fast.testing import relative_error
+from ddpm_fast.timesteps import choose_timesteps
+
+ALLOWED = 1e-6  # relative error against the references
+SHAPES = [(2048, 3, 128, 128), (32768, 3, 32, 32)]  # far beyond any cache
+LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+CACHE = {"cuda": 64 * 2**20, "cpu": 64 * 2**20}  # bytes, no less than the last level of those in use
+
+
+@dataclass(frozen=True)
+class Case:
+    """call: once over all images; bytes: the fewest that must move; flops, if that is the question."""
+
+    name: str
+    call: Callable[[], object]
+    bytes: int
+
+
+class Elementwise:
+    """Tensors of one shape, layout and type. So many sets of them take turns that no call finds its operands in a cache.
+
+    AssertionError where a kernel differs from its reference: then nothing of it may be timed.
+    """
+
+    def __init__(self, shape: tuple[int, ...], layout: torch.memory_format, dtype: torch.dtype, device: torch.device) -> None:
+        b = shape[0]
+        self.shape, self.dtype, self.device = shape, dtype, device
+        self.image, self.seed = torch.arange(b, device=device), torch.zeros(b, dtype=torch.int64, device=device)
+        self.row = torch.zeros(b, dtype=torch.int32, device=device)
+        self.t = torch.full((b,), 500, device=device)
+        schedule = NoiseSchedule.linear()
+        self.table = EXACT.table(schedule, "ddpm", choose_timesteps(1000, None)).to(device)[1]
+        self.coef, self.target = schedule.q_sample_table(device), target_table(schedule, "eps", device)
+        elements = b * shape[1] * shape[2] * shape[3]
+        sets = min(16, 1 + 4 * CACHE[device.type] // (4 * elements)) if elements > 2**16 else 1
+
+        def tensors(kind: torch.dtype) -> itertools.cycle[Tensor]:
+            made = [torch.randn(shape, device=device).to(kind).contiguous(memory_format=layout) for _ in range(sets)]
+            return itertools.cycle(made)
+
+        self.sets = sets
+        self.x, self.out, self.x_0, self.eps, self.old = map(tensors, (torch.float32, dtype, dtype, torch.float32, torch.float32))
+        self.error = self._error()
+        if not self.error <= ALLOWED:
+            raise AssertionError(f"kernels differ from their references by {self.error:.1e}: nothing timed")
+
+    def _error(self) -> float:
+        """Of two images; the largest of the kernels'."""
+        few = slice(0, 2)
+        chw, seed, image, row, t = self.shape[1:], self.seed[few], self.image[few], self.row[few], self.t[few]
+        x, out, x_0 = next(self.x)[few], next(self.out)[few], next(self.x_0)[few]
+        z = N.noise_reference(seed, image, row, N.Q_SAMPLE, chw)
+        wrong = [relative_error(q_sample(x_0, self.coef, t, row, seed, image), q_sample_reference(x_0, z, self.coef, t))]
+        want = noise_mse_reference(out, z, None, self.target, t)
+        wrong.append(relative_error(noise_mse(out, None, self.target, t, row, seed, image), want))
+        want = ddpm_step_reference(x, out, N.noise_reference(seed, image, row, N.REVERSE, chw), self.table, row)
+        got = x.clone(memory_format=torch.preserve_format)
+        ddpm_step(got, out, self.table, row, seed, image)
+        return max(*wrong, relative_error(got, want))
+
+    def cases(self) -> list[Case]:
+        """Ours, and by plain PyTorch, which keeps the noise that it compares with."""
+        c, h, w = self.shape[1:]
+        item, elements = self.dtype.itemsize, self.shape[0] * c * h * w
+        who, ones = (self.row, self.seed, self.image), torch.ones(self.shape[0], device=self.device)
+        calls: dict[str, tuple[Callable[[], object], int]] = {
+            "noise": (lambda: N.noise(self.seed, self.image, self.row, N.X_T, c, h, w), 4),
+            "q_sample": (lambda: q_sample(next(self.x_0), self.coef, self.t, *who), 4 + item),
+            "ddpm_step": (lambda: ddpm_step(next(self.x), next(self.out), self.table, *who), 8 + item),
+            "ddpm_step, history": (
+                lambda: ddpm_step(next(self.x), next(self.out), self.table, *who, False, next(self.old)),
+                16 + item,
+            ),
+            "noise_mse": (lambda: noise_mse(next(self.out), None, self.target, self.t, *who), item),
+            "noise_mse gradient": (
+                lambda: noise_mse_gradient(ones, next(self.out), None, self.target, self.t, *who),
+                2 * item,
+            ),
+        }
+        calls |= {f"{name}, plain PyTorch": call for name, call in self._plain().items()}
+        return [Case(name, call, size * elements) for name, (call, size) in calls.items()]
+
+    def compiled(self) -> list[Case]:
+        """The plain forms by torch.compile; each is compiled at its first call."""
+        elements = self.shape[0] * self.shape[1] * self.shape[2] * self.shape[3]
+        made = self._plain(torch.compile)
+        return [Case(f"{name}, torch.compile", call, size * elements) for name, (call, size) in made.items()]
+
+    def _plain(self, wrap: Callable[..., Callable[..., Tensor]] = lambda f: f) -> dict[str, tuple[Callable[[], object], int]]:
+        signal, sigma = (float(v) for v in self.coef[500])
+        c0, c1, clip, m0, m1, _, _, s, *_ = (float(v) for v in self.table[500])
+        item = self.dtype.itemsize
+        forward = wrap(lambda x_0: x_0 * signal + torch.randn_like(x_0) * sigma)
+        reverse = wrap(lambda x, out: m0 * (c0 * x + c1 * out).clamp(-clip, clip) + m1 * x + s * torch.randn_like(x))
+        loss = wrap(lambda out, eps: (out.float() - eps).square().mean((1, 2, 3)))
+        return {
+            "q_sample": (lambda: forward(next(self.x_0)), 4 + item),
+            "ddpm_step": (lambda: reverse(next(self.x), next(self.out)), 8 + item),
+            "noise_mse": (lambda: loss(next(self.out), next(self.eps)), item + 4),  # with the noise that q_sample had to store
+        }
