@@ -1,6 +1,7 @@
 # make sample   draws a grid of images into samples.png
 # make test     proves the tree right
 # make check    lint, format, types          make proof   the long proofs
+# make bench    ours beside all that can be installed, on this machine: tables, JSON and pictures, within ten minutes
 # make gpu      on a machine with a GPU: tests, then timings, within eight minutes
 # make compile-check   every launch of four networks for sm_80, sm_90 and sm_100, by both releases of Triton
 # Everything is installed once into $(VENV); a torch that the machine already has is used as it is.
@@ -18,7 +19,7 @@ OLDEST := PYTHONPATH="$(CURDIR)/$(VENV)/triton-$(OLDEST_TRITON)"
 NEWEST := PYTHONPATH="$(CURDIR)/$(VENV)/triton-$(NEWEST_TRITON)"
 IS_TRITON = -c 'import sys, triton; sys.exit(triton.__version__ != sys.argv[1] and "wrong Triton: " + triton.__version__)'
 
-.PHONY: sample test check proof compile-check gpu clean
+.PHONY: sample test check proof bench bench-suites compile-check gpu clean
 
 sample: $(INSTALLED)
 	$(PY) -m ddpm_fast sample --weights $(WEIGHTS) --images 64 --solver ddim --steps 50 --out samples.png
@@ -37,6 +38,19 @@ test: $(INSTALLED)
 
 proof: $(INSTALLED)
 	$(PY) -m pytest -q --proof -m proof
+
+bench: $(VENV)/.peers
+	$(PY) -m bench.suite
+
+# the parts on pytest-benchmark: BENCH="bench/bench_unet.py -k cifar10 --benchmark-json=FILE"
+BENCH ?= bench/bench_kernels.py bench/bench_unet.py bench/bench_sample.py bench/bench_train.py
+bench-suites: $(VENV)/.peers
+	$(PY) -m pytest $(BENCH) --benchmark-sort=name --benchmark-columns=median,iqr,rounds
+
+# whoever cannot be installed is left out of the comparison, which says so
+$(VENV)/.peers: $(INSTALLED)
+	$(PIP) -c $(VENV)/constraints.txt -e '.[peers]' || echo "some peers cannot be installed here"
+	touch $@
 
 compile-check: $(INSTALLED)
 	$(OLDEST) $(PY) -m bench.compile_check

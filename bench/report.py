@@ -28,9 +28,9 @@ from ddpm_fast.fused_unet import FusedUNet
 from ddpm_fast.roofline import GAP, GPUS, estimate
 
 RESULTS = ROOT / "bench" / "results"
-DOCUMENTS = ("docs/performance.md", "docs/cpu.md", "docs/precision.md")
+DOCUMENTS = ("README.md", "README.zh.md", "docs/performance.md", "docs/cpu.md", "docs/precision.md")
 H100 = GPUS["h100"]
-NAMES = {"cifar10": "CIFAR-10", "celebahq256": "CelebA-HQ 256", "shipped": "Fashion-MNIST", "cifar": "CIFAR-10"}
+NAMES = {"cifar10": "CIFAR-10", "celebahq256": "CelebA-HQ 256", "fashion-mnist-32": "Fashion-MNIST"}
 PREDICTED = [("cifar10", 1, "bf16"), ("cifar10", 16, "bf16"), ("cifar10", 256, "bf16"), ("cifar10", 256, "fp8")]
 PREDICTED += [("cifar10", 1024, "fp8"), ("celebahq256", 16, "bf16"), ("celebahq256", 16, "fp8")]
 
@@ -104,6 +104,63 @@ def bars_table() -> str:
     return table(["", "bar", "goal", "predicted", "reaches", "measured"], rows)
 
 
+def peers_of(network: str, how: str) -> list[tuple[int, float]]:
+    """(batch, ms a step), measured, of those whose description has all these words."""
+    rows = [r for r in results("peers-h100.json")["loops"] if r["network"] == network]
+    return [(r["batch"], r["step_ms"]) for r in rows if all(word in r["how"] for word in how.split())]
+
+
+def fifty_thousand() -> list[tuple[str, float, str]]:
+    """(engine, its best image-steps a second on the CIFAR-10 network, predicted or measured)"""
+    best = lambda how: max(1e3 * batch / ms for batch, ms in peers_of("cifar10", how))
+    ours = [(f"ddpm_fast {d}", max(predict("cifar10", b, d)["rate"] for b in (256, 1024)), "predicted") for d in ("fp8", "bf16")]
+    return ours + [(how, best(how), "measured") for how in ("torch.compile bf16", "eager bf16", "eager fp32")]
+
+
+def cost_table() -> str:
+    """What 50,000 images take on one H100."""
+    rows = []
+    for name, rate, kind in fifty_thousand():
+        hours = lambda steps, rate=rate: 50_000 * steps / rate / 3600
+        rows.append([name, kind, f"{rate:,.0f}", f"{hours(1000):,.2f} h", f"{60 * hours(50):,.1f} min"])
+    return table(["", "", "image-steps/s", "50,000 images, T = 1000", "50 DDIM steps"], rows)
+
+
+def scaling_table() -> str:
+    """Fits of `bench.scaling`: fixed + each n over batch and steps, powers over size and channels."""
+    from bench import scaling
+
+    rows = []
+    series = {f"H100, CIFAR-10, {d}: predicted": scaling.predicted(d) for d in ("bf16", "fp8")}
+    found = results("scaling-cpu.json")
+    for where, s in {**series, "two CPU cores, Fashion-MNIST, fp32: measured": found["series"]}.items():
+        fixed, each = scaling.linear(s["batch"])
+        line = f"{fixed:.3g} + {each:.3g} n" if fixed > 1e-3 * each else f"{each:.3g} n"
+        steps = f"{scaling.linear(s['steps'])[1]:.3g} S" if "steps" in s else "S steps alike"
+        rows.append([where, line, f"n^{scaling.power(s['size']):.2f}", f"n^{scaling.power(s['channels']):.2f}", steps])
+        memory = [_from_to(s[k]) for k in ("batch", "size", "channels")]
+        rows.append(["its memory, smallest to largest", *memory, ""])
+    return table(["", "ms a step, n images", "n pixels a side", "n channels", "ms a loop, S steps"], rows)
+
+
+def _from_to(rows: list[Row]) -> str:
+    low, high = rows[0], rows[-1]
+    return f"{low['bytes'] / 2**20:,.0f} MiB at {low['x']}, {high['bytes'] / 2**20:,.0f} at {high['x']}"
+
+
+def bound_table() -> str:
+    """What a predicted step's time goes into."""
+    from bench import scaling
+
+    rows = []
+    for d in ("bf16", "fp8"):
+        for r in scaling.predicted(d)["batch"]:
+            if r["x"] in (1, 4, 16, 64, 256, 1024):
+                whole = sum(r["by"].values())
+                rows.append([f"{d}, {r['x']}", *(f"{r['by'][k] / whole:.0%}" for k in ("gaps", "memory", "products"))])
+    return table(["CIFAR-10, type, batch", "gaps between launches", "launches bound by memory", "launches bound by products"], rows)
+
+
 def _ratio(network: str, batch: int, dtype: str) -> float:
     peer = compiled(network, batch)
     assert peer is not None
@@ -128,33 +185,85 @@ def peers_h100() -> str:
     return table(["network", "how", "batch", "forward ms", "step ms", "img-steps/s"], rows)
 
 
+CPU = ("fashion-mnist-32", "cifar10")
+Cell = Callable[[Row], str]
+
+
 def cpu_table(what: str) -> str:
-    """Milliseconds per image and step, by the wall clock on all cores; in brackets how many times faster ours was."""
+    """Milliseconds per image and step on all cores; in brackets how many times faster ours was."""
+    return _cpu(lambda row: _times(row[what]))
 
-    def cell(row: Row) -> str:
-        low, high = row[f"{what}_middle_half"]
-        own = row["engine"] == "ddpm_fast"
-        ms, ratio = f"{row[f'{what}_ms']:.2f}", f"{row[f'{what}_ours_is_faster_by']:.2f}"
-        return f"**{ms}**" if own else f"{ms} ({ratio}: {low:.2f} to {high:.2f})"
 
-    return _cpu(cell)
+def _times(f: Row) -> str:
+    low, high = f["from_to"]
+    return f"**{f['ms']:.3g}**" if low == high == 1 else f"{f['ms']:.3g} ({f['ours_is_faster_by']:.2f}: {low:.2f} to {high:.2f})"
 
 
 def cpu_starts() -> str:
-    """Seconds until the first output: the first time, and when what could be kept was there."""
-    return _cpu(lambda row: f"{row['first_start']:.1f}, {row['second_start']:.2f}")
+    """Seconds from no process to the first images of ten steps; and again, with what was kept."""
+
+    def cell(row: Row) -> str:
+        return f"{row['first_image_s']:.1f}" + (f", {row['again_s']:.1f}" if "again_s" in row else "")
+
+    return _cpu(cell, [0])
 
 
-def _cpu(cell: Callable[[Row], str]) -> str:
-    order = {"shipped": 0, "cifar": 1}
-    found = [r for r in results("cpu.json")["results"] if r["clock"] == "wall"]
-    found.sort(key=lambda r: (order[r["model"]], r["batch"]))
-    names = list(dict.fromkeys(row["engine"] for r in found for row in r["rows"]))
+def cpu_memory() -> str:
+    """MiB of the engine's whole process at its peak."""
+    return _cpu(lambda row: f"{row['peak_bytes'] / 2**20:,.0f}", [1])
+
+
+def _cpu(cell: Cell, which: list[int] | None = None) -> str:
+    """A row for each engine, a column for each case of both networks, or for some of them."""
+    found = [(n, c) for n in CPU for i, c in enumerate(results(f"cpu-{n}.json")["cases"]) if which is None or i in which]
+    names = list(dict.fromkeys(row["engine"] for _, case in found for row in case["rows"]))
     rows = []
     for name in names:
-        of_engine = ({row["engine"]: row for row in r["rows"]}.get(name) for r in found)
+        of_engine = ({row["engine"]: row for row in case["rows"]}.get(name) for _, case in found)
         rows.append([name, *("" if row is None else cell(row) for row in of_engine)])
-    return table(["engine", *(f"{NAMES[r['model']]}, {r['batch']}" for r in found)], rows)
+    return table(["engine", *(f"{NAMES[n]}, {case['batch']}" for n, case in found)], rows)
+
+
+def cpu_where() -> str:
+    """The machine, the day, the versions and the command of the CPU's figures."""
+    lines = []
+    for n in CPU:
+        r = results(f"cpu-{n}.json")
+        e, case = r["environment"], r["cases"][0]
+        rounds = ", ".join(f"{c['rounds']} rounds, loops of {c['steps']} steps at batch {c['batch']}" for c in r["cases"])
+        lines.append(
+            f"{NAMES[n]}: {e['cpu']}, {case['threads']} threads, torch {e['torch']}, {r['date'][:10]}, `{r['command']}`; {rounds}."
+        )
+    return "\n".join(lines)
+
+
+HEAD = ["", "ours, ms an image and step", "fastest other: ours is faster by", "eager: ours is faster by", ""]
+HEAD_ZH = ["", "本库，毫秒（每图每步）", "最快的其他引擎：本库快几倍", "比 eager 快几倍", ""]
+
+
+def readme_table(head: list[str], measured: str = "measured", predicted: str = "predicted") -> str:
+    """Where ours stands: loops on a CPU, measured, and on an H100, predicted, beside what was measured of others."""
+    rows = []
+    for n in CPU:
+        for case in results(f"cpu-{n}.json")["cases"]:
+            ours, *others = case["rows"]
+            best = min(others, key=lambda row: row["loop"]["ms"])
+            eager = next(row for row in others if row["engine"] == "diffusers")
+            where = f"CPU, {NAMES[n]}, {case['batch']}, fp32"
+            rows.append([where, f"{ours['loop']['ms']:.3g}", f"{best['engine']}: {_ranged(best)}", _ranged(eager), measured])
+    for network, batch, dtype in PREDICTED:
+        peer, step = compiled(network, batch), predict(network, batch, dtype)["step"]
+        if peer is not None:
+            eager_ms = dict(peers_of(network, "eager bf16")).get(batch)
+            ratio = f"{eager_ms / step:.1f}" if eager_ms else ""
+            where = f"H100, {NAMES[network]}, {batch}, {dtype}"
+            rows.append([where, f"{step / batch:.3g}", f"torch.compile: {peer['step_ms'] / step:.2f}", ratio, predicted])
+    return table(head, rows)
+
+
+def _ranged(row: Row) -> str:
+    low, high = row["loop"]["from_to"]
+    return f"{row['loop']['ours_is_faster_by']:.2f} ({low:.2f} to {high:.2f})"
 
 
 def precision_table() -> str:
@@ -165,9 +274,16 @@ TABLES: dict[str, Callable[[], str]] = {
     "predicted": predicted_table,
     "bars": bars_table,
     "peers-h100": peers_h100,
+    "cpu-where": cpu_where,
     "cpu-forward": partial(cpu_table, "forward"),
     "cpu-loop": partial(cpu_table, "loop"),
     "cpu-starts": cpu_starts,
+    "cpu-memory": cpu_memory,
+    "scaling": scaling_table,
+    "bounds": bound_table,
+    "cost": cost_table,
+    "readme": partial(readme_table, HEAD),
+    "readme-zh": partial(readme_table, HEAD_ZH, "实测", "预测"),
     "precision": precision_table,
 }
 

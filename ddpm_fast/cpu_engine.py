@@ -49,6 +49,11 @@ class CPUEngine:
         self._executor = _executor(unet, shape, timesteps, threads)
         self.reason = self._executor.reason
 
+    @property
+    def memory(self) -> int:
+        """Bytes of packed weights, time table and the threads' feature maps, whatever the batch."""
+        return self._executor.memory
+
     @torch.no_grad()
     def __call__(self, x_t: Tensor, t: Tensor | int, labels: Tensor | None = None) -> Tensor:
         """x_t [B, C, H, W] floating, t int or integer [B], labels integer [B] where there are classes ->

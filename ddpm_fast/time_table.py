@@ -46,6 +46,11 @@ class TimeTable:
             both = F.silu(self._time[:, None] + self._class).flatten(0, 1)
             self._table = F.linear(both, weight, bias)
 
+    @property
+    def nbytes(self) -> int:
+        tables = (self._weight, self._bias, self._time, self._class, self._table)
+        return sum(t.nbytes for t in tables if t is not None)
+
     @torch.no_grad()
     def rows(self, t: Tensor, labels: Tensor | None) -> Rows:
         """t [B], labels [B] int64 -> the images' rows."""

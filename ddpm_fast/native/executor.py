@@ -52,6 +52,11 @@ class NativeExecutor:
             os.register_at_fork(after_in_child=in_child)
         self.reason = f"machine code for this CPU, {vector_width()} floats a vector, on {threads} threads"
 
+    @property
+    def memory(self) -> int:
+        """Bytes of weights, time table and the threads' maps."""
+        return self.program.weight_bytes + self.times.nbytes + sum(m.nbytes for m in self._memory)
+
     def _begin_threads(self) -> None:
         # parts wait for one another, so one thread, which Ctrl-C does not reach, begins them all, batch after batch
         self._lead, self._helpers = (ThreadPoolExecutor(max(1, n), "ddpm-fast") for n in (1, self.threads - 1))

@@ -119,6 +119,10 @@ class Program:
 
     # ---- weights
 
+    @property
+    def weight_bytes(self) -> int:
+        return sum(t.nbytes for t in self._kept)
+
     def padded(self, channels: int) -> int:
         return -(-channels // self.vector) * self.vector
 

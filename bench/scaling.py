@@ -1,0 +1,222 @@
+"""Time and memory against batch, image size, steps and channels, fitted and drawn.
+
+    python -m bench.scaling --measure     on this CPU, five minutes; into bench/results/scaling-cpu.json
+    python -m bench.scaling               draws docs/figures/scaling-cpu.png from it and docs/figures/scaling-h100.png by prediction
+
+A fit over batch or steps is fixed + each n, by least squares of relative errors; over size and channels it is a power.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bench.networks import NETWORKS, ROOT
+from ddpm_fast import NoiseSchedule, Sampler, UNet, UNetConfig
+from ddpm_fast.benchmark.clock import measure
+from ddpm_fast.benchmark.results import write
+from ddpm_fast.environment import environment
+from ddpm_fast.fused_unet import FusedUNet
+from ddpm_fast.roofline import GAP, GPUS, estimate
+
+MEASURED = ROOT / "bench" / "results" / "scaling-cpu.json"
+H100 = GPUS["h100"]
+Series = list[dict[str, Any]]  # rows with x, ms (a step of the whole batch), bytes
+
+
+def scaled(config: UNetConfig, width: int) -> UNetConfig:
+    """All channels in proportion, the first level's `width`."""
+    return replace(config, channels=tuple(c * width // config.channels[0] for c in config.channels))
+
+
+# ---- fits
+
+
+def linear(rows: Series) -> tuple[float, float]:
+    """(fixed, each): ms = fixed + each x."""
+    x, ms = (np.array([r[k] for r in rows], float) for k in ("x", "ms"))
+    (fixed, each), *_ = np.linalg.lstsq(np.stack([1 / ms, x / ms], 1), np.ones(len(x)), rcond=None)
+    return float(fixed), float(each)
+
+
+def power(rows: Series, what: str = "ms") -> float:
+    """The exponent p of what ~ x^p."""
+    return float(np.polyfit(np.log([r["x"] for r in rows]), np.log([r[what] for r in rows]), 1)[0])
+
+
+# ---- on an H100, predicted
+
+BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+SIZES = (16, 32, 64, 128, 256)  # at batch 16
+WIDTHS = (64, 96, 128, 192, 256)  # at batch 64
+
+
+@cache
+def predicted(dtype: str) -> dict[str, Series]:
+    """The CIFAR-10 network against batch, size and channels."""
+    base = NETWORKS["cifar10"]
+    return dict(
+        batch=[_predict(base, n, 32, dtype, n) for n in BATCHES],
+        size=[_predict(base, 16, n, dtype, n) for n in SIZES],
+        channels=[_predict(scaled(base, n), 64, 32, dtype, n) for n in WIDTHS],
+    )
+
+
+def _predict(config: UNetConfig, batch: int, size: int, dtype: str, x: int) -> dict[str, Any]:
+    """A step, and what its time goes into: gaps between launches, and launches that wait for memory or for products."""
+    with torch.device("meta"):
+        unet = UNet(replace(config, sample_size=size))
+    plan = FusedUNet(unet, batch, dtype, "meta", check=False).plan()
+    by = {"gaps": 0.0, "memory": 0.0, "products": 0.0}
+    for launch in plan:
+        e = estimate(launch, H100)
+        longer = "memory" if e.bytes / H100.copy >= 0.999 * (e.predicted - GAP) else "products"
+        by["gaps"] += GAP
+        by[longer] += e.predicted - GAP
+    elements = batch * config.in_channels * size**2
+    by["memory"] += elements * 20 / H100.copy  # ddpm_step: three states read, two written
+    by["gaps"] += 2 * GAP
+    parameters = sum(p.numel() for p in unet.parameters())
+    nbytes = plan.arena.size + parameters * (1 if dtype == "fp8" else 2) + 5 * 4 * elements
+    return dict(x=x, ms=1e3 * sum(by.values()), bytes=nbytes, by=by)
+
+
+# ---- on a CPU, measured
+
+
+def measured() -> dict[str, Any]:
+    """The network that ships, by the CPU engine."""
+    base = NETWORKS["fashion_mnist"]
+    series: dict[str, Series] = dict(
+        batch=[_measure(base, n, 32, 10) | dict(x=n) for n in (1, 2, 4, 8, 16, 32)],
+        size=[_measure(base, 2, n, 10) | dict(x=n) for n in (16, 24, 32, 48, 64, 96)],
+        channels=[_measure(scaled(base, n), 2, 32, 10) | dict(x=n) for n in (32, 64, 96, 128, 192)],
+        steps=[_measure(base, 2, 32, n) | dict(x=n) for n in (2, 5, 10, 20, 50, 100)],
+    )
+    for row in series["steps"]:  # where the whole loop is what grows
+        row["ms"] *= row["x"]
+    return dict(command="python -m bench.scaling --measure", environment=environment(), series=series)
+
+
+def _measure(config: UNetConfig, batch: int, size: int, steps: int) -> dict[str, Any]:
+    """A step among so many; the engine's memory."""
+    torch.manual_seed(0)
+    sampler = Sampler(UNet(config).eval(), NoiseSchedule.linear(), (config.in_channels, size, size), engine="cpu")
+    timing = measure(lambda: sampler.sample(batch, steps=steps, batch_size=batch, output="float"), sampler.device, 3)
+    engine: Any = sampler.engine
+    row = dict(ms=1e3 * timing.median / steps, spread=timing.spread, bytes=engine.memory)
+    print(batch, size, config.channels, steps, row, flush=True)
+    return row
+
+
+# ---- drawn
+
+
+def draw_cpu(result: dict[str, Any], out: Path) -> None:
+    from ddpm_fast.plot import BLUE, GREY, ORANGE, figure, save
+
+    picture, axes = figure(width=15, height=6.5, rows=2, columns=4)
+    what = dict(batch="images in a batch", size="pixels a side", channels="channels of the first level", steps="steps of the loop")
+    for (name, rows), (top, bottom) in zip(result["series"].items(), axes.T, strict=True):
+        x = np.array([r["x"] for r in rows], float)
+        top.plot(x, [r["ms"] for r in rows], "o", color=BLUE)
+        line, text = _fit(name, rows)
+        top.plot(x, line(x), "-", color=GREY, label=text)
+        top.set(xscale="log", yscale="log", ylabel="ms a loop" if name == "steps" else "ms a step")
+        bottom.plot(x, [r["bytes"] / 2**20 for r in rows], "s-", color=ORANGE)
+        bottom.set(xscale="log", ylim=(0, None), xlabel=what[name], ylabel="MiB: weights, maps of two threads")
+        top.legend(frameon=False, fontsize=8)
+        _ticks((top, bottom), [r["x"] for r in rows])
+    axes[0, 0].set_title(f"Fashion-MNIST network on {result['environment']['cpu']}, two threads: measured", loc="left", fontsize=9)
+    save(picture, out)
+
+
+def _fit(name: str, rows: Series) -> tuple[Callable[[Any], Any], str]:
+    if name in ("batch", "steps"):
+        fixed, each = linear(rows)
+        return lambda x: fixed + each * x, f"{max(fixed, 0):.2g} + {each:.3g} n ms"
+    p = power(rows)
+    middle = rows[len(rows) // 2]
+    return lambda x: middle["ms"] * (x / middle["x"]) ** p, f"grows as n^{p:.2f}"
+
+
+def _ticks(axes: Iterable[Any], at: list[int]) -> None:
+    for a in axes:
+        a.set_xticks(at, [str(v) for v in at], fontsize=7)
+        a.minorticks_off()
+
+
+def draw_h100(out: Path) -> None:
+    from bench.report import peers_of
+    from ddpm_fast.plot import BLUE, GREEN, GREY, ORANGE, PINK, figure, save
+
+    picture, axes = figure(width=15, height=8, rows=2, columns=3)
+    styles = {"bf16": dict(color=BLUE, marker="o"), "fp8": dict(color=GREEN, marker="s")}
+    what = dict(batch="images in a batch, 32x32", size="pixels a side, batch 16", channels="channels of the first level, batch 64")
+    for dtype, style in styles.items():
+        for (name, rows), a in zip(predicted(dtype).items(), axes[0], strict=True):
+            x = np.array([r["x"] for r in rows], float)
+            line, text = _fit(name, rows)
+            a.plot(x, [r["ms"] for r in rows], linestyle="", **style, label=f"ours {dtype}, predicted: {text}")
+            a.plot(x, line(x), "-", color=style["color"], linewidth=0.8)
+            a.set(xscale="log", yscale="log", xlabel=what[name], ylabel="ms a step")
+            _ticks([a], [r["x"] for r in rows])
+        rows = predicted(dtype)["batch"]
+        axes[1, 0].plot([r["x"] for r in rows], [r["bytes"] / 2**30 for r in rows], **style, label=f"{dtype}, predicted")
+    for how, color in (("torch.compile", ORANGE), ("eager bf16", PINK), ("eager fp32", GREY)):
+        found = peers_of("cifar10", how)
+        axes[0, 0].plot(*zip(*found, strict=True), "x--", color=color, linewidth=0.8, label=f"{how}, measured")
+    axes[1, 0].set(xscale="log", yscale="log", xlabel="images in a batch, 32x32", ylabel="GiB: weights, arena, state")
+    _ticks([axes[1, 0]], list(BATCHES))
+    _shares(axes[1, 1], predicted("bf16")["batch"])
+    _hours(axes[1, 2])
+    for a in axes.flat:
+        a.legend(frameon=False, fontsize=8)
+    axes[0, 0].set_title("CIFAR-10 network on one H100", loc="left", fontsize=9)
+    save(picture, out)
+
+
+def _shares(axes: Any, rows: Series) -> None:
+    """What a step's time goes into, by batch."""
+    from ddpm_fast.plot import BLUE, GREY, ORANGE
+
+    names, colors = ("gaps", "memory", "products"), (GREY, ORANGE, BLUE)
+    shares = [[r["by"][n] / sum(r["by"].values()) for r in rows] for n in names]
+    labels = ["gaps between launches", "launches bound by memory", "launches bound by products"]
+    axes.stackplot([r["x"] for r in rows], shares, labels=labels, colors=colors, alpha=0.8)
+    axes.set(xscale="log", xlabel="images in a batch, 32x32", ylabel="share of a step in bf16, predicted", ylim=(0, 1))
+    _ticks([axes], list(BATCHES))
+
+
+def _hours(axes: Any) -> None:
+    from bench.report import fifty_thousand
+    from ddpm_fast.plot import BLUE, GREEN, GREY, ORANGE, PINK
+
+    steps = np.array([10, 50, 100, 250, 1000])
+    for (name, rate, kind), color in zip(fifty_thousand(), (GREEN, BLUE, ORANGE, PINK, GREY), strict=True):
+        axes.plot(steps, 50_000 * steps / rate / 3600, "-o", markersize=3, color=color, label=f"{name}, {kind}")
+    axes.set(xscale="log", yscale="log", xlabel="steps", ylabel="hours for 50,000 CIFAR-10 images")
+    _ticks([axes], list(steps))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--measure", action="store_true", help="measure on this CPU anew")
+    args = parser.parse_args()
+    if args.measure:
+        write(MEASURED, measured())
+    figures = ROOT / "docs" / "figures"
+    draw_cpu(json.loads(MEASURED.read_text()), figures / "scaling-cpu.png")
+    draw_h100(figures / "scaling-h100.png")
+
+
+if __name__ == "__main__":
+    main()
