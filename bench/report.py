@@ -1,6 +1,6 @@
 """The documents' tables, made from the results that are kept: nobody copies a figure by hand.
 
-    python -m bench.report           rewrites the tables
+    python -m bench.report           rewrites the tables and draws the pictures
     python -m bench.report --check   exit code 1 where a document does not say what the results do
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`. What is predicted is computed from the plans and marked as such;
@@ -28,7 +28,7 @@ from ddpm_fast.fused_unet import FusedUNet
 from ddpm_fast.roofline import GAP, GPUS, estimate
 
 RESULTS = ROOT / "bench" / "results"
-DOCUMENTS = ("README.md", "README.zh.md", "docs/performance.md", "docs/cpu.md", "docs/precision.md")
+DOCUMENTS = ("README.md", "README.zh.md", "docs/performance.md", "docs/benchmarking.md", "docs/cpu.md", "docs/precision.md")
 H100 = GPUS["h100"]
 NAMES = {"cifar10": "CIFAR-10", "celebahq256": "CelebA-HQ 256", "fashion-mnist-32": "Fashion-MNIST"}
 PREDICTED = [("cifar10", 1, "bf16"), ("cifar10", 16, "bf16"), ("cifar10", 256, "bf16"), ("cifar10", 256, "fp8")]
@@ -127,20 +127,17 @@ def cost_table() -> str:
 
 
 def scaling_table() -> str:
-    """Fits of `bench.scaling`: fixed + each n over batch and steps, powers over size and channels."""
-    from bench import scaling
+    """Fits of `bench.scaling`, with their largest relative deviation, and memory."""
+    from bench.scaling import Fit, predicted
 
-    rows = []
-    series = {f"H100, CIFAR-10, {d}: predicted": scaling.predicted(d) for d in ("bf16", "fp8")}
-    found = results("scaling-cpu.json")
-    for where, s in {**series, "two CPU cores, Fashion-MNIST, fp32: measured": found["series"]}.items():
-        fixed, each = scaling.linear(s["batch"])
-        line = f"{fixed:.3g} + {each:.3g} n" if fixed > 1e-3 * each else f"{each:.3g} n"
-        steps = f"{scaling.linear(s['steps'])[1]:.3g} S" if "steps" in s else "S steps alike"
-        rows.append([where, line, f"n^{scaling.power(s['size']):.2f}", f"n^{scaling.power(s['channels']):.2f}", steps])
-        memory = [_from_to(s[k]) for k in ("batch", "size", "channels")]
-        rows.append(["its memory, smallest to largest", *memory, ""])
-    return table(["", "ms a step, n images", "n pixels a side", "n channels", "ms a loop, S steps"], rows)
+    rows, axes = [], ("batch", "size", "channels", "steps")
+    series = {f"H100, CIFAR-10, {d}: predicted": predicted(d) for d in ("bf16", "fp8")}
+    series["two CPU cores, Fashion-MNIST, fp32: measured"] = results("scaling-cpu.json")["series"]
+    for where, s in series.items():
+        fits = [Fit.of(name, s[name]) if name in s else None for name in axes]
+        rows.append([where, *("" if f is None else f"{f} (within {f.apart:.0%})" for f in fits)])
+        rows.append(["its memory", *(_from_to(s[name]) if name in s else "" for name in axes)])
+    return table(["", "ms a step, n images", "n pixels a side", "n channels", "ms a loop, n steps"], rows)
 
 
 def _from_to(rows: list[Row]) -> str:
@@ -230,7 +227,7 @@ def cpu_where() -> str:
     for n in CPU:
         r = results(f"cpu-{n}.json")
         e, case = r["environment"], r["cases"][0]
-        rounds = ", ".join(f"{c['rounds']} rounds, loops of {c['steps']} steps at batch {c['batch']}" for c in r["cases"])
+        rounds = "; ".join(f"{c['rounds']} rounds, loops of {c['steps']} steps at batch {c['batch']}" for c in r["cases"])
         lines.append(
             f"{NAMES[n]}: {e['cpu']}, {case['threads']} threads, torch {e['torch']}, {r['date'][:10]}, `{r['command']}`; {rounds}."
         )
@@ -266,6 +263,16 @@ def _ranged(row: Row) -> str:
     return f"{row['loop']['ours_is_faster_by']:.2f} ({low:.2f} to {high:.2f})"
 
 
+def other_network_table() -> str:
+    r = results("other-network-cpu.json")
+    rows = []
+    for row in r["rows"]:
+        n, loop = r["networks"][row["engine"]], row["loop"]
+        per_flop = f"{loop['ms'] / n['flops'] * 1e9:.2f}"
+        rows.append([row["engine"], f"{n['parameters']:,}", f"{n['flops'] / 1e9:.2f}", str(row["batch"]), _times(loop), per_flop])
+    return table(["", "parameters", "GFLOP an image and step", "batch", "ms an image and step", "ms a GFLOP"], rows)
+
+
 def precision_table() -> str:
     return markdown(results("precision-cpu.json")["rows"])
 
@@ -282,6 +289,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "scaling": scaling_table,
     "bounds": bound_table,
     "cost": cost_table,
+    "other-network": other_network_table,
     "readme": partial(readme_table, HEAD),
     "readme-zh": partial(readme_table, HEAD_ZH, "实测", "预测"),
     "precision": precision_table,
@@ -299,6 +307,16 @@ def renewed(text: str) -> str:
     return re.sub(r"<!-- table: ([\w-]+) -->\n.*?<!-- end -->", make, text, flags=re.DOTALL)
 
 
+def pictures() -> None:
+    from bench import scaling
+    from ddpm_fast.benchmark.charts import draw
+
+    figures = ROOT / "docs" / "figures"
+    for name in CPU:
+        draw(results(f"cpu-{name}.json"), figures / f"bench-cpu-{name}.png")
+    scaling.draw(figures)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="only say whether the documents match")
@@ -312,6 +330,8 @@ def main() -> int:
             stale.append(name)
             if not args.check:
                 _write(path, new)
+    if not args.check:
+        pictures()
     verb = "does not match the results" if args.check else "rewritten"
     print("\n".join(f"{name} {verb}" for name in stale) or "every table is what the results say")
     return int(args.check and bool(stale))

@@ -1,17 +1,17 @@
 """Time and memory against batch, image size, steps and channels, fitted and drawn.
 
-    python -m bench.scaling --measure     on this CPU, five minutes; into bench/results/scaling-cpu.json
-    python -m bench.scaling               draws docs/figures/scaling-cpu.png from it and docs/figures/scaling-h100.png by prediction
+    python -m bench.scaling      measures on this CPU, two minutes, into bench/results/scaling-cpu.json
 
-A fit over batch or steps is fixed + each n, by least squares of relative errors; over size and channels it is a power.
+`bench.report` draws: what was measured on a CPU, and what is predicted of an H100.
+A fit is a sum of powers that have a reason to be there (`POWERS`), by least squares of relative errors.
 """
 
 from __future__ import annotations
 
-import argparse
+import itertools
 import json
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ import torch
 from bench.networks import NETWORKS, ROOT
 from ddpm_fast import NoiseSchedule, Sampler, UNet, UNetConfig
 from ddpm_fast.benchmark.clock import measure
+from ddpm_fast.benchmark.launches import distinct
 from ddpm_fast.benchmark.results import write
 from ddpm_fast.environment import environment
 from ddpm_fast.fused_unet import FusedUNet
@@ -39,17 +40,38 @@ def scaled(config: UNetConfig, width: int) -> UNetConfig:
 
 # ---- fits
 
-
-def linear(rows: Series) -> tuple[float, float]:
-    """(fixed, each): ms = fixed + each x."""
-    x, ms = (np.array([r[k] for r in rows], float) for k in ("x", "ms"))
-    (fixed, each), *_ = np.linalg.lstsq(np.stack([1 / ms, x / ms], 1), np.ones(len(x)), rcond=None)
-    return float(fixed), float(each)
+# what can be there: something fixed; per image or step; per pixel, and attention between all of them; bytes and FLOP by width
+POWERS = dict(batch=(0, 1), steps=(0, 1), size=(0, 2, 4), channels=(0, 1, 2))
 
 
-def power(rows: Series, what: str = "ms") -> float:
-    """The exponent p of what ~ x^p."""
-    return float(np.polyfit(np.log([r["x"] for r in rows]), np.log([r[what] for r in rows]), 1)[0])
+@dataclass(frozen=True)
+class Fit:
+    """ms = the sum of factors n^powers. apart: the largest relative deviation of a row."""
+
+    powers: tuple[int, ...]
+    factors: tuple[float, ...]
+    apart: float
+
+    @classmethod
+    def of(cls, name: str, rows: Series) -> Fit:
+        """Least squares of relative errors among factors that are not negative."""
+        n, ms = (np.array([r[k] for r in rows], float) for k in ("x", "ms"))
+        best = None
+        for chosen in (c for k in range(1, 4) for c in itertools.combinations(POWERS[name], k)):
+            columns = np.stack([n**p / ms for p in chosen], 1)
+            factors, *_ = np.linalg.lstsq(columns, np.ones(len(n)), rcond=None)
+            off = columns @ factors - 1
+            if min(factors) > 0 and (best is None or off @ off < best[0]):
+                best = off @ off, cls(chosen, tuple(map(float, factors)), float(abs(off).max()))
+        assert best is not None
+        return best[1]
+
+    def __call__(self, n: Any) -> Any:
+        return sum(f * n**p for f, p in zip(self.factors, self.powers, strict=True))
+
+    def __str__(self) -> str:
+        signs = {0: "", 1: " n", 2: " n²", 4: " n⁴"}
+        return " + ".join(f"{f:.3g}{signs[p]}" for f, p in zip(self.factors, self.powers, strict=True))
 
 
 # ---- on an H100, predicted
@@ -103,7 +125,7 @@ def measured() -> dict[str, Any]:
     )
     for row in series["steps"]:  # where the whole loop is what grows
         row["ms"] *= row["x"]
-    return dict(command="python -m bench.scaling --measure", environment=environment(), series=series)
+    return dict(command="python -m bench.scaling", environment=environment(), series=series)
 
 
 def _measure(config: UNetConfig, batch: int, size: int, steps: int) -> dict[str, Any]:
@@ -128,8 +150,9 @@ def draw_cpu(result: dict[str, Any], out: Path) -> None:
     for (name, rows), (top, bottom) in zip(result["series"].items(), axes.T, strict=True):
         x = np.array([r["x"] for r in rows], float)
         top.plot(x, [r["ms"] for r in rows], "o", color=BLUE)
-        line, text = _fit(name, rows)
-        top.plot(x, line(x), "-", color=GREY, label=text)
+        line = Fit.of(name, rows)
+        fine = np.geomspace(x[0], x[-1], 200)
+        top.plot(fine, line(fine), "-", color=GREY, label=f"{line} ms")
         top.set(xscale="log", yscale="log", ylabel="ms a loop" if name == "steps" else "ms a step")
         bottom.plot(x, [r["bytes"] / 2**20 for r in rows], "s-", color=ORANGE)
         bottom.set(xscale="log", ylim=(0, None), xlabel=what[name], ylabel="MiB: weights, maps of two threads")
@@ -137,15 +160,6 @@ def draw_cpu(result: dict[str, Any], out: Path) -> None:
         _ticks((top, bottom), [r["x"] for r in rows])
     axes[0, 0].set_title(f"Fashion-MNIST network on {result['environment']['cpu']}, two threads: measured", loc="left", fontsize=9)
     save(picture, out)
-
-
-def _fit(name: str, rows: Series) -> tuple[Callable[[Any], Any], str]:
-    if name in ("batch", "steps"):
-        fixed, each = linear(rows)
-        return lambda x: fixed + each * x, f"{max(fixed, 0):.2g} + {each:.3g} n ms"
-    p = power(rows)
-    middle = rows[len(rows) // 2]
-    return lambda x: middle["ms"] * (x / middle["x"]) ** p, f"grows as n^{p:.2f}"
 
 
 def _ticks(axes: Iterable[Any], at: list[int]) -> None:
@@ -164,9 +178,9 @@ def draw_h100(out: Path) -> None:
     for dtype, style in styles.items():
         for (name, rows), a in zip(predicted(dtype).items(), axes[0], strict=True):
             x = np.array([r["x"] for r in rows], float)
-            line, text = _fit(name, rows)
-            a.plot(x, [r["ms"] for r in rows], linestyle="", **style, label=f"ours {dtype}, predicted: {text}")
-            a.plot(x, line(x), "-", color=style["color"], linewidth=0.8)
+            line, fine = Fit.of(name, rows), np.geomspace(x[0], x[-1], 200)
+            a.plot(x, [r["ms"] for r in rows], linestyle="", **style, label=f"ours {dtype}, predicted: {line}")
+            a.plot(fine, line(fine), "-", color=style["color"], linewidth=0.8)
             a.set(xscale="log", yscale="log", xlabel=what[name], ylabel="ms a step")
             _ticks([a], [r["x"] for r in rows])
         rows = predicted(dtype)["batch"]
@@ -181,6 +195,27 @@ def draw_h100(out: Path) -> None:
     for a in axes.flat:
         a.legend(frameon=False, fontsize=8)
     axes[0, 0].set_title("CIFAR-10 network on one H100", loc="left", fontsize=9)
+    save(picture, out)
+
+
+def draw_roofline(out: Path) -> None:
+    """Every launch of the CIFAR-10 network, batch 256, predicted."""
+    from ddpm_fast.benchmark.charts import roofline
+    from ddpm_fast.plot import figure, save
+
+    picture, axes = figure(width=15, height=5.5, columns=2)
+    for dtype, a in zip(("bf16", "fp8"), axes[0], strict=True):
+        with torch.device("meta"):
+            unet = UNet(NETWORKS["cifar10"])
+        points = []
+        for launch, times in distinct(list(FusedUNet(unet, 256, dtype, "meta", check=False).plan())):
+            e = estimate(launch, H100)
+            what = dict(what=launch.op.name, times=times, images=256)
+            points.append(dict(**what, flops=e.flops, bytes=e.bytes, seconds=e.predicted))
+        rates = {"bf16": H100.product, "fp8": H100.product_fp8}
+        roofs = [dict(what="convolution", dtype=k, kind="flops", per_s=rates[k]) for k in ("bf16", "fp8") if k in ("bf16", dtype)]
+        roofline(a, points, [*roofs, dict(what="copy", dtype="fp32", kind="bytes", per_s=H100.copy)], predicted=True)
+        a.set_title(f"CIFAR-10 network, batch 256, {dtype}, on one H100: every launch, predicted", loc="left", fontsize=9)
     save(picture, out)
 
 
@@ -207,16 +242,11 @@ def _hours(axes: Any) -> None:
     _ticks([axes], list(steps))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--measure", action="store_true", help="measure on this CPU anew")
-    args = parser.parse_args()
-    if args.measure:
-        write(MEASURED, measured())
-    figures = ROOT / "docs" / "figures"
-    draw_cpu(json.loads(MEASURED.read_text()), figures / "scaling-cpu.png")
-    draw_h100(figures / "scaling-h100.png")
+def draw(folder: Path) -> None:
+    draw_cpu(json.loads(MEASURED.read_text()), folder / "scaling-cpu.png")
+    draw_h100(folder / "scaling-h100.png")
+    draw_roofline(folder / "roofline-h100.png")
 
 
 if __name__ == "__main__":
-    main()
+    write(MEASURED, measured())

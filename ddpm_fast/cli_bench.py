@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -65,7 +66,7 @@ _DTYPE = click.option("--dtype", type=click.Choice(list(PRECISIONS)), help="[def
 @_DTYPE
 def latency(batch_size: int, dtype: str | None, **how: Any) -> None:
     """How long one image takes, and the first one from a cold process, also with what was kept."""
-    _run([batch_size], [dtype], again=True, **how)
+    _run([batch_size], [dtype], again=math.inf, **how)
 
 
 @bench.command()
@@ -108,7 +109,7 @@ def _run(
     compare: Path | None,
     threshold: float,
     as_json: bool,
-    again: bool = False,
+    again: float = 0,
     several: bool = False,
 ) -> None:
     names = [MINE, *_peers(peers)]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu, gpu_kernels
+from bench import elementwise, gpu
 from bench.gpu_bars import bars
 from ddpm_fast.benchmark.clock import measure
 
@@ -102,7 +102,7 @@ def test_budgets_fit_into_eight_minutes():
 
 
 def test_a_wrong_kernel_is_not_timed(monkeypatch, tmp_path):
-    monkeypatch.setattr(gpu_kernels, "ddpm_step", lambda x, *rest: x.mul_(1.001))
+    monkeypatch.setattr(elementwise, "ddpm_step", lambda x, *rest: x.mul_(1.001))
     assert call(monkeypatch, "--only", "kernels", "--out", tmp_path / "r.json") == 1
     (row,) = json.loads((tmp_path / "r.json").read_text())["parts"]["kernels"]["rows"]
     assert "nothing timed" in row["summary"]

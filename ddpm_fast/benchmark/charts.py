@@ -88,8 +88,9 @@ def _device(result: Result, case: dict[str, Any]) -> str:
 
 def roofline(axes: Any, points: Iterable[dict[str, Any]], ceilings: Iterable[dict[str, Any]], predicted: bool = False) -> None:
     """FLOP a second over FLOP a byte (Williams et al. 2009): a point for each kernel, as large as its share of the time."""
-    points = [p for p in points if p["flops"] and p["seconds"] > 0]
-    whole = sum(p["seconds"] * p["times"] for p in points)
+    every = list(points)
+    whole = sum(p["seconds"] * p["times"] for p in every)
+    points = [p for p in every if p["flops"] and p["seconds"] > 0]
     kinds = list(dict.fromkeys(p["what"] for p in points))
     colors = (BLUE, *OTHERS)
     for kind in kinds:
@@ -114,14 +115,17 @@ def roofline(axes: Any, points: Iterable[dict[str, Any]], ceilings: Iterable[dic
     for c in roofs:
         if c["kind"] == "flops":
             axes.plot([least, most], [c["per_s"]] * 2, color="black", linewidth=1)
-            axes.annotate(
-                f"{c['what']}: {_si(c['per_s'])}FLOP/s", (least, c["per_s"]), (2, 3), textcoords="offset points", fontsize=8
-            )
+            text = f"{c['what']}, {c['dtype']}: {_si(c['per_s'])}FLOP/s"
+            axes.annotate(text, (least, c["per_s"]), (2, 3), textcoords="offset points", fontsize=8)
         else:
             end = min(most, 1.3 * peak / c["per_s"])
             axes.plot([least, end], [least * c["per_s"], end * c["per_s"]], color="black", linewidth=1, linestyle="--")
             text = f"{c['what']}: {_si(c['per_s'])}B/s"
             axes.annotate(text, (least, least * c["per_s"]), (8, 0), textcoords="offset points", fontsize=8, va="top")
+    rest = sum(p["seconds"] * p["times"] for p in every if not p["flops"]) / whole
+    if rest > 0.005:
+        names = ", ".join(dict.fromkeys(p["what"] for p in every if not p["flops"]))
+        axes.plot([], [], " ", label=f"without FLOP that count, {rest:.0%}: {names}")
     axes.set(xscale="log", yscale="log", xlabel="FLOP per byte, each operand counted once", ylabel="FLOP a second")
     axes.legend(frameon=False, fontsize=8, loc="lower right")
     where = "predicted" if predicted else "one image on one core" if points[0]["images"] == 1 else f"batch {points[0]['images']}"

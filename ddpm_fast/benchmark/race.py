@@ -39,14 +39,14 @@ class Effort:
     burst    seconds an engine runs when it is its turn, for forward passes and for loops
     rest     seconds before, in which threads that still wait for work give up
     steps    of the sampling loops; None: as many as the slowest engine does in a second, 4 to 50
-    again    is each engine started a second time, with what it could keep?
+    again    an engine whose first start takes fewer seconds is started a second time, with what it could keep
     """
 
     seconds: float = 30
     burst: float = 0.3
     rest: float = 0.2
     steps: int | None = None
-    again: bool = False
+    again: float = 0
 
 
 class Rival:
@@ -200,7 +200,7 @@ class Race:
         setting = replace(self.setting, folder=str(home))
         try:
             rival = self._first_images(name, setting, batch, "first_image_s")
-            if self.effort.again:
+            if self.starts[name]["first_image_s"] < self.effort.again:
                 rival.close()
                 rival = self._first_images(name, setting, batch, "again_s")
             self.rivals.append(rival)

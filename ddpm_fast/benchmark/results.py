@@ -30,7 +30,9 @@ def begin(subject: Subject, name: str, timesteps: int) -> Result:
     cost = unet_cost(config, size)
     network = dict(name=name, parameters=cost.parameters, gflop_per_image=round(cost.flops / 1e9, 3), timesteps=timesteps)
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    module = getattr(sys.modules["__main__"], "__spec__", None)  # of python -m
+    program = [Path(sys.argv[0]).name] if module is None else ["python", "-m", module.name.removesuffix(".__main__")]
+    command = shlex.join([*program, *sys.argv[1:]])
     return dict(command=command, date=now, environment=environment(), network=network, cases=[], ceilings=[], launches=[])
 
 
