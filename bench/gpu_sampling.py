@@ -13,6 +13,7 @@ from bench.networks import NETWORKS, ROOT, TINY_UNET
 from ddpm_fast import NoiseSchedule, Sampler, UNet
 from ddpm_fast.benchmark.clock import Row
 from ddpm_fast.benchmark.peers import Diffusers, Missing, Ours, Peer, Plain, Subject
+from ddpm_fast.benchmark.race import ALLOWED
 from ddpm_fast.checkpoint import Checkpoint
 from ddpm_fast.testing import relative_error
 
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from bench.gpu import Bench
 
 SCHEDULE = NoiseSchedule.linear()
-ALLOWED = {"fp32": 1e-4, "bf16": 0.05, "fp8": 0.15}  # relative error of a forward pass against fp32
 
 
 def celebahq256(bench: Bench) -> Iterator[Row]:

@@ -157,7 +157,7 @@ def _peers(text: str | None) -> list[str]:
     if wrong := [name for name in names if (name not in PEERS and ":" not in name) or name == MINE]:
         known = ", ".join(name for name in PEERS if name != MINE)
         raise ValueError(f"--peers: unknown engine {wrong[0]!r}; expected {known}, package.module:Class, or none")
-    return names
+    return list(dict.fromkeys(names))
 
 
 def _picture(out: Path) -> Path | None:

@@ -104,6 +104,14 @@ class WrongStep(Ours):
     def loop(self, count, steps):
         return 0.999 * super().loop(count, steps)
 
+class DiesLater(Plain):
+    calls = 0
+    def loop(self, count, steps):
+        self.calls += 1
+        if self.calls == 5:
+            raise RuntimeError("out of paper")
+        return super().loop(count, steps)
+
 class Dies(Plain):
     def loop(self, count, steps):
         import os
@@ -123,6 +131,7 @@ def test_what_is_wrong_is_not_timed(weights, planted):
         "planted:WrongEnd": "its loop does not end in images",
         "planted:WrongStep": "its steps are off by 1.0e-03",
         "planted:Dies": "its process ended with 9",
+        "planted:DiesLater": "RuntimeError: out of paper",  # in the second round or so
         "planted:None": "expected one of ddpm_fast, plain PyTorch",
     }
     case, said = run(weights, ["ddpm_fast", *wrong])
@@ -133,8 +142,10 @@ def test_what_is_wrong_is_not_timed(weights, planted):
 
 
 def test_nothing_is_timed_where_ours_is_wrong(weights, planted):
-    with pytest.raises(RuntimeError, match="not timed"):
+    with pytest.raises(RuntimeError, match="planted:WrongStep: wrong, so not timed"):
         run(weights, ["planted:WrongStep", "plain PyTorch"])
+    with pytest.raises(RuntimeError, match="planted:Dies: its process ended with 9"):
+        run(weights, ["planted:Dies", "plain PyTorch"])
 
 
 def test_peers_say_why_they_cannot_be_had():

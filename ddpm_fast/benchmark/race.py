@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import math
 import os
+import select
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
@@ -30,6 +31,7 @@ Case = dict[str, Any]  # one batch size, in one type: becomes JSON
 ALLOWED = {"fp32": 1e-5, "fp16": 5e-3, "bf16": 0.05, "fp8": 0.15}  # relative error of a forward pass against fp64
 STEPS_ALLOWED = 1e-4  # of images of our loop against the reference's steps with the same outputs of the network
 FIRST_STEPS = 10  # of the loop that a process begins with
+PATIENCE = 900  # seconds for an answer: compilers take minutes
 LEAST = 6  # rounds: of so many, a median's interval has a probability of 95 %
 
 
@@ -84,6 +86,9 @@ class Rival:
 
     def _read(self) -> dict[str, Any]:
         assert self._process.stdout is not None
+        if not select.select([self._process.stdout], [], [], PATIENCE)[0]:
+            self._process.kill()
+            raise RuntimeError(f"no answer within {PATIENCE} s")
         line = self._process.stdout.readline()
         if not line:
             code = self._process.wait()
@@ -97,8 +102,9 @@ class Rival:
 
     def close(self) -> None:
         for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                pipe.close()
+            with suppress(BrokenPipeError):  # what it was asked last may still be on its way
+                if pipe is not None:
+                    pipe.close()
         try:
             self._process.wait(10)
         except subprocess.TimeoutExpired:
@@ -195,69 +201,80 @@ class Race:
 
     def begin(self, name: str, batch: int) -> None:
         """Starts an engine with nothing kept; how long until its first images are there; and again, with what it kept."""
-        home = self.folder / "".join(c if c.isalnum() else "-" for c in name)
-        home.mkdir()
-        setting = replace(self.setting, folder=str(home))
-        try:
+        home = tempfile.mkdtemp(dir=self.folder)
+        setting = replace(self.setting, folder=home)
+        with self._or_left_out(name):
             rival = self._first_images(name, setting, batch, "first_image_s")
             if self.starts[name]["first_image_s"] < self.effort.again:
                 rival.close()
                 rival = self._first_images(name, setting, batch, "again_s")
             self.rivals.append(rival)
-        except RuntimeError as error:
-            self._leave_out(name, str(error))
 
     def _first_images(self, name: str, setting: Setting, batch: int, which: str) -> Rival:
         rival = Rival(name, setting)
         try:
-            rival.ask("loop", batch=batch, steps=FIRST_STEPS)
+            rival.ask("loop", batch=batch, steps=min(FIRST_STEPS, self.chain))
         except BaseException:
             rival.close()
             raise
         self.starts.setdefault(name, {})[which] = round(time.perf_counter() - rival.began, 2)
         return rival
 
-    def _leave_out(self, name: str, reason: str) -> None:
-        self.left_out[name] = reason
-        self.say(f"{name} left out: {reason}")
+    @contextmanager
+    def _or_left_out(self, name: str) -> Iterator[None]:
+        """From here on goes without an engine that fails inside, and says so. The first is the one that nothing goes without."""
+        try:
+            yield
+        except RuntimeError as error:
+            gone = [rival for rival in self.rivals if rival.label == name]
+            if not self.rivals or gone == self.rivals[:1]:
+                raise RuntimeError(f"{name}: {error}") from error
+            self.left_out[name] = str(error)
+            self.say(f"{name} left out: {error}")
+            for rival in gone:
+                self.rivals.remove(rival)
+                rival.close()
 
-    def case(self, batch: int, seconds: float | None = None) -> Case:
+    def case(self, batch: int) -> Case:
         """One batch size: errors, rounds, and a row for each engine. RuntimeError where ours cannot be timed."""
-        effort, rivals, errors = self.effort, [], {}
-        for rival in self.rivals:
-            try:
+        errors = {}
+        for rival in list(self.rivals):
+            with self._or_left_out(rival.label):
                 errors[rival.label] = self.truth.error(rival, batch)
-                rivals.append(rival)
-            except RuntimeError as error:
-                self._leave_out(rival.label, str(error))
-        if not rivals or rivals[0] is not self.rivals[0]:
-            raise RuntimeError(f"{self.rivals[0].label if self.rivals else 'no engine'}: {self.left_out}")
-        steps = effort.steps or self._steps(rivals, batch)
-        times: dict[str, dict[str, list[float]]] = {do: {r.label: [] for r in rivals} for do in ("forward", "loop")}
+        steps = self.effort.steps or self._steps(batch)
+        times: dict[str, dict[str, list[float]]] = {do: {r.label: [] for r in self.rivals} for do in ("forward", "loop")}
         began, rounds = time.perf_counter(), 0
-        while rounds < LEAST or time.perf_counter() - began < (effort.seconds if seconds is None else seconds):
-            for i in range(len(rivals)):
-                rival = rivals[(i + rounds) % len(rivals)]  # nobody always comes after the same one
-                time.sleep(effort.rest)
-                for do in times:
-                    found = rival.ask(do, **{"batch": batch, "steps": steps, "for": effort.burst})["times"]
-                    per_image = batch * (steps if do == "loop" else 1)
-                    times[do][rival.label].append(statistics.median(found) / per_image)
+        while rounds < LEAST or time.perf_counter() - began < self.effort.seconds:
+            first = rounds % len(self.rivals)  # nobody always comes after the same one
+            for rival in self.rivals[first:] + self.rivals[:first]:
+                time.sleep(self.effort.rest)
+                with self._or_left_out(rival.label):
+                    for do in times:
+                        found = rival.ask(do, **{"batch": batch, "steps": steps, "for": self.effort.burst})["times"]
+                        per_image = batch * (steps if do == "loop" else 1)
+                        times[do][rival.label].append(statistics.median(found) / per_image)
             rounds += 1
-        rows = [self._row(rival, batch, errors[rival.label], times, rivals[0].label) for rival in rivals]
+        rows = [self._row(rival, errors[rival.label], times) for rival in self.rivals]
         s = self.setting
         how = dict(batch=batch, dtype=s.dtype, device=s.device, threads=s.threads, size=list(self.subject.shape[1:]))
         more = dict(steps=steps, rounds=rounds, load=round(os.getloadavg()[0], 2), left_out=dict(self.left_out))
         return dict(**how, **more, rows=rows)
 
-    def _steps(self, rivals: list[Rival], batch: int) -> int:
-        slowest = max(rival.ask("loop", batch=batch, steps=4)["seconds"] for rival in rivals) / 4
-        return max(4, min(50, len(self.subject.checkpoint.schedule), round(1 / slowest)))
+    def _steps(self, batch: int) -> int:
+        """As many as the slowest does in a second."""
+        few, slowest = min(4, self.chain), 0.0
+        for rival in list(self.rivals):
+            with self._or_left_out(rival.label):
+                slowest = max(slowest, rival.ask("loop", batch=batch, steps=few)["seconds"] / few)
+        return max(few, min(50, self.chain, round(1 / slowest)))
 
-    def _row(self, rival: Rival, batch: int, error: float, times: dict[str, dict[str, list[float]]], own: str) -> dict[str, Any]:
+    @property
+    def chain(self) -> int:
+        return len(self.subject.checkpoint.schedule)
+
+    def _row(self, rival: Rival, error: float, times: dict[str, dict[str, list[float]]]) -> dict[str, Any]:
         row = dict(engine=rival.label, name=rival.name, reason=rival.reason, error=_short(error))
-        row |= {do: figures(t[rival.label], t[own]) for do, t in times.items()}
-        chain = len(self.subject.checkpoint.schedule)
-        row["images_per_s"] = _short(1e3 / (row["loop"]["ms"] * chain))  # of the whole chain
+        row |= {do: figures(t[rival.label], t[self.rivals[0].label]) for do, t in times.items()}
+        row["images_per_s"] = _short(1e3 / (row["loop"]["ms"] * self.chain))  # of the whole chain
         row["peak_bytes"] = rival.ask("memory")["bytes"]
         return row | self.starts[rival.label]

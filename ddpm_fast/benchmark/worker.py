@@ -77,11 +77,12 @@ class Worker:
         """The first outputs of a forward pass, and images of a few steps; of ours also those that the reference's steps come to
         with this engine's outputs.
         """
+        steps = min(CHECKED_STEPS, len(self.subject.checkpoint.schedule))
         few = lambda x: x[:CHECKED].float().cpu()
-        found = dict(output=few(self.peer.forward(*self.subject.inputs(batch))), images=few(self.peer.loop(batch, CHECKED_STEPS)))
+        found = dict(output=few(self.peer.forward(*self.subject.inputs(batch))), images=few(self.peer.loop(batch, steps)))
         if isinstance(self.peer, Ours):
             stepped = self.subject.sampler("reference", "fp32", self.peer.forward)
-            found["stepped"] = few(stepped.sample(batch, steps=CHECKED_STEPS, batch_size=batch, output="float"))
+            found["stepped"] = few(stepped.sample(batch, steps=steps, batch_size=batch, output="float"))
         torch.save(found, out)
         return {}
 
