@@ -124,6 +124,26 @@ def test_an_image_is_the_same_to_the_bit_in_every_batch(name):
             assert torch.equal(other(*(v[part] for v in given)), every[part]), (threads, part)
 
 
+def test_nobody_waits_for_a_thread_that_does_not_come():
+    """As on a machine whose other cores are busy: the one that is there takes over, and the bits are the same."""
+    from concurrent.futures import Future
+
+    unet = network()
+    given = batch(unet, 3)
+    here = engine(unet, threads=3)
+    every = here(*given)
+
+    class NobodyCame:
+        def submit(self, *_):
+            done = Future()
+            done.set_result(None)
+            return done
+
+    here._executor._helpers = NobodyCame()
+    assert torch.equal(here(*given), every)
+    assert torch.equal(here(*(v[:1] for v in given)), every[:1])
+
+
 def test_a_table_too_large_is_looked_up_row_by_row_to_the_same_function(monkeypatch):
     unet = network(num_classes=7)
     given = batch(unet, 5)

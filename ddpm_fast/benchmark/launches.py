@@ -97,7 +97,7 @@ def instructions(engine: CPUEngine, subject: Subject) -> list[Point]:
     executor = engine._executor
     x, t, *labels = (v[:1] for v in subject.inputs(1))
     executor.forward(x, t, labels[0] if labels else None)  # values as they come, in all of its memory
-    program = executor._programs[0]
+    program = executor._programs[-1]
     rows = executor.times.rows(t, labels[0] if labels else None)
     item = np.zeros((1, len(ITEM)), dtype=np.int64)
     item[:, COLUMN["x"]], item[:, COLUMN["row"]] = x.data_ptr(), rows.addresses
@@ -105,7 +105,7 @@ def instructions(engine: CPUEngine, subject: Subject) -> list[Point]:
 
     def seconds(repeated: np.ndarray[Any, Any]) -> float:
         def call() -> None:
-            job[: JOB.index("round")] = [0, 1, 1, item.ctypes.data, 0]
+            job[: JOB.index("yield_to_others")] = [0, 1, 1, item.ctypes.data, 0]
             executor._work(job.ctypes.data, repeated.ctypes.data, repeated.ctypes.data, len(repeated), 0, 1)
 
         return measure(call, torch.device("cpu"), 0.02).median

@@ -36,9 +36,10 @@ class NativeExecutor:
         self._work, self._engine, self.found_in_cache = compile_kernels()
         self.program = Network(unet, shape, vector_width())
         self.times = TimeTable(unet, *self.program.projection, timesteps)
-        self._memory = [_aligned_zeros(self.program.size) for _ in range(threads)]
+        # one a thread, and one for images that they share, which may begin while a thread still has one of its own
+        self._memory = [_aligned_zeros(self.program.size) for _ in range(threads + (threads > 1))]
         self._programs = [self.program.rows(m) for m in self._memory]
-        self._job = np.zeros(len(JOB), dtype=np.int64)
+        self._job = np.zeros(JOB.index("claims") + threads, dtype=np.int64)
         self._job[JOB.index("yield_to_others")] = _yield_to_others()
         self._begin_threads()
         own = weakref.ref(self)
@@ -112,14 +113,15 @@ class NativeExecutor:
         count, left = len(items), len(items) % self.threads
         alone = count - left if left <= self.threads * 3 // 4 else count
         threads = min(self.threads, count if alone == count else self.threads)
-        self._job[: JOB.index("round")] = [0, alone, count, items.ctypes.data, 0]
+        self._job[: JOB.index("yield_to_others")] = [0, alone, count, items.ctypes.data, 0]
+        self._job[JOB.index("claims") :] = 0
         rest = [self._helpers.submit(self._part, k, threads) for k in range(1, threads)]
         self._part(0, threads)
         for part in rest:
             part.result()
 
     def _part(self, thread: int, threads: int) -> None:
-        own, shared = self._programs[thread], self._programs[0]
+        own, shared = self._programs[thread], self._programs[-1]
         self._work(self._job.ctypes.data, own.ctypes.data, shared.ctypes.data, len(own), thread, threads)
 
 
