@@ -42,8 +42,8 @@ def _instructions(module: ir.Module, width: int) -> list[ir.Function]:
 
 
 def _turn(module: ir.Module, width: int, instructions: list[ir.Function]) -> ir.Function:
-    """turn(program, rows, item, i, part, parts): row i of a forward pass; row 0 takes the image in, row `rows` hands the output out, and
-    makes the step behind it if there are coefficients.
+    """turn(program, rows, item, i, part, parts): row i of a forward pass. Row 0 takes the image in; row `rows` hands the output out,
+    and makes the step behind it if there are coefficients.
     """
     f = Function(module, "turn", 6, width)
     program, rows, at, i, part, parts = f.arguments
@@ -103,7 +103,7 @@ def _work(module: ir.Module, width: int, turn: ir.Function) -> None:
 def _share(
     f: Function, turn: ir.Function, job: Value, j: dict[str, Value], program: Value, rows: Value, part: Value, parts: Value
 ) -> None:
-    """The images from `alone` on, by all threads: a row's parts are claimed, and no row begins before all parts of the last are done.
+    """The images from `alone` on, by all threads: a row's parts are claimed, and no row begins before all of the last are done.
 
     Turns count through all rows of all these images. Nobody waits for a thread that is not running, unless it has claimed a part:
     whoever is there takes over what nobody claims.
