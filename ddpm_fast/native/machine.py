@@ -42,8 +42,8 @@ def _instructions(module: ir.Module, width: int) -> list[ir.Function]:
 
 
 def _turn(module: ir.Module, width: int, instructions: list[ir.Function]) -> ir.Function:
-    """turn(program, rows, item, i, part, parts): row i of a forward pass. Row 0 takes the image in; row `rows` hands the output out,
-    and makes the step behind it if there are coefficients.
+    """turn(program, rows, item, i, part, parts): row i of a forward pass. Row 0 takes the image in; row `rows` hands the output
+    out, and makes the step behind it if there are coefficients.
     """
     f = Function(module, "turn", 6, width)
     program, rows, at, i, part, parts = f.arguments
