@@ -70,7 +70,7 @@ def test_loop(name, network, dtype, batch, rival, setting, timed, benchmark):
     error = Truth(setting.subject()).error(rival, batch)  # fails where that or the loop is wrong
     seconds = timed(lambda: rival.ask("loop", batch=batch, steps=STEPS), error, float("inf"), rounds=5, engine=rival.name)
     rate = batch * STEPS / seconds
-    memory = rival.ask("memory")["bytes"]
+    memory = rival.ask("memory", batch=batch)["bytes"]
     benchmark.extra_info.update(
         ms_per_step=1e3 * seconds / STEPS, image_steps_per_s=rate, images_per_s=rate / 1000, peak_bytes=memory
     )

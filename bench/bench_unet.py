@@ -69,7 +69,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_forward(name, dtype, network, batch, timed, device, tiny, folder, benchmark):
     if tiny and (name not in ("ddpm_fast", "plain PyTorch", "diffusers") or batch > 1):
         pytest.skip("not in tiny")
-    subject = subject_of(network, dtype, str(device), tiny, folder)
+    own = folder / f"{network}-{dtype}"
+    own.mkdir(exist_ok=True)
+    subject = subject_of(network, dtype, str(device), tiny, own)
     made = peer_of(name, subject)
     if isinstance(made, str):
         pytest.skip(f"{name}: {made}")

@@ -68,7 +68,10 @@ def _loops(bench: Bench, peer: Peer, unet: UNet, network: str, batches: tuple[in
             yield dict(what=peer.name, network=network, batch=batch, error=error, failed=True, summary="wrong: not timed")
             continue
         steps = 2 if bench.tiny else 100 if batch == 1 else 20
+        if isinstance(peer, Ours):
+            peer.forget()
         if bench.device.type == "cuda":
+            gc.collect()
             torch.cuda.reset_peak_memory_stats()
         peer.loop(batch, 16 if not bench.tiny else 1)
         timing = bench.clock(partial(peer.loop, batch, steps))

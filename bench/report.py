@@ -234,8 +234,8 @@ def cpu_where() -> str:
     return "\n".join(lines)
 
 
-HEAD = ["", "ours, ms an image and step", "fastest other: ours is faster by", "eager: ours is faster by", ""]
-HEAD_ZH = ["", "本库，毫秒（每图每步）", "最快的其他引擎：本库快几倍", "比 eager 快几倍", ""]
+HEAD = ["", "ours, ms an image and step", "fastest other: ours is faster by", "diffusers eager: ours is faster by", ""]
+HEAD_ZH = ["", "本库，毫秒（每图每步）", "最快的其他引擎：本库快几倍", "diffusers eager：本库快几倍", ""]
 
 
 def readme_table(head: list[str], measured: str = "measured", predicted: str = "predicted") -> str:

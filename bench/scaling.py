@@ -8,9 +8,10 @@ A fit is a sum of powers that have a reason to be there (`POWERS`), by least squ
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -118,24 +119,42 @@ def measured() -> dict[str, Any]:
     """The network that ships, by the CPU engine."""
     base = NETWORKS["fashion_mnist"]
     series: dict[str, Series] = dict(
-        batch=[_measure(base, n, 32, 10) | dict(x=n) for n in (1, 2, 4, 8, 16, 32)],
-        size=[_measure(base, 2, n, 10) | dict(x=n) for n in (16, 24, 32, 48, 64, 96)],
-        channels=[_measure(scaled(base, n), 2, 32, 10) | dict(x=n) for n in (32, 64, 96, 128, 192)],
-        steps=[_measure(base, 2, 32, n) | dict(x=n) for n in (2, 5, 10, 20, 50, 100)],
+        batch=[_step(base, n, 32) | dict(x=n) for n in (1, 2, 4, 8, 16, 32)],
+        size=[_step(base, 2, n) | dict(x=n) for n in (16, 24, 32, 48, 64, 96)],
+        channels=[_step(scaled(base, n), 2, 32) | dict(x=n) for n in (32, 64, 96, 128, 192)],
+        steps=[_loop(base, n) | dict(x=n) for n in (2, 5, 10, 20, 50, 100)],
     )
-    for row in series["steps"]:  # where the whole loop is what grows
-        row["ms"] *= row["x"]
     return dict(command="python -m bench.scaling", environment=environment(), series=series)
 
 
-def _measure(config: UNetConfig, batch: int, size: int, steps: int) -> dict[str, Any]:
-    """A step among so many; the engine's memory."""
+def _step(config: UNetConfig, batch: int, size: int) -> dict[str, Any]:
+    """A step among ten, without what a loop begins and ends with."""
+    sampler = _sampler(config, size)
+    table, begun = sampler.table(steps=10), sampler.begin(torch.arange(batch), 0)
+
+    def steps() -> None:
+        for _ in sampler.engine.steps(copy.deepcopy(begun), table):
+            pass
+
+    return _timed(steps, sampler, 10)
+
+
+def _loop(config: UNetConfig, steps: int) -> dict[str, Any]:
+    """A whole loop of two images."""
+    sampler = _sampler(config, 32)
+    return _timed(lambda: sampler.sample(2, steps=steps, output="float"), sampler, 1)
+
+
+def _sampler(config: UNetConfig, size: int) -> Sampler:
     torch.manual_seed(0)
-    sampler = Sampler(UNet(config).eval(), NoiseSchedule.linear(), (config.in_channels, size, size), engine="cpu")
-    timing = measure(lambda: sampler.sample(batch, steps=steps, batch_size=batch, output="float"), sampler.device, 3)
+    return Sampler(UNet(config).eval(), NoiseSchedule.linear(), (config.in_channels, size, size), engine="cpu")
+
+
+def _timed(call: Callable[[], object], sampler: Sampler, steps: int) -> dict[str, Any]:
+    timing = measure(call, sampler.device, 3)
     engine: Any = sampler.engine
     row = dict(ms=1e3 * timing.median / steps, spread=timing.spread, bytes=engine.memory)
-    print(batch, size, config.channels, steps, row, flush=True)
+    print(row, flush=True)
     return row
 
 

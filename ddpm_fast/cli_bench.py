@@ -15,7 +15,7 @@ from .benchmark import results
 from .benchmark.charts import draw
 from .benchmark.launches import ceilings, points
 from .benchmark.peers import PEERS
-from .benchmark.race import Effort, race
+from .benchmark.race import Effort, case_of, race
 from .benchmark.worker import Setting
 from .cli_common import PATH, parse_size, pick_device, report_of
 from .engine import PRECISIONS
@@ -112,34 +112,43 @@ def _run(
     again: float = 0,
     several: bool = False,
 ) -> None:
-    names = [MINE, *_peers(peers)]
-    picture = _picture(out)
-    old = None if compare is None else results.read(compare)
+    names, picture = [MINE, *_peers(peers)], _picture(out)
     on = pick_device(device) or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if dtypes == [None]:
         dtypes = ["fp32"] if on.type == "cpu" else ["bf16", "fp8"] if several else ["bf16"]
+    if on.type == "cuda":
+        torch.cuda.set_device(on)
+    elif "fp8" in dtypes:
+        raise ValueError(f"fp8 is for our own kernels on a GPU; this is {on}: take fp32, fp16 or bf16")
+    settings = [Setting(str(weights), str(d), str(on), torch.get_num_threads(), parse_size(size)) for d in dtypes]
+    subject = settings[0].subject()
+    chain = len(subject.checkpoint.schedule)
+    if steps is not None and steps > chain:
+        raise ValueError(f"--steps {steps}: this network's chain has {chain}; give at most so many")
+    result = results.begin(subject, weights.resolve().name, chain)
+    old = _older(compare, out)
+    planned = [(s, batch, _then(old, result, case_of(s, batch, subject))) for s in settings for batch in batches]
     say: Callable[[str], None] = lambda line: click.echo(line, err=as_json)
-    effort = Effort(seconds=seconds, steps=steps, again=again)
-    result: dict[str, Any] = {}
-    for dtype in dtypes:
-        setting = Setting(str(weights), str(dtype), str(on), torch.get_num_threads(), parse_size(size))
-        if not result:
-            subject = setting.subject()
-            result = results.begin(subject, weights.resolve().name, len(subject.checkpoint.schedule))
-            if old is not None and old["network"] != result["network"]:
-                results.changes(old, result)  # refuses it, before any long work
-        with race(setting, names, batches[0], effort, lambda line: click.echo(line, err=True)) as r:
-            for batch in batches:
-                result["cases"].append(r.case(batch))
+    complain: Callable[[str], None] = lambda line: click.echo(line, err=True)
+    for setting in settings:
+        with race(setting, names, batches[0], Effort(seconds, steps=steps, again=again), complain) as r:
+            for batch, then in ((b, t) for s, b, t in planned if s is setting):
+                result["cases"].append(r.case(batch, then))
                 results.write(out, result)
                 say(results.table_of(result["cases"][-1], result["network"]) + "\n")
-    result["ceilings"] = ceilings(on, str(dtypes[-1]))
-    result["launches"] = points(setting.subject(), batches[-1])
+    result["ceilings"] = ceilings(on, settings[-1].dtype)
+    result["launches"] = points(settings[-1].subject(), batches[-1])
     results.write(out, result)
     if picture is not None:
         draw(result, picture)
     say(f"-> {out}" + (f", {picture}" if picture else "; a picture needs the extra plot: pip install 'ddpm-fast[plot]'"))
-    found = [] if old is None else results.changes(old, result)
+    _judge([] if old is None else results.changes(old, result), threshold, result, as_json, say)
+
+
+def _judge(
+    found: list[results.Change], threshold: float, result: results.Result, as_json: bool, say: Callable[[str], None]
+) -> None:
+    """Says what changed since the older file; exit code 1 where ours got slower."""
     for change in found:
         say(change.line())
     worse = results.slower(found, threshold / 100)
@@ -148,6 +157,20 @@ def _run(
     if worse:
         click.echo(f"ddpm-fast: {len(worse)} of {len(found)} got slower by more than {threshold:g} %", err=True)
         sys.exit(1)
+
+
+def _older(compare: Path | None, out: Path) -> dict[str, Any] | None:
+    """The result to compare with. ValueError where it is none, or would be overwritten."""
+    if compare is None:
+        return None
+    if compare.resolve() == out.resolve():
+        raise ValueError(f"--compare {compare} is the file that --out would overwrite; give another --out")
+    return results.read(compare)
+
+
+def _then(old: dict[str, Any] | None, result: dict[str, Any], case: dict[str, Any]) -> int | None:
+    """How many steps the older file's loops had. ValueError, before any long work, where it has no such case."""
+    return None if old is None else results.same_case(old, result["network"], case)["steps"]
 
 
 def _peers(text: str | None) -> list[str]:

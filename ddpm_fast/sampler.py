@@ -6,6 +6,7 @@ drawn, at which place, or beside which others.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -408,5 +409,6 @@ def _fingerprint(model: Callable[..., Tensor]) -> bytes:
 def _bits(p: Tensor) -> Tensor:
     last = p.ndim == 4 and p.is_contiguous(memory_format=torch.channels_last)
     flat = (p.permute(0, 2, 3, 1) if last else p).flatten()
-    whole = next(kind for kind in (torch.int64, torch.int32, torch.int16, torch.uint8) if flat.nbytes % kind.itemsize == 0)
+    places = math.gcd(flat.nbytes, flat.storage_offset() * flat.itemsize)  # a parameter may be a view into a larger tensor
+    whole = next(kind for kind in (torch.int64, torch.int32, torch.int16, torch.uint8) if places % kind.itemsize == 0)
     return flat.view(whole).sum(dtype=torch.int64)

@@ -100,6 +100,10 @@ class WrongEnd(Plain):
     def loop(self, count, steps):
         return 2 * super().loop(count, steps)
 
+class WrongCount(Plain):
+    def loop(self, count, steps):
+        return super().loop(1, steps)
+
 class WrongStep(Ours):
     def loop(self, count, steps):
         return 0.999 * super().loop(count, steps)
@@ -129,6 +133,7 @@ def test_what_is_wrong_is_not_timed(weights, planted):
     wrong = {
         "planted:WrongNetwork": "its output is off by 1.0e-04",
         "planted:WrongEnd": "its loop does not end in images",
+        "planted:WrongCount": "its loop drew (1, 3, 8, 8); expected (2, 3, 8, 8)",
         "planted:WrongStep": "its steps are off by 1.0e-03",
         "planted:Dies": "its process ended with 9",
         "planted:DiesLater": "RuntimeError: out of paper",  # in the second round or so
@@ -152,6 +157,11 @@ def test_peers_say_why_they_cannot_be_had():
     labelled = Subject(Checkpoint(UNet(replace(TINY_UNET, num_classes=3)), NoiseSchedule.linear()))
     with pytest.raises(Missing, match="passes no labels"):
         Pipeline(labelled)
+    other_size = Subject(Checkpoint(UNet(TINY_UNET), NoiseSchedule.linear()), size=(16, 8))
+    with pytest.raises(Missing, match="of the size that the network was trained at"):
+        Pipeline(other_size)
+    with pytest.raises(ValueError, match="names no sample_size"):
+        _ = Subject(Checkpoint(UNet(replace(TINY_UNET, sample_size=None)), NoiseSchedule.linear())).shape
     with pytest.raises(Missing, match="does not compute in fp8"):
         peer("plain PyTorch", replace(labelled, dtype="fp8"))
     with pytest.raises(Missing, match="in fp32 on a CPU only"):
@@ -195,8 +205,11 @@ def test_instructions_cost_what_the_network_does():
         unet = UNet(c)
     embedding = sum(2 * m.weight.numel() for m in unet.modules() if isinstance(m, torch.nn.Linear))
     assert products == unet_cost(c).flops - embedding
-    weights = sum(4 * m.weight.numel() for m in unet.modules() if isinstance(m, torch.nn.Conv2d))
-    assert sum(moved for what, _, moved in found if what == "gemm") > weights
+    # each product moves its input once (16 of a stride-2 convolution's 4 pixels a pixel), its weights, its output, a residual
+    maps = {"conv_in": (16 * 16, 16 * 16, 0), "down_blocks.0.downsamplers.0.conv": (16 * 16, 4 * 16, 0)}
+    for (name, (into, out, residual)), number in zip(maps.items(), (0, 3), strict=True):
+        moved = [moved for what, _, moved in found if what == "gemm"][number]
+        assert moved == 4 * (into + out + residual + unet.get_submodule(name).weight.numel())
 
 
 def test_every_instruction_becomes_a_point():
@@ -214,7 +227,7 @@ def test_every_instruction_becomes_a_point():
 # ---- what got slower
 
 
-def result(ours, plain, spread=0.01):
+def result(ours, plain, spread=0.01, steps=10):
     """One case of made-up figures in ms: ours, plain PyTorch; every interval 1 % wide on either side."""
 
     def of(ms):
@@ -225,8 +238,8 @@ def result(ours, plain, spread=0.01):
     rows = [dict(engine="ddpm_fast", forward=of(ours), loop=of(ours))]
     if plain is not None:
         rows.append(dict(engine="plain PyTorch", forward=of(plain), loop=of(plain)))
-    case = dict(batch=1, dtype="fp32", device="cpu", size=[8, 8], rows=rows)
-    return dict(network=dict(name="tiny"), cases=[case])
+    case = dict(batch=1, dtype="fp32", size=[8, 8], device_name="abacus", threads=2, steps=steps, rows=rows)
+    return dict(network=dict(name="tiny", parameters=9), cases=[case])
 
 
 @pytest.mark.parametrize(
@@ -239,6 +252,7 @@ def result(ours, plain, spread=0.01):
         (result(2.0, 8.0), result(2.4, 8.0, spread=0.3), []),  # within the noise
         (result(2.0, 8.0), result(1.5, 8.0), []),
         (result(2.0, None), result(2.4, 8.0), [0.2, 0.2]),  # nothing to measure by: the clock
+        (result(2.0, 8.0), result(2.4, 8.0, steps=4), [0.2]),  # loops that share their beginning among fewer steps: forward alone
     ],
 )
 def test_what_got_slower_is_found_and_noise_is_not(then, now, found):
@@ -246,14 +260,21 @@ def test_what_got_slower_is_found_and_noise_is_not(then, now, found):
     assert [c.by for c in worse] == pytest.approx(found)
 
 
-def test_other_networks_and_cases_are_not_compared():
-    other = result(1.0, 2.0) | dict(network=dict(name="large"))
-    with pytest.raises(ValueError, match="of another network: large"):
-        results.changes(other, result(1.0, 2.0))
-    there = result(1.0, 2.0)
-    there["cases"][0]["batch"] = 7
-    with pytest.raises(ValueError, match="none of these cases; it has batch 7"):
-        results.changes(there, result(1.0, 2.0))
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (dict(network=dict(name="tiny", parameters=8)), "of another network: parameters 8 there, 9 here"),
+        (dict(batch=7), "no case of batch 1, .*; its first is of batch 7"),
+        (dict(threads=1), "threads 2; its first is of .*threads 1"),
+        (dict(device_name="another"), "device_name abacus, .* device_name another"),
+    ],
+)
+def test_unlike_things_are_not_compared(changed, message):
+    old = result(1.0, 2.0)
+    old["cases"][0].update({k: v for k, v in changed.items() if k != "network"})
+    old["network"] = changed.get("network", old["network"])
+    with pytest.raises(ValueError, match=message):
+        results.changes(old, result(1.0, 2.0))
 
 
 def test_rows_that_ours_does_not_lead_say_so():
@@ -291,6 +312,7 @@ def test_commands(weights, tmp_path, capsys, monkeypatch):
             row[what]["ours_is_faster_by"] *= 1000
             row[what]["from_to"] = [1000 * v for v in row[what]["from_to"]]
     (tmp_path / "old.json").write_text(json.dumps(found))
+    how = how[:4] + how[6:]  # as many steps as the older file has
     code, text, err = call(capsys, "latency", *how, "--out", tmp_path / "b.json", "--compare", tmp_path / "old.json", "--json")
     assert code == 1 and "2 of 2 got slower by more than 5 %" in err
     report = json.loads(text)
@@ -308,11 +330,24 @@ def test_commands(weights, tmp_path, capsys, monkeypatch):
         (("--compare", "nothing.json"), "nothing.json is no result of ddpm-fast bench"),
         (("--dtype", "fp4"), "'fp4' is not one of"),
         (("--device", "abacus"), "--device abacus"),
+        (("--steps", "200"), "--steps 200: this network's chain has 100"),
+        (("--dtype", "fp8"), "fp8 is for our own kernels on a GPU"),
     ],
 )
 def test_bad_input_is_one_line(weights, capsys, arguments, message):
     code, _, err = call(capsys, "throughput", "--weights", weights, *arguments)
     assert code == 2 and message in err and err.count("\n") == 1
+
+
+def test_the_file_to_compare_with_is_not_overwritten(weights, capsys, tmp_path):
+    for name in ("bench.json", "older.json"):
+        (tmp_path / name).write_text(json.dumps(result(1.0, 2.0)))
+    how = ("latency", "--weights", weights, "--out", tmp_path / "bench.json", "--compare")
+    code, _, err = call(capsys, *how, tmp_path / "bench.json")
+    assert code == 2 and "is the file that --out would overwrite" in err
+    code, _, err = call(capsys, *how, tmp_path / "older.json")  # refused before anything is begun
+    assert code == 2 and "of another network" in err
+    assert json.loads((tmp_path / "bench.json").read_text()) == result(1.0, 2.0)
 
 
 def test_sweeps_of_nothing_are_refused(weights, capsys):

@@ -226,6 +226,26 @@ def test_new_weights_are_seen(engine, how):
     torch.testing.assert_close(after, sampler("reference", model).sample(2, steps=3, output="float"), rtol=0, atol=1e-4)
 
 
+def test_every_bit_of_every_weight_counts():
+    """Odd sizes, half precision, any memory layout, views into a larger tensor at any place."""
+    from ddpm_fast.sampler import _fingerprint
+
+    flat = torch.randn(101)
+    values = [torch.randn(3), torch.randn(()), torch.randn(5, 7).half().t(), flat[1:4], flat[5:11].view(2, 3), torch.zeros(0)]
+    values.append(torch.randn(4, 2, 3, 3).contiguous(memory_format=torch.channels_last))
+    model = torch.nn.ParameterList([torch.nn.Parameter(v) for v in values])
+    before = _fingerprint(model)
+    assert _fingerprint(model) == before
+    for p in model:
+        for i in range(p.numel()):
+            at = torch.unravel_index(torch.tensor(i), p.shape)
+            old = p.data[at].clone()
+            p.data[at] = torch.nextafter(old.float(), torch.tensor(9.0)).to(p.dtype) if p.dtype == torch.float32 else old * 1.01
+            assert _fingerprint(model) != before
+            p.data[at] = old
+    assert _fingerprint(model) == before
+
+
 def test_a_sampler_may_be_used_while_its_images_are_on_their_way(graphed):
     """Also for as many images: they get places of their own."""
     s, want = graphed(), sampler("reference").sample(4, steps=6, output="float")

@@ -51,9 +51,7 @@ def bars(axes: Any, result: Result) -> None:
     axes.invert_yaxis()
     axes.set_xlabel("sampling loop: ms per image and step")
     what = "; ".join(f"batch {c['batch']}" for c in cases)
-    axes.set_title(
-        f"{result['network']['name']}, {what}, {cases[0]['dtype']} on {_device(result, cases[0])}", loc="left", fontsize=9
-    )
+    axes.set_title(f"{result['network']['name']}, {what}, {cases[0]['dtype']} on {_device(cases[0])}", loc="left", fontsize=9)
 
 
 def throughput(axes: Any, result: Result) -> None:
@@ -78,12 +76,11 @@ def throughput(axes: Any, result: Result) -> None:
     axes.set_xticks(every, [str(b) for b in every])
     axes.minorticks_off()
     axes.legend(frameon=False, fontsize=8)
-    axes.set_title(f"{result['network']['name']} on {_device(result, result['cases'][0])}", loc="left", fontsize=9)
+    axes.set_title(f"{result['network']['name']} on {_device(result['cases'][0])}", loc="left", fontsize=9)
 
 
-def _device(result: Result, case: dict[str, Any]) -> str:
-    e = result["environment"]
-    return f"{e['cpu']}, {case['threads']} threads" if case["device"] == "cpu" else e["gpus"][0]["name"]
+def _device(case: dict[str, Any]) -> str:
+    return case["device_name"] + (f", {case['threads']} threads" if case["device"] == "cpu" else "")
 
 
 def roofline(axes: Any, points: Iterable[dict[str, Any]], ceilings: Iterable[dict[str, Any]], predicted: bool = False) -> None:

@@ -58,7 +58,10 @@ class Subject:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        return self.unet.config.in_channels, *(self.size or self.unet.config.size or (32, 32))
+        size = self.size or self.unet.config.size
+        if size is None:
+            raise ValueError("the network names no sample_size; give a size (height, width)")
+        return self.unet.config.in_channels, *size
 
     @property
     def half(self) -> torch.dtype:
@@ -108,7 +111,7 @@ class Ours:
         self.sampler = subject.sampler(engine)
         self.name = f"ddpm_fast {self.sampler.engine.name} {subject.dtype}"
         self.reason = self.sampler.engine.reason
-        self._graphs: dict[int, tuple[Any, Any]] = {}
+        self._graph: tuple[int, Any, Any] | None = None
 
     @torch.no_grad()
     def forward(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -126,11 +129,16 @@ class Ours:
     def _captured(self, engine: Any, given: tuple[Tensor, ...]) -> tuple[Any, Callable[[], object]]:
         """The network alone as one graph: what `Sampler` captures is the whole step."""
         batch = len(given[0])
-        if batch not in self._graphs:
+        if self._graph is None or self._graph[0] != batch:
+            self.forget()
             fused = engine.network(batch)
             run = fused.load(*given).run
-            self._graphs[batch] = fused, engine.graph(run) if engine.graph is not None else run
-        return self._graphs[batch]
+            self._graph = batch, fused, engine.graph(run) if engine.graph is not None else run
+        return self._graph[1:]
+
+    def forget(self) -> None:
+        """Gives back what forward passes hold besides what loops do."""
+        self._graph = None
 
     def loop(self, count: int, steps: int) -> Tensor:
         return self.sampler.sample(count, steps=steps, batch_size=count, output="float")
@@ -167,6 +175,7 @@ def _compiled(model: nn.Module, subject: Subject) -> Callable[..., Tensor]:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(subject.folder / "inductor")
     import torch._inductor.config as inductor
 
+    torch._dynamo.config.recompile_limit = 1000  # one for each batch size; past its limit it would go on eagerly, without a word
     on_gpu = subject.device.type == "cuda"
     inductor.freezing = not on_gpu  # weights as constants, laid out for the CPU's products
     return torch.compile(model, mode="reduce-overhead" if on_gpu else None, dynamic=False)
@@ -228,6 +237,8 @@ class Pipeline(Diffusers):
     def __init__(self, subject: Subject) -> None:
         if subject.unet.config.num_classes is not None:
             raise Missing("passes no labels, which this network needs")
+        if subject.shape[1:] != subject.unet.config.size:
+            raise Missing("draws images of the size that the network was trained at")
         if subject.dtype == "bf16":
             raise Missing("hands images over through numpy, which has no bf16")
         super().__init__(subject)

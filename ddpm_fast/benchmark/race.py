@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import random
 import select
 import statistics
 import subprocess
@@ -23,9 +24,10 @@ from typing import IO, Any
 
 import torch
 
+from ..environment import environment
 from ..testing import relative_error
 from .peers import Subject
-from .worker import CHECKED, Setting
+from .worker import Setting
 
 Case = dict[str, Any]  # one batch size, in one type: becomes JSON
 ALLOWED = {"fp32": 1e-5, "fp16": 5e-3, "bf16": 0.05, "fp8": 0.15}  # relative error of a forward pass against fp64
@@ -58,7 +60,9 @@ class Rival:
         self.label = name
         spec = json.dumps(dict(peer=name, setting=asdict(setting)))
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
-        env = {**os.environ, **({} if setting.folder is None else {"DDPM_FAST_CACHE": setting.folder})}
+        # nothing kept from before: ours, Triton's and torch.compile's
+        caches = ("DDPM_FAST_CACHE", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
+        env = {**os.environ, **({} if setting.folder is None else {name: f"{setting.folder}/{name}" for name in caches})}
         self.began = time.perf_counter()
         self._process = subprocess.Popen(
             [sys.executable, "-m", "ddpm_fast.benchmark.worker", spec],
@@ -129,7 +133,7 @@ class Truth:
             out = Path(folder) / "out.pt"
             rival.ask("check", batch=batch, out=str(out))
             found = torch.load(out, weights_only=True)
-        x, *rest = (v[:CHECKED] for v in self.subject.inputs(batch))
+        x, *rest = (v[[0, -1]] for v in self.subject.inputs(batch))
         error, allowed = relative_error(found["output"], self._exact(x.double(), *rest).cpu()), ALLOWED[self.subject.dtype]
         if not error <= allowed:
             raise RuntimeError(f"wrong, so not timed: its output is off by {error:.1e}, {allowed:.1e} allowed")
@@ -167,6 +171,14 @@ def figures(times: list[float], own: list[float]) -> dict[str, Any]:
 
 def _short(v: float) -> float:
     return float(f"{v:.4g}")
+
+
+def case_of(setting: Setting, batch: int, subject: Subject) -> Case:
+    """What a case is of: two with the same can be compared."""
+    on_gpu = subject.device.type == "cuda"
+    name = torch.cuda.get_device_name(subject.device) if on_gpu else environment()["cpu"]
+    what = dict(batch=batch, dtype=setting.dtype, size=list(subject.shape[1:]))
+    return dict(**what, device=subject.device.type, device_name=name, threads=setting.threads)
 
 
 # ---- the race
@@ -235,18 +247,20 @@ class Race:
                 self.rivals.remove(rival)
                 rival.close()
 
-    def case(self, batch: int) -> Case:
-        """One batch size: errors, rounds, and a row for each engine. RuntimeError where ours cannot be timed."""
+    def case(self, batch: int, steps: int | None = None) -> Case:
+        """One batch size: errors, rounds, and a row for each engine. RuntimeError where ours cannot be timed.
+
+        steps: of the loops, where the effort names none
+        """
         errors = {}
         for rival in list(self.rivals):
             with self._or_left_out(rival.label):
                 errors[rival.label] = self.truth.error(rival, batch)
-        steps = self.effort.steps or self._steps(batch)
+        steps = self.effort.steps or steps or self._steps(batch)
         times: dict[str, dict[str, list[float]]] = {do: {r.label: [] for r in self.rivals} for do in ("forward", "loop")}
         began, rounds = time.perf_counter(), 0
         while rounds < LEAST or time.perf_counter() - began < self.effort.seconds:
-            first = rounds % len(self.rivals)  # nobody always comes after the same one
-            for rival in self.rivals[first:] + self.rivals[:first]:
+            for rival in random.Random(rounds).sample(self.rivals, len(self.rivals)):  # in another order each time
                 time.sleep(self.effort.rest)
                 with self._or_left_out(rival.label):
                     for do in times:
@@ -254,11 +268,9 @@ class Race:
                         per_image = batch * (steps if do == "loop" else 1)
                         times[do][rival.label].append(statistics.median(found) / per_image)
             rounds += 1
-        rows = [self._row(rival, errors[rival.label], times) for rival in self.rivals]
-        s = self.setting
-        how = dict(batch=batch, dtype=s.dtype, device=s.device, threads=s.threads, size=list(self.subject.shape[1:]))
+        rows = [self._row(rival, batch, errors[rival.label], times) for rival in self.rivals]
         more = dict(steps=steps, rounds=rounds, load=round(os.getloadavg()[0], 2), left_out=dict(self.left_out))
-        return dict(**how, **more, rows=rows)
+        return dict(**case_of(self.setting, batch, self.subject), **more, rows=rows)
 
     def _steps(self, batch: int) -> int:
         """As many as the slowest does in a second."""
@@ -272,9 +284,9 @@ class Race:
     def chain(self) -> int:
         return len(self.subject.checkpoint.schedule)
 
-    def _row(self, rival: Rival, error: float, times: dict[str, dict[str, list[float]]]) -> dict[str, Any]:
+    def _row(self, rival: Rival, batch: int, error: float, times: dict[str, dict[str, list[float]]]) -> dict[str, Any]:
         row = dict(engine=rival.label, name=rival.name, reason=rival.reason, error=_short(error))
         row |= {do: figures(t[rival.label], t[self.rivals[0].label]) for do, t in times.items()}
         row["images_per_s"] = _short(1e3 / (row["loop"]["ms"] * self.chain))  # of the whole chain
-        row["peak_bytes"] = rival.ask("memory")["bytes"]
+        row["peak_bytes"] = rival.ask("memory", batch=batch)["bytes"]
         return row | self.starts[rival.label]

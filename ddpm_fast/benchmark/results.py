@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -44,7 +43,7 @@ def read(path: Path) -> Result:
     """ValueError for what is no file of this kind."""
     try:
         result = json.loads(path.read_text())
-        _ = [row["loop"]["ms"] for case in result["cases"] for row in case["rows"]], result["network"]["name"]
+        _ = [(c["steps"], c["threads"], row["loop"]["ms"]) for c in result["cases"] for row in c["rows"]], result["network"]["name"]
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no result of ddpm-fast bench ({type(error).__name__}: {error})") from None
     return result
@@ -116,31 +115,43 @@ class Change:
         return f"{self.what}: {self.then_ms:g} -> {self.now_ms:g} ms, {self.by:+.1%}{beside}{noise}"
 
 
+def same_case(old: Result, network: dict[str, Any], case: dict[str, Any]) -> dict[str, Any]:
+    """The older file's case of this network, batch, type, size, device and number of threads. ValueError where it has none."""
+    if old["network"] != network:
+        differs = ", ".join(
+            f"{k} {old['network'].get(k)} there, {v} here" for k, v in network.items() if old["network"].get(k) != v
+        )
+        raise ValueError(f"that file is of another network: {differs}")
+    keys = ("batch", "dtype", "size", "device_name", "threads")
+    found = [c for c in old["cases"] if all(c.get(k) == case[k] for k in keys)]
+    if not found:
+        wanted, there = (", ".join(f"{k} {c.get(k)}" for k in keys) for c in (case, old["cases"][0]))
+        raise ValueError(f"that file has no case of {wanted}; its first is of {there}")
+    return found[0]
+
+
 def changes(old: Result, new: Result) -> list[Change]:
-    """Every figure of ours that both have. ValueError where they have none, or are of different networks.
+    """Every figure of ours in the newer file against the older one's. Loops of different lengths are not compared: they share
+    their beginning among more or fewer steps. ValueError as of `same_case`.
 
     Machines have better and worse days, and whoever shares them: so ours is measured by plain PyTorch's time in the same rounds.
     """
-    if old["network"] != new["network"]:
-        raise ValueError(f"that file is of another network: {old['network']['name']}, this one of {new['network']['name']}")
-    before = dict(_figures(old))
-    found = [_change(what, before[what], now) for what, now in _figures(new) if what in before]
-    if not found:
-        raise ValueError(f"that file has none of these cases; it has {', '.join(before)}")
+    found = []
+    for case in new["cases"]:
+        before = same_case(old, new["network"], case)
+        for what in ("forward", "loop") if before["steps"] == case["steps"] else ("forward",):
+            name = f"batch {case['batch']}, {case['dtype']}, {what}"
+            found.append(_change(name, _figures(before, what), _figures(case, what)))
     return found
 
 
 Figures = tuple[dict[str, Any], dict[str, Any] | None]
 
 
-def _figures(result: Result) -> Iterator[tuple[str, Figures]]:
-    """(what, (ours, plain PyTorch's)) of every case, forward pass and loop."""
-    for case in result["cases"]:
-        rows = {row["engine"]: row for row in case["rows"]}
-        ours, yardstick = case["rows"][0], rows.get(YARDSTICK)
-        for what in ("forward", "loop"):
-            where = f"batch {case['batch']}, {case['dtype']}, {case['device']}, {'x'.join(map(str, case['size']))}, {what}"
-            yield where, (ours[what], None if yardstick is None else yardstick[what])
+def _figures(case: dict[str, Any], what: str) -> Figures:
+    """Ours, and plain PyTorch's."""
+    yardstick = [row[what] for row in case["rows"] if row["engine"] == YARDSTICK]
+    return case["rows"][0][what], yardstick[0] if yardstick else None
 
 
 def _change(what: str, then: Figures, now: Figures) -> Change:

@@ -5,11 +5,12 @@ A request is a line of JSON on stdin, the answer one on stdout; what libraries p
     {"do": "loop", "batch": 4, "steps": 10}          images are drawn            -> {"seconds": ...}
     {"do": "check", "batch": 4, "out": FILE}         what the engine computes goes into FILE, for the caller to judge
     {"do": "forward" | "loop", ..., "for": 0.3}      again and again, so many seconds -> {"times": [seconds of each]}
-    {"do": "memory"}                                 -> {"bytes": the most that were in use}
+    {"do": "memory", "batch": 4}                     -> {"bytes": the most that were in use, on a GPU by a loop alone}
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..calibration import load_calibration
 from ..checkpoint import load_pretrained
@@ -27,7 +29,6 @@ from ..environment import peak_memory
 from ..unet import channels_last
 from .peers import Missing, Ours, Peer, Subject, peer
 
-CHECKED = 2  # images whose results are judged
 CHECKED_STEPS = 3
 
 
@@ -50,16 +51,24 @@ class Setting:
         return Subject(checkpoint, self.dtype, None if self.folder is None else Path(self.folder), size, calibration)
 
 
+def checked(batch: Tensor) -> Tensor:
+    """The images whose results are judged: the first and the last."""
+    return batch[[0, -1]].float().cpu()
+
+
 class Worker:
     def __init__(self, name: str, setting: Setting) -> None:
         torch.set_num_threads(setting.threads)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
+        if torch.device(setting.device).type == "cuda":
+            torch.cuda.set_device(setting.device)
         self.subject = setting.subject()
         self.peer: Peer = peer(name, self.subject)
         self.hello = dict(name=self.peer.name, reason=getattr(self.peer, "reason", ""))
 
     def answer(self, r: dict[str, Any]) -> dict[str, Any]:
         if r["do"] == "memory":
-            return dict(bytes=peak_memory(self.subject.device))
+            return dict(bytes=self._memory(r["batch"]))
         if r["do"] == "check":
             return self._check(r["batch"], r["out"])
         given = self.subject.inputs(r["batch"])
@@ -74,17 +83,30 @@ class Worker:
         return dict(times=times)
 
     def _check(self, batch: int, out: str) -> dict[str, Any]:
-        """The first outputs of a forward pass, and images of a few steps; of ours also those that the reference's steps come to
-        with this engine's outputs.
+        """Outputs of a forward pass, and images of a few steps; of ours also those that the reference's steps come to with this
+        engine's outputs. RuntimeError where a loop draws something else than it was asked for.
         """
         steps = min(CHECKED_STEPS, len(self.subject.checkpoint.schedule))
-        few = lambda x: x[:CHECKED].float().cpu()
-        found = dict(output=few(self.peer.forward(*self.subject.inputs(batch))), images=few(self.peer.loop(batch, steps)))
+        output, images = self.peer.forward(*self.subject.inputs(batch)), self.peer.loop(batch, steps)
+        if tuple(images.shape) != (batch, *self.subject.shape):
+            raise RuntimeError(f"its loop drew {tuple(images.shape)}; expected {(batch, *self.subject.shape)}")
+        found = dict(output=checked(output), images=checked(images))
         if isinstance(self.peer, Ours):
             stepped = self.subject.sampler("reference", "fp32", self.peer.forward)
-            found["stepped"] = few(stepped.sample(batch, steps=steps, batch_size=batch, output="float"))
+            found["stepped"] = checked(stepped.sample(batch, steps=steps, batch_size=batch, output="float"))
         torch.save(found, out)
         return {}
+
+    def _memory(self, batch: int) -> int:
+        device = self.subject.device
+        if device.type == "cuda":
+            if isinstance(self.peer, Ours):
+                self.peer.forget()
+            gc.collect()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
+            self.peer.loop(batch, min(CHECKED_STEPS, len(self.subject.checkpoint.schedule)))
+        return peak_memory(device)
 
     def _timed(self, call: Callable[[], object]) -> float:
         self._wait()

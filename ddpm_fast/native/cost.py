@@ -29,7 +29,8 @@ def _gemm(p: Program, **a: Any) -> tuple[int, int]:
     summed, outputs = sum(s.channels for s in segments), a["vectors"] * p.vector
     pixels = a["batch"] * a["height"] * a["width"]
     taps = 9 if len(segments) % 9 == 0 else 1  # of a 3x3 convolution, which all read one map
-    moved = pixels * (summed // taps + outputs * (1 + bool(a["residual"]))) + a["batch"] * summed * outputs
+    stride = segments[0].stride_x // segments[0].channels if taps == 9 else 1
+    moved = pixels * (stride**2 * summed // taps + outputs * (1 + bool(a["residual"]))) + a["batch"] * summed * outputs
     return 2 * pixels * summed * outputs, moved
 
 
