@@ -23,7 +23,8 @@ from .calibration import Calibration, e4m3_convolutions, load_calibration
 from .checkpoint import load_pretrained
 from .checks import is_count
 from .compilation import compile_in_parallel
-from .fused_network import E4M3, Network, Walk, check_tiles
+from .fused_network import E4M3, Network, check_tiles
+from .fused_walk import Walk
 from .kernels._tiles import Target
 from .kernels._triton import launches_kernel
 from .plan import Plan, exactly

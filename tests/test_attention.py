@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from ddpm_fast import unet
 from ddpm_fast.kernels._tiles import Target, cut, divisor
 from ddpm_fast.kernels.attention import Attention, FoldedAttention, attention_reference, fold
-from ddpm_fast.kernels.conv2d_pointers import Pointwise
+from ddpm_fast.kernels.pointwise import Pointwise
 from ddpm_fast.testing import (
     DAMAGES,
     Damaged,

@@ -1,4 +1,4 @@
-"""The convolutions of `kernels.conv2d` and `kernels.conv2d_pointers`."""
+"""The convolutions: `kernels.conv2d`, `upsample_conv`, `conv2d_pointers`, `pointwise`."""
 
 from dataclasses import replace
 from functools import partial
@@ -9,22 +9,10 @@ import torch.nn.functional as F
 
 from ddpm_fast.kernels._tiles import E4M3_MAX, Target, cut, quantise
 from ddpm_fast.kernels._triton import INTERPRETED
-from ddpm_fast.kernels.conv2d import (
-    Conv3x3,
-    UpsampleConv,
-    conv3x3_reference,
-    pack,
-    pack_parities,
-    unpack,
-    upsample_conv_reference,
-)
-from ddpm_fast.kernels.conv2d_pointers import (
-    DownsampleConv,
-    FirstConv,
-    Pointwise,
-    downsample_reference,
-    pointwise_reference,
-)
+from ddpm_fast.kernels.conv2d import Conv3x3, conv3x3_reference, pack, unpack
+from ddpm_fast.kernels.conv2d_pointers import DownsampleConv, FirstConv, downsample_reference
+from ddpm_fast.kernels.pointwise import Pointwise, pointwise_reference
+from ddpm_fast.kernels.upsample_conv import UpsampleConv, pack_parities, upsample_conv_reference
 from ddpm_fast.testing import (
     DAMAGES,
     Damaged,

@@ -7,7 +7,7 @@ import pytest
 
 from bench import counters
 from ddpm_fast import fused_engine
-from ddpm_fast.fused_network import Walk
+from ddpm_fast.fused_walk import Walk
 from ddpm_fast.kernels import _triton
 
 

@@ -22,8 +22,10 @@ TINY = UNetConfig(8, 1, 1, channels=(16, 16), layers=1, attention=False, mid_att
 PLANTED = """
 import json, os, sys, time
 from ddpm_fast import self_check
-from ddpm_fast.kernels.conv2d import Conv3x3, UpsampleConv
-from ddpm_fast.kernels.conv2d_pointers import DownsampleConv, FirstConv, Pointwise
+from ddpm_fast.kernels.conv2d import Conv3x3
+from ddpm_fast.kernels.conv2d_pointers import DownsampleConv, FirstConv
+from ddpm_fast.kernels.pointwise import Pointwise
+from ddpm_fast.kernels.upsample_conv import UpsampleConv
 from ddpm_fast.kernels.group_norm_silu import GroupNormSiLU
 
 def plant(op, fault):

@@ -10,9 +10,10 @@ from ddpm_fast.kernels._feature_map import FeatureMap
 from ddpm_fast.kernels._tile_statistics import Tiling, channel_statistics, tile_statistics
 from ddpm_fast.kernels._tiles import Target, cut, quantise
 from ddpm_fast.kernels._triton import INTERPRETED
-from ddpm_fast.kernels.conv2d import Conv3x3, UpsampleConv
+from ddpm_fast.kernels.conv2d import Conv3x3
 from ddpm_fast.kernels.conv2d_pointers import DownsampleConv, FirstConv
 from ddpm_fast.kernels.group_norm_silu import GroupNormSiLU, group_norm_silu_reference
+from ddpm_fast.kernels.upsample_conv import UpsampleConv
 from ddpm_fast.testing import (
     assert_as_accurate,
     assert_operation,
