@@ -10,7 +10,6 @@ from importlib import import_module
 import numpy as np
 import pytest
 import torch
-from scipy import stats
 
 from bench.networks import TINY_UNET
 from ddpm_fast import NoiseSchedule, UNet, save_pretrained
@@ -23,6 +22,7 @@ from ddpm_fast.checkpoint import Checkpoint
 from ddpm_fast.environment import peak_memory
 from ddpm_fast.testing import relative_error
 
+stats = pytest.importorskip("scipy.stats")
 QUICK = Effort(seconds=0, burst=0.002, rest=0, steps=2)
 
 
