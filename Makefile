@@ -19,7 +19,7 @@ OLDEST := PYTHONPATH="$(CURDIR)/$(VENV)/triton-$(OLDEST_TRITON)"
 NEWEST := PYTHONPATH="$(CURDIR)/$(VENV)/triton-$(NEWEST_TRITON)"
 IS_TRITON = -c 'import sys, triton; sys.exit(triton.__version__ != sys.argv[1] and "wrong Triton: " + triton.__version__)'
 
-.PHONY: sample test check proof bench bench-suites compile-check gpu clean
+.PHONY: sample test interpreted compiled check proof bench bench-suites compile-check gpu clean
 
 sample: $(INSTALLED)
 	$(PY) -m ddpm_fast sample --weights $(WEIGHTS) --images 64 --solver ddim --steps 50 --out samples.png
@@ -28,13 +28,19 @@ sample: $(INSTALLED)
 # is what most GPUs have (compile-check has both). On a GPU they run there too.
 BUT_NETWORKS := $(foreach t,fused_unet self_check compile_network engine calibration,--ignore tests/test_$(t).py)
 test: $(INSTALLED)
+	@+$(MAKE) --no-print-directory -j2 --output-sync=recurse interpreted compiled
+	$(PY) -m pytest -q -m "not compile"
+
+# side by side, each on one core
+interpreted compiled: export OMP_NUM_THREADS = 1
+interpreted:
 	$(OLDEST) $(PY) $(IS_TRITON) $(OLDEST_TRITON)
 	$(OLDEST) TRITON_INTERPRET=1 $(PY) -m pytest -q -m kernel
+compiled:
 	$(OLDEST) $(PY) -m pytest -q -m compile
 	$(NEWEST) $(PY) $(IS_TRITON) $(NEWEST_TRITON)
 	$(NEWEST) TRITON_INTERPRET=1 $(PY) -m pytest -q -m kernel $(BUT_NETWORKS)
 	$(NEWEST) $(PY) -m pytest -q -m compile $(BUT_NETWORKS)
-	$(PY) -m pytest -q -m "not compile"
 
 proof: $(INSTALLED)
 	$(PY) -m pytest -q --proof -m proof
