@@ -2,7 +2,7 @@
 
 The timer waits for the device. A case says how far it is from the truth first; where that is too far it fails, and is not timed.
 (Plain PyTorch's elementwise lines, with noise of their own, are what the references say, and are taken to be right.)
-What a case did besides taking time (rates, shares of the ceilings measured in the same session) stands in its `extra_info`.
+What a case did besides taking time (rates, shares of the ceilings measured in the same run) stands in its `extra_info`.
 """
 
 from __future__ import annotations

@@ -105,8 +105,8 @@ def compare(python: str, batches: list[int], rounds: int = 6) -> dict[str, Any]:
     from bench.networks import NETWORKS
     from ddpm_fast import NoiseSchedule, Sampler, UNet
     from ddpm_fast.benchmark.race import figures
+    from ddpm_fast.benchmark.results import provenance
     from ddpm_fast.cost import unet_cost
-    from ddpm_fast.environment import environment
 
     torch.manual_seed(0)
     unet = UNet(NETWORKS["cifar10"]).eval()
@@ -132,7 +132,7 @@ def compare(python: str, batches: list[int], rounds: int = 6) -> dict[str, Any]:
     finally:
         theirs.close()
     mine = dict(flops=cost.flops, parameters=cost.parameters, engine=sampler.engine.name)
-    return dict(environment=environment(), steps=STEPS, rounds=rounds, networks={"ddpm_fast": mine, NAME: theirs.hello}, rows=rows)
+    return dict(**provenance(), steps=STEPS, rounds=rounds, networks={"ddpm_fast": mine, NAME: theirs.hello}, rows=rows)
 
 
 def main() -> None:

@@ -24,8 +24,7 @@ from bench.networks import NETWORKS, ROOT
 from ddpm_fast import NoiseSchedule, Sampler, UNet, UNetConfig
 from ddpm_fast.benchmark.clock import measure
 from ddpm_fast.benchmark.launches import distinct
-from ddpm_fast.benchmark.results import write
-from ddpm_fast.environment import environment
+from ddpm_fast.benchmark.results import provenance, write
 from ddpm_fast.fused_unet import FusedUNet
 from ddpm_fast.roofline import GAP, GPUS, estimate
 
@@ -124,7 +123,7 @@ def measured() -> dict[str, Any]:
         channels=[_step(scaled(base, n), 2, 32) | dict(x=n) for n in (32, 64, 96, 128, 192)],
         steps=[_loop(base, n) | dict(x=n) for n in (2, 5, 10, 20, 50, 100)],
     )
-    return dict(command="python -m bench.scaling", environment=environment(), series=series)
+    return dict(**provenance(), series=series)
 
 
 def _step(config: UNetConfig, batch: int, size: int) -> dict[str, Any]:

@@ -28,11 +28,15 @@ def begin(subject: Subject, name: str, timesteps: int) -> Result:
     config, size = subject.unet.config, subject.shape[1:]
     cost = unet_cost(config, size)
     network = dict(name=name, parameters=cost.parameters, gflop_per_image=round(cost.flops / 1e9, 3), timesteps=timesteps)
+    return dict(**provenance(), network=network, cases=[], ceilings=[], launches=[])
+
+
+def provenance() -> Result:
+    """How, when and where a result came about."""
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     module = getattr(sys.modules["__main__"], "__spec__", None)  # of python -m
     program = [Path(sys.argv[0]).name] if module is None else ["python", "-m", module.name.removesuffix(".__main__")]
-    command = shlex.join([*program, *sys.argv[1:]])
-    return dict(command=command, date=now, environment=environment(), network=network, cases=[], ceilings=[], launches=[])
+    return dict(command=shlex.join([*program, *sys.argv[1:]]), date=now, environment=environment())
 
 
 def write(path: Path, result: Result) -> None:
