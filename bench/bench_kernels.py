@@ -45,7 +45,7 @@ def test_elementwise(shape, layout, dtype, name, timed, device, tiny, ceilings, 
     how = ("kernel" if device.type == "cuda" else "reference") if ours else name.split(", ")[-1]
     # operands come from memory, since sets of them take turns; what is written goes where the allocator says
     seconds = timed(case.call, on.error if ours else 0.0, ALLOWED, by=how, bytes=case.bytes, sets=on.sets)
-    small = case.bytes < CACHE[device.type]
+    small = case.bytes < CACHE
     benchmark.extra_info.update(
         gb_per_s=case.bytes / seconds / 1e9, share_of_copy=case.bytes / seconds / ceilings["copy"], output_may_stay_in_cache=small
     )
@@ -88,7 +88,7 @@ def test_network(kind, how, dtype, timed, device, tiny, ceilings, benchmark):
     if flops and dtype in ceilings:
         info |= dict(tflops=flops / seconds / 1e12, share_of_matmul=flops / seconds / ceilings[dtype])
     # its operands come from the launch before it, in the network as here: where they fit, out of the second-level cache
-    benchmark.extra_info.update(**info, operands_fit_into_cache=moved < CACHE[device.type])
+    benchmark.extra_info.update(**info, operands_fit_into_cache=moved < CACHE)
 
 
 def _apart(plan: Plan, launch: Launch) -> float:

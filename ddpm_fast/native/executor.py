@@ -59,7 +59,7 @@ class NativeExecutor:
         return self.program.weight_bytes + self.times.nbytes + sum(m.nbytes for m in self._memory)
 
     def _begin_threads(self) -> None:
-        # parts wait for one another, so one thread, which Ctrl-C does not reach, begins them all, batch after batch
+        # a thread waits for parts that others have claimed, so one that Ctrl-C does not reach begins them all, batch after batch
         self._lead, self._helpers = (ThreadPoolExecutor(max(1, n), "ddpm-fast") for n in (1, self.threads - 1))
         for pool in (self._lead, self._helpers):
             weakref.finalize(self, pool.shutdown, wait=False)
