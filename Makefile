@@ -26,7 +26,7 @@ sample: $(INSTALLED)
 
 # The kernels run by Triton's interpreter and compile under the oldest and the newest release; whole networks under the oldest, which
 # is what most GPUs have (compile-check has both). On a GPU they run there too.
-BUT_NETWORKS := $(foreach t,fused_unet self_check compile_network engine calibration,--ignore tests/test_$(t).py)
+BUT_NETWORKS := $(foreach t,unet verification precompile engine calibration,--ignore tests/engines/fused/test_$(t).py)
 test: $(INSTALLED)
 	@+$(MAKE) --no-print-directory -j2 --output-sync=recurse interpreted compiled
 	$(PY) -m pytest -q -m "not compile"

@@ -15,9 +15,9 @@ import torch
 from bench.elementwise import ALLOWED, CACHE, DTYPES, LAYOUTS, SHAPES, Case, Elementwise
 from bench.networks import NETWORKS, TINY_UNET
 from ddpm_fast import UNet
-from ddpm_fast.benchmark.launches import distinct
-from ddpm_fast.fused_unet import FusedUNet
-from ddpm_fast.plan import Launch, Plan
+from ddpm_fast.benchmark.kernels import distinct
+from ddpm_fast.engines.fused.plan import Launch, Plan
+from ddpm_fast.engines.fused.unet import FusedUNet
 from ddpm_fast.testing import relative_error
 
 KERNELS = ("noise", "q_sample", "ddpm_step", "ddpm_step, history", "noise_mse", "noise_mse gradient")

@@ -14,8 +14,8 @@ import torch
 
 from bench.networks import NETWORKS, ROOT, TINY_UNET
 from ddpm_fast import NoiseSchedule, UNet, save_pretrained
-from ddpm_fast.benchmark.peers import PEERS
-from ddpm_fast.benchmark.race import FIRST_STEPS, Rival, Truth
+from ddpm_fast.benchmark.baselines import PEERS
+from ddpm_fast.benchmark.runner import FIRST_STEPS, Rival, Truth
 from ddpm_fast.benchmark.worker import Setting
 
 SIZES = {"fashion-mnist-32": ((1, 16), (1, 256)), "cifar10": ((1, 4), (1, 256)), "celebahq256": ((), (1, 16))}

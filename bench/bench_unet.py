@@ -10,11 +10,11 @@ import torch
 
 from bench.networks import NETWORKS, ROOT, TINY_UNET
 from ddpm_fast import NoiseSchedule, UNet, load_pretrained
-from ddpm_fast.benchmark.peers import PEERS, Missing, Peer, Subject, peer
-from ddpm_fast.benchmark.race import ALLOWED
-from ddpm_fast.checkpoint import Checkpoint
+from ddpm_fast.benchmark.baselines import PEERS, Missing, Peer, Subject, peer
+from ddpm_fast.benchmark.runner import ALLOWED
+from ddpm_fast.checkpoints.checkpoint import Checkpoint
+from ddpm_fast.models.unet import channels_last
 from ddpm_fast.testing import relative_error
-from ddpm_fast.unet import channels_last
 
 SIZES = {  # network -> batch sizes on a CPU, on a GPU
     "fashion_mnist": ((1, 16), (1, 64, 256)),

@@ -25,8 +25,8 @@ import torch
 
 from bench.networks import NETWORKS
 from ddpm_fast import UNet
-from ddpm_fast.fused_unet import FusedUNet
-from ddpm_fast.kernels._tiles import Target
+from ddpm_fast.engines.fused.unet import FusedUNet
+from ddpm_fast.kernels._gemm import Target
 from ddpm_fast.testing import Compiled, Launch, compile_launch, launch_key, record_launches
 
 PROCESSORS = {80: 108, 89: 128, 90: 132, 100: 148, 120: 170}

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from ddpm_fast.benchmark.launches import ceilings as measured_ceilings
+from ddpm_fast.benchmark.kernels import ceilings as measured_ceilings
 
 
 def pytest_addoption(parser: Any) -> None:

@@ -20,10 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.networks import NETWORKS, ROOT, TINY_UNET
 from ddpm_fast import NoiseSchedule, Sampler, UNet
-from ddpm_fast.benchmark.clock import Row
-from ddpm_fast.compilation import distinct_launches
-from ddpm_fast.fused_engine import FusedEngine
-from ddpm_fast.fused_unet import FusedUNet
+from ddpm_fast.benchmark.timer import Row
+from ddpm_fast.engines.fused.engine import FusedEngine
+from ddpm_fast.engines.fused.precompile import distinct_launches
+from ddpm_fast.engines.fused.unet import FusedUNet
 from ddpm_fast.kernels import _triton
 
 PINNED = ROOT / "bench" / "counters.json"

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from ddpm_fast import NoiseSchedule
+from ddpm_fast.diffusion.losses import target_table
+from ddpm_fast.diffusion.presets import EXACT
+from ddpm_fast.diffusion.timesteps import choose_timesteps
 from ddpm_fast.kernels import noise as N
 from ddpm_fast.kernels.ddpm_step import ddpm_step, ddpm_step_reference
 from ddpm_fast.kernels.noise_mse import noise_mse, noise_mse_gradient, noise_mse_reference
 from ddpm_fast.kernels.q_sample import q_sample, q_sample_reference
-from ddpm_fast.objective import target_table
-from ddpm_fast.profile import EXACT
 from ddpm_fast.testing import relative_error
-from ddpm_fast.timesteps import choose_timesteps
 
 ALLOWED = 1e-6  # relative error against the references
 SHAPES = [(2048, 3, 128, 128), (32768, 3, 32, 32)]  # far beyond any cache

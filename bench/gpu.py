@@ -30,8 +30,8 @@ import torch
 from bench import gpu_kernels, gpu_network, gpu_sampling, gpu_training
 from bench.gpu_bars import bars
 from bench.networks import ROOT
-from ddpm_fast.benchmark.clock import Row, Timing, measure
-from ddpm_fast.environment import environment
+from ddpm_fast.benchmark.timer import Row, Timing, measure
+from ddpm_fast.utils.environment import environment
 
 Part = Callable[["Bench"], Iterator[Row]]
 

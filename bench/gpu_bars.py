@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ddpm_fast.benchmark.clock import Row
+from ddpm_fast.benchmark.timer import Row
 
 Find = Callable[[dict[str, Any]], float | None]
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from bench.elementwise import DTYPES, LAYOUTS, SHAPES, Elementwise
-from ddpm_fast.benchmark import launches
-from ddpm_fast.benchmark.clock import Row, row_of
+from ddpm_fast.benchmark import kernels as launches
+from ddpm_fast.benchmark.timer import Row, row_of
 
 if TYPE_CHECKING:
     from bench.gpu import Bench

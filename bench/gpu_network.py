@@ -12,15 +12,15 @@ from torch import Tensor
 
 from bench.networks import NETWORKS, TINY_UNET
 from ddpm_fast import NoiseSchedule, UNet
-from ddpm_fast.benchmark.clock import Row
-from ddpm_fast.benchmark.launches import distinct
-from ddpm_fast.benchmark.peers import Diffusers, Missing, Plain, Subject
-from ddpm_fast.checkpoint import Checkpoint
-from ddpm_fast.fused_unet import FusedUNet
-from ddpm_fast.roofline import GPUS, estimate
-from ddpm_fast.self_check import FORWARD
+from ddpm_fast.benchmark.baselines import Diffusers, Missing, Plain, Subject
+from ddpm_fast.benchmark.kernels import distinct
+from ddpm_fast.benchmark.timer import Row
+from ddpm_fast.checkpoints.checkpoint import Checkpoint
+from ddpm_fast.engines.fused.checks import FORWARD
+from ddpm_fast.engines.fused.roofline import GPUS, estimate
+from ddpm_fast.engines.fused.unet import FusedUNet
+from ddpm_fast.engines.fused.verification import verdicts
 from ddpm_fast.testing import relative_error
-from ddpm_fast.verdicts import verdicts
 
 if TYPE_CHECKING:
     from bench.gpu import Bench

@@ -11,10 +11,10 @@ import torch
 
 from bench.networks import NETWORKS, ROOT, TINY_UNET
 from ddpm_fast import NoiseSchedule, Sampler, UNet
-from ddpm_fast.benchmark.clock import Row
-from ddpm_fast.benchmark.peers import Diffusers, Missing, Ours, Peer, Plain, Subject
-from ddpm_fast.benchmark.race import ALLOWED
-from ddpm_fast.checkpoint import Checkpoint
+from ddpm_fast.benchmark.baselines import Diffusers, Missing, Ours, Peer, Plain, Subject
+from ddpm_fast.benchmark.runner import ALLOWED
+from ddpm_fast.benchmark.timer import Row
+from ddpm_fast.checkpoints.checkpoint import Checkpoint
 from ddpm_fast.testing import relative_error
 
 if TYPE_CHECKING:

@@ -12,10 +12,10 @@ import torch
 from bench.networks import NETWORKS, TINY_UNET
 from bench.training import ours, plain
 from ddpm_fast import NoiseSchedule, Sampler, UNet
-from ddpm_fast.benchmark.clock import Row, row_of
-from ddpm_fast.data import ImageData
-from ddpm_fast.likelihood import bits_per_dimension
-from ddpm_fast.unet import channels_last
+from ddpm_fast.benchmark.timer import Row, row_of
+from ddpm_fast.data.datasets import ImageData
+from ddpm_fast.evaluation.likelihood import bits_per_dimension
+from ddpm_fast.models.unet import channels_last
 
 if TYPE_CHECKING:
     from bench.gpu import Bench

@@ -104,9 +104,9 @@ class Theirs:
 def compare(python: str, batches: list[int], rounds: int = 6) -> dict[str, Any]:
     from bench.networks import NETWORKS
     from ddpm_fast import NoiseSchedule, Sampler, UNet
-    from ddpm_fast.benchmark.race import figures
     from ddpm_fast.benchmark.results import provenance
-    from ddpm_fast.cost import unet_cost
+    from ddpm_fast.benchmark.runner import figures
+    from ddpm_fast.models.flops import unet_cost
 
     torch.manual_seed(0)
     unet = UNet(NETWORKS["cifar10"]).eval()

@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from ddpm_fast import NoiseSchedule
+from ddpm_fast.diffusion.prediction import PREDICTIONS, conversion
+from ddpm_fast.diffusion.presets import PROFILES
+from ddpm_fast.diffusion.solvers import StepTable, ddim_inversion_table, ddim_table, dpm_solver_table
+from ddpm_fast.diffusion.timesteps import choose_timesteps
 from ddpm_fast.kernels.ddpm_step import ddpm_step, ddpm_step_reference, x_0_reference
 from ddpm_fast.kernels.noise import REVERSE, noise_reference
-from ddpm_fast.prediction import PREDICTIONS, conversion
-from ddpm_fast.profile import PROFILES
-from ddpm_fast.solver import StepTable, ddim_inversion_table, ddim_table, dpm_solver_table
-from ddpm_fast.timesteps import choose_timesteps
 
 SCHEDULE = NoiseSchedule.linear()
 SHAPE = (4, 2, 6, 5)

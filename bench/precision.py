@@ -26,15 +26,15 @@ from torch import Tensor
 from bench.gpu import ROOT, write
 from bench.networks import NETWORKS
 from ddpm_fast import FusedUNet, NoiseSchedule, Sampler, UNet, load_pretrained
-from ddpm_fast.calibrate import calibrate
-from ddpm_fast.calibration import load_calibration
-from ddpm_fast.checkpoint import Checkpoint
-from ddpm_fast.environment import environment
+from ddpm_fast.checkpoints.checkpoint import Checkpoint
+from ddpm_fast.engines.fused.calibration import load_calibration
+from ddpm_fast.engines.fused.checks import network_of
+from ddpm_fast.engines.fused.plan import Launch, Plan
 from ddpm_fast.kernels._feature_map import FeatureMap
-from ddpm_fast.plan import Launch, Plan
-from ddpm_fast.self_check import network_of
+from ddpm_fast.models.unet import channels_last
+from ddpm_fast.sampling.calibrate import calibrate
 from ddpm_fast.testing import relative_error
-from ddpm_fast.unet import channels_last
+from ddpm_fast.utils.environment import environment
 
 # row -> dtype of FusedUNet
 ROWS = {

@@ -23,9 +23,9 @@ import torch
 from bench.networks import NETWORKS, ROOT
 from bench.precision import markdown
 from ddpm_fast import UNet
-from ddpm_fast.benchmark.clock import Row
-from ddpm_fast.fused_unet import FusedUNet
-from ddpm_fast.roofline import GAP, GPUS, estimate
+from ddpm_fast.benchmark.timer import Row
+from ddpm_fast.engines.fused.roofline import GAP, GPUS, estimate
+from ddpm_fast.engines.fused.unet import FusedUNet
 
 RESULTS = ROOT / "bench" / "results"
 DOCUMENTS = ("README.md", "README.zh.md", "docs/performance.md", "docs/benchmarking.md", "docs/cpu.md", "docs/precision.md")
@@ -309,7 +309,7 @@ def renewed(text: str) -> str:
 
 def pictures() -> None:
     from bench import scaling
-    from ddpm_fast.benchmark.charts import draw
+    from ddpm_fast.benchmark.figures import draw
 
     figures = ROOT / "docs" / "figures"
     for name in CPU:

@@ -20,10 +20,10 @@ import torch
 from bench.networks import NETWORKS, ROOT
 from ddpm_fast import NoiseSchedule, UNet, save_pretrained
 from ddpm_fast.benchmark import results
-from ddpm_fast.benchmark.charts import draw
-from ddpm_fast.benchmark.launches import ceilings, points
-from ddpm_fast.benchmark.peers import PEERS
-from ddpm_fast.benchmark.race import Effort, race
+from ddpm_fast.benchmark.baselines import PEERS
+from ddpm_fast.benchmark.figures import draw
+from ddpm_fast.benchmark.kernels import ceilings, points
+from ddpm_fast.benchmark.runner import Effort, race
 from ddpm_fast.benchmark.worker import Setting
 
 BATCHES = {"cpu": {"fashion-mnist-32": (1, 16), "cifar10": (1, 4)}, "cuda": {"fashion-mnist-32": (1, 64), "cifar10": (1, 256)}}

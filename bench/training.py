@@ -28,10 +28,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ddpm_fast import NoiseSchedule, UNet, UNetConfig
-from ddpm_fast.data import ImageData
-from ddpm_fast.environment import environment
-from ddpm_fast.train import AUTOCAST, Trainer
-from ddpm_fast.train_config import TrainConfig
+from ddpm_fast.data.datasets import ImageData
+from ddpm_fast.training.config import TrainConfig
+from ddpm_fast.training.trainer import AUTOCAST, Trainer
+from ddpm_fast.utils.environment import environment
 
 ENGINES = ("ddpm_fast", "compiled", "plain PyTorch", "diffusers")
 RATE, DECAY = 1e-3, 0.999

@@ -24,13 +24,13 @@ from bench.gpu import write
 from bench.gpu_network import TINY_UNET
 from bench.networks import NETWORKS
 from ddpm_fast import UNet
-from ddpm_fast.benchmark.clock import measure
-from ddpm_fast.environment import environment
-from ddpm_fast.fused_network import tile_key
-from ddpm_fast.fused_unet import FusedUNet
-from ddpm_fast.kernels._tiles import Tiles
-from ddpm_fast.plan import Launch, Plan
-from ddpm_fast.self_check import check_launch
+from ddpm_fast.benchmark.timer import measure
+from ddpm_fast.engines.fused.checks import check_launch
+from ddpm_fast.engines.fused.packing import tile_key
+from ddpm_fast.engines.fused.plan import Launch, Plan
+from ddpm_fast.engines.fused.unet import FusedUNet
+from ddpm_fast.kernels._gemm import Tiles
+from ddpm_fast.utils.environment import environment
 
 
 def candidates(tiles: Tiles) -> Iterator[dict[str, Any]]:

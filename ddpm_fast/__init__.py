@@ -6,36 +6,36 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .checkpoint import Checkpoint, load_pretrained, save_pretrained
-    from .data import ImageData, load_images
-    from .fused_unet import FusedUNet
-    from .likelihood import bits_per_dimension
-    from .sampler import Sampler
-    from .schedule import NoiseSchedule
-    from .train import Trainer
-    from .train_config import TrainConfig
-    from .unet import UNet
-    from .unet_config import UNetConfig
-    from .watching import Trajectory
+    from .checkpoints.checkpoint import Checkpoint, load_pretrained, save_pretrained
+    from .data.datasets import ImageData, load_images
+    from .diffusion.schedule import NoiseSchedule
+    from .engines.fused.unet import FusedUNet
+    from .evaluation.likelihood import bits_per_dimension
+    from .models.config import UNetConfig
+    from .models.unet import UNet
+    from .sampling.callbacks import Trajectory
+    from .sampling.sampler import Sampler
+    from .training.config import TrainConfig
+    from .training.trainer import Trainer
 
 __version__ = "0.1.0"
 
 # Names are fetched on first use, so that importing the package costs next to nothing: Triton alone takes a quarter second.
 _HOME = {
-    "Checkpoint": "checkpoint",
-    "FusedUNet": "fused_unet",
-    "ImageData": "data",
-    "NoiseSchedule": "schedule",
-    "Sampler": "sampler",
-    "TrainConfig": "train_config",
-    "Trainer": "train",
-    "Trajectory": "watching",
-    "UNet": "unet",
-    "UNetConfig": "unet_config",
-    "bits_per_dimension": "likelihood",
-    "load_images": "data",
-    "load_pretrained": "checkpoint",
-    "save_pretrained": "checkpoint",
+    "Checkpoint": "checkpoints.checkpoint",
+    "FusedUNet": "engines.fused.unet",
+    "ImageData": "data.datasets",
+    "NoiseSchedule": "diffusion.schedule",
+    "Sampler": "sampling.sampler",
+    "TrainConfig": "training.config",
+    "Trainer": "training.trainer",
+    "Trajectory": "sampling.callbacks",
+    "UNet": "models.unet",
+    "UNetConfig": "models.config",
+    "bits_per_dimension": "evaluation.likelihood",
+    "load_images": "data.datasets",
+    "load_pretrained": "checkpoints.checkpoint",
+    "save_pretrained": "checkpoints.checkpoint",
 }
 
 __all__ = [
@@ -63,4 +63,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted(__all__)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ddpm_fast import NoiseSchedule, Sampler
-from ddpm_fast.forward import q_chain, q_jump
+from ddpm_fast.diffusion.forward_process import q_chain, q_jump
 
 try:
     import gaussian_mixture_figures as figures

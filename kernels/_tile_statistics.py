@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._feature_map import FeatureMap
-from ._tiles import Tiles
+from ._gemm import Tiles
 from ._triton import tl, triton
 
 

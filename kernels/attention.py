@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._feature_map import FeatureMap
+from ._gemm import H100, PRECISION, TRITON_TYPE, Target, power_of_two, wide
 from ._launch import begin, launch_options
-from ._tiles import H100, PRECISION, TRITON_TYPE, Target, power_of_two, wide
 from ._triton import tl, triton
 
 LOG2_E = math.log2(math.e)

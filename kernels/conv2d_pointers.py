@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._feature_map import FeatureMap
+from ._gemm import PRECISION, TRITON_TYPE, Tiles, cost_of_conv, launch_conv, power_of_two, wide
 from ._launch import begin
 from ._tile_statistics import KeepsStatistics, first_row, own_rows, row_tiles, store_statistics
-from ._tiles import PRECISION, TRITON_TYPE, Tiles, cost_of_conv, launch_conv, power_of_two, wide
 from ._triton import tl, triton
-from .conv2d import load_rows, pack, unpack
+from .conv3x3 import load_rows, pack, unpack
 
 
 def downsample_reference(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> Tensor:

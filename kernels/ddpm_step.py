@@ -1,6 +1,6 @@
 """One reverse step, x_t -> x_{t-1}, for every solver: DDPM, DDIM, DPM-Solver++ and their relatives differ in coefficients only.
 
-A solver is a table; a row of it says, for one step (`ddpm_fast.solver` derives the rows from the papers):
+A solver is a table; a row of it says, for one step (`ddpm_fast.diffusion.solvers` derives the rows from the papers):
 
     x_0   = clamp(x_0_x * x_t + x_0_out * out, -clip, clip)         the image as the network sees it
     x_t-1 = mean_x_0 * x_0 + mean_x * x_t + mean_out * out + mean_old * old + sigma * z
@@ -168,7 +168,7 @@ def ddpm_step(
 
     x_t    [B, C, H, W] fp32, channels-first or channels-last; read once, written once
     out    [B, C, H, W] fp32, fp16 or bf16, either layout; [B, 2C, H, W] where `learned`; read once
-    table  [R, 10] fp32, columns `COLUMNS`: `ddpm_fast.solver.StepTable`
+    table  [R, 10] fp32, columns `COLUMNS`: `ddpm_fast.diffusion.solvers.StepTable`
     row    [B] integer in 0..R-1: each image's own step, which also counts its noise (stream `noise.REVERSE`)
     seed, image   [B] integer: whose noise
     old    like x_t, read where mean_old is not 0, then overwritten with this step's x_0; None: neither

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._feature_map import FeatureMap
+from ._gemm import E4M3_MAX, TRITON_TYPE, power_of_two, wide
 from ._group_statistics import _combine_kernel, _statistics_kernel, load_pixels, of_group
 from ._launch import begin, launch_options
 from ._tile_statistics import Tiling, channel_statistics
-from ._tiles import E4M3_MAX, TRITON_TYPE, power_of_two, wide
 from ._triton import tl, triton
 
 # Elements of a block that one program may hold: 64 registers for each of 512 threads (4096 pixels of 16 channels spill)

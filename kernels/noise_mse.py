@@ -139,7 +139,7 @@ def noise_mse(out: Tensor, x_0: Tensor | None, coef: Tensor, t: Tensor, row: Ten
 
     out    [B, C, H, W] fp32, fp16 or bf16, channels-first or channels-last, or a slice of channels; read once
     x_0    [B, C, H, W] likewise, read once; None where of_x_0 is 0, as for eps-prediction
-    coef   [T, 2] fp32, (of_eps, of_x_0): `ddpm_fast.objective.target_table`
+    coef   [T, 2] fp32, (of_eps, of_x_0): `ddpm_fast.diffusion.losses.target_table`
     t, row, seed, image   [B] integer, as `q_sample` got them
 
     Returns fp32 [B], differentiable with respect to `out`. ValueError for wrong shapes, types or devices.

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._feature_map import FeatureMap
+from ._gemm import TRITON_TYPE, wide
 from ._launch import begin, launch_options
-from ._tiles import TRITON_TYPE, wide
 from ._triton import tl, triton
 from .conv2d_pointers import pixel_of
 

@@ -28,7 +28,7 @@ def test_wheel_and_sdist_hold_one_package(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {n.split("/")[0] for n in names if ".dist-info" not in n} == {"ddpm_fast"}
-    assert {"ddpm_fast/py.typed", "ddpm_fast/kernels/ddpm_step.py", "ddpm_fast/sampler.py"} <= set(names)
+    assert {"ddpm_fast/py.typed", "ddpm_fast/kernels/ddpm_step.py", "ddpm_fast/sampling/sampler.py"} <= set(names)
     (sdist,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         assert any(n.endswith("kernels/ddpm_step.py") for n in archive.getnames())

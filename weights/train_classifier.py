@@ -11,9 +11,9 @@ import time
 import torch
 import torch.nn.functional as F
 
-from ddpm_fast.classifier import Classifier, save_classifier
-from ddpm_fast.data import load_images
-from ddpm_fast.images import from_uint8
+from ddpm_fast.data.datasets import load_images
+from ddpm_fast.data.pixels import from_uint8
+from ddpm_fast.evaluation.classifier import Classifier, save_classifier
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--data", default="/usr/share/datasets/fashion-mnist", help="IDX files")

@@ -14,10 +14,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import write_atomically
-from ..cost import unet_cost
-from ..environment import environment
-from .peers import Subject
+from ..checkpoints.checkpoint import write_atomically
+from ..models.flops import unet_cost
+from ..utils.environment import environment
+from .baselines import Subject
 
 Result = dict[str, Any]
 YARDSTICK = "plain PyTorch"

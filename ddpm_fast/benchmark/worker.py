@@ -23,11 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..calibration import load_calibration
-from ..checkpoint import load_pretrained
-from ..environment import peak_memory
-from ..unet import channels_last
-from .peers import Missing, Ours, Peer, Subject, peer
+from ..checkpoints.checkpoint import load_pretrained
+from ..engines.fused.calibration import load_calibration
+from ..models.unet import channels_last
+from ..utils.environment import peak_memory
+from .baselines import Missing, Ours, Peer, Subject, peer
 
 CHECKED_STEPS = 3
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from ddpm_fast import NoiseSchedule, Sampler, Trajectory, UNet, UNetConfig
-from ddpm_fast.fused_engine import FusedEngine
-from ddpm_fast.graph import Graphed
+from ddpm_fast.engines.fused.cuda_graph import Graphed
+from ddpm_fast.engines.fused.engine import FusedEngine
 from ddpm_fast.testing import relative_error
 
 pytestmark = pytest.mark.gpu

@@ -5,14 +5,14 @@ import pytest
 import torch
 
 from ddpm_fast import NoiseSchedule, Sampler, UNet, UNetConfig
-from ddpm_fast.data import ImageData
+from ddpm_fast.data.datasets import ImageData
+from ddpm_fast.diffusion.presets import EXACT
+from ddpm_fast.diffusion.timesteps import choose_timesteps
 from ddpm_fast.kernels import noise as N
 from ddpm_fast.kernels.ddpm_step import ddpm_step, ddpm_step_reference
-from ddpm_fast.profile import EXACT
 from ddpm_fast.testing import relative_error
-from ddpm_fast.timesteps import choose_timesteps
-from ddpm_fast.train import Trainer
-from ddpm_fast.train_config import TrainConfig
+from ddpm_fast.training.config import TrainConfig
+from ddpm_fast.training.trainer import Trainer
 
 pytestmark = pytest.mark.gpu
 SCHEDULE = NoiseSchedule.linear()

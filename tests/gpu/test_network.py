@@ -7,7 +7,7 @@ import torch
 
 from bench.networks import NETWORKS
 from ddpm_fast import UNet
-from ddpm_fast.fused_unet import FusedUNet
+from ddpm_fast.engines.fused.unet import FusedUNet
 from ddpm_fast.testing import relative_error
 
 pytestmark = pytest.mark.gpu

@@ -1,0 +1,65 @@
+"""The command line of calibration: ddpm-fast calibrate."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..checkpoints.checkpoint import load_pretrained, write_atomically
+from ..engines.fused.calibration import FILE, FLOOR, TIMES_MEDIAN, Calibration
+from ..sampling.calibrate import calibrate
+from .common import PATH, pick_device, report_of
+
+
+@click.command("calibrate")
+@click.option("--weights", type=PATH, required=True, help="Checkpoint: a diffusers folder.")
+@click.option("--images", type=click.IntRange(1), default=16, show_default=True, help="How many are drawn.")
+@click.option("--steps", type=click.IntRange(1), default=25, show_default=True, help="Of ddim.")
+@click.option("--seed", type=int, default=1, show_default=True, help="0 to 2^64 - 1.")
+@click.option("--out", type=PATH, help=f"FILE.json.  [default: {FILE} in the checkpoint's folder]")
+@click.option("--device", help="cpu, cuda, cuda:1 ...  [default: cpu]")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+def calibrate_command(
+    weights: Path, images: int, steps: int, seed: int, out: Path | None, device: str | None, as_json: bool
+) -> None:
+    """Look at a network's activations, for fp8.
+
+    Draws images by the reference network in fp32, twice, and writes down the largest input of every 3x3 convolution that may
+    multiply in fp8 (e4m3), the error that it would make by itself, and whether it stays in bf16 therefore. The file lies in the
+    checkpoint's folder, where FusedUNet.from_pretrained and info --plan look for it.
+    """
+    target = _check_target(weights / FILE if out is None else out)
+    checkpoint = load_pretrained(weights)
+    began = time.perf_counter()
+    found = calibrate(checkpoint, images, steps, seed, pick_device(device))
+    write_atomically(target, found.to_json())
+    report = dict(out=str(target), allowed=found.allowed, seconds=round(time.perf_counter() - began, 1), wide=found.wide)
+    report |= dict(layers={name: asdict(layer) for name, layer in found.layers.items()}, **found.made)
+    report_of(report, as_json, "\n".join(_lines(found, report)))
+
+
+def _check_target(path: Path) -> Path:
+    """Refused now rather than after the run."""
+    folder = path.absolute().parent
+    if path.is_dir():
+        raise ValueError(f"--out {path} is a directory; expected a file name")
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a directory; expected a checkpoint, or --out FILE in a directory that exists")
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"{folder} cannot be written to; give --out FILE in one that can")
+    return path
+
+
+def _lines(c: Calibration, report: dict[str, Any]) -> list[str]:
+    lines = [f"{'convolution':46} {'largest input':>13} {'error in e4m3':>13}"]
+    for name, layer in c.layers.items():
+        lines.append(f"{name:46} {layer.amax:13.4g} {layer.error:13.4f}{'  stays wide' if layer.wide else ''}")
+    rule = f"{c.allowed:.4f} is allowed, the larger of {TIMES_MEDIAN:g} times the median and {FLOOR:g}"
+    lines.append(f"{len(c.wide) or 'none'} of {len(c.layers)} stay wide: {rule}")
+    drawn = f"{report['images']} images of seed {report['seed']} in {report['steps']} {report['solver']} steps"
+    return [*lines, f"{drawn}, twice, {report['seconds']} s -> {report['out']}"]

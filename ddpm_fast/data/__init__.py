@@ -1,0 +1,1 @@
+"""Data sets, pixels, image files."""

@@ -1,0 +1,58 @@
+"""Moving pictures: GIF by Pillow, MP4 by PyAV."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+from ..checkpoints.checkpoint import write_atomically
+from .image_io import Pixels
+
+KINDS = (".gif", ".mp4")
+PER_SECOND = 20
+LEAST = 60  # frames of a film; where there are fewer, each stays for longer
+HOLD = 20  # how often the last frame is repeated, to be looked at
+
+
+def save_animation(frames: list[Pixels], out: Path) -> None:
+    """Frames uint8 [H, W, 3] with even sides, all alike, to a .gif or .mp4 of three seconds or more; the last one stays for one.
+
+    ValueError without frames, and for MP4 without the extra `plot`.
+    """
+    if not frames:
+        raise ValueError("no frames to animate")
+    each = -(-LEAST // len(frames))
+    frames = [*(frame for frame in frames for _ in range(each)), *frames[-1:] * HOLD]
+    write_atomically(out, _gif(frames) if out.suffix == ".gif" else _mp4(frames))
+
+
+def find_av() -> Any:
+    """PyAV. ValueError without the extra `plot`."""
+    try:
+        import av
+    except ImportError:
+        raise ValueError("MP4 needs the extra plot: pip install 'ddpm-fast[plot]'") from None
+    return av
+
+
+def _gif(frames: list[Pixels]) -> bytes:
+    from PIL import Image
+
+    pictures = [Image.fromarray(frame).quantize(64, dither=Image.Dither.NONE) for frame in frames]
+    buffer = io.BytesIO()
+    pictures[0].save(buffer, "GIF", save_all=True, append_images=pictures[1:], duration=1000 // PER_SECOND, loop=0)
+    return buffer.getvalue()
+
+
+def _mp4(frames: list[Pixels]) -> bytes:
+    av, buffer = find_av(), io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as container:
+        codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
+        stream = container.add_stream(codec, rate=PER_SECOND)
+        stream.height, stream.width = frames[0].shape[:2]
+        stream.pix_fmt = "yuv420p"  # what every browser plays
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    return buffer.getvalue()

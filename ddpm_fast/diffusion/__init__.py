@@ -1,0 +1,1 @@
+"""The mathematics of DDPM: schedules, solvers, losses. No network, no engine."""

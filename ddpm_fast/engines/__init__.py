@@ -1,0 +1,1 @@
+"""Engines: what computes the steps of a sampler, and which one is chosen."""

@@ -1,0 +1,135 @@
+"""The CPU as an engine: the function of an fp32 `UNet` and a solver's steps, one image per core at a time.
+
+By machine code of its own (`native`), for which it needs llvmlite (`pip install ddpm-fast[cpu]`). An image is the same to the bit
+in every batch and at every place: no reduction knows how many images there are, or how many threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ...diffusion.solvers import StepTable
+from ...models.unet import UNet
+from ...utils.validation import is_count
+
+if TYPE_CHECKING:
+    from ..select import State
+    from .executor import NativeExecutor
+
+INSTALL = "llvmlite is missing; twice as fast, and the same bits in every batch, after: pip install ddpm-fast[cpu]"
+
+
+class CPUEngine:
+    """eps_theta(x_t, t) of a trained fp32 `UNet`, and whole steps with it, for images of one shape (C, H, W).
+
+    timesteps  t runs from 0 to timesteps - 1
+    threads    how many cores take images; default: as many as PyTorch would use
+
+    The weights are copied: training may go on. ValueError for weights that are not fp32 on the CPU, for a shape that the network
+    does not take, and where llvmlite is missing or LLVM does not serve this machine.
+    """
+
+    name = "cpu"
+    invariant = True  # an image's bits do not depend on its batch
+
+    def __init__(
+        self,
+        unet: UNet,
+        shape: tuple[int, int, int],
+        timesteps: int,
+        threads: int | None = None,
+    ) -> None:
+        self.config, self.shape, self.timesteps = unet.config, tuple(shape), timesteps
+        threads = torch.get_num_threads() if threads is None else threads
+        _check(unet, self.shape, timesteps, threads)
+        self._executor = _executor(unet, shape, timesteps, threads)
+        self.reason = self._executor.reason
+
+    @property
+    def memory(self) -> int:
+        """Bytes of packed weights, time table and the threads' feature maps, whatever the batch."""
+        return self._executor.memory
+
+    @torch.no_grad()
+    def __call__(self, x_t: Tensor, t: Tensor | int, labels: Tensor | None = None) -> Tensor:
+        """x_t [B, C, H, W] floating, t int or integer [B], labels integer [B] where there are classes ->
+        fp32 [B, C_out, H, W], channels-last in memory. ValueError for wrong shapes, and for a t or a label out of range.
+        """
+        if x_t.ndim != 4 or tuple(x_t.shape[1:]) != self.shape or not x_t.is_floating_point() or x_t.device.type != "cpu":
+            seen, wanted = f"{x_t.dtype} {tuple(x_t.shape)} on {x_t.device}", ", ".join(map(str, self.shape))
+            raise ValueError(f"x_t is {seen}; expected floating [B, {wanted}] on cpu")
+        t = torch.as_tensor(t, device="cpu")
+        t = self._integers("t", t.expand(len(x_t)) if t.ndim == 0 else t, len(x_t), self.timesteps)
+        labels = self._labels(labels, len(x_t))
+        if not len(x_t):
+            return x_t.new_empty((0, self.config.out_channels, *self.shape[1:]), dtype=torch.float32)
+        return self._executor.forward(x_t, t, labels)
+
+    def prepare(self, images: int) -> None:
+        """Nothing: memory is taken for one image a thread, whatever the batch."""
+
+    def free(self) -> None:
+        """Nothing: the memory goes with the engine."""
+
+    def steps(self, state: State, table: StepTable, watched: bool = True) -> Generator[int, None, None]:
+        """Takes the state through the table, in place; yields how many steps are done, after every step, the state whole.
+
+        An image whose row is behind the table's last rests. ValueError, before the first step, for a state of another shape and for
+        a table that this network cannot serve.
+        """
+        c, out = self.shape[0], self.config.out_channels
+        wanted = ", ".join(map(str, self.shape))
+        if state.x.dtype != torch.float32 or state.x.ndim != 4 or tuple(state.x.shape[1:]) != self.shape:
+            raise ValueError(f"the state is {state.x.dtype} {tuple(state.x.shape)}; expected float32 [B, {wanted}]")
+        if out not in (c, 2 * c) or (table.learned and out != 2 * c):
+            wanted = f"{2 * c} (mean and variance)" if table.learned else f"{c} or {2 * c}"
+            raise ValueError(f"the network gives {out} channels; a step needs {wanted}")
+        if table.multistep and state.x_0 is None:
+            state.x_0 = torch.zeros_like(state.x)
+        count = len(state.x)
+        self._integers("t of the table", torch.from_numpy(table.t), len(table), self.timesteps)
+        self._integers("row", state.row, count, len(table) + 1)
+        self._labels(state.labels, count)
+        return self._executor.steps(state, table) if count else (i for i in range(0))
+
+    def _labels(self, labels: Tensor | None, count: int) -> Tensor | None:
+        classes = self.config.num_classes
+        if (labels is None) != (classes is None):
+            wanted = "no labels: the network is unconditional" if classes is None else f"labels [B] in 0..{classes - 1}"
+            raise ValueError(f"labels {'missing' if labels is None else 'given'}; expected {wanted}")
+        return None if labels is None else self._integers("labels", labels, count, int(classes or 1))
+
+    def _integers(self, name: str, v: Tensor, count: int, most: int) -> Tensor:
+        wrong = v.shape != (count,) or v.is_floating_point() or v.is_complex() or v.dtype == torch.bool
+        if wrong or bool(((v < 0) | (v >= most)).any()):
+            seen = "" if wrong or not count else f" of {v.min()}..{v.max()}"
+            raise ValueError(f"{name}: {v.dtype} {tuple(v.shape)}{seen}; expected integers [{count}] in 0..{most - 1}")
+        return v.long()
+
+
+def _check(unet: UNet, shape: tuple[int, ...], timesteps: int, threads: int) -> None:
+    c, coarsest = unet.config, 2 ** (len(unet.config.channels) - 1)
+    other = next((p for p in unet.parameters() if p.dtype != torch.float32 or p.device.type != "cpu"), None)
+    if other is not None:
+        raise ValueError(
+            f"the weights are {other.dtype} on {other.device}; this engine computes in float32 on the CPU: convert them"
+        )
+    if len(shape) != 3 or not all(map(is_count, shape)) or shape[0] != c.in_channels or any(n % coarsest for n in shape[1:]):
+        raise ValueError(f"shape {shape}; expected ({c.in_channels}, height, width), both divisible by {coarsest}")
+    if not (is_count(timesteps) and is_count(threads)):
+        raise ValueError(f"timesteps = {timesteps}, threads = {threads}; expected integers of at least 1")
+
+
+def _executor(unet: UNet, shape: tuple[int, int, int], timesteps: int, threads: int) -> NativeExecutor:
+    try:
+        from .executor import NativeExecutor
+
+        return NativeExecutor(unet, shape, timesteps, threads)
+    except ImportError:
+        raise ValueError(INSTALL) from None
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"LLVM does not serve this machine ({error})") from None

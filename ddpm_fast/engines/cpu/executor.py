@@ -1,0 +1,148 @@
+"""Runs a native program for the images of a batch: every core takes images of its own, the last ones they share."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+import weakref
+from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor, wait
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ...diffusion.solvers import StepTable
+from ...models.time_table import TimeTable
+from ...models.unet import UNet
+from .codegen import vector_width
+from .lowering import Network
+from .runtime import ITEM, JOB, compile_kernels
+
+if TYPE_CHECKING:
+    from ..select import State
+
+COLUMN = {name: k for k, name in enumerate(ITEM)}
+
+
+class NativeExecutor:
+    """Machine code made on this machine by LLVM. An image's bits depend on the CPU alone."""
+
+    def __init__(self, unet: UNet, shape: tuple[int, int, int], timesteps: int, threads: int) -> None:
+        self.threads, self.out_channels = threads, unet.config.out_channels
+        self._work, self._engine, self.found_in_cache = compile_kernels()
+        self.program = Network(unet, shape, vector_width())
+        self.times = TimeTable(unet, *self.program.projection, timesteps)
+        # one a thread, and one for images that they share, which may begin while a thread still has one of its own
+        self._memory = [_aligned_zeros(self.program.size) for _ in range(threads + (threads > 1))]
+        self._programs = [self.program.rows(m) for m in self._memory]
+        self._job = np.zeros(JOB.index("claims") + threads, dtype=np.int64)
+        self._job[JOB.index("yield_to_others")] = _yield_to_others()
+        self._begin_threads()
+        own = weakref.ref(self)
+
+        def in_child() -> None:  # which has none of its parent's threads
+            alive = own()
+            if alive is not None:
+                alive._begin_threads()
+
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=in_child)
+        self.reason = f"machine code for this CPU, {vector_width()} floats a vector, on {threads} threads"
+
+    @property
+    def memory(self) -> int:
+        """Bytes of weights, time table and the threads' maps."""
+        return self.program.weight_bytes + self.times.nbytes + sum(m.nbytes for m in self._memory)
+
+    def _begin_threads(self) -> None:
+        # a thread waits for parts that others have claimed, so one that Ctrl-C does not reach begins them all, batch after batch
+        self._lead, self._helpers = (ThreadPoolExecutor(max(1, n), "ddpm-fast") for n in (1, self.threads - 1))
+        for pool in (self._lead, self._helpers):
+            weakref.finalize(self, pool.shutdown, wait=False)
+
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+        x = x.float().contiguous(memory_format=torch.channels_last)
+        out = torch.empty((len(x), self.out_channels, *x.shape[2:]), memory_format=torch.channels_last)
+        items = _items(len(x))
+        rows = self.times.rows(t, labels)
+        _point(items, x=x, out=out)
+        items[:, COLUMN["row"]] = rows.addresses
+        self._run(items, x, out, rows)
+        return out
+
+    def steps(self, state: State, table: StepTable) -> Generator[int, None, None]:
+        """Takes the state through the table; yields how many steps are done, after every step."""
+        t, coef = table.padded(len(table) + 1)
+        x = state.x.contiguous(memory_format=torch.channels_last)
+        old = None if state.x_0 is None else state.x_0.contiguous(memory_format=torch.channels_last)
+        items = _items(len(x))
+        _point(items, x=x, **({} if old is None else {"old": old}))
+        for name, values in (("seed", state.seed), ("image", state.image)):
+            items[:, COLUMN[name]] = values.numpy()
+        items[:, COLUMN["learned"]] = table.learned
+        for i in range(len(table)):
+            at = state.row.long()
+            rows = self.times.rows(t[at], state.labels)
+            items[:, COLUMN["row"]] = rows.addresses
+            items[:, COLUMN["coef"]] = coef.data_ptr() + at.numpy() * coef.stride(0) * 4
+            items[:, COLUMN["step"]] = at.numpy()
+            self._run(items, x, old, rows, coef)
+            state.row.add_(1).clamp_(max=len(table))
+            if x is not state.x:
+                state.x.copy_(x)
+            if old is not None and old is not state.x_0:
+                state.x_0.copy_(old)  # type: ignore[union-attr]
+            yield i + 1
+
+    def _run(self, items: NDArray[np.int64], *used: Any) -> None:
+        """All images: whole rounds one per thread; what is left over by all threads together, unless that is nearly a round.
+
+        used: what the items point into; it lives as long as they are computed, even if the caller is interrupted.
+        """
+        lead = self._lead.submit(self._parts, items, used)
+        try:
+            lead.result()
+        finally:
+            wait([lead])
+
+    def _parts(self, items: NDArray[np.int64], used: Any) -> None:
+        count, left = len(items), len(items) % self.threads
+        alone = count - left if left <= self.threads * 3 // 4 else count
+        threads = min(self.threads, count if alone == count else self.threads)
+        self._job[: JOB.index("yield_to_others")] = [0, alone, count, items.ctypes.data, 0]
+        self._job[JOB.index("claims") :] = 0
+        rest = [self._helpers.submit(self._part, k, threads) for k in range(1, threads)]
+        self._part(0, threads)
+        for part in rest:
+            part.result()
+
+    def _part(self, thread: int, threads: int) -> None:
+        own, shared = self._programs[thread], self._programs[-1]
+        self._work(self._job.ctypes.data, own.ctypes.data, shared.ctypes.data, len(own), thread, threads)
+
+
+def _items(count: int) -> NDArray[np.int64]:
+    return np.zeros((count, len(ITEM)), dtype=np.int64)
+
+
+def _point(items: NDArray[np.int64], **tensors: Tensor) -> None:
+    """Every item at its image of these dense tensors."""
+    for name, tensor in tensors.items():
+        items[:, COLUMN[name]] = tensor.data_ptr() + np.arange(len(items)) * tensor.stride(0) * 4
+
+
+def _aligned_zeros(size: int) -> NDArray[np.uint8]:
+    memory = np.zeros(size + 64, dtype=np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size]
+
+
+def _yield_to_others() -> int:
+    """The address of a function without arguments that lets other threads run."""
+    library = ctypes.CDLL("kernel32" if sys.platform == "win32" else None)
+    function = library.SwitchToThread if sys.platform == "win32" else library.sched_yield
+    return int(ctypes.cast(function, ctypes.c_void_p).value or 0)

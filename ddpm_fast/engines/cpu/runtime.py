@@ -1,0 +1,151 @@
+"""Runs programs: takes images from a list, each through the network's instructions and the step behind them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from llvmlite import ir
+
+from .codegen import I32, I64, Function, Value, compile_cached, entry, vector_width
+from .instructions import INSTRUCTIONS
+from .reverse_step import reverse_step
+
+WIDTH = 20  # integers in a row of a program
+HEADER = ("x", "elements", "row", "row_length", "out", "out_elements", "eps", "variance", "z", "old")  # a program's first row
+ITEM = ("x", "out", "row", "coef", "old", "learned", "seed", "image", "step")  # what is wanted of one image
+JOB = ("next", "alone", "all", "items", "done", "yield_to_others", "claims")  # claims: as many integers as there are parts
+ALIGN = 8
+OWN = 100  # tries in which a part is left to the thread whose part it was before, and who has it in its cache
+HURRY = 2000  # tries before a thread lets others run: they may want this core
+
+
+def _fields(f: Function, address: Value, names: tuple[str, ...]) -> dict[str, Value]:
+    return {name: f.load(address, 2 * k, I64) for k, name in enumerate(names)}
+
+
+def _copy(f: Function, source: Value, to: Value, elements: Value) -> None:
+    with f.loop(0, elements) as i:
+        f.store(f.load(source, i, I32), to, i)
+
+
+def _instructions(module: ir.Module, width: int) -> list[ir.Function]:
+    functions = []
+    for name, (emit, arguments) in INSTRUCTIONS.items():
+        f = Function(module, name, 3, width)
+        row, part, parts = f.arguments
+        emit(f, part, parts, **{a: f.load(row, 2 * (k + 1), I64) for k, a in enumerate(arguments)})
+        f.end()
+        functions.append(f.function)
+    return functions
+
+
+def _turn(module: ir.Module, width: int, instructions: list[ir.Function]) -> ir.Function:
+    """turn(program, rows, item, i, part, parts): row i of a forward pass. Row 0 takes the image in; row `rows` hands the output
+    out, and makes the step behind it if there are coefficients.
+    """
+    f = Function(module, "turn", 6, width)
+    program, rows, at, i, part, parts = f.arguments
+    first = part.is_("==", 0)
+    inside = f.b.and_(i.is_(">", 0).v, i.is_("<", rows).v)
+    with f.b.if_else(inside) as (middle, end):
+        with middle:
+            row = program + i * (8 * WIDTH)
+            after = f.function.append_basic_block("next")
+            choice = f.b.switch(f.load(row, 0, I64).v, after)
+            for k, function in enumerate(instructions):
+                block = f.function.append_basic_block(function.name)
+                choice.add_case(ir.Constant(I64, k), block)
+                with f.b.goto_block(block):
+                    f.b.call(function, [row.v, part.v, parts.v])
+                    f.b.branch(after)
+            f.b.position_at_end(after)
+        with end, f.when(first):
+            header, item = _fields(f, program, HEADER), _fields(f, at, ITEM)
+            with f.b.if_else(i.is_("==", 0).v) as (begin, finish):
+                with begin:
+                    _copy(f, item["x"], header["x"], header["elements"])
+                    _copy(f, item["row"], header["row"], header["row_length"])
+                with finish:
+                    _hand_out(f, header, item)
+    f.end()
+    return f.function
+
+
+def _hand_out(f: Function, header: dict[str, Value], item: dict[str, Value]) -> None:
+    with f.when(item["out"].is_("!=", 0)):
+        _copy(f, header["out"], item["out"], header["out_elements"])
+    with f.when(item["coef"].is_("!=", 0)):
+        with f.when(item["old"].is_("!=", 0)):
+            _copy(f, item["old"], header["old"], header["elements"])
+        reverse_step(f, header, item)
+        _copy(f, header["x"], item["x"], header["elements"])
+        with f.when(item["old"].is_("!=", 0)):
+            _copy(f, header["old"], item["old"], header["elements"])
+
+
+def _work(module: ir.Module, width: int, turn: ir.Function) -> None:
+    """work(job, own program, shared program, rows, part, parts): images for this thread alone while there are any, then shared."""
+    f = Function(module, "work", 6, width)
+    job, own, shared, rows, part, parts = f.arguments
+    j = _fields(f, job, JOB)
+    size = 8 * len(ITEM)
+    with f.forever() as leave_if:
+        i = Value(f.b, f.b.atomic_rmw("add", f.pointer(job), f.integer(1).v, "acq_rel"))
+        leave_if(i.is_(">=", j["alone"]))
+        with f.loop(0, rows + 1) as k:
+            f.b.call(turn, [own.v, rows.v, (j["items"] + i * size).v, k.v, f.integer(0).v, f.integer(1).v])
+    _share(f, turn, job, j, shared, rows, part, parts)
+    f.end()
+
+
+def _share(
+    f: Function, turn: ir.Function, job: Value, j: dict[str, Value], program: Value, rows: Value, part: Value, parts: Value
+) -> None:
+    """The images from `alone` on, by all threads: a row's parts are claimed, and no row begins before all of the last are done.
+
+    Turns count through all rows of all these images. Nobody waits for a thread that is not running, unless it has claimed a part:
+    whoever is there takes over what nobody claims.
+    """
+    turns = (j["all"] - j["alone"]) * (rows + 1)
+    done = f.b.inttoptr((job + 8 * JOB.index("done")).v, I64.as_pointer())
+    claims = job + 8 * JOB.index("claims")
+    seen, tries = f.variable(f.integer(0)), f.variable(f.integer(0))
+    with f.forever() as leave_if:
+        now = Value(f.b, f.b.load_atomic(done, "acquire", ALIGN, typ=I64)) // parts
+        leave_if(now.is_(">=", turns))
+        with f.when(now.is_("!=", seen.get())):
+            seen.set(now)
+            tries.set(f.integer(0))
+        mine = tries.get().is_("<", OWN).pick(part, (part + tries.get()) % parts)
+        claim = f.b.inttoptr((claims + mine * 8).v, I64.as_pointer())
+        tries.set(tries.get() + 1)
+        free = Value(f.b, f.b.load_atomic(claim, "monotonic", ALIGN, typ=I64)).is_("==", now)
+        with f.when(free):
+            taken = f.b.cmpxchg(claim, now.v, (now + 1).v, "acq_rel", "monotonic")
+            with f.when(Value(f.b, f.b.extract_value(taken, 1))):
+                item = j["items"] + (j["alone"] + now // (rows + 1)) * (8 * len(ITEM))
+                f.b.call(turn, [program.v, rows.v, item.v, (now % (rows + 1)).v, mine.v, parts.v])
+                f.b.atomic_rmw("add", done, f.integer(1).v, "acq_rel")
+        with f.when(tries.get().is_(">", HURRY)):
+            give_way = j["yield_to_others"]
+            with f.when(give_way.is_("!=", 0)):
+                f.b.call(f.b.inttoptr(give_way.v, ir.FunctionType(I32, []).as_pointer()), [])
+
+
+def _module(width: int) -> str:
+    module = ir.Module("ddpm_fast")
+    _work(module, width, _turn(module, width, _instructions(module, width)))
+    return str(module)
+
+
+def compile_kernels() -> tuple[Callable[..., None], Any, bool]:
+    """(work, the engine that must live as long, was it found in the cache)."""
+    width = vector_width()
+    sources = [str(width)]
+    here = Path(__file__).parent
+    for name in ("code.py", "instructions.py", "reverse_step.py", "machine.py", "../kernels/noise.py", "../kernels/ddpm_step.py"):
+        sources.append((here / name).read_text())
+    engine, found = compile_cached(lambda: _module(width), sources)
+    return entry(engine, "work", 6), engine, found

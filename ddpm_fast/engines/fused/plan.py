@@ -1,0 +1,196 @@
+"""A network as a fixed list of launches over buffers in one arena.
+
+A launch is an operation of `kernels` with the buffers it reads and writes. Each can run in two ways: by its Triton kernel, or by
+its twin, the same function in plain PyTorch over the same buffers. So everything but the kernels themselves (packing, algebra,
+arena, wiring) is proven on any machine by the twins, and a kernel that is not trusted is replaced by its twin.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ...kernels._feature_map import FeatureMap
+from ...kernels._launch import overlapped
+from ...utils.numerics import full_fp32
+
+ALIGNMENT = 1024  # bytes: whole TMA swizzles and cache lines
+
+
+class Op(Protocol):
+    """What a launch does: see the operations in `kernels`."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def run(self) -> Any: ...
+    @property
+    def twin(self) -> Any: ...
+    @property
+    def cost(self) -> Any: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Buffer:
+    """A feature map that has no memory yet. external: its memory is not the arena's, and outlives a run."""
+
+    name: str
+    images: int
+    height: int
+    width: int
+    channels: int
+    dtype: torch.dtype
+    bordered: bool = True
+    external: bool = False
+
+    @property
+    def rows(self) -> int:
+        return self.images * (self.height + self.bordered) * (self.width + self.bordered)
+
+    @property
+    def nbytes(self) -> int:
+        return self.rows * self.channels * self.dtype.itemsize
+
+    def on(self, memory: Tensor) -> FeatureMap:
+        """The map over `memory`, uint8 of at least nbytes."""
+        rows = memory[: self.nbytes].view(self.dtype).view(self.rows, self.channels)
+        return FeatureMap(rows, self.images, self.height, self.width, self.bordered)
+
+    def empty(self, device: torch.device | str) -> FeatureMap:
+        return FeatureMap.empty(self.images, self.height, self.width, self.channels, self.dtype, device, self.bordered)
+
+
+@dataclass(frozen=True, eq=False)
+class Launch:
+    """reads, writes: the operation's parameters -> buffers; tensors: those that are whole tensors from outside the plan."""
+
+    name: str
+    op: Op
+    reads: Mapping[str, Buffer]
+    writes: Mapping[str, Buffer]
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def out(self) -> Buffer:
+        return self.writes["out"]
+
+    @property
+    def buffers(self) -> dict[str, Buffer]:
+        return {**self.reads, **self.writes}
+
+    def cost(self) -> tuple[int, int]:
+        """(FLOP, bytes that must move)"""
+        maps = {k: b.empty("meta") for k, b in self.buffers.items()}
+        return self.op.cost(**maps)
+
+
+@dataclass(frozen=True, eq=False)
+class Arena:
+    """Where each buffer begins, in bytes, so that no two that are alive at once overlap."""
+
+    offsets: Mapping[Buffer, int]
+    size: int
+
+    @classmethod
+    def of(cls, launches: list[Launch]) -> Arena:
+        """Largest first, each at the lowest place that is free for as long as it lives."""
+        life = lifetimes(launches)
+        placed: list[tuple[int, int, Buffer]] = []
+        for b in sorted(life, key=lambda b: -b.nbytes):
+            first, last = life[b]
+            rivals = sorted((at, end) for at, end, other in placed if life[other][0] <= last and first <= life[other][1])
+            at = 0
+            for begin, end in rivals:
+                if at + b.nbytes <= begin:
+                    break
+                at = max(at, end)
+            placed.append((at, -(-(at + b.nbytes) // ALIGNMENT) * ALIGNMENT, b))
+        return cls({b: at for at, _, b in placed}, max((end for _, end, _ in placed), default=0))
+
+
+@contextmanager
+def exactly(device: torch.device) -> Iterator[None]:
+    """Whatever the caller has switched on, PyTorch computes in the types that it is given here, and makes ordinary tensors."""
+    kind = "cpu" if device.type == "meta" else device.type
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(kind, enabled=False), full_fp32():
+        yield
+
+
+def lifetimes(launches: list[Launch]) -> dict[Buffer, tuple[int, int]]:
+    """Buffer -> the launches (first, last) between which it holds something; external ones are not listed."""
+    life: dict[Buffer, tuple[int, int]] = {}
+    for i, launch in enumerate(launches):
+        for b in launch.buffers.values():
+            if not b.external:
+                life[b] = (life.get(b, (i, i))[0], i)
+    return life
+
+
+class Plan:
+    """Launches bound to memory.
+
+    x, out     the external buffers that a run reads from and writes to
+    given      memory of external buffers that is there already
+    twins      names of the launches that run by their twins
+    compute    what twins compute in: a dtype, or None for each buffer's own; on a CPU fp32
+    """
+
+    def __init__(
+        self, launches: list[Launch], device: torch.device, x: Buffer, out: Buffer, given: Mapping[Buffer, FeatureMap] | None = None
+    ) -> None:
+        names = [launch.name for launch in launches]
+        assert len(set(names)) == len(names)
+        self.launches, self.device, self.x, self.out = launches, device, x, out
+        self.compute = torch.float32 if device.type == "cpu" else None
+        self.arena, self._given = Arena.of(launches), dict(given or {})
+        self.twins: set[str] = set()
+        self.overlap = False
+
+    @cached_property
+    def memory(self) -> Tensor:
+        """The arena, taken when it is first needed: not while another process checks the plan on the same GPU."""
+        with exactly(self.device):
+            return torch.empty(self.arena.size, dtype=torch.uint8, device=self.device)
+
+    @cached_property
+    def maps(self) -> dict[Buffer, FeatureMap]:
+        """Every buffer's memory."""
+        with exactly(self.device):
+            maps = {b: b.on(self.memory[at:]) for b, at in self.arena.offsets.items()} | self._given
+            for launch in self.launches:
+                for b in launch.buffers.values():
+                    if b.external and b not in maps:
+                        maps[b] = b.empty(self.device)
+                        maps[b].rows.zero_()
+            return maps
+
+    def arguments(self, launch: Launch) -> dict[str, Any]:
+        return {k: self.maps[b] for k, b in launch.buffers.items()} | dict(launch.tensors)
+
+    def run_one(self, launch: Launch) -> None:
+        if launch.name in self.twins:
+            launch.op.twin(**self.arguments(launch), compute=self.compute)
+        else:
+            with overlapped(self.overlap):
+                launch.op.run(**self.arguments(launch))
+
+    def run(self) -> None:
+        with exactly(self.device) if self.twins else nullcontext():
+            for launch in self.launches:
+                self.run_one(launch)
+
+    def poison(self) -> None:
+        """Fills the arena with NaN, in every floating type that is used."""
+        self.memory.fill_(0xFF)
+
+    def __iter__(self) -> Iterator[Launch]:
+        return iter(self.launches)
+
+    def __len__(self) -> int:
+        return len(self.launches)

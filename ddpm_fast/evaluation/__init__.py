@@ -1,0 +1,1 @@
+"""Evaluation: likelihood and sample quality."""

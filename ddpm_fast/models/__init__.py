@@ -1,0 +1,1 @@
+"""Networks: the UNet in plain PyTorch, its configuration, its cost."""

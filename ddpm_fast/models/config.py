@@ -1,0 +1,176 @@
+"""The shape of a DDPM UNet."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import InitVar, dataclass
+from typing import Any, NamedTuple
+
+from ..utils.validation import is_count, is_counts
+from .diffusers_format import arguments_from_diffusers, to_diffusers
+
+
+class LevelConfig(NamedTuple):
+    """One level of a `UNetConfig`, every choice spelled out."""
+
+    channels: int
+    layers: int
+    attention: bool
+    up_attention: bool
+    heads: int
+    down_resample: str
+    up_resample: str
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """Everything that decides which function a `UNet` is. Defaults: the CIFAR-10 network of Ho et al. 2020.
+
+    Levels are counted from the finest (0). A scalar given for a per-level field means the same on every level.
+
+    sample_size      training size in pixels, one number or (H, W); other sizes run too. None: not said.
+    channels         width of each level.
+    layers           residual blocks of each level on the way down; the way up has one more.
+    attention        self-attention after each residual block of the level, on the way down.
+    up_attention     the same on the way up; None: as on the way down.
+    mid_attention    self-attention at the bottom.
+    heads            attention heads of each level (the bottom uses the last). Give either this or
+    head_dim           channels per head of each level; constructor only, stored as `heads`.
+    down_resample    "conv" (strided 3x3) or "resnet" (average pooling inside a residual block, as in ADM), per level;
+                     the coarsest level has none
+    up_resample      "conv" (nearest 2x, 3x3) or "resnet", per level; the finest level has none
+    downsample_padding  1: symmetric (OpenAI); 0: right and bottom only (Ho, TensorFlow's SAME)
+    norm_groups, norm_eps   of every GroupNorm
+    mid_norm_groups  of the bottom's attention; None: norm_groups; 0: that attention has no norm
+    scale_shift      the time embedding scales and shifts the second norm instead of being added before it
+    time_dim         width of the time embedding; 0: 4 * channels[0]
+    cos_first        order of the sinusoid's halves; freq_shift: its frequencies are 1e4^(-i / (half - freq_shift))
+    num_classes      size of the class embedding, added to the time embedding; None: unconditional
+    mid_scale        outputs at the bottom are divided by this
+    center_input     the network sees 2 x - 1
+
+    Raises ValueError for a combination that no network has, and says which.
+    """
+
+    sample_size: int | tuple[int, int] | None = 32
+    in_channels: int = 3
+    out_channels: int = 3
+    channels: tuple[int, ...] = (128, 256, 256, 256)
+    layers: int | tuple[int, ...] = 2
+    attention: bool | tuple[bool, ...] = (False, True, False, False)
+    up_attention: bool | tuple[bool, ...] | None = None
+    mid_attention: bool = True
+    heads: int | tuple[int, ...] = 1
+    head_dim: InitVar[int | tuple[int, ...] | None] = None
+    down_resample: str | tuple[str, ...] = "conv"
+    up_resample: str | tuple[str, ...] = "conv"
+    downsample_padding: int = 0
+    norm_groups: int = 32
+    mid_norm_groups: int | None = None
+    norm_eps: float = 1e-6
+    scale_shift: bool = False
+    time_dim: int = 0
+    cos_first: bool = False
+    freq_shift: float = 1
+    num_classes: int | None = None
+    dropout: float = 0.0
+    mid_scale: float = 1.0
+    center_input: bool = False
+
+    def __post_init__(self, head_dim: int | tuple[int, ...] | None) -> None:
+        if not is_counts(self.channels, None):
+            raise ValueError(f"channels={self.channels!r}; expected a tuple of integers of at least 1, one per level")
+        self._store("channels", tuple(self.channels))
+        if isinstance(self.sample_size, list):
+            self._store("sample_size", tuple(self.sample_size))
+        if self.up_attention is None:
+            self._store("up_attention", self.attention)
+        for name in ("layers", "attention", "up_attention", "heads", "down_resample", "up_resample"):
+            self._store(name, self._per_level(name, getattr(self, name)))
+        self._store("time_dim", self.time_dim or 4 * self.channels[0])
+        if self.mid_norm_groups is None:
+            self._store("mid_norm_groups", self.norm_groups)
+        if head_dim is not None:
+            if set(self.levels_of("heads")) != {1}:
+                raise ValueError(f"heads={self.heads} and head_dim={head_dim} were both given: give one of them")
+            self._store("heads", tuple(self._split(head_dim)))
+        # what no layer reads is set to one value, so that equal networks have equal configurations
+        self._store("heads", tuple(h if a else 1 for h, a in zip(self.levels_of("heads"), self.attends, strict=True)))
+        self._store("down_resample", (*self.levels_of("down_resample")[:-1], "conv"))
+        self._store("up_resample", ("conv", *self.levels_of("up_resample")[1:]))
+        self._check()
+
+    def _store(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)  # frozen for everyone else
+
+    def _per_level(self, name: str, value: Any) -> tuple[Any, ...]:
+        levels = len(self.channels)
+        value = tuple(value) if isinstance(value, (tuple, list)) else (value,) * levels
+        if len(value) != levels:
+            raise ValueError(f"{name}={value} has {len(value)} entries, channels={self.channels} has {levels} levels")
+        return value
+
+    def _split(self, head_dim: int | tuple[int, ...]) -> Iterator[int]:
+        for c, d, attends in zip(self.channels, self._per_level("head_dim", head_dim), self.attends, strict=True):
+            if attends and (not is_count(d) or c % d):
+                raise ValueError(f"a level of {c} channels cannot be split into attention heads of {d}")
+            yield c // d if attends else 1
+
+    def _check(self) -> None:
+        numbers = (self.in_channels, self.out_channels, self.time_dim, self.norm_groups, *self.channels, *self.levels_of("layers"))
+        numbers += self.levels_of("heads")
+        if not all(is_count(n) for n in (*numbers, self.num_classes or 1)) or self.num_classes == 0:
+            raise ValueError(
+                f"{self}: channels, layers, heads, time_dim, norm_groups and num_classes must be integers of at least 1"
+            )
+        if not (self.norm_eps > 0 and self.mid_scale > 0 and 0 <= self.dropout < 1):
+            raise ValueError(
+                f"norm_eps={self.norm_eps}, mid_scale={self.mid_scale}, dropout={self.dropout}; expected > 0, > 0, 0 to 1"
+            )
+        for level, attends in zip(self.levels, self.attends, strict=True):
+            if level.channels % self.norm_groups:
+                raise ValueError(
+                    f"a level of {level.channels} channels cannot be split into norm_groups={self.norm_groups} equal groups"
+                )
+            if attends and (level.heads < 1 or level.channels % level.heads):
+                raise ValueError(f"a level of {level.channels} channels cannot be split into {level.heads} attention heads")
+            for resample in (level.down_resample, level.up_resample):
+                if resample not in ("conv", "resnet"):
+                    raise ValueError(f'resampling {resample!r}; expected "conv" or "resnet"')
+        if self.downsample_padding not in (0, 1):
+            raise ValueError(f"downsample_padding={self.downsample_padding}; expected 0 (right and bottom) or 1 (symmetric)")
+        if self.channels[0] % 2:
+            raise ValueError(f"channels[0]={self.channels[0]}; the sinusoid needs an even number")
+
+    def levels_of(self, name: str) -> tuple[Any, ...]:
+        """A per-level field as the tuple that it is once constructed."""
+        return getattr(self, name)
+
+    @property
+    def levels(self) -> list[LevelConfig]:
+        """The levels, finest first."""
+        return [LevelConfig(*values) for values in zip(*map(self.levels_of, LevelConfig._fields), strict=True)]
+
+    @property
+    def attends(self) -> tuple[bool, ...]:
+        """Per level: does any attention run at its width (down, up, or at the bottom)?"""
+        both = [down or up for down, up in zip(self.levels_of("attention"), self.levels_of("up_attention"), strict=True)]
+        return (*both[:-1], both[-1] or self.mid_attention)
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """`sample_size` as (H, W)."""
+        return (self.sample_size, self.sample_size) if isinstance(self.sample_size, int) else self.sample_size
+
+    @classmethod
+    def from_diffusers(cls, config: Mapping[str, Any]) -> UNetConfig:
+        """From the dictionary in diffusers' `unet/config.json` (class `UNet2DModel`).
+
+        A missing key takes diffusers' default, a key that starts with "_" is metadata. ValueError for an unknown
+        key and for a value that this network does not implement: neither is ever ignored.
+        """
+        return cls(**arguments_from_diffusers(config))
+
+    def to_diffusers(self) -> dict[str, Any]:
+        """The dictionary for diffusers' `unet/config.json`. ValueError where `UNet2DModel` cannot express this network."""
+        return to_diffusers(self)

@@ -1,0 +1,214 @@
+"""Between `UNetConfig` and the `config.json` of diffusers' `UNet2DModel`. A key is read, refused or metadata, never ignored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from ..utils.validation import is_count, is_counts, is_number
+
+if TYPE_CHECKING:
+    from .config import UNetConfig
+
+# diffusers' own defaults: a key that a config.json leaves out means these.
+_DIFFUSERS_DEFAULTS: dict[str, Any] = dict(
+    sample_size=None,
+    in_channels=3,
+    out_channels=3,
+    center_input_sample=False,
+    time_embedding_type="positional",
+    time_embedding_dim=None,
+    freq_shift=0,
+    flip_sin_to_cos=True,
+    down_block_types=("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
+    mid_block_type="UNetMidBlock2D",
+    up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+    block_out_channels=(224, 448, 672, 896),
+    layers_per_block=2,
+    mid_block_scale_factor=1,
+    downsample_padding=1,
+    downsample_type="conv",
+    upsample_type="conv",
+    dropout=0.0,
+    act_fn="silu",
+    attention_head_dim=8,
+    norm_num_groups=32,
+    attn_norm_num_groups=None,
+    norm_eps=1e-5,
+    resnet_time_scale_shift="default",
+    add_attention=True,
+    class_embed_type=None,
+    num_class_embeds=None,
+    num_train_timesteps=None,
+)
+
+_COUNT = ("an integer of at least 1", is_count)
+_NUMBER = ("a number", is_number)
+_POSITIVE = ("a positive number", lambda v: is_number(v) and v > 0)
+_FLAG = ("true or false", lambda v: isinstance(v, bool))
+_NAMES = ("a list of names", lambda v: isinstance(v, (list, tuple)) and bool(v) and all(isinstance(n, str) for n in v))
+_OPTIONAL_COUNT = ("an integer of at least 1, or null", lambda v: v is None or is_count(v))
+# What each key that holds a number, a flag or a list must be: a damaged file is one clear line.
+_KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = dict(
+    sample_size=("an integer, a pair of them, or null", lambda v: v is None or is_count(v) or is_counts(v, 2)),
+    in_channels=_COUNT,
+    out_channels=_COUNT,
+    center_input_sample=_FLAG,
+    time_embedding_dim=_OPTIONAL_COUNT,
+    freq_shift=_NUMBER,
+    flip_sin_to_cos=_FLAG,
+    down_block_types=_NAMES,
+    up_block_types=_NAMES,
+    block_out_channels=("a list of integers of at least 1", lambda v: is_counts(v, None)),
+    layers_per_block=_COUNT,
+    mid_block_scale_factor=_POSITIVE,
+    dropout=("a number from 0 to below 1", lambda v: is_number(v) and 0 <= v < 1),
+    attention_head_dim=_OPTIONAL_COUNT,
+    norm_num_groups=_COUNT,
+    attn_norm_num_groups=_OPTIONAL_COUNT,
+    norm_eps=_POSITIVE,
+    add_attention=_FLAG,
+    num_class_embeds=_OPTIONAL_COUNT,
+)
+
+# The values for which this network computes what diffusers computes; everything else is refused.
+# num_train_timesteps is absent on purpose: diffusers reads it for time_embedding_type="learned" only.
+_SUPPORTED: dict[str, tuple[Any, ...]] = dict(
+    time_embedding_type=("positional",),
+    mid_block_type=("UNetMidBlock2D",),
+    act_fn=("silu", "swish"),
+    downsample_type=("conv", "resnet"),
+    upsample_type=("conv", "resnet"),
+    downsample_padding=(0, 1),
+    resnet_time_scale_shift=("default", "scale_shift"),
+    class_embed_type=(None,),
+)
+
+# block name -> (attention, resampling); None: whatever downsample_type / upsample_type says
+_DOWN_BLOCKS = {
+    "DownBlock2D": (False, "conv"),
+    "AttnDownBlock2D": (True, None),
+    "ResnetDownsampleBlock2D": (False, "resnet"),
+}
+_UP_BLOCKS = {
+    "UpBlock2D": (False, "conv"),
+    "AttnUpBlock2D": (True, None),
+    "ResnetUpsampleBlock2D": (False, "resnet"),
+}
+
+
+def arguments_from_diffusers(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What `UNetConfig` must be given to be this network: see `UNetConfig.from_diffusers`."""
+    given = {k: v for k, v in config.items() if not k.startswith("_")}
+    if unknown := sorted(set(given) - set(_DIFFUSERS_DEFAULTS)):
+        raise ValueError(
+            f"unknown key {', '.join(unknown)} in the UNet2DModel configuration; known: {', '.join(_DIFFUSERS_DEFAULTS)}"
+        )
+    d = {**_DIFFUSERS_DEFAULTS, **given}
+    for key, supported in _SUPPORTED.items():
+        if d[key] not in supported:
+            raise ValueError(f"{key}={d[key]!r} is not supported; supported: {', '.join(map(repr, supported))}")
+    for key, (expected, fits) in _KINDS.items():
+        if not fits(d[key]):
+            raise ValueError(f"{key}={d[key]!r} in the UNet2DModel configuration; expected {expected}")
+    down = [_block(name, _DOWN_BLOCKS, d["downsample_type"]) for name in d["down_block_types"]]
+    up = [_block(name, _UP_BLOCKS, d["upsample_type"]) for name in reversed(d["up_block_types"])]
+    if not len(down) == len(up) == len(d["block_out_channels"]):
+        raise ValueError("down_block_types, up_block_types and block_out_channels must have one entry per level")
+    mid_groups = d["attn_norm_num_groups"]
+    if mid_groups is None and d["resnet_time_scale_shift"] == "scale_shift":
+        mid_groups = 0  # diffusers then leaves this norm out
+    return dict(
+        sample_size=d["sample_size"],
+        in_channels=d["in_channels"],
+        out_channels=d["out_channels"],
+        channels=tuple(d["block_out_channels"]),
+        layers=d["layers_per_block"],
+        attention=tuple(a for a, _ in down),
+        up_attention=tuple(a for a, _ in up),
+        mid_attention=d["add_attention"],
+        head_dim=d["attention_head_dim"],
+        down_resample=tuple(r for _, r in down),
+        up_resample=tuple(r for _, r in up),
+        downsample_padding=d["downsample_padding"],
+        norm_groups=d["norm_num_groups"],
+        mid_norm_groups=mid_groups,
+        norm_eps=d["norm_eps"],
+        scale_shift=d["resnet_time_scale_shift"] == "scale_shift",
+        time_dim=d["time_embedding_dim"] or 0,
+        cos_first=d["flip_sin_to_cos"],
+        freq_shift=d["freq_shift"],
+        num_classes=d["num_class_embeds"],
+        dropout=d["dropout"],
+        mid_scale=d["mid_block_scale_factor"],
+        center_input=d["center_input_sample"],
+    )
+
+
+def to_diffusers(c: UNetConfig) -> dict[str, Any]:
+    """See `UNetConfig.to_diffusers`."""
+    levels = c.levels
+    if len({level.layers for level in levels}) > 1:
+        raise ValueError(f"layers={c.layers}: diffusers has one layers_per_block for all levels")
+    split = [(level.channels, level.heads) for level, attends in zip(levels, c.attends, strict=True) if attends]
+    head_dims = {width // heads for width, heads in split}
+    single = all(heads == 1 for _, heads in split)
+    if len(head_dims) > 1 and not single:
+        raise ValueError(f"heads={c.heads} at channels={c.channels}: diffusers has one attention_head_dim for all levels")
+    if c.mid_attention and not c.scale_shift and not c.mid_norm_groups:
+        raise ValueError("mid_norm_groups=0: diffusers leaves this norm out only under scale_shift")
+    down, down_type = _names([(level.attention, level.down_resample) for level in levels], len(levels) - 1, _DOWN_BLOCKS)
+    up, up_type = _names([(level.up_attention, level.up_resample) for level in levels], 0, _UP_BLOCKS)
+    return dict(
+        _class_name="UNet2DModel",
+        sample_size=list(c.sample_size) if isinstance(c.sample_size, tuple) else c.sample_size,
+        in_channels=c.in_channels,
+        out_channels=c.out_channels,
+        center_input_sample=c.center_input,
+        time_embedding_type="positional",
+        time_embedding_dim=c.time_dim,
+        freq_shift=c.freq_shift,
+        flip_sin_to_cos=c.cos_first,
+        down_block_types=down,
+        mid_block_type="UNetMidBlock2D",
+        up_block_types=up[::-1],
+        block_out_channels=list(c.channels),
+        layers_per_block=levels[0].layers,
+        mid_block_scale_factor=c.mid_scale,
+        downsample_padding=c.downsample_padding,
+        downsample_type=down_type,
+        upsample_type=up_type,
+        dropout=c.dropout,
+        act_fn="silu",
+        attention_head_dim=None if single else head_dims.pop(),
+        norm_num_groups=c.norm_groups,
+        attn_norm_num_groups=c.mid_norm_groups or None,
+        norm_eps=c.norm_eps,
+        resnet_time_scale_shift="scale_shift" if c.scale_shift else "default",
+        add_attention=c.mid_attention,
+        class_embed_type=None,
+        num_class_embeds=c.num_classes,
+        num_train_timesteps=None,
+    )
+
+
+def _block(name: str, known: Mapping[str, tuple[bool, str | None]], resample: str) -> tuple[bool, str]:
+    """(attention, resampling) of a diffusers block name."""
+    name = name.removeprefix("UNetRes")
+    if name not in known:
+        raise ValueError(f"block type {name!r} is not supported; supported: {', '.join(known)}")
+    attention, own = known[name]
+    return attention, own or resample
+
+
+def _names(levels: list[tuple[bool, str]], without: int, known: Mapping[str, tuple[bool, str | None]]) -> tuple[list[str], str]:
+    """diffusers' block names for (attention, resampling) per level, and the one resampling that its attention blocks share.
+
+    `without` is the level that does not resample.
+    """
+    plain, attending, resnet = known
+    shared = {resample for i, (attention, resample) in enumerate(levels) if attention and i != without}
+    if len(shared) > 1:
+        raise ValueError(f"(attention, resampling) {levels}: diffusers has one resampling for all its attention blocks")
+    names = [attending if attention else resnet if resample == "resnet" else plain for attention, resample in levels]
+    return names, (shared or {"conv"}).pop()

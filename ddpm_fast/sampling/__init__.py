@@ -1,0 +1,1 @@
+"""Sampling: the loop, its requests, its outputs."""

@@ -1,0 +1,318 @@
+"""Training (Ho et al. 2020, algorithm 1): one step of it, exactly repeatable.
+
+    x_0 ~ data;  t ~ uniform;  eps ~ N(0, 1);  descend the gradient of || eps - eps_theta(x_t, t) ||^2
+
+or of another loss of `objective.Objective`. eps is drawn by `q_sample` and again by the loss, and never stored.
+
+Nothing is drawn from a generator with a state. The order of the images, each one's timestep, flip and noise are functions of
+(seed, image, epoch), so a run that was killed goes on as if nothing had happened: step number and tensors say it all.
+"""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..data.datasets import ImageData
+from ..data.pixels import from_uint8, seed_bits
+from ..diffusion.losses import LossAware, Objective
+from ..diffusion.schedule import NoiseSchedule
+from ..kernels.q_sample import q_sample
+from ..models.unet import UNet
+from .config import TrainConfig
+from .cpu_autocast import use_wide_backward
+from .data_loader import Batch, Feed
+
+_IDENTITY = (
+    "train_batch_size",
+    "gradient_accumulation_steps",
+    "random_flip",
+    "use_ema",
+    "seed",
+    "prediction_type",
+    "loss_type",
+    "snr_gamma",
+    "timestep_sampling",
+)
+AUTOCAST = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
+VALIDATION_ROW = 2**24 - 1  # the noise of validation: a row that no epoch reaches
+_SMALLEST_PART = 8  # images; below that, a thread of its own costs more than it brings
+
+
+class Noised(NamedTuple):
+    """A batch as the network and the loss see it: what `Objective.losses` takes, the labels, the weights of the losses."""
+
+    x_0: Tensor
+    x_t: Tensor
+    t: Tensor
+    row: Tensor
+    seed: Tensor
+    image: Tensor
+    labels: Tensor | None
+    weight: Tensor | None
+
+
+class Trainer:
+    """A UNet in training, its average and its optimizer, on one device.
+
+    unet      changed in place, to be read at any time; fp32
+    ema       a `UNet` with the running average of the weights (the weights themselves where use_ema is off)
+    done      steps taken
+
+    On a CPU every thread takes images of its own through the network where there are enough: as fast as the cores allow.
+    ValueError where network, data and configuration do not fit together.
+    """
+
+    def __init__(
+        self, unet: UNet, schedule: NoiseSchedule, data: ImageData, config: TrainConfig, device: torch.device | str | None = None
+    ) -> None:
+        self.config, self.schedule, self.data = config, schedule, data
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        check_fit(unet, data, config.learned_variance)
+        epochs = config.max_train_steps * config.train_batch_size * config.gradient_accumulation_steps // len(data)
+        if epochs >= VALIDATION_ROW:
+            raise ValueError(f"{epochs} epochs of {len(data)} images; expected fewer than {VALIDATION_ROW}")
+        self.unet = unet.to(self.device, torch.float32).train()
+        self.ema = copy.deepcopy(self.unet).eval().requires_grad_(False) if config.use_ema else self.unet
+        self.weights = torch.nn.Parameter(flatten(self.unet))
+        self.average = flatten(self.ema) if config.use_ema else self.weights.data
+        self._parameters = list(self.unet.parameters())
+        self.optimizer = torch.optim.AdamW(
+            [self.weights],
+            lr=config.learning_rate,
+            betas=(config.adam_beta1, config.adam_beta2),
+            weight_decay=config.adam_weight_decay,
+            eps=config.adam_epsilon,
+            fused=True,
+        )
+        self.feed = Feed(data, config.seed, config.train_batch_size, self.device, config.random_flip, len(schedule))
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.mixed_precision == "fp16")
+        self.scaler.scale(torch.zeros((), device=self.device))  # made here, not by whichever thread comes first
+        self.done = 0
+        self.objective = Objective(schedule, config.prediction_type, config.loss_type, config.snr_gamma, self.device)
+        self.timesteps = LossAware(len(schedule), self.device) if config.timestep_sampling == "loss_aware" else None
+        self._coef = schedule.q_sample_table(self.device)
+        self._sums = torch.zeros(4, device=self.device)  # loss, gradient norm, steps kept and skipped since the last `means`
+        self._model: Callable[..., Tensor] = torch.compile(self.unet) if config.compile else self.unet
+        self._parts, self._pool = self._split_over_cores()
+        if self.device.type == "cpu":
+            _keep_freed_memory()
+            if AUTOCAST[config.mixed_precision] is not None:
+                use_wide_backward(self.unet)
+
+    def step(self) -> None:
+        """One optimizer step. Nothing here waits for the device. A step whose gradient is not finite changes no weight."""
+        config = self.config
+        accumulate = config.gradient_accumulation_steps
+        loss, self.weights.grad = self._gradient(self.done * accumulate)
+        for number in range(self.done * accumulate + 1, (self.done + 1) * accumulate):
+            more, gradient = self._gradient(number)
+            loss = loss + more
+            self.weights.grad += gradient
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.rate(self.done)
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_([self.weights], config.max_grad_norm)
+        skipped = (~(norm.isfinite() & loss.isfinite())).float()
+        if not self.scaler.is_enabled():
+            self.optimizer.found_inf = skipped  # type: ignore[attr-defined]  # the fused kernel then leaves all as it is
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if config.use_ema:
+            self.average.lerp_(self.weights.detach(), 1 - config.ema_decay(self.done))
+        self._sums += torch.where(
+            skipped > 0,
+            torch.stack([0 * skipped, 0 * skipped, 0 * skipped, skipped]),
+            torch.stack([loss, norm, 1 - skipped, skipped]),
+        )
+        self.done += 1
+
+    def means(self) -> dict[str, float]:
+        """Loss and gradient norm, averaged since the last call over the steps that were not skipped, and how many were.
+
+        NaN when all were. Waits for the device.
+        """
+        loss, norm, kept, skipped = self._sums.tolist()
+        self._sums.zero_()
+        return dict(loss=loss / kept if kept else math.nan, grad_norm=norm / kept if kept else math.nan, skipped=int(skipped))
+
+    @torch.no_grad()
+    def validation_loss(self, unet: UNet, data: ImageData, count: int = 512) -> float:
+        """The loss of a network on `count` images of `data`, spread over it and over t; noise and choice never change."""
+        count = min(count, len(data))
+        place = torch.arange(count)
+        chosen = place * len(data) // count
+        # multiples of the golden ratio: as even as a grid, and no class of sorted data gets timesteps of its own
+        times = ((place * 0.6180339887498949) % 1 * len(self.schedule)).long()
+        total, training = 0.0, unet.training
+        unet.eval()
+        for some in place.split(min(64, self.config.train_batch_size)):
+            image, t = chosen[some], times[some].to(self.device)
+            x_0 = from_uint8(torch.from_numpy(data.images[image.numpy()]).to(self.device))
+            labels = None if data.labels is None else torch.from_numpy(data.labels)[image].to(self.device)
+            batch = Batch(image.to(self.device), torch.full_like(t, VALIDATION_ROW), t, t, x_0, labels)
+            total += float(self._losses(unet, self._noised(batch)).sum())
+        unet.train(training)
+        return total / count
+
+    # ---- the gradient
+
+    def _gradient(self, number: int) -> tuple[Tensor, Tensor]:
+        """Loss and flat gradient of batch `number`, scaled so that the step's batches add up to their mean."""
+        batch, weight = self.feed.batch(number), None
+        if self.timesteps is not None:
+            t, weight = self.timesteps.draw(batch.word)
+            batch = batch._replace(t=t)
+        inputs = self._noised(batch, weight)
+        share = 1 / (self._parts * self.config.gradient_accumulation_steps)
+
+        def part(inputs: Noised) -> tuple[Tensor, Tensor, Tensor]:
+            losses = self._losses(self._model, inputs)
+            loss = (losses if inputs.weight is None else losses * inputs.weight).mean() * share
+            gradients = torch.autograd.grad(self.scaler.scale(loss), self._parameters)
+            return loss.detach(), losses.detach(), torch.cat([_as_vector(g) for g in gradients])
+
+        if self._pool is None:
+            with self._dropout_of(number):
+                loss, losses, gradient = part(inputs)
+        else:
+            chunks = zip(*(v.chunk(self._parts) if v is not None else [None] * self._parts for v in inputs), strict=True)
+            results = self._pool.map(lambda chunk: part(Noised(*chunk)), chunks)
+            scaled, unweighted, gradients = zip(*results, strict=True)
+            loss, losses, gradient = sum(scaled), torch.cat(unweighted), sum_in_order(gradients)
+        if self.timesteps is not None:
+            self.timesteps.update(inputs.t, losses)
+        return loss, gradient
+
+    def _noised(self, batch: Batch, weight: Tensor | None = None) -> Noised:
+        labels = batch.labels if self.unet.config.num_classes else None
+        seed = torch.full_like(batch.image, seed_bits(self.config.seed))
+        x_t = q_sample(batch.x_0, self._coef, batch.t, batch.epoch, seed, batch.image)
+        return Noised(batch.x_0, x_t, batch.t, batch.epoch, seed, batch.image, labels, weight)
+
+    def _losses(self, model: Callable[..., Tensor], inputs: Noised) -> Tensor:
+        with self._autocast():
+            out = model(inputs.x_t, inputs.t, inputs.labels)
+        return self.objective.losses(out, *inputs[:6])
+
+    def _autocast(self) -> Any:
+        dtype = AUTOCAST[self.config.mixed_precision]
+        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
+
+    @contextmanager
+    def _dropout_of(self, number: int) -> Iterator[None]:
+        """Dropout is the one thing that draws from torch's generator; so that is set for each batch, and put back."""
+        if not self.unet.config.dropout:
+            yield
+            return
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed((self.config.seed * 1_000_003 + number) % 2**63)
+            yield
+
+    def _split_over_cores(self) -> tuple[int, ThreadPoolExecutor | None]:
+        threads = torch.get_num_threads()
+        batch = self.config.train_batch_size
+        fits = [n for n in range(1, threads + 1) if batch % n == 0 and batch // n >= _SMALLEST_PART]
+        parts = max(fits, default=1)
+        if self.device.type != "cpu" or parts == 1 or self.unet.config.dropout or self.config.compile:
+            return 1, None
+        return parts, ThreadPoolExecutor(parts, initializer=torch.set_num_threads, initargs=(threads // parts,))
+
+    # ---- everything that a resumed run needs
+
+    def state(self) -> dict[str, Tensor]:
+        """Weights, average, Adam's moments, the sums since the last `means`, and the losses of the timesteps where those count.
+
+        Beside the number `done`, that is everything.
+        """
+        held = self.optimizer.state[self.weights]
+        if not held:  # as Adam itself would begin
+            held.update(step=torch.zeros((), device=self.device), exp_avg=torch.zeros_like(self.weights))
+            held.update(exp_avg_sq=torch.zeros_like(self.weights))
+        state = dict(weights=self.weights.detach(), sums=self._sums, **held)
+        if self.timesteps is not None:
+            state.update(loss_squares=self.timesteps.squares, loss_count=self.timesteps.count)
+        return {**state, "ema": self.average} if self.config.use_ema else state
+
+    @torch.no_grad()
+    def load_state(self, state: Mapping[str, Tensor], done: int) -> None:
+        """Goes on from `state` after `done` steps. ValueError for vectors that are missing, too many or of another length."""
+        own = self.state()
+        if wrong := sorted(own.keys() ^ state.keys()) or [k for k in own if own[k].shape != state[k].shape]:
+            raise ValueError(f"the state belongs to another network or configuration: {', '.join(wrong)} differ")
+        for name, tensor in own.items():
+            tensor.copy_(state[name])
+        self.done = done
+
+    def identity(self) -> dict[str, Any]:
+        """What must not change between the parts of a run."""
+        config = self.config
+        beta = hashlib.sha256(self.schedule.beta.tobytes()).hexdigest()
+        return dict(
+            network=self.unet.config.to_diffusers(),
+            beta=beta,
+            data=self.data.digest,
+            **{name: getattr(config, name) for name in _IDENTITY},
+        )
+
+
+def flatten(unet: UNet) -> Tensor:
+    """Moves the weights into one vector, of which the parameters are views from then on: one update instead of hundreds."""
+    vector = torch.cat([_as_vector(p.detach()) for p in unet.parameters()])
+    parts = vector.split([p.numel() for p in unet.parameters()])
+    for p, part in zip(unet.parameters(), parts, strict=True):
+        if p.ndim == 4:
+            o, i, h, w = p.shape
+            p.data = part.view(o, h, w, i).permute(0, 3, 1, 2)
+        else:
+            p.data = part.view(p.shape)
+    return vector
+
+
+def _as_vector(x: Tensor) -> Tensor:
+    return x.permute(0, 2, 3, 1).reshape(-1) if x.ndim == 4 else x.reshape(-1)
+
+
+def sum_in_order(vectors: Sequence[Tensor]) -> Tensor:
+    """The first vector plus the others, in place."""
+    total = vectors[0]
+    for more in vectors[1:]:
+        total += more
+    return total
+
+
+def check_fit(unet: UNet, data: ImageData, learned_variance: bool = False) -> None:
+    """ValueError where the network cannot train on these images."""
+    (_, height, width, channels), c = data.images.shape, unet.config
+    coarsest = 2 ** (len(c.channels) - 1)
+    if height % coarsest or width % coarsest:
+        raise ValueError(f"the images are {height} x {width}; {len(c.channels)} levels need sides divisible by {coarsest}")
+    wanted = channels * (1 + learned_variance)
+    if c.in_channels != channels or c.out_channels != wanted:
+        raise ValueError(
+            f"the images have {channels} channels, so the network must take {channels} and give {wanted}"
+            f"{' (mean and variance)' if learned_variance else ''}; it takes {c.in_channels} and gives {c.out_channels}"
+        )
+    if c.num_classes is not None and (data.num_classes is None or data.num_classes > c.num_classes):
+        raise ValueError(f"the network has {c.num_classes} classes, the data {data.num_classes or 'no labels'}")
+
+
+def _keep_freed_memory() -> None:
+    """Tells glibc to keep what is freed: else every activation is mapped and zeroed by the kernel anew, a tenth of the time."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):
+        return  # another C library
+    m_trim_threshold, m_top_pad, m_mmap_threshold = -1, -2, -3
+    for parameter, value in ((m_mmap_threshold, 2**30), (m_trim_threshold, 2**31 - 1), (m_top_pad, 2**26)):
+        mallopt(parameter, value)

@@ -1,0 +1,156 @@
+"""1x1 convolutions: a product of a map's rows, or of two maps' as if joined along the channels, with the weights.
+
+All operands come through pointers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._feature_map import FeatureMap
+from ._gemm import PRECISION, TRITON_TYPE, Tiles, cost_of_conv, launch_conv, wide
+from ._launch import begin
+from ._triton import tl, triton
+from .conv2d_pointers import pixel_of
+from .conv3x3 import load_rows
+
+
+def pointwise_reference(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None, scale: float = 1.0
+) -> Tensor:
+    """x [N, C, H, W], weight [K, C], residual [N, K, H, W] -> W x + bias + scale * residual, pixel by pixel."""
+    y = F.conv2d(x, weight[:, :, None, None], bias)
+    return y if residual is None else y + scale * residual
+
+
+@triton.jit(do_not_specialize=["ROWS", "H", "W"])
+def _pointwise_kernel(
+    x_ptr,
+    x2_ptr,
+    w_ptr,
+    y_ptr,
+    bias_ptr,
+    residual_ptr,
+    residual_scale,
+    ROWS,
+    H,
+    W,
+    K,
+    C: tl.constexpr,
+    C2: tl.constexpr,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
+    BO: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    OUT: tl.constexpr,
+    BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    BORDER: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    begin(PDL)
+    n_out = tl.cdiv(K, BO)
+    o0 = (tl.program_id(0) % n_out) * BO
+    m0 = (tl.program_id(0) // n_out) * BM
+    acc = tl.zeros((BM, BO), tl.float32)
+    for k in range(C // BK):
+        a = load_rows(x_ptr, m0, k * BK, ROWS, C, BM, BK)
+        acc = tl.dot(a, load_rows(w_ptr, o0, k * BK, K, C + C2, BO, BK).T, acc, input_precision=PRECISION)
+    for k in range(C2 // BK):
+        a = load_rows(x2_ptr, m0, k * BK, ROWS, C2, BM, BK)
+        acc = tl.dot(a, load_rows(w_ptr, o0, C + k * BK, K, C + C2, BO, BK).T, acc, input_precision=PRECISION)
+    rows = m0 + tl.arange(0, BM)
+    cols = o0 + tl.arange(0, BO)
+    at = rows.to(tl.int64)[:, None] * K + cols[None, :]
+    exists = (rows < ROWS)[:, None] & (cols < K)[None, :]
+    if BIAS:
+        acc += tl.load(bias_ptr + cols, mask=cols < K, other=0.0)[None, :]
+    if RESIDUAL:
+        acc += residual_scale * tl.load(residual_ptr + at, mask=exists, other=0.0).to(tl.float32)
+    if BORDER:
+        _, _, _, inside = pixel_of(rows, ROWS, H, W, 1)
+        acc = tl.where(inside[:, None], acc, 0.0)
+    tl.store(y_ptr + at, acc.to(OUT), mask=exists)
+
+
+@dataclass(frozen=True, eq=False)
+class Pointwise:
+    """1x1 convolution of one map, or of two as if joined along the channels; + bias + residual_scale * residual.
+
+    weight [K, C (+ C2)], bias [K] fp32 or None. All maps, the residual too, have one layout.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    tiles: Tiles
+    residual_scale: float = 1.0
+    name = "pointwise"
+
+    @classmethod
+    def of(cls, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, tiles: Tiles, residual_scale: float = 1.0) -> Pointwise:
+        return cls(weight.to(dtype).contiguous(), None if bias is None else bias.float(), tiles, residual_scale)
+
+    def run(self, x: FeatureMap, out: FeatureMap, x2: FeatureMap | None = None, residual: FeatureMap | None = None) -> None:
+        t, k = self.tiles, len(self.weight)
+        second = 0 if x2 is None else x2.channels
+        for name, fm, c in (
+            ("x", x, self.weight.shape[1] - second),
+            ("x2", x2, second),
+            ("residual", residual, k),
+            ("out", out, k),
+        ):
+            if fm is not None:
+                fm.expect(name, x.images, x.height, x.width, c, x.bordered)
+        launch_conv(
+            _pointwise_kernel,
+            t,
+            self.grid(out),
+            x.rows,
+            x.rows if x2 is None else x2.rows,
+            self.weight,
+            out.rows,
+            self.bias if self.bias is not None else self.weight,
+            x.rows if residual is None else residual.rows,
+            self.residual_scale,
+            len(x.rows),
+            x.height,
+            x.width,
+            k,
+            C=x.channels,
+            C2=second,
+            OUT=TRITON_TYPE[out.rows.dtype],
+            BIAS=self.bias is not None,
+            RESIDUAL=residual is not None,
+            BORDER=out.bordered,
+            PRECISION=PRECISION[x.rows.dtype],
+        )
+
+    def twin(
+        self,
+        x: FeatureMap,
+        out: FeatureMap,
+        x2: FeatureMap | None = None,
+        residual: FeatureMap | None = None,
+        compute: torch.dtype | None = None,
+    ) -> None:
+        pixels = wide(x.pixels if x2 is None else torch.cat([x.pixels, x2.pixels], dim=1), compute)
+        y = F.conv2d(pixels, wide(self.weight, compute)[:, :, None, None])
+        if self.bias is not None:
+            y = y + self.bias.to(y.dtype)[:, None, None]
+        if residual is not None:
+            y = y + self.residual_scale * wide(residual.pixels, y.dtype)
+        out.write(y)
+
+    def grid(self, out: FeatureMap, **_: FeatureMap) -> int:
+        """Tiles of the product."""
+        return triton.cdiv(len(out.rows), self.tiles.bm) * triton.cdiv(len(self.weight), self.tiles.bo)
+
+    def cost(
+        self, x: FeatureMap, out: FeatureMap, x2: FeatureMap | None = None, residual: FeatureMap | None = None
+    ) -> tuple[int, int]:
+        return cost_of_conv(self.weight, (x, x2, residual), out)

@@ -1,0 +1,283 @@
+"""3x3 convolutions of stride 1 as matrix products on bordered feature maps, channels-last.
+
+The weights are packed [C_out, taps * C_in], a tap's channels together; one step of the product takes BK channels of one tap,
+whose rows are the tile's own rows, shifted by a constant (`_feature_map`). With TMA (sm_90 and newer) both operands come as
+boxes of a descriptor, and rows before the first and behind the last read as zero; without, they come through pointers, masked.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._feature_map import FeatureMap
+from ._gemm import PRECISION, TRITON_TYPE, Tiles, box, cost_of_conv, launch_conv, quantise, wide
+from ._launch import begin
+from ._tile_statistics import KeepsStatistics, count_tiles, first_row, halves, own_rows, row_tiles, store_statistics
+from ._triton import tl, triton
+
+
+def conv3x3_reference(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None, scale: float = 1.0) -> Tensor:
+    """x [N, C, H, W], weight [K, C, 3, 3], residual [N, K, H, W] -> conv(x) + bias + scale * residual."""
+    y = F.conv2d(x, weight, bias, padding=1)
+    return y if residual is None else y + scale * residual
+
+
+def pack(weight: Tensor) -> Tensor:
+    """[K, C, h, w] -> [K, h * w * C]"""
+    return weight.permute(0, 2, 3, 1).flatten(1)
+
+
+def unpack(packed: Tensor, side: int) -> Tensor:
+    """The reverse of `pack`."""
+    return packed.unflatten(1, (side, side, -1)).permute(0, 3, 1, 2)
+
+
+@triton.jit
+def load_rows(x_ptr, row, c0, ROWS, C: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr):
+    """Rows row ... row + BM of x [ROWS, C], channels c0 ... c0 + BK: zero for rows that do not exist."""
+    rows = row + tl.arange(0, BM)
+    at = rows.to(tl.int64)[:, None] * C + (c0 + tl.arange(0, BK))[None, :]
+    return tl.load(x_ptr + at, mask=((rows >= 0) & (rows < ROWS))[:, None], other=0.0)
+
+
+@triton.jit
+def _finish_conv3x3(
+    acc,
+    y,
+    bias_ptr,
+    scale_ptr,
+    residual_ptr,
+    stats_ptr,
+    residual_scale,
+    tile,
+    m0,
+    o0,
+    ROWS,
+    WP,
+    IMAGE,
+    K: tl.constexpr,
+    BM: tl.constexpr,
+    BO: tl.constexpr,
+    TMA: tl.constexpr,
+    OUT: tl.constexpr,
+    BIAS: tl.constexpr,
+    SCALED: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    DENSE: tl.constexpr,
+    STATS: tl.constexpr,
+):
+    """Sums acc [BM, BO] of rows m0 ... and outputs o0 ... -> what is stored."""
+    cols = o0 + tl.arange(0, BO)
+    rows = m0 + tl.arange(0, BM)
+    r = rows % IMAGE
+    inside = (rows < ROWS) & (r >= WP) & (r % WP != 0)
+    if SCALED:
+        acc = acc * tl.load(scale_ptr + cols, mask=cols < K, other=0.0)[None, :]
+    if BIAS:
+        acc += tl.load(bias_ptr + cols, mask=cols < K, other=0.0)[None, :]
+    if RESIDUAL:
+        at = rows.to(tl.int64)[:, None] * K + cols[None, :]
+        seen = rows < ROWS if STATS else inside  # with the border, which is zero: fewer registers
+        residual = tl.load(residual_ptr + at, mask=seen[:, None] & (cols < K)[None, :], other=0.0)
+        acc += residual_scale * residual.to(tl.float32)
+    if DENSE:  # [N, H, W, K] without borders: the network's output
+        h = IMAGE // WP - 1
+        pixel = (rows // IMAGE) * (h * (WP - 1)) + (r // WP - 1) * (WP - 1) + r % WP - 1
+        at = pixel.to(tl.int64)[:, None] * K + cols[None, :]
+        tl.store(y + at, acc.to(OUT), mask=inside[:, None] & (cols < K)[None, :])
+    else:
+        out = tl.where(inside[:, None], acc, 0.0).to(OUT)
+        if TMA:
+            y.store([m0, o0], out)
+        else:
+            at = rows.to(tl.int64)[:, None] * K + cols[None, :]
+            tl.store(y + at, out, mask=(rows < ROWS)[:, None] & (cols < K)[None, :])
+        if STATS:
+            # behind a residual a thread holds columns as it loaded them, and cutting between them would move them all
+            at_once: tl.constexpr = BO if RESIDUAL else 32
+            store_statistics(stats_ptr, tile, out, own_rows(m0, rows, inside, IMAGE), o0, K, BM, BO, at_once)
+
+
+@triton.jit(do_not_specialize=["ROWS", "WP", "IMAGE"])
+def _conv3x3_kernel(
+    x,
+    w,
+    y,
+    bias_ptr,
+    scale_ptr,
+    residual_ptr,
+    stats_ptr,
+    residual_scale,
+    ROWS,
+    WP,
+    IMAGE,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
+    BO: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    TMA: tl.constexpr,
+    OUT: tl.constexpr,
+    BIAS: tl.constexpr,
+    SCALED: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    DENSE: tl.constexpr,
+    STATS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    IMPRECISE: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    begin(PDL)
+    n_out: tl.constexpr = (K + BO - 1) // BO
+    per_tap: tl.constexpr = C // BK
+    tiles = count_tiles(ROWS, IMAGE, BM, STATS) * n_out
+    for tile in tl.range(tl.program_id(0), tiles, PROGRAMS if TMA else tiles, flatten=TMA):
+        o0 = (tile % n_out) * BO
+        m0 = first_row(tile // n_out, IMAGE, BM, STATS)
+        acc = tl.zeros((BM, BO), tl.float32)
+        for k in range(9 * per_tap):
+            tap = k // per_tap
+            row = m0 + (tap // 3 - 1) * WP + (tap % 3 - 1)
+            c0 = (k % per_tap) * BK
+            if TMA:
+                a = x.load([row, c0])
+                b = w.load([o0, k * BK])
+            else:
+                a = load_rows(x, row, c0, ROWS, C, BM, BK)
+                b = load_rows(w, o0, k * BK, K, 9 * C, BO, BK)
+            acc = tl.dot(a, b.T, acc, input_precision=PRECISION, max_num_imprecise_acc=IMPRECISE)
+
+        # statistics of all columns at once would spill, so with them the tile is finished by halves
+        parts = halves(acc, BM, BO) if STATS else (acc,)
+        for i in tl.static_range(len(parts)):
+            _finish_conv3x3(
+                parts[i],
+                y,
+                bias_ptr,
+                scale_ptr,
+                residual_ptr,
+                stats_ptr,
+                residual_scale,
+                tile // n_out,
+                m0,
+                o0 + i * (BO // len(parts)),
+                ROWS,
+                WP,
+                IMAGE,
+                K,
+                BM,
+                BO // len(parts),
+                TMA,
+                OUT,
+                BIAS,
+                SCALED,
+                RESIDUAL,
+                DENSE,
+                STATS,
+            )
+
+
+# ---- the operation: packed weights, and what a plan needs to know of it
+
+
+@dataclass(frozen=True, eq=False)
+class Conv3x3(KeepsStatistics):
+    """conv(x) + bias + residual_scale * residual, stride 1, padding 1. See `conv3x3_reference`.
+
+    weight  packed [K, 9 C] in the operands' type;  bias [K] fp32 or None
+    scale   [K] fp32 where the operands are e4m3: what one unit of the product is worth, per output channel
+    bounded of e4m3 operands: does every step's product join the sum in fp32 (sm_90's tensor core itself adds with fewer bits), or
+            only the whole sum?
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    tiles: Tiles
+    scale: Tensor | None = None
+    residual_scale: float = 1.0
+    bounded: bool = True
+    name = "conv3x3"
+
+    @classmethod
+    def of(
+        cls,
+        weight: Tensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        tiles: Tiles,
+        x_scale: float = 1.0,
+        residual_scale: float = 1.0,
+        bounded: bool = True,
+    ) -> Conv3x3:
+        """From weight [K, C, 3, 3] and bias [K]; x_scale: what one unit of an e4m3 input is worth."""
+        packed, scale = quantise(pack(weight), dtype, x_scale)
+        return cls(packed, None if bias is None else bias.float(), tiles, scale, residual_scale, bounded)
+
+    def run(self, x: FeatureMap, out: FeatureMap, residual: FeatureMap | None = None, stats: FeatureMap | None = None) -> None:
+        t, k = self.tiles, len(self.weight)
+        x.expect("x", x.images, x.height, x.width, self.weight.shape[1] // 9, bordered=True)
+        out.expect("out", x.images, x.height, x.width, k)
+        if residual is not None:
+            residual.expect("residual", x.images, x.height, x.width, k, bordered=True)
+        self.expect_stats(out, stats)
+        launch_conv(
+            _conv3x3_kernel,
+            t,
+            self.grid(x, stats),
+            box(x.rows, t.bm, t.bk, t.tma),
+            box(self.weight, t.bo, t.bk, t.tma),
+            box(out.rows, t.bm, t.bo if stats is None else t.bo // 2, t.tma and out.bordered),
+            self.bias if self.bias is not None else self.weight,
+            self.scale if self.scale is not None else self.weight,
+            x.rows if residual is None else residual.rows,
+            x.rows if stats is None else stats.rows,
+            self.residual_scale,
+            len(x.rows),
+            x.width + 1,
+            x.image_rows,
+            C=x.channels,
+            K=k,
+            TMA=t.tma,
+            OUT=TRITON_TYPE[out.rows.dtype],
+            BIAS=self.bias is not None,
+            SCALED=self.scale is not None,
+            RESIDUAL=residual is not None,
+            DENSE=not out.bordered,
+            STATS=stats is not None,
+            PRECISION=PRECISION[x.rows.dtype],
+            IMPRECISE=0 if self.scale is None else t.bk if self.bounded else None,  # None: as Triton does it
+        )
+
+    def twin(
+        self,
+        x: FeatureMap,
+        out: FeatureMap,
+        residual: FeatureMap | None = None,
+        stats: FeatureMap | None = None,
+        compute: torch.dtype | None = None,
+    ) -> None:
+        weight, bias = unpack(wide(self.weight, compute), 3), wide(self.bias, compute)
+        y = F.conv2d(wide(x.pixels, compute), weight, padding=1)
+        if self.scale is not None:
+            y = y * wide(self.scale, y.dtype)[:, None, None]
+        if bias is not None:
+            y = y + bias.to(y.dtype)[:, None, None]
+        if residual is not None:
+            y = y + self.residual_scale * wide(residual.pixels, y.dtype)
+        out.write(y)
+        self.write_stats(out, stats, compute)
+
+    def grid(self, x: FeatureMap, stats: FeatureMap | None = None, **_: FeatureMap) -> int:
+        """Tiles of the product."""
+        return row_tiles(x, self.tiles.bm, stats is not None) * triton.cdiv(len(self.weight), self.tiles.bo)
+
+    def cost(
+        self, x: FeatureMap, out: FeatureMap, residual: FeatureMap | None = None, stats: FeatureMap | None = None
+    ) -> tuple[int, int]:
+        """FLOP (of real pixels) and the fewest bytes that must move."""
+        return cost_of_conv(self.weight, (x, residual, stats), out)

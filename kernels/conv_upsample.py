@@ -1,0 +1,167 @@
+"""A 3x3 convolution behind nearest 2x upsampling, as matrix products on the small map.
+
+Upsampling first and convolving then is four 2x2 convolutions of the small map, one for each parity of the output's row and
+column: taps that fall on copies of one pixel are summed into one weight, exact but for the rounding of the sums. Each is a
+product as in `conv2d`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._feature_map import FeatureMap
+from ._gemm import PRECISION, TRITON_TYPE, Tiles, box, cost_of_conv, launch_conv, wide
+from ._launch import begin
+from ._tile_statistics import KeepsStatistics, Tiling, count_tiles, first_row, own_rows, row_tiles, store_statistics
+from ._triton import tl, triton
+from .conv3x3 import load_rows, unpack
+
+
+def upsample_conv_reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [N, C, H, W], weight [K, C, 3, 3] -> [N, K, 2 H, 2 W]: each pixel becomes a 2x2 block, then the convolution."""
+    return F.conv2d(F.interpolate(x, scale_factor=2.0, mode="nearest"), weight, bias, padding=1)
+
+
+def pack_parities(weight: Tensor) -> Tensor:
+    """[K, C, 3, 3] -> [4 K, 4 C]: for each parity (row, column) of the output a packed 2x2 filter on the small map.
+
+    An even output row sees the pixel row above through tap 0 and its own through taps 1 and 2; an odd one its own through
+    taps 0 and 1 and the next through tap 2. Columns alike. Summed in fp64.
+    """
+    w = weight.double()
+    fold = w.new_tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])  # [parity, tap of 2, tap of 3]
+    parities = torch.einsum("pai,qbj,kcij->pqkabc", fold, fold, w)
+    return parities.flatten(3).flatten(0, 2)
+
+
+@triton.jit(do_not_specialize=["ROWS", "H", "W"])
+def _upsample_conv_kernel(
+    x,
+    w,
+    y_ptr,
+    bias_ptr,
+    stats_ptr,
+    ROWS,
+    H,
+    W,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
+    BO: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    TMA: tl.constexpr,
+    OUT: tl.constexpr,
+    STATS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    begin(PDL)
+    n_out: tl.constexpr = (K + BO - 1) // BO
+    per_tap: tl.constexpr = C // BK
+    WP = W + 1
+    IMAGE = (H + 1) * WP
+    tiles = count_tiles(ROWS, IMAGE, BM, STATS) * n_out * 4
+    for tile in tl.range(tl.program_id(0), tiles, PROGRAMS if TMA else tiles, flatten=TMA):
+        o0 = (tile % n_out) * BO
+        parity = (tile // n_out) % 4
+        m0 = first_row(tile // (n_out * 4), IMAGE, BM, STATS)
+        py = parity // 2
+        px = parity % 2
+        acc = tl.zeros((BM, BO), tl.float32)
+        for k in range(4 * per_tap):
+            tap = k // per_tap
+            row = m0 + (tap // 2 - 1 + py) * WP + (tap % 2 - 1 + px)
+            c0 = (k % per_tap) * BK
+            if TMA:
+                a = x.load([row, c0])
+                b = w.load([parity * K + o0, k * BK])
+            else:
+                a = load_rows(x, row, c0, ROWS, C, BM, BK)
+                b = load_rows(w, parity * K + o0, k * BK, 4 * K, 4 * C, BO, BK)
+            acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
+
+        cols = o0 + tl.arange(0, BO)
+        rows = m0 + tl.arange(0, BM)
+        image = rows // IMAGE
+        r = rows - image * IMAGE
+        y = r // WP - 1
+        x_ = r % WP - 1
+        # the border of the small map becomes, by the same arithmetic, the border of the large one
+        out_y = 2 * y + py
+        out_x = 2 * x_ + px
+        exists = (rows < ROWS) & (out_y >= -1) & (out_x >= -1)
+        inside = (y >= 0) & (x_ >= 0)
+        acc += tl.load(bias_ptr + cols, mask=cols < K, other=0.0)[None, :]
+        out = tl.where(inside[:, None], acc, 0.0).to(OUT)
+        out_row = image.to(tl.int64) * ((2 * H + 1) * (2 * W + 1)) + (out_y + 1) * (2 * W + 1) + out_x + 1
+        tl.store(y_ptr + out_row[:, None] * K + cols[None, :], out, mask=exists[:, None] & (cols < K)[None, :])
+        if STATS:
+            own = own_rows(m0, rows, inside, IMAGE)
+            store_statistics(stats_ptr, tile // n_out, out, own, o0, K, BM, BO)
+
+
+@dataclass(frozen=True, eq=False)
+class UpsampleConv(KeepsStatistics):
+    """Nearest 2x, then a 3x3 convolution. See `upsample_conv_reference`; weight packed [4 K, 4 C], bias [K] fp32."""
+
+    weight: Tensor
+    bias: Tensor
+    tiles: Tiles
+    name = "upsample_conv"
+
+    @classmethod
+    def of(cls, weight: Tensor, bias: Tensor, dtype: torch.dtype, tiles: Tiles) -> UpsampleConv:
+        return cls(pack_parities(weight).to(dtype), bias.float(), tiles)
+
+    def run(self, x: FeatureMap, out: FeatureMap, stats: FeatureMap | None = None) -> None:
+        t, k = self.tiles, len(self.weight) // 4
+        x.expect("x", x.images, x.height, x.width, self.weight.shape[1] // 4, bordered=True)
+        out.expect("out", x.images, 2 * x.height, 2 * x.width, k, bordered=True)
+        self.expect_stats(out, stats)
+        launch_conv(
+            _upsample_conv_kernel,
+            t,
+            self.grid(x, stats),
+            box(x.rows, t.bm, t.bk, t.tma),
+            box(self.weight, t.bo, t.bk, t.tma),
+            out.rows,
+            self.bias,
+            x.rows if stats is None else stats.rows,
+            len(x.rows),
+            x.height,
+            x.width,
+            C=x.channels,
+            K=k,
+            TMA=t.tma,
+            OUT=TRITON_TYPE[out.rows.dtype],
+            STATS=stats is not None,
+            PRECISION=PRECISION[x.rows.dtype],
+        )
+
+    def twin(self, x: FeatureMap, out: FeatureMap, stats: FeatureMap | None = None, compute: torch.dtype | None = None) -> None:
+        weights, bias = wide(self.weight, compute).chunk(4), wide(self.bias, compute)
+        pixels = wide(x.pixels, compute)
+        n, _, h, w = pixels.shape
+        y = pixels.new_empty(n, len(self.bias), h, 2, w, 2)
+        for parity, weight in enumerate(weights):
+            py, px = divmod(parity, 2)
+            seen = F.pad(pixels, (1 - px, px, 1 - py, py))
+            y[:, :, :, py, :, px] = F.conv2d(seen, unpack(weight, 2))
+        out.write(y.reshape(n, -1, 2 * h, 2 * w) + bias.to(y.dtype)[:, None, None])
+        self.write_stats(out, stats, compute)
+
+    def tiling(self, out: FeatureMap) -> Tiling:
+        return Tiling(out.height // 2, out.width // 2, self.tiles.bm, parts=4)
+
+    def grid(self, x: FeatureMap, stats: FeatureMap | None = None, **_: FeatureMap) -> int:
+        """Tiles of the four products."""
+        return row_tiles(x, self.tiles.bm, stats is not None) * triton.cdiv(len(self.weight) // 4, self.tiles.bo) * 4
+
+    def cost(self, x: FeatureMap, out: FeatureMap, stats: FeatureMap | None = None) -> tuple[int, int]:
+        flops, moved = cost_of_conv(self.weight, (x, stats), out)
+        return flops // 4, moved  # an output pixel sees one parity's filter

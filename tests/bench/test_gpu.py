@@ -1,0 +1,154 @@
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import elementwise, gpu
+from bench.gpu_bars import bars
+from ddpm_fast.benchmark.timer import measure
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_gpu_bench_runs_in_tiny(tmp_path):
+    """The command that a GPU machine gets, so that it cannot be broken on the day one is there."""
+    command = [sys.executable, "-m", "bench.gpu", "--tiny", "--out", tmp_path / "r.json"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert list(result["parts"]) == list(gpu.PARTS)
+    rows = {part: found["rows"] for part, found in result["parts"].items()}
+    assert not any(row.get("failed") for part in rows.values() for row in part)
+    timed = {row["what"] for part in rows.values() for row in part if row.get("ms", 0) > 0 or row.get("ms_per_step", 0) > 0}
+    assert {"copy", "matmul", "noise", "q_sample", "ddpm_step", "ddpm_step, history", "noise_mse", "noise_mse gradient"} <= timed
+    assert {"training", "likelihood", "reference fp32", "FusedUNet bf16", "plain PyTorch bf16", "diffusers bf16"} <= timed
+    assert {"conv3x3", "group_norm_silu", "folded_attention"} <= {row["what"] for row in rows["launches"]}
+    for part in ("celebahq256", "sampling"):
+        assert {"ddpm_fast fused bf16", "plain PyTorch bf16", "diffusers bf16"} <= {row["what"] for row in rows[part]}
+    assert [bar["reached"] for bar in result["bars"]][2:] == [None] * 5  # no GPU, no figure
+    assert result["environment"]["torch"] == torch.__version__ and "--tiny" in result["command"]
+    assert done.stdout.splitlines()[-1].startswith("-> ") and "bar 1.7, goal 2" in done.stdout.splitlines()[-2]
+
+
+def call(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["gpu", "--tiny", *map(str, arguments)])
+    return gpu.main()
+
+
+def test_gpu_bench_refuses_unknown_parts_and_goes_past_broken_ones(tmp_path, monkeypatch, capsys):
+    def broken(bench):
+        yield dict(what="one")
+        raise ZeroDivisionError("division by zero")
+
+    monkeypatch.setitem(gpu.PARTS, "ceilings", (broken, 10))
+    assert call(monkeypatch, "--only", "ceilings", "likelihood", "--out", tmp_path / "r.json") == 1
+    parts = json.loads((tmp_path / "r.json").read_text())["parts"]
+    assert [row.get("summary") for row in parts["ceilings"]["rows"]] == [None, "ZeroDivisionError: division by zero"]
+    assert len(parts["likelihood"]["rows"]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        call(monkeypatch, "--only", "nonsense")
+    assert "unknown part nonsense" in capsys.readouterr().err
+
+
+def test_a_slow_part_is_broken_off_and_keeps_its_rows(tmp_path, monkeypatch):
+    def slow(bench):
+        yield dict(what="quick")
+        time.sleep(60)
+
+    monkeypatch.setitem(gpu.PARTS, "ceilings", (slow, 0.02))  # ten times as much in tiny
+    assert call(monkeypatch, "--only", "ceilings", "--out", tmp_path / "r.json") == 1
+    found = json.loads((tmp_path / "r.json").read_text())["parts"]["ceilings"]
+    assert found["seconds"] < 5 and [row["what"] for row in found["rows"]] == ["quick", "ceilings"]
+    assert found["rows"][1]["summary"] == "out of time after 0.2 s"
+
+
+def test_a_run_goes_on_part_by_part_in_one_file(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "r.json"
+    for names in (["likelihood"], ["ceilings"], ["likelihood"]):
+        assert call(monkeypatch, "--only", *names, "--out", out) == 0
+    result = json.loads(out.read_text())
+    assert list(result["parts"]) == ["ceilings", "likelihood"] and len(result["bars"]) == 7
+    out.write_text(json.dumps(result | dict(environment={"gpus": ["another"]})))
+    with pytest.raises(SystemExit, match="2"):
+        call(monkeypatch, "--only", "ceilings", "--out", out)
+    assert "another machine" in capsys.readouterr().err
+
+
+def test_bars():
+    def row(what, batch, rate, network="cifar10"):
+        return dict(what=what, batch=batch, network=network, image_steps_per_s=rate)
+
+    rows = [
+        row("torch.compile bf16", 256, 20_000),
+        row("ddpm_fast fused bf16", 256, 36_000),
+        row("ddpm_fast fused fp8", 256, 56_000),
+    ]
+    rows += [row("ddpm_fast fused bf16", 1, 1_500), row("ddpm_fast fused fp8", 1024, 40_000)]
+    kernels = [
+        dict(what="q_sample", dtype="float32", share_of_copy=0.8),
+        dict(what="ddpm_step", dtype="float32", share_of_copy=0.8),
+    ]
+    found = bars(dict(sampling=dict(rows=rows), kernels=dict(rows=kernels)))
+    assert [bar["reached"] for bar in found] == ["goal", "neither", None, "neither", "neither", "goal", "bar"]
+    assert found[-1]["value"] == 1.8 and found[3]["value"] == pytest.approx(1e3 / 1500)
+
+
+def test_budgets_fit_into_eight_minutes():
+    assert sum(seconds for _, seconds in gpu.PARTS.values()) <= 8 * 60
+
+
+def test_a_wrong_kernel_is_not_timed(monkeypatch, tmp_path):
+    monkeypatch.setattr(elementwise, "ddpm_step", lambda x, *rest: x.mul_(1.001))
+    assert call(monkeypatch, "--only", "kernels", "--out", tmp_path / "r.json") == 1
+    (row,) = json.loads((tmp_path / "r.json").read_text())["parts"]["kernels"]["rows"]
+    assert "nothing timed" in row["summary"]
+
+
+def test_measure():
+    timing = measure(lambda: torch.ones(1000).sum(), torch.device("cpu"), seconds=0.01)
+    assert timing.runs >= 5 and 0 < timing.median < 0.1
+
+
+def test_training_engines_take_turns_and_agree(capsys, monkeypatch, tmp_path):
+    """Tiny sizes: the figures mean nothing, the engines' losses agree or nothing is timed."""
+    from bench import training
+
+    arguments = ["--channels", "8,16", "--batch-size", "4", "--rounds", "2", "--steps", "1", "--out", str(tmp_path / "r.json")]
+    monkeypatch.setattr(sys, "argv", ["training", *arguments])
+    training.main()
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert [row["engine"] for row in result["rows"]] == ["ddpm_fast", "plain PyTorch", "diffusers"]
+    assert result["rows"][0]["ours_is_faster_by"] == 1 and "images/s" in capsys.readouterr().out
+    monkeypatch.setattr(training.Engine, "_read", lambda self: json.dumps(dict(loss=float(len(self.name)), first=0.0)))
+    with pytest.raises(RuntimeError, match="the engines disagree"):
+        training.main()
+
+
+@pytest.mark.kernel
+def test_tuning_finds_the_faster_of_two_tiles(monkeypatch, tmp_path):
+    """By a clock that counts rows instead of seconds, so that the smallest tile wins; what it writes, FusedUNet takes."""
+    from bench import tune
+    from ddpm_fast import UNet
+    from ddpm_fast.benchmark.timer import Timing
+    from ddpm_fast.engines.fused.unet import FusedUNet
+
+    def rows_of(call, *_, **__):
+        call()
+        return Timing(call.args[0].op.tiles.bm * 1e-6, 0.0, 1)
+
+    monkeypatch.setattr(tune, "measure", rows_of)
+    monkeypatch.setattr(tune, "candidates", lambda tiles: iter([dict(bm=256, warps=8), dict(bm=64), dict(bm=48)]))
+    monkeypatch.setattr(sys, "argv", ["tune", "--tiny", "--dtype", "fp16", "--out", str(tmp_path / "tiles.json")])
+    tune.main()
+    best = json.loads((tmp_path / "tiles.json").read_text())
+    assert best["first_conv sm90 float16 32->16 8x8"] == dict(bm=64)
+    assert {key.split()[0] for key in best} == {"first_conv", "pointwise"}  # the others have 64 rows already in so small a network
+    rows = json.loads((tmp_path / "tiles.measured.json").read_text())["rows"]
+    assert {row.get("failed", "")[:12] for row in rows if row["changed"] == dict(bm=48)} != {""}  # no power of two: refused
+    fused = FusedUNet(UNet(tune.TINY_UNET), 2, "fp16", tiles=best, check=False)
+    tiles = {launch.op.name: launch.op.tiles for launch in fused.plan() if hasattr(launch.op, "tiles")}
+    assert tiles["first_conv"].bm == tiles["upsample_conv"].bm == tiles["downsample_conv"].bm == tiles["pointwise"].bm == 64

@@ -1,0 +1,107 @@
+"""The project's own measurements run, block what is wrong, and fit what they should."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from bench import report, scaling, suite
+from bench.networks import ROOT, TINY_UNET
+from ddpm_fast import NoiseSchedule, UNet, save_pretrained
+from ddpm_fast.benchmark.runner import Effort
+
+
+def pytest_benchmark(*arguments, path=None):
+    env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}
+    if path is not None:
+        env["PYTHONPATH"] = f"{path}:{env.get('PYTHONPATH', '')}"
+    command = [sys.executable, "-m", "pytest", "-q", "--tiny", "--benchmark-max-time=0.001", "--benchmark-min-rounds=1", *arguments]
+    return subprocess.run([str(a) for a in command], cwd=ROOT, capture_output=True, text=True, env=env)
+
+
+def test_every_suite_runs_and_says_what_it_found(tmp_path):
+    files = ["bench/bench_kernels.py", "bench/bench_unet.py", "bench/bench_train.py", "bench/bench_sample.py"]
+    which = "(test_elementwise and 2048x and channels_last) or test_network or test_forward or test_step or (cifar10 and ddpm_fast)"
+    done = pytest_benchmark(*files, "-k", which, f"--benchmark-json={tmp_path / 'r.json'}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = {b["name"]: b["extra_info"] for b in json.loads((tmp_path / "r.json").read_text())["benchmarks"]}
+    q_sample = next(v for k, v in found.items() if "q_sample-fp32" in k)
+    assert q_sample["error"] <= 1e-6 and q_sample["gb_per_s"] > 0 and q_sample["share_of_copy"] > 0
+    (loop,) = [v for k, v in found.items() if k.startswith("test_loop")]
+    assert loop["images_per_s"] == pytest.approx(loop["image_steps_per_s"] / 1000) and loop["peak_bytes"] > 5e7
+    for test in ("test_forward", "test_step", "test_network", "test_first_image"):
+        assert any(k.startswith(test) for k in found), test
+    assert "runs on a GPU" in done.stdout or "run on a GPU" in done.stdout  # what is skipped, and why
+
+
+def test_a_planted_wrong_kernel_is_not_timed(tmp_path):
+    (tmp_path / "planted.py").write_text(
+        "import bench.elementwise as e\nright = e.q_sample\ne.q_sample = lambda *a: right(*a) * 1.00001\n"
+    )
+    arguments = ("bench/bench_kernels.py", "-p", "planted", "-k", "q_sample-fp32-channels_last-2048x", "-rs")
+    done = pytest_benchmark(*arguments, f"--benchmark-json={tmp_path / 'r.json'}", path=tmp_path)
+    assert done.returncode == 1 and "kernels differ from their references by 1.0e-05: nothing timed" in done.stdout
+    left = (tmp_path / "r.json").read_text() if (tmp_path / "r.json").exists() else ""
+    assert not left or not json.loads(left)["benchmarks"]
+
+
+def test_the_suite_writes_a_result_and_a_picture(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+
+    def tiny(name, folder):
+        torch.manual_seed(0)
+        save_pretrained(folder / name, UNet(TINY_UNET), NoiseSchedule.linear())
+        return folder / name
+
+    monkeypatch.setattr(suite, "weights_of", tiny)
+    arguments = ["--networks", "cifar10", "--batches", "1", "2", "--peers", "ddpm_fast", "plain PyTorch", "--out", tmp_path]
+    monkeypatch.setattr(sys, "argv", ["suite", *map(str, arguments)])
+    monkeypatch.setattr(suite, "Effort", lambda seconds, again: Effort(0, 0.002, 0, 2, again))
+    suite.main()
+    result = json.loads((tmp_path / "cpu-cifar10.json").read_text())
+    assert [case["batch"] for case in result["cases"]] == [1, 2]
+    assert (tmp_path / "bench-cpu-cifar10.png").stat().st_size > 10_000
+    assert "plain PyTorch fp32" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", report.CPU)
+def test_ours_leads_every_row_that_was_measured(name):
+    """The results that are kept, on the machine that they name."""
+    for case in report.results(f"cpu-{name}.json")["cases"]:
+        assert len(case["rows"]) >= 6, case["left_out"]
+        for row in case["rows"][1:]:
+            for what in ("forward", "loop"):
+                assert row[what]["ours_is_faster_by"] > 1, (name, case["batch"], row["engine"], what)
+                assert row["error"] < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "factors"),
+    [("batch", {0: 3.0, 1: 0.5}), ("size", {2: 0.25}), ("size", {0: 1.0, 4: 0.1}), ("channels", {0: 1.0, 1: 2.0, 2: 0.5})],
+)
+def test_fits_find_what_was_put_in(name, factors):
+    rows = [dict(x=n, ms=sum(f * n**p for p, f in factors.items())) for n in (1, 2, 4, 8, 16, 32)]
+    fit = scaling.Fit.of(name, rows)
+    found = dict(zip(fit.powers, fit.factors, strict=True))
+    assert all(found.get(p, 0) == pytest.approx(factors.get(p, 0), abs=1e-9) for p in scaling.POWERS[name])
+    assert fit.apart < 1e-9 and fit(3) == pytest.approx(sum(f * 3**p for p, f in factors.items()))
+
+
+def test_predictions_grow_as_they_must():
+    """Time per image falls with the batch to a floor; what a step's time goes into adds up to it."""
+    for dtype in ("bf16", "fp8"):
+        found = scaling.predicted(dtype)
+        each = [r["ms"] / r["x"] for r in found["batch"]]
+        assert each == sorted(each, reverse=True) and each[-2] < 1.02 * each[-1]
+        assert all(sum(r["by"].values()) * 1e3 == pytest.approx(r["ms"]) for r in found["batch"])
+        assert found["batch"][8]["ms"] == pytest.approx(report.predict("cifar10", 256, dtype)["step"], rel=1e-6)
+        assert all(scaling.Fit.of(k, rows).apart < 0.2 for k, rows in found.items())
+
+
+def test_pictures_are_drawn(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    scaling.draw(tmp_path)
+    assert all((tmp_path / f"{n}.png").stat().st_size > 20_000 for n in ("scaling-cpu", "scaling-h100", "roofline-h100"))

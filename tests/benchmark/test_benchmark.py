@@ -1,0 +1,367 @@
+"""ddpm-fast bench: figures and their intervals, what is wrong is not timed, what got slower is found."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
+from importlib import import_module
+
+import numpy as np
+import pytest
+import torch
+
+from bench.networks import TINY_UNET
+from ddpm_fast import NoiseSchedule, UNet, save_pretrained
+from ddpm_fast.benchmark import results
+from ddpm_fast.benchmark.baselines import Missing, Pipeline, Subject, peer
+from ddpm_fast.benchmark.kernels import ceilings, points
+from ddpm_fast.benchmark.runner import Effort, figures, interval, race
+from ddpm_fast.benchmark.worker import Setting
+from ddpm_fast.checkpoints.checkpoint import Checkpoint
+from ddpm_fast.testing import relative_error
+from ddpm_fast.utils.environment import peak_memory
+
+stats = pytest.importorskip("scipy.stats")
+QUICK = Effort(seconds=0, burst=0.002, rest=0, steps=2)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("weights") / "tiny"
+    save_pretrained(folder, UNet(TINY_UNET), NoiseSchedule.linear(timesteps=100))
+    return folder
+
+
+def run(weights, names, first_batch=2, effort=QUICK):
+    said = []
+    with race(Setting(str(weights)), names, first_batch, effort, said.append) as r:
+        return r.case(first_batch), said
+
+
+# ---- figures
+
+
+@pytest.mark.parametrize("n", [6, 7, 9, 10, 17, 40, 101])
+def test_interval_is_the_narrowest_that_holds_the_median_with_its_probability(n):
+    """The number of values below a median is binomial(n, 1/2)."""
+    median, low, high = interval(range(1, n + 1))
+    k = int(low)
+    assert (median, high) == ((n + 1) / 2, n + 1 - k)
+    outside = lambda k: 2 * stats.binom.cdf(k - 1, n, 0.5)
+    assert outside(k) <= 0.05 < outside(k + 1)
+
+
+def test_interval_of_few_values_is_their_range():
+    assert interval([3.0, 1.0, 2.0]) == (2.0, 1.0, 3.0)
+    assert interval([5.0]) == (5.0, 5.0, 5.0)
+
+
+def test_interval_holds_the_median_as_often_as_it_says():
+    generator = np.random.default_rng(0)
+    found = [interval(generator.lognormal(size=12)) for _ in range(2000)]
+    share = np.mean([low <= 1 <= high for _, low, high in found])
+    assert share == pytest.approx(1 - 2 * stats.binom.cdf(2, 12, 0.5), abs=0.015)  # 0.961
+
+
+def test_a_ratio_is_of_one_round():
+    """A machine that is ten times slower in one round changes no ratio."""
+    f = figures([2.0, 20.0, 4.0, 2.0, 2.0, 2.0], [1.0, 10.0, 2.0, 1.0, 1.0, 1.0])
+    assert (f["ms"], f["ours_is_faster_by"], f["from_to"]) == (2000.0, 2.0, [2.0, 2.0])
+
+
+# ---- the race
+
+
+def test_engines_take_turns_and_are_held_against_fp64(weights):
+    pytest.importorskip("diffusers")
+    case, said = run(weights, ["ddpm_fast", "DDPMPipeline"], effort=replace(QUICK, again=100))
+    assert not said and not case["left_out"]
+    rows = {row["engine"]: row for row in case["rows"]}
+    assert [*rows] == ["ddpm_fast", "DDPMPipeline"]
+    for row in rows.values():
+        assert 0 < row["error"] < 1e-5 and row["forward"]["low"] <= row["forward"]["ms"] <= row["forward"]["high"]
+        assert row["images_per_s"] == pytest.approx(1e3 / (row["loop"]["ms"] * 100), rel=1e-3)
+        assert 50e6 < row["peak_bytes"] < 4e9 and row["first_image_s"] > 0 and row["again_s"] > 0
+    assert rows["ddpm_fast"]["loop"]["from_to"] == [1, 1] and case["rounds"] >= 6
+    text = results.table_of(case, dict(name="tiny", parameters=1, gflop_per_image=1, timesteps=100))
+    assert "ddpm_fast cpu fp32" in text and "DDPMPipeline fp32" in text and "then" in text
+
+
+PLANTED = """
+from ddpm_fast.benchmark.baselines import Ours, Plain
+
+class WrongNetwork(Plain):
+    def forward(self, x, t, labels=None):
+        return 1.0001 * super().forward(x, t, labels)
+
+class WrongEnd(Plain):
+    def loop(self, count, steps):
+        return 2 * super().loop(count, steps)
+
+class WrongCount(Plain):
+    def loop(self, count, steps):
+        return super().loop(1, steps)
+
+class WrongStep(Ours):
+    def loop(self, count, steps):
+        return 0.999 * super().loop(count, steps)
+
+class DiesLater(Plain):
+    calls = 0
+    def loop(self, count, steps):
+        self.calls += 1
+        if self.calls == 5:
+            raise RuntimeError("out of paper")
+        return super().loop(count, steps)
+
+class Dies(Plain):
+    def loop(self, count, steps):
+        import os
+        os._exit(9)
+"""
+
+
+@pytest.fixture
+def planted(tmp_path, monkeypatch):
+    (tmp_path / "planted.py").write_text(PLANTED)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
+
+
+def test_what_is_wrong_is_not_timed(weights, planted):
+    wrong = {
+        "planted:WrongNetwork": "its output is off by 1.0e-04",
+        "planted:WrongEnd": "its loop does not end in images",
+        "planted:WrongCount": "its loop drew (1, 3, 8, 8); expected (2, 3, 8, 8)",
+        "planted:WrongStep": "its steps are off by 1.0e-03",
+        "planted:Dies": "its process ended with 9",
+        "planted:DiesLater": "RuntimeError: out of paper",  # in the second round or so
+        "planted:None": "expected one of ddpm_fast, plain PyTorch",
+    }
+    case, said = run(weights, ["ddpm_fast", *wrong])
+    assert [row["engine"] for row in case["rows"]] == ["ddpm_fast"]
+    assert len(said) == len(wrong)
+    for name, reason in wrong.items():
+        assert reason in case["left_out"][name]
+
+
+def test_nothing_is_timed_where_ours_is_wrong(weights, planted):
+    with pytest.raises(RuntimeError, match="planted:WrongStep: wrong, so not timed"):
+        run(weights, ["planted:WrongStep", "plain PyTorch"])
+    with pytest.raises(RuntimeError, match="planted:Dies: its process ended with 9"):
+        run(weights, ["planted:Dies", "plain PyTorch"])
+
+
+def test_peers_say_why_they_cannot_be_had():
+    labelled = Subject(Checkpoint(UNet(replace(TINY_UNET, num_classes=3)), NoiseSchedule.linear()))
+    with pytest.raises(Missing, match="passes no labels"):
+        Pipeline(labelled)
+    other_size = Subject(Checkpoint(UNet(TINY_UNET), NoiseSchedule.linear()), size=(16, 8))
+    with pytest.raises(Missing, match="of the size that the network was trained at"):
+        Pipeline(other_size)
+    with pytest.raises(ValueError, match="names no sample_size"):
+        _ = Subject(Checkpoint(UNet(replace(TINY_UNET, sample_size=None)), NoiseSchedule.linear())).shape
+    with pytest.raises(Missing, match="does not compute in fp8"):
+        peer("plain PyTorch", replace(labelled, dtype="fp8"))
+    with pytest.raises(Missing, match="in fp32 on a CPU only"):
+        peer("ONNX Runtime", replace(labelled, dtype="bf16"))
+
+
+@pytest.mark.parametrize("name", ["ddpm_fast", "plain PyTorch", "diffusers"])
+def test_a_loop_with_classes_ends_in_images(name):
+    if name == "diffusers":
+        pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    subject = Subject(Checkpoint(UNet(replace(TINY_UNET, num_classes=3)).eval(), NoiseSchedule.linear()))
+    images = peer(name, subject).loop(4, 5)
+    assert images.shape == (4, 3, 8, 8) and images.isfinite().all() and images.abs().max() <= 1.0001
+
+
+def test_memory_is_this_process_own():
+    """A child's peak does not begin with its parent's."""
+    held = torch.ones(2**28)  # a gigabyte
+    code = "import torch; from ddpm_fast.utils.environment import peak_memory; print(peak_memory(torch.device('cpu')))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 20e6 < int(done.stdout) < 0.9 * held.nbytes < peak_memory(torch.device("cpu"))
+
+
+# ---- the roofline
+
+
+def test_instructions_cost_what_the_network_does():
+    """Without attention and Winograd's form, and with channels in whole vectors, as many FLOP as torch counts."""
+    from ddpm_fast.engines.cpu.codegen import vector_width
+    from ddpm_fast.engines.cpu.cost import costs
+    from ddpm_fast.engines.cpu.lowering import Network
+    from ddpm_fast.models.flops import unet_cost
+
+    two = (False, False)
+    c = replace(TINY_UNET, sample_size=4, in_channels=16, out_channels=16, attention=two, up_attention=two, mid_attention=False)
+    program = Network(UNet(c).eval(), (16, 4, 4), vector_width())
+    found = costs(program)
+    products = sum(flops for what, flops, _ in found if what == "gemm")
+    with torch.device("meta"):
+        unet = UNet(c)
+    embedding = sum(2 * m.weight.numel() for m in unet.modules() if isinstance(m, torch.nn.Linear))
+    assert products == unet_cost(c).flops - embedding
+    # each product moves its input once (16 of a stride-2 convolution's 4 pixels a pixel), its weights, its output, a residual
+    maps = {"conv_in": (16 * 16, 16 * 16, 0), "down_blocks.0.downsamplers.0.conv": (16 * 16, 4 * 16, 0)}
+    for (name, (into, out, residual)), number in zip(maps.items(), (0, 3), strict=True):
+        moved = [moved for what, _, moved in found if what == "gemm"][number]
+        assert moved == 4 * (into + out + residual + unet.get_submodule(name).weight.numel())
+
+
+def test_every_instruction_becomes_a_point():
+    torch.manual_seed(0)
+    subject = Subject(Checkpoint(UNet(TINY_UNET).eval(), NoiseSchedule.linear()))
+    found = points(subject, 1)
+    assert {"gemm", "normalise", "channel_sums", "softmax", "place", "take"} <= {p["what"] for p in found}
+    assert all(p["seconds"] > 0 and p["times"] > 0 and p["bytes"] > 0 for p in found)
+    threads = torch.get_num_threads()
+    roofs = ceilings(torch.device("cpu"), "fp32", tiny=True)
+    assert torch.get_num_threads() == threads
+    assert [c["kind"] for c in roofs] == ["flops", "bytes", "bytes"] and all(c["per_s"] > 1e6 for c in roofs)
+
+
+# ---- what got slower
+
+
+def result(ours, plain, spread=0.01, steps=10):
+    """One case of made-up figures in ms: ours, plain PyTorch; every interval 1 % wide on either side."""
+
+    def of(ms):
+        ratio = ms / ours
+        near = lambda v: dict(low=v * (1 - spread), high=v * (1 + spread))
+        return dict(ms=ms, **near(ms), ours_is_faster_by=ratio, from_to=[ratio * (1 - spread), ratio * (1 + spread)])
+
+    rows = [dict(engine="ddpm_fast", forward=of(ours), loop=of(ours))]
+    if plain is not None:
+        rows.append(dict(engine="plain PyTorch", forward=of(plain), loop=of(plain)))
+    case = dict(batch=1, dtype="fp32", size=[8, 8], device_name="abacus", threads=2, steps=steps, rows=rows)
+    return dict(network=dict(name="tiny", parameters=9), cases=[case])
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "found"),
+    [
+        (result(2.0, 8.0), result(2.4, 8.0), [0.2, 0.2]),
+        (result(2.0, 8.0), result(4.0, 16.0), []),  # the machine is slower, not ours
+        (result(2.0, 8.0), result(2.0, 4.0), [1.0, 1.0]),  # the machine is faster, ours is not
+        (result(2.0, 8.0), result(2.04, 8.0), []),  # no more than is allowed
+        (result(2.0, 8.0), result(2.4, 8.0, spread=0.3), []),  # within the noise
+        (result(2.0, 8.0), result(1.5, 8.0), []),
+        (result(2.0, None), result(2.4, 8.0), [0.2, 0.2]),  # nothing to measure by: the clock
+        (result(2.0, 8.0), result(2.4, 8.0, steps=4), [0.2]),  # loops that share their beginning among fewer steps: forward alone
+    ],
+)
+def test_what_got_slower_is_found_and_noise_is_not(then, now, found):
+    worse = results.slower(results.changes(then, now), 0.05)
+    assert [c.by for c in worse] == pytest.approx(found)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (dict(network=dict(name="tiny", parameters=8)), "of another network: parameters 8 there, 9 here"),
+        (dict(batch=7), "no case of batch 1, .*; its first is of batch 7"),
+        (dict(threads=1), "threads 2; its first is of .*threads 1"),
+        (dict(device_name="another"), "device_name abacus, .* device_name another"),
+    ],
+)
+def test_unlike_things_are_not_compared(changed, message):
+    old = result(1.0, 2.0)
+    old["cases"][0].update({k: v for k, v in changed.items() if k != "network"})
+    old["network"] = changed.get("network", old["network"])
+    with pytest.raises(ValueError, match=message):
+        results.changes(old, result(1.0, 2.0))
+
+
+def test_rows_that_ours_does_not_lead_say_so():
+    case = result(2.0, 1.5)["cases"][0]
+    for row, name in zip(case["rows"], ("ddpm_fast reference fp32", "plain PyTorch fp32"), strict=True):
+        row.update(name=name, reason="llvmlite is missing")
+    assert results.behind(case)[0] == (
+        "plain PyTorch fp32 is 33% faster (forward); ours: ddpm_fast reference fp32, llvmlite is missing"
+    )
+
+
+# ---- the command
+
+
+def call(capsys, *arguments):
+    main = import_module("ddpm_fast.cli").main
+    with pytest.raises(SystemExit) as end:
+        main(["bench", *map(str, arguments)])
+    return end.value.code, *capsys.readouterr()
+
+
+def test_commands(weights, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr("ddpm_fast.cli.bench.Effort", partial(Effort, burst=0.002, rest=0))
+    out = tmp_path / "a.json"
+    how = ("--weights", weights, "--seconds", 0, "--steps", 2, "--peers", "plain PyTorch")
+    code, text, _ = call(capsys, "sweep", *how, "--batch-sizes", "1,2,3", "--out", out)
+    assert code == 0 and f"-> {out}, {tmp_path / 'a.png'}" in text and text.count("plain PyTorch fp32") >= 3
+    found = json.loads(out.read_text())
+    assert [case["batch"] for case in found["cases"]] == [1, 2, 3] and found["launches"] and found["ceilings"]
+    assert found["environment"]["torch"] == torch.__version__ and found["network"]["timesteps"] == 100
+    assert (tmp_path / "a.png").stat().st_size > 10_000
+    for row in found["cases"][0]["rows"]:  # as if ours had been a thousand times faster
+        for what in ("forward", "loop"):
+            row[what]["ours_is_faster_by"] *= 1000
+            row[what]["from_to"] = [1000 * v for v in row[what]["from_to"]]
+    (tmp_path / "old.json").write_text(json.dumps(found))
+    how = how[:4] + how[6:]  # as many steps as the older file has
+    code, text, err = call(capsys, "latency", *how, "--out", tmp_path / "b.json", "--compare", tmp_path / "old.json", "--json")
+    assert code == 1 and "2 of 2 got slower by more than 5 %" in err
+    report = json.loads(text)
+    assert (
+        len(report["slower"]) == 2 and "beside plain PyTorch" in report["slower"][0] and "again_s" in report["cases"][0]["rows"][0]
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--peers", "tensorflow"), "--peers: unknown engine 'tensorflow'; expected plain PyTorch"),
+        (("--out", "a.txt"), "expected the name of a .json file"),
+        (("--out", "no/such/folder/a.json"), "in a directory that exists"),
+        (("--compare", "nothing.json"), "nothing.json is no result of ddpm-fast bench"),
+        (("--dtype", "fp4"), "'fp4' is not one of"),
+        (("--device", "abacus"), "--device abacus"),
+        (("--steps", "200"), "--steps 200: this network's chain has 100"),
+        (("--dtype", "fp8"), "fp8 is for our own kernels on a GPU"),
+    ],
+)
+def test_bad_input_is_one_line(weights, capsys, arguments, message):
+    code, _, err = call(capsys, "throughput", "--weights", weights, *arguments)
+    assert code == 2 and message in err and err.count("\n") == 1
+
+
+def test_the_file_to_compare_with_is_not_overwritten(weights, capsys, tmp_path):
+    for name in ("bench.json", "older.json"):
+        (tmp_path / name).write_text(json.dumps(result(1.0, 2.0)))
+    how = ("latency", "--weights", weights, "--out", tmp_path / "bench.json", "--compare")
+    code, _, err = call(capsys, *how, tmp_path / "bench.json")
+    assert code == 2 and "is the file that --out would overwrite" in err
+    code, _, err = call(capsys, *how, tmp_path / "older.json")  # refused before anything is begun
+    assert code == 2 and "of another network" in err
+    assert json.loads((tmp_path / "bench.json").read_text()) == result(1.0, 2.0)
+
+
+def test_sweeps_of_nothing_are_refused(weights, capsys):
+    for arguments in (("--batch-sizes", "1,0"), ("--batch-sizes", "many"), ("--dtypes", "fp32,fp4")):
+        code, _, err = call(capsys, "sweep", "--weights", weights, *arguments)
+        assert code == 2 and arguments[1] in err and err.count("\n") == 1
+
+
+def test_bf16_images_are_held_against_fp32_steps(weights):
+    """Half-precision networks are judged too; relative to fp64 as far off as their type says."""
+    subject = replace(Setting(str(weights)).subject(), dtype="bf16")
+    made, given = peer("plain PyTorch", subject), subject.inputs(2)
+    exact = UNet(subject.unet.config).double()
+    exact.load_state_dict(subject.unet.state_dict())
+    with torch.no_grad():
+        error = relative_error(made.forward(*given), exact(given[0].double(), given[1]))
+    assert 1e-3 < error < 0.05

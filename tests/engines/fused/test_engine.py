@@ -1,0 +1,431 @@
+"""Every engine draws the reference's images; the captured step is the step; what goes wrong on a GPU is met here by stand-ins."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ddpm_fast import NoiseSchedule, Sampler, Trajectory, UNet, UNetConfig
+from ddpm_fast.engines.fused.calibration import load_calibration
+from ddpm_fast.engines.fused.engine import SEVERAL, FusedEngine
+from ddpm_fast.kernels.step_index import advance, advance_reference
+from ddpm_fast.testing import relative_error
+from ddpm_fast.utils.signals import stop_on_signals
+
+SCHEDULE = NoiseSchedule.linear()
+NET = dict(sample_size=8, in_channels=1, out_channels=1, channels=(16, 32), layers=1, attention=(False, True), norm_groups=4)
+LOOPS = [
+    dict(solver="ddpm", steps=6),
+    dict(solver="ddim", steps=5, eta=0.5),
+    dict(solver="dpm++2m", steps=5),
+    dict(solver="dpm++2m-sde", steps=4),
+]
+
+
+def unet(num_classes=10, **options):
+    torch.manual_seed(0)
+    return UNet(UNetConfig(**NET | options, num_classes=num_classes)).eval().requires_grad_(False)
+
+
+def sampler(engine, model=None, **options):
+    return Sampler(model or unet(), SCHEDULE, (1, 8, 8), engine=engine, **options)
+
+
+class Recorded:
+    """Stands for a CUDA graph: "captures" a step by keeping it, and writes down what is asked of it."""
+
+    made: ClassVar[list["Recorded"]] = []
+
+    def __init__(self, step, repeats=1, pool=None):
+        self.step, self.repeats, self.replays, self.freed = step, repeats, 0, False
+        step(), step()  # as a capture's warm-up does
+        Recorded.made.append(self)
+
+    def __call__(self):
+        assert not self.freed
+        self.replays += 1
+        with torch._C._DisableTorchDispatch():  # the device's work, not the host's
+            for _ in range(self.repeats):
+                self.step()
+
+    def free(self):
+        self.freed = True
+
+
+@pytest.fixture
+def graphed():
+    """A sampler whose engine believes that it captures its steps."""
+    Recorded.made.clear()
+
+    def make(model=None, **options):
+        s = sampler("fused", model, dtype="fp32", **options)
+        s.engine = FusedEngine(s.model, s.shape, "fp32", s.device, len(SCHEDULE), graph=Recorded)
+        return s
+
+    return make
+
+
+# ---- the same images
+
+
+@pytest.mark.parametrize("loop", LOOPS, ids=lambda v: v["solver"])
+def test_fused_by_twins_draws_the_reference_images(loop):
+    options = dict(seed=3, batch_size=2, output="float") | loop
+    want = sampler("reference").sample(5, **options)
+    got = sampler("fused", dtype="fp32").sample(5, **options)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize(("loop", "dtype"), [*((loop, "fp32") for loop in LOOPS), (LOOPS[2], "fp16")], ids=str)
+def test_fused_by_kernels_draws_the_reference_images(loop, dtype, device, figure):
+    options = dict(seed=3, labels=[1, 2], output="float") | loop | dict(steps=3)
+    model = unet().to(device)
+    exact = sampler("reference", model).sample(2, **options)
+    got = sampler("fused", model, dtype=dtype).sample(2, **options)
+    plain = sampler("reference", model, dtype=dtype).sample(2, **options)
+    error, other = relative_error(got, exact), relative_error(plain, exact)
+    figure(f"3 steps of {loop['solver']} by kernels, {dtype}; plain PyTorch in that type", f"{error:.1e}; {other:.1e}")
+    assert error <= max(2 * other, 1e-5)
+
+
+def test_fused_with_learned_variance_and_under_a_solver_that_sets_its_own():
+    model = unet(None, out_channels=2)
+    for variance, loop in (("learned_range", LOOPS[0]), ("fixed_small", LOOPS[0]), ("fixed_small", LOOPS[2])):
+        options = dict(seed=1, output="float") | loop
+        want, got = (sampler(e, model, variance=variance, dtype="fp32").sample(3, **options) for e in ("reference", "fused"))
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
+
+
+@pytest.mark.kernel
+def test_an_image_has_the_same_bits_in_every_batch_of_the_fused_engine(device):
+    s = sampler("fused", unet().to(device), dtype="fp16")
+    options = dict(seed=2, solver="ddpm", steps=2, output="float")
+    whole = s.sample(5, batch_size=5, **options)
+    assert s.engine.invariant
+    for images, batch in ((range(3, 4), 1), ([4, 0, 2], 2), (range(1, 5), 3)):
+        assert torch.equal(s.sample(images, batch_size=batch, **options), whole[list(images)])
+
+
+@pytest.mark.parametrize("engine", ["reference", "fused"])
+def test_images_at_different_steps_share_a_batch(engine):
+    """Image 0 begins two steps ahead of image 1, rests at the end, and both come out as they do alone."""
+    s = sampler(engine, dtype="fp32")
+    table = s.table(steps=6)
+    alone = s.sample(2, steps=6, batch_size=1, output="float")
+    ahead, together = s.begin(torch.tensor([0]), 0), s.begin(torch.tensor([0, 1]), 0)
+    run = s.engine.steps(ahead, table)
+    assert [next(run), next(run)] == [1, 2]
+    together.x[0], together.row[0] = ahead.x[0], ahead.row[0]
+    assert together.row.tolist() == [2, 0]
+    s.run(together, table)
+    torch.testing.assert_close(together.x, alone, rtol=0, atol=1e-5)
+
+
+# ---- capturing
+
+
+def test_between_the_first_and_the_last_step_the_host_only_replays(graphed):
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    s, seen, counts = graphed(), [], []
+    table = s.table("ddpm", 20)
+    state = s.begin(torch.arange(4), 0)
+    s.engine.prepare(4)
+    with Calls():
+        for done in s.engine.steps(state, table):
+            counts.append((done, len(seen)))
+    assert [done for done, _ in counts] == list(range(1, 21))
+    assert len({number for _, number in counts}) == 1  # no operation of torch's, so no synchronisation and no allocation
+    single = next(g for g in Recorded.made if g.repeats == 1)
+    assert single.replays == 20
+
+
+def test_several_steps_a_graph_where_nobody_watches(graphed):
+    s, want = graphed(), sampler("reference")
+    options = dict(seed=1, steps=SEVERAL + 3, output="float")
+    torch.testing.assert_close(s.sample(3, **options), want.sample(3, **options), rtol=0, atol=1e-4)
+    assert {g.repeats: g.replays for g in Recorded.made} == {SEVERAL: 1, 1: 3}
+    seen = Trajectory()
+    s.sample(3, **options, callback=seen)
+    assert len(seen.t) == SEVERAL + 3 and {g.repeats: g.replays for g in Recorded.made} == {SEVERAL: 1, 1: SEVERAL + 6}
+
+
+def test_a_tail_is_drawn_in_the_captured_size(graphed):
+    s = graphed()
+    images = s.sample(10, batch_size=4, steps=3, output="float")
+    assert [slots.places for slots in s.engine._slots] == [4] and len(Recorded.made) == 2
+    torch.testing.assert_close(images, sampler("reference").sample(10, steps=3, output="float"), rtol=0, atol=1e-4)
+    s.sample(3, steps=3)  # fits; a fourth place is idle
+    assert [slots.places for slots in s.engine._slots] == [4]
+    s.sample(1, steps=3)
+    assert [slots.places for slots in s.engine._slots] == [4, 1]
+    for images, places in ((17, [4, 1, 24]), (13, [4, 1, 24]), (25, [4, 1, 32])):  # 32 places replace the 24
+        s.sample(images, steps=1)
+        assert [slots.places for slots in s.engine._slots] == places
+
+
+def test_one_graph_serves_every_solver_and_number_of_steps(graphed):
+    s = graphed()
+    for loop in LOOPS:
+        got, want = (v.sample(2, seed=4, output="float", **loop) for v in (s, sampler("reference")))
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
+    assert len(Recorded.made) == 2  # one step, and several
+
+
+def test_a_state_is_its_own_after_the_last_step(graphed):
+    s = graphed()
+    table = s.table(steps=2)
+    first, second = (s.begin(torch.arange(2), seed) for seed in (0, 1))
+    s.run(first, table)
+    kept = first.x.clone()
+    s.run(second, table)
+    assert torch.equal(first.x, kept)
+
+
+def test_out_of_memory_halves_the_batch_and_keeps_the_images(graphed):
+    s = graphed()
+    make = s.engine._make
+
+    def scarce(batch):
+        if batch > 3:
+            raise torch.OutOfMemoryError("no memory")
+        return make(batch)
+
+    s.engine._make = scarce
+    with pytest.warns(UserWarning, match="out of memory with 8 images at once; going on with 4"):
+        got = s.sample(9, batch_size=8, steps=3, output="float")
+    torch.testing.assert_close(got, sampler("reference").sample(9, steps=3, output="float"), rtol=0, atol=1e-4)
+    s.engine.free()
+    assert all(g.freed for g in Recorded.made)
+    s.engine._make = lambda batch: (_ for _ in ()).throw(torch.OutOfMemoryError("no memory at all"))
+    with pytest.warns(UserWarning, match="going on with 1"), pytest.raises(torch.OutOfMemoryError, match="at all"):
+        s.sample(2, steps=3)
+
+
+@pytest.mark.parametrize("how", ["in place", "behind torch's back"])
+@pytest.mark.parametrize("engine", ["reference", "fused", "cpu"])
+def test_new_weights_are_seen(engine, how):
+    model = unet()
+    s = sampler(engine, model, dtype="fp32")
+    before = s.sample(2, steps=3, output="float")
+    with torch.no_grad():
+        weight = model.conv_out.weight
+        (weight if how == "in place" else weight.data).mul_(1.5)
+    after = s.sample(2, steps=3, output="float")
+    assert relative_error(after, before) > 1e-3
+    torch.testing.assert_close(after, sampler("reference", model).sample(2, steps=3, output="float"), rtol=0, atol=1e-4)
+
+
+def test_every_bit_of_every_weight_counts():
+    """Odd sizes, half precision, any memory layout, views into a larger tensor at any place."""
+    from ddpm_fast.sampling.sampler import _fingerprint
+
+    flat = torch.randn(101)
+    values = [torch.randn(3), torch.randn(()), torch.randn(5, 7).half().t(), flat[1:4], flat[5:11].view(2, 3), torch.zeros(0)]
+    values.append(torch.randn(4, 2, 3, 3).contiguous(memory_format=torch.channels_last))
+    model = torch.nn.ParameterList([torch.nn.Parameter(v) for v in values])
+    before = _fingerprint(model)
+    assert _fingerprint(model) == before
+    for p in model:
+        for i in range(p.numel()):
+            at = torch.unravel_index(torch.tensor(i), p.shape)
+            old = p.data[at].clone()
+            p.data[at] = torch.nextafter(old.float(), torch.tensor(9.0)).to(p.dtype) if p.dtype == torch.float32 else old * 1.01
+            assert _fingerprint(model) != before
+            p.data[at] = old
+    assert _fingerprint(model) == before
+
+
+def test_a_sampler_may_be_used_while_its_images_are_on_their_way(graphed):
+    """Also for as many images: they get places of their own."""
+    s, want = graphed(), sampler("reference").sample(4, steps=6, output="float")
+    table = s.table(steps=6)
+    state = s.begin(torch.arange(4), 0)
+    run = s.engine.steps(state, table)
+    next(run)
+    torch.testing.assert_close(s.sample(4, steps=6, output="float"), want, rtol=0, atol=1e-4)
+    assert list(run)[-1] == 6
+    torch.testing.assert_close(state.x, want, rtol=0, atol=1e-4)
+
+
+def test_inference_mode_and_the_newer_precision_settings():
+    want = sampler("reference").sample(2, steps=2, output="float")
+    with torch.inference_mode():
+        assert torch.equal(sampler("reference").sample(2, steps=2, output="float"), want)
+        torch.testing.assert_close(sampler("fused", dtype="fp32").sample(2, steps=2, output="float"), want, rtol=0, atol=1e-4)
+    code = (
+        "import torch; torch.backends.cudnn.conv.fp32_precision = torch.backends.cuda.matmul.fp32_precision = 'tf32'\n"
+        "from ddpm_fast import NoiseSchedule, Sampler\n"
+        "Sampler(lambda x, t: x, NoiseSchedule.linear(), (1, 4, 4)).sample(1, steps=2)\n"
+        "assert torch.backends.cudnn.conv.fp32_precision == torch.backends.cuda.matmul.fp32_precision == 'tf32'"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+# ---- stopping
+
+
+def test_a_run_stops_between_steps_and_keeps_what_is_finished():
+    s, asked = sampler("reference"), []
+
+    def stop():
+        asked.append(1)
+        return len(asked) == 8
+
+    whole = s.sample(6, batch_size=2, steps=3)
+    got = s.sample(6, batch_size=2, steps=3, stop=stop)
+    assert torch.equal(got, whole[:4])  # it was told so in the second step of the third batch
+
+
+@pytest.mark.parametrize("engine", ["reference", "fused"])
+def test_told_to_stop_after_a_last_step_the_batch_counts(engine):
+    s = sampler(engine, dtype="fp32")
+    whole, asked = s.sample(4, batch_size=2, steps=3, output="float"), []
+    got = s.sample(4, batch_size=2, steps=3, output="float", stop=lambda: asked.append(1) or len(asked) == 4)
+    assert torch.equal(got, whole[:2])  # before each batch, and after its first and second step
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_ask_once_and_then_insist(number):
+    before = signal.getsignal(number)
+    with stop_on_signals() as stop:
+        assert not stop()
+        os.kill(os.getpid(), number)
+        assert stop() and stop.exit_code == 128 + number
+        assert signal.getsignal(number) == before
+    assert signal.getsignal(number) == before
+
+
+# ---- which engine
+
+
+def test_auto_says_why():
+    assert sampler("auto", lambda x, t: x).engine.reason == "the network is none of ours"
+    half = sampler("auto", unet().bfloat16())
+    assert (half.engine.name, half.precision) == ("reference", "bf16") and half.engine.reason == "bf16 on cpu"
+    assert sampler("fused", dtype="fp8").engine.name == "fused"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(engine="cuda"), "engine 'cuda'; expected one of auto, fused, compile, cpu, reference"),
+        (dict(engine="fused", model=lambda x, t: x), "engine 'fused' takes a UNet; this model is function"),
+        (dict(engine="cpu", model=lambda x, t: x), "engine 'cpu' takes a UNet in fp32 on a CPU"),
+        (dict(engine="reference", dtype="fp8"), "fp8 is for our own kernels, and they cannot be had: as asked for"),
+        (dict(engine="auto", dtype="fp8"), "fp8 is for our own kernels, and they cannot be had: fp8 on cpu"),
+        (dict(engine="auto", dtype="int8"), "dtype 'int8'; expected one of fp32, fp16, bf16, fp8"),
+        (dict(engine="auto", dtype="bf16", model=lambda x, t: x), "only a UNet is cast"),
+    ],
+    ids=str,
+)
+def test_refuses(options, message):
+    with pytest.raises(ValueError, match=message):
+        sampler(**options)
+
+
+def test_half_precision_by_name_leaves_the_weights_alone():
+    model = unet()
+    s = sampler("reference", model, dtype="bf16")
+    assert model.dtype == torch.float32 and s.model.dtype == torch.bfloat16
+    torch.testing.assert_close(s.sample(2, steps=3), sampler("reference", unet().bfloat16()).sample(2, steps=3))
+
+
+def test_torch_compile_is_held_against_the_network(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda model, mode=None: lambda *a: model(*a) * 1.001)
+    with pytest.raises(RuntimeError, match=r"torch\.compile gives another result, off by 1\.0e-03"):
+        sampler("compile").sample(1, steps=2)
+    monkeypatch.setattr(torch, "compile", lambda model, mode=None: model)
+    assert torch.equal(sampler("compile").sample(2, steps=3), sampler("reference").sample(2, steps=3))
+
+
+# ---- advance
+
+
+@pytest.mark.kernel
+def test_advance(device):
+    t_of = torch.tensor([900, 500, 3, 0], device=device)
+    row = torch.tensor([0, 1, 2, 3, 3] * 120, dtype=torch.int32, device=device)
+    label = torch.arange(600, device=device) % 10
+    t, entry = torch.full_like(label, -1), torch.full_like(label, -1)
+    for by in (0, 1, 1):
+        want = advance_reference(row, t_of, label, 10, by)
+        advance(row, t_of, t, entry, label, 10, by)
+        assert all(torch.equal(got.long(), v) for got, v in zip((row, t, entry), want, strict=True))
+    assert row[:5].tolist() == [2, 3, 3, 3, 3] and t[:5].tolist() == [3, 0, 0, 0, 0] and entry[3] == 3
+
+
+def test_advance_refuses():
+    row, other = torch.zeros(2, dtype=torch.int32), torch.zeros(2, dtype=torch.int64)
+    for options in (dict(t=other[:1]), dict(row=other), dict(t_of=other.float()), dict(label=row)):
+        with pytest.raises(ValueError, match="expected int"):
+            advance(**dict(row=row, t_of=other, t=other, entry=other, label=other, classes=1) | options)
+
+
+# ---- a wrong kernel
+
+
+@pytest.mark.kernel
+def test_a_wrong_kernel_is_caught_and_its_launch_runs_by_its_twin(device, tmp_path, monkeypatch):
+    from ddpm_fast.kernels.conv3x3 import Conv3x3
+
+    monkeypatch.setenv("DDPM_FAST_CACHE", str(tmp_path))
+    model = unet(None, attention=False, mid_attention=False).to(device)
+    run = Conv3x3.run
+
+    def wrong(self, x, out, **more):
+        run(self, x=x, out=out, **more)
+        if out.channels == 1:
+            out.pixels[:, :, 2, 3] += 0.5
+
+    monkeypatch.setattr(Conv3x3, "run", wrong)
+    monkeypatch.setattr("ddpm_fast.engines.fused.verification.COMMAND", planted(tmp_path))
+    s = sampler("fused", model, dtype="fp32")
+    s.engine = FusedEngine(model, s.shape, "fp32", s.device, len(SCHEDULE), graph=None, check=True)
+    with pytest.warns(UserWarning, match="conv_out"):
+        got = s.sample(2, steps=2, output="float")
+    (slots,) = s.engine._slots
+    assert "conv_out" in slots.fused.plan().twins and not s.engine.invariant
+    torch.testing.assert_close(got, sampler("reference", model).sample(2, steps=2, output="float"), rtol=0, atol=1e-4)
+
+
+def planted(folder):
+    """The self-check's child with the same fault."""
+    script = folder / "child.py"
+    script.write_text(
+        "import json, sys\n"
+        "from ddpm_fast import self_check\n"
+        "from ddpm_fast.kernels.conv3x3 import Conv3x3\n"
+        "run = Conv3x3.run\n"
+        "def wrong(self, x, out, **more):\n"
+        "    run(self, x=x, out=out, **more)\n"
+        "    if out.channels == 1:\n"
+        "        out.pixels[:, :, 2, 3] += 0.5\n"
+        "Conv3x3.run = wrong\n"
+        "self_check.main(sys.stdin, lambda message: print(json.dumps(message), flush=True))\n"
+    )
+    return [sys.executable, str(script)]
+
+
+def test_fp8_of_a_folder_takes_its_calibration():
+    """The network that ships: its units, and the saturation that they leave room for."""
+    folder = Path(__file__).parents[3] / "weights" / "fashion-mnist-32"
+    s = Sampler.from_pretrained(folder, "cpu", "fp8", engine="fused")
+    s.engine.prepare(1)
+    (slots,) = s.engine._slots
+    known = load_calibration(folder, s.model)
+    assert known is not None and slots.fused._network.units == known.units
+    exact = Sampler.from_pretrained(folder, "cpu", engine="reference")
+    got, want = (v.sample(1, solver="ddim", steps=3, output="float") for v in (s, exact))
+    assert relative_error(got, want) < 0.15

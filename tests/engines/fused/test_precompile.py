@@ -1,0 +1,104 @@
+"""Every launch of the networks' plans compiles as meant for sm_90; `make compile-check` has the other architectures."""
+
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from bench.compile_check import Case, compile_all, distinct, faults, launches_of, with_fp32
+from bench.networks import NETWORKS
+from ddpm_fast.testing import _shortest_loop, compile_launch, launch_key
+
+pytestmark = pytest.mark.compile
+
+
+def test_every_launch_compiles_as_meant(figure):
+    cases = distinct(NETWORKS, [256], ["bf16"], 90)
+    known = {launch_key(c.launch) for c in cases}
+    more = [
+        *distinct(NETWORKS, [256], ["fp8"], 90),
+        *distinct(["cifar10"], [256], ["fp8-unbounded"], 90),
+        *distinct(["cifar10"], [1], ["bf16"], 90),
+    ]
+    cases += [c for c in more if launch_key(c.launch) not in known]
+    cases, wrong, serial = with_fp32(cases), [], 0.0
+    for case, result, seconds in compile_all(cases):
+        serial += seconds
+        found = [result] if isinstance(result, str) else faults(case, result)
+        wrong += [f"{case.kernel} in {case.where}: {'; '.join(found)}"] if found else []
+    figure("launches of four networks, sm_90: distinct, seconds to compile one by one", f"{len(cases)}, {serial:.0f}")
+    assert not wrong
+
+
+@pytest.mark.parametrize("batch", [1, 16, 256])
+def test_few_compilations_for_the_cifar10_network(batch, figure):
+    count = len({launch_key(launch) for _, launch in launches_of("cifar10", batch, "bf16", 90)})
+    figure(f"distinct compilations, CIFAR-10 network, batch {batch}", count)
+    assert count < 40
+
+
+def test_a_batch_that_16_divides_compiles_no_other_kernels():
+    """Sizes that follow the batch are not specialised on; only the form of tiles follows it."""
+
+    def keys(batch):
+        return {launch_key(launch) for _, launch in launches_of("cifar10", batch, "bf16", 90)}
+
+    assert keys(256) == keys(255) == keys(257) and keys(16) == keys(17)
+
+
+def test_faults_are_seen():
+    """A convolution of too many registers spills; one whose operand cannot stay in shared memory says so."""
+    cases = distinct(["cifar10"], [256], ["bf16"], 90)
+    conv = next(c for c in cases if c.kernel == "_conv3x3_kernel" and c.launch.args["RESIDUAL"])
+    spilling = Case(
+        90, conv.where, type(conv.launch)(conv.launch.kernel, (1,), conv.launch.args, dict(conv.launch.options, maxnreg=96))
+    )
+    large = Case(
+        90, conv.where, type(conv.launch)(conv.launch.kernel, (1,), conv.launch.args, dict(conv.launch.options, num_stages=7))
+    )
+    for case, message in ((spilling, "local-memory"), (large, "shared memory")):
+        _, result, _ = next(compile_all([case]))
+        assert any(message in fault for fault in ([result] if isinstance(result, str) else faults(case, result)))
+
+
+def test_narrow_accesses_and_foreign_instructions_are_seen():
+    """A map that begins 2 bytes beyond a multiple of 16 moves by 2 bytes; what was compiled for sm_90 has no tcgen05."""
+    cases = distinct(["cifar10"], [256], ["bf16"], 90)
+    norm = next(c for c in cases if c.kernel == "_one_pass_kernel")
+    x = norm.launch.args["x_ptr"]
+    shifted = torch.empty(x.numel() + 1, dtype=x.dtype, device="meta")[1:]
+    odd = replace(norm, launch=replace(norm.launch, args=norm.launch.args | dict(x_ptr=shifted)))
+    assert any(".U16" in fault for fault in faults(odd, compile_launch(odd.launch, 90)))
+    conv = next(c for c in cases if c.kernel == "_conv3x3_kernel")
+    compiled = compile_launch(conv.launch, 90)
+    assert faults(conv, compiled) == [] and faults(replace(conv, sm=100), compiled) == ["no tcgen05.mma"]
+
+
+def test_shortest_loop_leaves_out_what_is_jumped_over():
+    lines = ["MOV", "HGMMA.64", "@P0 BRA 0x50", "FADD", "STG", "@P1 BRA 0x10", "EXIT"]  # the product, an epilogue, the loop's end
+    numbered = [(f"{16 * i:04x}", *(line.split(" ", 1) if line.startswith("@") else ("", line))) for i, line in enumerate(lines)]
+    assert _shortest_loop(numbered) == 3 and _shortest_loop(numbered[:5]) == 0
+
+
+def test_kernels_compiled_side_by_side_are_those_that_the_plan_launches(tmp_path, monkeypatch, figure):
+    """A second process finds all of them in Triton's cache and adds nothing."""
+    from ddpm_fast import UNet
+    from ddpm_fast.engines.fused.precompile import compile_in_parallel, distinct_launches
+    from ddpm_fast.engines.fused.unet import FusedUNet
+    from ddpm_fast.kernels._gemm import H100
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    config = NETWORKS["cifar10"]
+    with torch.device("meta"):
+        fused = FusedUNet(UNet(config), 256, "bf16", "meta", target=H100)
+    options = fused.subject(fused.size, fused.plan()).options
+    began = time.perf_counter()
+    assert compile_in_parallel(config, options, 2) == [0, 0]
+    first, kept = time.perf_counter() - began, sorted(tmp_path.rglob("*.cubin"))
+    began = time.perf_counter()
+    assert compile_in_parallel(config, options, 1) == [0]
+    second = time.perf_counter() - began
+    assert sorted(tmp_path.rglob("*.cubin")) == kept and len(kept) == len(distinct_launches(config, options))
+    figure(f"{len(kept)} kernels of the CIFAR-10 network: seconds in two processes, in a second run", f"{first:.1f}, {second:.1f}")

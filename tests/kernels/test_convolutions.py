@@ -1,0 +1,432 @@
+"""The convolutions: `kernels.conv2d`, `upsample_conv`, `conv2d_pointers`, `pointwise`."""
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ddpm_fast.kernels._gemm import E4M3_MAX, Target, cut, quantise
+from ddpm_fast.kernels._triton import INTERPRETED
+from ddpm_fast.kernels.conv1x1 import Pointwise, pointwise_reference
+from ddpm_fast.kernels.conv2d_pointers import DownsampleConv, FirstConv, downsample_reference
+from ddpm_fast.kernels.conv3x3 import Conv3x3, conv3x3_reference, pack, unpack
+from ddpm_fast.kernels.conv_upsample import UpsampleConv, pack_parities, upsample_conv_reference
+from ddpm_fast.testing import DAMAGES, Damaged, assert_operation, assert_same_in_any_batch, map_of, operand_types, poisoned, spread
+
+E4M3 = torch.float8_e4m3fn
+# Tensor cores cut the sums that PyTorch's fp32 rounds. Only an fp32 output of narrow operands shows it.
+CUT_SUMS = 2.0 if INTERPRETED else 32.0
+
+
+@pytest.fixture(autouse=True)
+def fp32_is_fp32(monkeypatch):
+    """Else cuDNN takes TF32 and is no yardstick."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+def tiles(device, dtype, c, k, rows=1, tma=False, bm=None):
+    """As `cut` has them; bm=None: its choice of rows too."""
+    t = cut(Target.of(torch.device(device)), dtype, c, k, rows, tma=tma, warps=4)
+    return t if bm is None else replace(t, bm=bm)
+
+
+def needs_tma(tma, device):
+    if tma and Target.of(torch.device(device)).sm < 90:
+        pytest.skip("no TMA before sm_90")
+
+
+def normal(*shape, seed=0, dtype=torch.float32, device="cpu", scale=1.0):
+    """Normal values that `dtype` holds exactly; of the CPU's generator, so that they are the same everywhere."""
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale
+    return x.to(dtype).to(device)
+
+
+def filters(k, c, taps=9, seed=1, dtype=torch.float32, device="cpu"):
+    """[K, C, 3, 3], or [K, C] of one tap, fp32 values that `dtype` holds: the product's deviation is 1."""
+    shape = (k, c, 3, 3) if taps == 9 else (k, c)
+    return normal(*shape, seed=seed, dtype=dtype, device=device, scale=(taps * c) ** -0.5).float()
+
+
+def of_all(reference, *tensors):
+    """`reference` of the tensors in a type that is still to be said."""
+    return lambda dtype: reference(*(t if not isinstance(t, torch.Tensor) else t.to(dtype) for t in tensors))
+
+
+# ---- 3x3
+
+
+def check_conv3x3(
+    n,
+    c,
+    h,
+    w,
+    k,
+    dtype,
+    device,
+    *,
+    tma=False,
+    bm=64,
+    bias=True,
+    residual=False,
+    dense=False,
+    fault=None,
+    damage=None,
+    programs=None,
+):
+    needs_tma(tma, device)
+    make = partial(normal, dtype=dtype, device=device)
+    x, weight, scale = make(n, c, h, w), filters(k, c, dtype=dtype, device=device), 0.7071 if residual else 1.0
+    b, r = make(k, seed=2).float() if bias else None, make(n, k, h, w, seed=3) if residual else None
+    t = tiles(device, dtype, c, k, tma=tma, bm=bm)
+    op = Conv3x3.of(weight, b, dtype, t if programs is None else replace(t, programs=programs), residual_scale=scale)
+    op = fault(op) if fault else op
+    out = poisoned(n, h, w, k, torch.float32 if dense else dtype, device, bordered=not dense)
+    assert_operation(
+        Damaged(op, damage) if damage else op,
+        out,
+        of_all(conv3x3_reference, x, weight, b, r, scale),
+        slack=CUT_SUMS if dense and dtype != torch.float32 else 2.0,
+        x=map_of(x),
+        residual=None if r is None else map_of(r),
+    )
+
+
+TMA = pytest.mark.parametrize("tma", [False, True], ids=["pointers", "tma"])
+EACH_TYPE = pytest.mark.parametrize("dtype", operand_types(), ids=str)
+# with all types on a GPU; by the interpreter one way with one type, the other way with the other
+ONE_WAY = pytest.mark.parametrize(("tma", "dtype"), spread([True, False]), ids=str)
+
+
+@pytest.mark.kernel
+@EACH_TYPE
+@TMA
+@pytest.mark.parametrize(
+    ("shape", "bm", "form"),
+    [
+        ((1, 16, 5, 7, 16), 64, {}),
+        ((3, 32, 7, 7, 48), 64, dict(bias=False)),
+        ((3, 32, 7, 7, 48), 128, dict(residual=True)),
+        ((2, 16, 1, 1, 16), 64, dict(residual=True, bias=False)),
+    ],
+    ids=str,
+)
+def test_conv3x3(shape, bm, form, tma, dtype, device):
+    check_conv3x3(*shape, dtype, device, tma=tma, bm=bm, **form)
+
+
+@pytest.mark.kernel
+@ONE_WAY
+@pytest.mark.parametrize(
+    ("shape", "bm", "form"),
+    [
+        ((1, 32, 28, 28, 32), 128, dict(residual=True)),
+        ((2, 128, 5, 7, 128), 128, dict(residual=True, bias=False)),
+        ((5, 96, 3, 5, 96), 64, dict(residual=True)),
+        ((2, 16, 1, 9, 32), 64, {}),
+    ],
+    ids=str,
+)
+def test_larger_conv3x3(shape, bm, form, tma, dtype, device):
+    check_conv3x3(*shape, dtype, device, tma=tma, bm=bm, **form)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("tma", [True] + [False] * (not INTERPRETED), ids=str)  # pointers would take half of this file's time
+def test_conv3x3_of_many_tiles(tma, device):
+    check_conv3x3(1, 16, 96, 64, 16, operand_types()[-1], device, tma=tma, bm=128)
+
+
+@pytest.mark.kernel
+@EACH_TYPE
+@pytest.mark.parametrize("k", [1, 2, 3, 4, 5, 6])
+def test_conv3x3_into_dense_fp32(k, dtype, device):
+    """The network's output: few channels, no border."""
+    tma = k % 2 == 0 and Target.of(torch.device(device)).sm >= 90
+    check_conv3x3(2, 32, 5, 7, k, dtype, device, tma=tma, residual=k > 4, dense=True)
+
+
+@pytest.mark.kernel
+@EACH_TYPE
+def test_persistent_programs_take_several_tiles_each(dtype, device):
+    check_conv3x3(3, 16, 7, 9, 48, dtype, device, tma=True, residual=True, programs=2)
+
+
+FAULTS = {
+    "taps rolled by one": lambda op: replace(op, weight=op.weight.roll(len(op.weight[0]) // 9, dims=1)),
+    "outputs rolled by one": lambda op: replace(op, weight=op.weight.roll(1, dims=0)),
+    "one weight": lambda op: replace(op, weight=op.weight.index_fill(1, torch.tensor([7], device=op.weight.device), 0)),
+    "no bias": lambda op: replace(op, bias=None),
+    "bias rolled by one": lambda op: replace(op, bias=op.bias.roll(1)),
+    "residual's scale": lambda op: replace(op, residual_scale=1.0),
+}
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize(("fault", "dtype"), spread(FAULTS), ids=str)
+def test_fault_is_seen(fault, dtype, device):
+    with pytest.raises(AssertionError, match="max error"):
+        check_conv3x3(2, 16, 5, 7, 16, dtype, device, residual=True, fault=FAULTS[fault])
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_seen(damage, device):
+    leave, says = DAMAGES[damage]
+    with pytest.raises(AssertionError, match=says):
+        check_conv3x3(2, 16, 5, 7, 16, operand_types()[-1], device, damage=leave)
+
+
+@pytest.mark.kernel
+@TMA
+@pytest.mark.parametrize("fault", [None, "input's scale", "outputs' scales"], ids=str)
+def test_conv3x3_of_e4m3(fault, tma, device):
+    """fp64 sees the same 8-bit operands, so only sums and output are rounded; the interpreter reads e4m3 exactly."""
+    if Target.of(torch.device(device)).sm < 89:
+        pytest.skip("no e4m3 before sm_89")
+    needs_tma(tma, device)
+    n, c, h, w, k, act = 2, 64, 5, 7, 48, operand_types()[-1]
+    x, weight, b, r = normal(n, c, h, w), filters(k, c), normal(k, seed=2), normal(n, k, h, w, seed=3, dtype=act)
+    x, weight, b, r = (v.to(device) for v in (x, weight * torch.linspace(1, 3, k)[:, None, None, None], b, r))
+    unit = float(x.abs().max()) / E4M3_MAX
+    stored = map_of(x / unit, E4M3)
+    op = Conv3x3.of(weight, b, E4M3, tiles(device, E4M3, c, k, tma=tma), x_scale=unit, residual_scale=0.5)
+    seen = unpack(op.weight.double(), 3) * op.scale.double()[:, None, None, None] / unit
+    assert ((seen - weight).abs() <= weight.abs() / 16 + weight.abs().amax((1, 2, 3), keepdim=True) * 1e-5).all()
+    if fault == "input's scale":
+        op = replace(op, scale=op.scale * 1.01)
+    elif fault == "outputs' scales":
+        op = replace(op, scale=op.scale.roll(1))
+    out = poisoned(n, h, w, k, torch.float32 if INTERPRETED else act, device)
+    check = partial(assert_operation, op, out, of_all(conv3x3_reference, stored.pixels.double() * unit, seen, b, r, 0.5))
+    if fault is None:
+        return check(x=stored, residual=map_of(r))
+    with pytest.raises(AssertionError, match="max error"):
+        check(x=stored, residual=map_of(r))
+
+
+# ---- upsampling, stride 2, first layer, 1x1
+
+
+@pytest.mark.kernel
+@ONE_WAY
+@pytest.mark.parametrize(
+    ("shape", "bm"), [((1, 16, 5, 7, 16), 64), ((3, 32, 7, 7, 48), 128), ((2, 128, 3, 3, 96), 64), ((2, 16, 1, 3, 32), 64)], ids=str
+)
+def test_upsample(shape, bm, tma, dtype, device):
+    """The truth has the weights before they were summed and rounded, and so has plain PyTorch, which rounds them too."""
+    needs_tma(tma, device)
+    n, c, h, w, k = shape
+    x, weight = normal(n, c, h, w, dtype=dtype, device=device), filters(k, c, device=device)
+    b = normal(k, seed=2, dtype=dtype, device=device).float()
+    op = UpsampleConv.of(weight, b, dtype, tiles(device, dtype, c, k, tma=tma, bm=bm))
+    out, rounding = poisoned(n, 2 * h, 2 * w, k, dtype, device), 8 * torch.finfo(dtype).eps
+    assert_operation(op, out, of_all(upsample_conv_reference, x, weight, b), twin=rounding, x=map_of(x))
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize(
+    ("shape", "padding", "dtype"),
+    spread([(1, 16, 6, 10, 16), (3, 32, 14, 14, 48), (2, 96, 4, 2, 128), (5, 48, 2, 2, 32)], [0, 1]),
+    ids=str,
+)
+def test_downsample(shape, padding, dtype, device):
+    (n, c, h, w, k), bm = shape, 128 if shape[2] == 14 else 64
+    x, weight = normal(n, c, h, w, dtype=dtype, device=device), filters(k, c, dtype=dtype, device=device)
+    b = normal(k, seed=2, dtype=dtype, device=device).float()
+    op = DownsampleConv.of(weight, b, padding, dtype, tiles(device, dtype, c, k, bm=bm))
+    reference = of_all(partial(plain_downsample, padding=padding), x, weight, b)
+    assert_operation(op, poisoned(n, h // 2, w // 2, k, dtype, device), reference, x=map_of(x))
+
+
+def plain_downsample(x, weight, bias, padding):
+    """As `ddpm_fast.models.unet.Downsample` has it."""
+    return F.conv2d(F.pad(x, (0, 1, 0, 1)) if padding == 0 else x, weight, bias, stride=2, padding=padding)
+
+
+def first_conv(c, k, dtype, device, center=False, bm=64):
+    step = FirstConv.step(c)
+    b = normal(k, seed=2, dtype=dtype, device=device)
+    t = replace(tiles(device, dtype, step, k, bm=bm), bk=step)
+    return FirstConv.of(filters(k, c, dtype=dtype, device=device), b, dtype, t, center)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize(
+    ("shape", "center", "dtype"),
+    spread([(1, 1, 28, 28), (3, 2, 7, 7), (2, 3, 5, 7), (5, 4, 5, 7), (3, 9, 7, 7)], [False, True]),
+    ids=str,
+)
+def test_first_conv(shape, center, dtype, device):
+    """Beyond the image 2 x - 1 is 0, not -1."""
+    (n, channels, h, w), k = shape, 48
+    x = normal(n, channels, h, w, device=device)
+    op = first_conv(channels, k, dtype, device, center)
+    seen = (2 * x - 1 if center else x).to(dtype)
+    reference = of_all(conv3x3_reference, seen, filters(k, channels, dtype=dtype, device=device), op.bias)
+    assert_operation(op, poisoned(n, h, w, k, dtype, device), reference, x=map_of(x, bordered=False))
+
+
+@pytest.mark.kernel
+@EACH_TYPE
+@pytest.mark.parametrize("bordered", [False, True], ids=["dense", "bordered"])
+@pytest.mark.parametrize(
+    ("shape", "c2", "form"),
+    [
+        ((2, 32, 5, 7, 48), 0, {}),
+        ((3, 32, 7, 7, 48), 16, dict(residual=True)),
+        ((1, 128, 5, 7, 128), 96, dict(bias=False)),
+        ((5, 48, 3, 3, 16), 0, dict(residual=True, bias=False)),
+        ((1, 16, 28, 28, 48), 32, {}),
+    ],
+    ids=str,
+)
+def test_pointwise(shape, c2, form, bordered, dtype, device):
+    n, c, h, w, k = shape
+    make = partial(normal, dtype=dtype, device=device)
+    x, r, scale = make(n, c + c2, h, w), make(n, k, h, w, seed=3) if form.get("residual") else None, 0.7071
+    b, weight = make(k, seed=2).float() if form.get("bias", True) else None, filters(k, c + c2, 1, dtype=dtype, device=device)
+    op = Pointwise.of(weight, b, dtype, tiles(device, dtype, min(c & -c, c2 & -c2 or c), k, bm=128 if n == 1 else 64), scale)
+    maps = dict(zip(("x", "x2"), (map_of(v, bordered=bordered) for v in x.split([c, c2] if c2 else c, dim=1)), strict=False))
+    reference = of_all(pointwise_reference, x, weight, b, r, scale)
+    residual = None if r is None else map_of(r, bordered=bordered)
+    assert_operation(op, poisoned(n, h, w, k, dtype, device, bordered), reference, residual=residual, **maps)
+
+
+# ---- every operation
+
+
+def operation(name, dtype, device, bm, c=32, k=48, tma=False):
+    """(operation, the maps it reads for five images, the side of its output, its reference)"""
+    n, side, make = 5, 4, partial(normal, dtype=dtype, device=device)
+    x, r = make(n, c, side, side), make(n, k, side, side, seed=3)
+    weight, b, t = filters(k, c, dtype=dtype, device=device), make(k, seed=2).float(), tiles(device, dtype, c, k, tma=tma, bm=bm)
+    if name == "conv3x3":
+        return Conv3x3.of(weight, b, dtype, t), dict(x=x, residual=r), side, of_all(conv3x3_reference, x, weight, b, r)
+    if name == "upsample":
+        return UpsampleConv.of(weight, b, dtype, t), dict(x=x), 2 * side, of_all(upsample_conv_reference, x, weight, b)
+    if name == "downsample":
+        reference = of_all(partial(plain_downsample, padding=0), x, weight, b)
+        return DownsampleConv.of(weight, b, 0, dtype, t), dict(x=x), side // 2, reference
+    if name == "first":
+        op, x = first_conv(3, k, dtype, device, bm=bm), make(n, 3, side, side).float()
+        return op, dict(x=x), side, of_all(conv3x3_reference, x, filters(k, 3, dtype=dtype, device=device), op.bias)
+    x2, weight = make(n, c, side, side, seed=4), filters(k, 2 * c, 1, dtype=dtype, device=device)
+    reference = of_all(pointwise_reference, torch.cat([x, x2], dim=1), weight, b, r)
+    return Pointwise.of(weight, b, dtype, t), dict(x=x, x2=x2, residual=r), side, reference
+
+
+def maps(name, tensors, images=slice(None)):
+    return {key: map_of(x[images], bordered=name != "first") for key, x in tensors.items()}
+
+
+OTHERS = ["upsample", "downsample", "first", "pointwise"]
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize(("name", "dtype"), spread(["conv3x3 tma", "conv3x3", "upsample tma", *OTHERS]), ids=str)
+def test_same_bits_in_any_batch(name, dtype, device):
+    """Also where the batch decides how many rows a tile has."""
+    name, tma = name.removesuffix(" tma"), name.endswith(" tma")
+    needs_tma(tma, device)
+
+    def run(images):
+        op, tensors, side, _ = operation(name, dtype, device, bm=128 if len(images) == 5 else 64, tma=tma)
+        out = poisoned(len(images), side, side, 48, dtype, device)
+        op.run(out=out, **maps(name, tensors, images))
+        return out
+
+    assert_same_in_any_batch(run)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("fault", ["weights rolled by one", "bias rolled by one"])
+@pytest.mark.parametrize("name", OTHERS)
+def test_fault_of_another_is_seen(name, fault, device):
+    dtype = operand_types()[-1]
+    op, tensors, side, reference = operation(name, dtype, device, bm=64)
+    if fault == "bias rolled by one":
+        op = replace(op, bias=op.bias.roll(1))
+    else:
+        op = replace(op, weight=op.weight.roll(32 if name in ("upsample", "downsample") else 3, dims=1))  # by a tap, if it has any
+    with pytest.raises(AssertionError, match="max error"):
+        assert_operation(op, poisoned(5, side, side, 48, dtype, device), reference, **maps(name, tensors))
+
+
+@pytest.mark.kernel
+def test_other_padding_is_seen(device):
+    op, tensors, side, reference = operation("downsample", torch.float32, device, bm=64)
+    with pytest.raises(AssertionError, match="max error"):
+        assert_operation(replace(op, padding=1), poisoned(5, side, side, 48, torch.float32, device), reference, **maps("", tensors))
+
+
+# ---- packing and references: plain PyTorch
+
+
+@pytest.mark.parametrize("side", [1, 2, 3])
+def test_unpack_is_the_reverse_of_pack(side):
+    weight = normal(5, 7, side, side)
+    packed = pack(weight)
+    assert packed.shape == (5, side * side * 7) and torch.equal(unpack(packed, side), weight)
+    assert torch.equal(packed[2, -7:], weight[2, :, -1, -1]) and torch.equal(packed[2, :7], weight[2, :, 0, 0])  # tap by tap
+
+
+def test_parities_sum_the_taps_that_fall_on_one_pixel():
+    weight = normal(5, 4, 3, 3).double()
+    parities = [unpack(p, 2) for p in pack_parities(weight.float()).chunk(4)]
+    for parity, packed in enumerate(parities):
+        py, px = divmod(parity, 2)
+        rows, columns = ([0], [1, 2]) if py == 0 else ([0, 1], [2]), ([0], [1, 2]) if px == 0 else ([0, 1], [2])
+        for i in range(2):
+            for j in range(2):
+                want = weight[:, :, rows[i]][:, :, :, columns[j]].sum((2, 3))
+                torch.testing.assert_close(packed[:, :, i, j], want, rtol=0, atol=1e-14)
+        torch.testing.assert_close(packed.sum((2, 3)), weight.sum((2, 3)), rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 3), (5, 7), (8, 8)], ids=str)
+def test_upsampled_convolution_is_four_small_ones(size):
+    """In fp64, where the sums of weights are as good as exact."""
+    x, weight, b = normal(2, 4, *size).double(), normal(6, 4, 3, 3).double(), normal(6).double()
+    op, out = UpsampleConv(pack_parities(weight), b, None), poisoned(2, 2 * size[0], 2 * size[1], 6, torch.float64, "cpu")
+    op.twin(map_of(x), out, compute=torch.float64)
+    torch.testing.assert_close(out.pixels, upsample_conv_reference(x, weight, b), rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("padding", [0, 1])
+def test_downsample_reference_is_the_network_s(padding):
+    x, weight, b = normal(2, 4, 6, 10).double(), normal(6, 4, 3, 3).double(), normal(6).double()
+    assert torch.equal(downsample_reference(x, weight, b, padding), plain_downsample(x, weight, b, padding))
+
+
+def test_quantise():
+    """To the nearest e4m3, the largest of every output channel at the end of the range; nothing overflows, 0 stays 0."""
+    weight = normal(6, 90) * torch.logspace(-6, 6, 6)[:, None]
+    weight[3] = 0
+    stored, unit = quantise(weight, E4M3, x_scale=0.25)
+    assert stored.dtype == E4M3 and unit.dtype == torch.float32
+    largest = stored.float().abs().amax(1)
+    assert largest[3] == 0 and (largest[[0, 1, 2, 4, 5]] == E4M3_MAX).all()
+    back = stored.double() * unit.double()[:, None] / 0.25
+    # half a step of 3 bits; where e4m3 is subnormal, half of its smallest
+    assert ((back - weight).abs() <= weight.abs() / 16 * (1 + 1e-6) + weight.abs().amax(1, keepdim=True) * 2**-10 / E4M3_MAX).all()
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        same, nothing = quantise(weight, dtype)
+        assert nothing is None and torch.equal(same, weight.to(dtype))
+
+
+def test_e4m3_map_saturates_and_is_bordered():
+    x = torch.tensor([1e9, 500.0, 448.0, -449.0, 1.0625, 0.0]).view(1, 6, 1, 1)
+    fm = map_of(x, E4M3)
+    assert fm.pixels.float().flatten().tolist() == [448.0, 448.0, 448.0, -448.0, 1.0, 0.0]
+    assert fm.border.shape == (1, 3, 6) and not fm.border.float().any()
+
+
+@pytest.mark.parametrize("bordered", [False, True])
+def test_map_round_trip(bordered):
+    x = normal(3, 4, 5, 7)
+    fm = map_of(x, bordered=bordered)
+    assert torch.equal(fm.pixels, x) and len(fm.rows) == 3 * fm.image_rows == 3 * (48 if bordered else 35)
+    row = fm.image_rows + ((2 + bordered) * (7 + bordered) + 4 + bordered)  # image 1, pixel (2, 4)
+    assert torch.equal(fm.rows[row], x[1, :, 2, 4])

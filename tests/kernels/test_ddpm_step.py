@@ -1,0 +1,193 @@
+import itertools
+
+import pytest
+import torch
+
+from ddpm_fast import NoiseSchedule
+from ddpm_fast.diffusion.presets import EXACT
+from ddpm_fast.diffusion.solvers import VARIANCES
+from ddpm_fast.diffusion.timesteps import choose_timesteps
+from ddpm_fast.kernels import noise as N
+from ddpm_fast.kernels.ddpm_step import COLUMNS, ddpm_step, ddpm_step_reference, x_0_reference
+from ddpm_fast.testing import assert_as_accurate
+
+LAYOUTS = {"channels-first": torch.contiguous_format, "channels-last": torch.channels_last}
+T = choose_timesteps(1000, 20)
+
+
+def case(shape, *, dtype=torch.float32, layout="channels-last", out_layout=None, device="cpu", solver="ddpm", **options):
+    torch.manual_seed(0)
+    table = EXACT.table(NoiseSchedule.linear(), solver, T, **options)
+    b, c, h, w = shape
+    x_t = torch.randn(shape).to(device).contiguous(memory_format=LAYOUTS[layout])
+    out = torch.randn(b, 2 * c if table.learned else c, h, w).to(device, dtype)
+    out = out.contiguous(memory_format=LAYOUTS[out_layout or layout])
+    row = torch.tensor([0, len(T) - 1, 7, 11])[:b]  # the first step, the last, and two between
+    seed, image = torch.tensor([5, -1, 2**62, 0])[:b], torch.arange(b) + 2**35
+    return x_t, out, table.to(device)[1], *(v.to(device) for v in (row, seed, image)), table.learned
+
+
+def check(args, exactly=True):
+    x_t, out, table, row, seed, image, learned = args
+    z = N.noise_reference(seed, image, row, N.REVERSE, x_t.shape[1:])
+    exact = ddpm_step_reference(x_t.double(), out.double(), z.double(), table.double(), row, learned)
+    plain = ddpm_step_reference(x_t, out, z, table, row, learned)
+    got = x_t.clone(memory_format=torch.preserve_format)
+    ddpm_step(got, out, table, row, seed, image, learned)
+    assert_as_accurate(got, plain, exact)
+    if exactly:
+        assert torch.equal(got, plain)  # the same operations in the same order, none of them fused
+
+
+OPTIONS = [dict(prediction=p, variance=v, clip=c) for p, v, c in itertools.product(("eps", "x_0", "v"), VARIANCES, (1.0, None))]
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(map(str, o.values())))
+def test_kernel_every_form(options, device):
+    check(
+        case((4, 3, 7, 5), device=device, **options), exactly=not options["variance"].startswith("learned")
+    )  # exp differs by a bit
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(1, 3, 32, 32), (2, 1, 1, 1), (3, 4, 9, 1), (4, 1, 28, 28), (2, 5, 3, 17)], ids=str)
+@pytest.mark.parametrize("layouts", list(itertools.product(LAYOUTS, LAYOUTS)), ids=lambda v: " and ".join(v))
+def test_kernel_shapes_and_layouts(shape, dtype, layouts, device):
+    check(case(shape, dtype=dtype, layout=layouts[0], out_layout=layouts[1], device=device))
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_kernel_learned_layouts(layout, device):
+    check(case((3, 3, 8, 8), layout=layout, device=device, variance="learned_range"), exactly=False)
+
+
+def with_history(args):
+    """x_{t-1} and the new history, by the operation; and as two references in fp32 and fp64 have them."""
+    x_t, out, table, row, seed, image, learned = args
+    torch.manual_seed(1)
+    old = torch.randn_like(x_t)
+    old[table[row.long(), COLUMNS.index("mean_old")] == 0] = float("nan")  # what no step has written is not read
+    z = N.noise_reference(seed, image, row, N.REVERSE, x_t.shape[1:])
+    got, kept = x_t.clone(memory_format=torch.preserve_format), old.clone(memory_format=torch.preserve_format)
+    ddpm_step(got, out, table, row, seed, image, learned, kept)
+    plain, exact = (
+        (
+            ddpm_step_reference(x_t.to(d), out.to(d), z.to(d), table.to(d), row, learned, old.to(d)),
+            x_0_reference(x_t.to(d), out.to(d), table.to(d), row),
+        )
+        for d in (torch.float32, torch.float64)
+    )
+    return (got, kept), plain, exact
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("solver", ["dpm++2m", "dpm++2m-sde", "ddim"])
+@pytest.mark.parametrize("shape", [(4, 3, 7, 5), (4, 1, 28, 28), (2, 5, 3, 17)], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_kernel_history(layout, shape, solver, device):
+    got, plain, exact = with_history(case(shape, layout=layout, device=device, solver=solver))
+    for g, p, e in zip(got, plain, exact, strict=True):
+        assert_as_accurate(g, p, e)
+        assert torch.equal(g, p)
+
+
+@pytest.mark.parametrize("solver", ["dpm++2m", "dpm++2m-sde", "ddim"])
+def test_reference_history(solver):
+    got, plain, exact = with_history(case((4, 3, 7, 5), solver=solver))
+    for g, p, e in zip(got, plain, exact, strict=True):
+        assert_as_accurate(g, p, e)
+
+
+@pytest.mark.kernel
+def test_opcheck_history(device):
+    *args, learned = case((2, 3, 5, 7), device=device, solver="dpm++2m")
+    torch.library.opcheck(ddpm_step, (*args, learned, torch.zeros_like(args[0])))
+
+
+def test_opcheck_history_of_the_reference():
+    *args, learned = case((2, 3, 5, 7), solver="dpm++2m")
+    torch.library.opcheck(ddpm_step, (*args, learned, torch.zeros_like(args[0])))
+
+
+@pytest.mark.kernel
+def test_kernel_reads_half_of_a_wider_output(device):
+    x_t, out, *rest = case((2, 3, 8, 8), device=device)
+    wide = torch.cat([out, torch.full_like(out, float("nan"))], dim=1).contiguous(memory_format=torch.channels_last)
+    check((x_t, wide[:, :3], *rest))
+
+
+@pytest.mark.kernel
+def test_kernel_keeps_nan(device):
+    """A broken pixel must not be clipped into a good one."""
+    x_t, out, *rest = case((1, 1, 8, 8), device=device)
+    out[0, 0, 3, 4] = float("nan")
+    ddpm_step(x_t, out, *rest)
+    assert x_t.isnan().nonzero().tolist() == [[0, 0, 3, 4]]
+
+
+@pytest.mark.kernel
+def test_kernel_catches_a_planted_fault(device):
+    """One per cent more sigma, the neighbour's row, the next image's noise: each must fail the check above."""
+    x_t, out, table, row, seed, image, learned = case((2, 3, 8, 8), device=device)
+    wrong = table.clone()
+    wrong[:, COLUMNS.index("sigma")] *= 1.01
+    z = N.noise_reference(seed, image, row, N.REVERSE, (3, 8, 8))
+    exact = ddpm_step_reference(x_t.double(), out.double(), z.double(), table.double(), row)
+    plain = ddpm_step_reference(x_t, out, z, table, row)
+    for args in ((wrong, row, seed, image), (table, (row + 1) % 20, seed, image), (table, row, seed, image + 1)):
+        got = x_t.clone(memory_format=torch.preserve_format)
+        ddpm_step(got, out, *args, learned)
+        with pytest.raises(AssertionError, match="max error"):
+            assert_as_accurate(got, plain, exact)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("variance", ["fixed_large", "learned_range"])
+def test_opcheck(variance, device):
+    torch.library.opcheck(ddpm_step, case((2, 3, 5, 7), device=device, variance=variance))
+
+
+@pytest.mark.parametrize("variance", ["fixed_large", "learned_range"])
+def test_opcheck_of_the_reference(variance):
+    torch.library.opcheck(ddpm_step, case((2, 3, 5, 7), variance=variance))
+
+
+@pytest.mark.parametrize("options", [*OPTIONS, dict(solver="ddim", eta=0.5), dict(solver="ddim")], ids=str)
+def test_reference_op(options):
+    check(case((4, 3, 7, 5), **options))
+
+
+def test_last_step_adds_no_noise_however_large_the_learned_variance():
+    x_t, out, table, row, seed, image, learned = case((4, 1, 4, 4), variance="learned_range")
+    out[:, 1:] = 1e4  # exp overflows: the last step must still be the mean
+    ddpm_step(x_t, out, table, row, seed, image, learned)
+    assert x_t[1].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(x_t=torch.zeros(2, 3, 4, 4, dtype=torch.float16)), "the state is never kept in less"),
+        (dict(out=torch.zeros(2, 6, 4, 4)), r"expected floating \(2, 3, 4, 4\)"),
+        (dict(learned=True), r"expected floating \(2, 6, 4, 4\) on cpu \(mean and variance\)"),
+        (dict(table=torch.zeros(20, 5)), "table is"),
+        (dict(row=torch.zeros(1, dtype=torch.int32)), r"row is .*\[2\]"),
+        (dict(image=torch.zeros(2)), "image is"),
+        (dict(old=torch.zeros(2, 3, 4, 4)), "old is .*expected a tensor like x_t"),  # channels-first beside channels-last
+    ],
+)
+def test_refuses(change, message):
+    names = ("x_t", "out", "table", "row", "seed", "image", "learned")
+    given = dict(zip(names, case((2, 3, 4, 4)), strict=True)) | change
+    with pytest.raises(ValueError, match=message):
+        ddpm_step(**given)
+
+
+@pytest.mark.kernel
+def test_refuses_rows_that_do_not_follow_one_another(device):
+    x_t, _, *rest = case((2, 3, 8, 8), device=device)
+    with pytest.raises(ValueError, match="expected whole images"):
+        ddpm_step(x_t, torch.randn(2, 3, 8, 16, device=device)[..., ::2].transpose(2, 3), *rest)

@@ -1,0 +1,320 @@
+"""Statistics that convolutions keep of what they write, and norms that read them instead of the map."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from ddpm_fast.kernels import group_norm_silu
+from ddpm_fast.kernels._feature_map import FeatureMap
+from ddpm_fast.kernels._gemm import Target, cut, quantise
+from ddpm_fast.kernels._tile_statistics import Tiling, channel_statistics, tile_statistics
+from ddpm_fast.kernels._triton import INTERPRETED
+from ddpm_fast.kernels.conv2d_pointers import DownsampleConv, FirstConv
+from ddpm_fast.kernels.conv3x3 import Conv3x3
+from ddpm_fast.kernels.conv_upsample import UpsampleConv
+from ddpm_fast.kernels.group_norm_silu import GroupNormSiLU, group_norm_silu_reference
+from ddpm_fast.testing import (
+    assert_as_accurate,
+    assert_operation,
+    assert_same_bits,
+    assert_same_in_any_batch,
+    assert_written,
+    map_of,
+    operand_types,
+    poisoned,
+    relative_error,
+    spread,
+)
+
+pytestmark = pytest.mark.usefixtures("sums_as_on_a_gpu")
+E4M3 = torch.float8_e4m3fn
+HALF = operand_types()[-1]
+# kind -> height and width of its input for an output of 1 by 1
+KINDS = {"conv3x3": 1, "conv3x3 tma": 1, "conv3x3 residual": 1, "upsample": 0.5, "upsample tma": 0.5, "downsample": 2, "first": 1}
+
+
+def normal(*shape, seed=0, dtype=torch.float32, device="cpu", scale=1.0):
+    return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype).to(device)
+
+
+class Case:
+    """A convolution of n images into k channels of h by w pixels, in tiles of 64 rows, and what it reads."""
+
+    def __init__(self, kind, n, h, w, dtype, device, k=48, c=16, bias=0.0, operand=None):
+        self.kind, self.n, self.h, self.w, self.k, self.dtype, self.device = kind, n, h, w, k, dtype, device
+        tma = "tma" in kind
+        target = Target.of(torch.device(device))
+        if tma and target.sm < 90:
+            pytest.skip("no TMA before sm_90")
+        operand, c = operand or dtype, 3 if kind == "first" else c
+        step = FirstConv.step(c) if kind == "first" else c
+        t = replace(cut(target, operand, step, k, 1, tma=tma, warps=4), bm=64)
+        size = int(h * KINDS[kind]), int(w * KINDS[kind])
+        x, weight = normal(n, c, *size, dtype=torch.float32, device=device), normal(k, c, 3, 3, seed=1, scale=(9 * c) ** -0.5)
+        weight, b = weight.to(device), (bias + 0.3 * normal(k, seed=2)).to(device)
+        self.x, self.residual = x, normal(n, k, h, w, seed=3, dtype=dtype, device=device) if "residual" in kind else None
+        if kind == "first":
+            self.op = FirstConv.of(weight, b, dtype, replace(t, bk=step))
+        elif kind == "downsample":
+            self.op = DownsampleConv.of(weight, b, 0, dtype, t)
+        elif kind.startswith("upsample"):
+            self.op = UpsampleConv.of(weight, b, dtype, t)
+        else:
+            self.op = Conv3x3.of(weight, b, operand, t, residual_scale=0.7)
+        self.operand = torch.float32 if kind == "first" else operand
+
+    def arguments(self, images=slice(None)):
+        x = map_of(self.x[images], self.operand, bordered=self.kind != "first")
+        return dict(x=x) | ({} if self.residual is None else dict(residual=map_of(self.residual[images])))
+
+    def out(self, images=None):
+        return poisoned(images or self.n, self.h, self.w, self.k, self.dtype, self.device)
+
+    def stats(self, images=None):
+        entries = self.op.tiling(self.out()).entries
+        return poisoned(images or self.n, entries, 2, self.k, torch.float32, self.device, bordered=False)
+
+    def run(self, images=slice(None), by="run", **more):
+        arguments = self.arguments(images)
+        count = arguments["x"].images
+        out, stats = self.out(count), self.stats(count)
+        getattr(self.op, by)(out=out, stats=stats, **arguments, **more)
+        assert_written(out)
+        assert_written(stats)
+        return out, stats
+
+
+def one_by_one(out, tiling, dtype=torch.float64, border=False, neighbours=False):
+    """[N, entries, 2, C] of what stands in `out`, tile by tile as its rows lie in memory, computed in `dtype`. border, neighbours:
+    faults, rows that are no pixels and rows of the next image.
+    """
+    found, side = [], 2 if tiling.parts == 4 else 1
+    wide = tiling.width + 1
+    count = (tiling.height + 1) * wide
+    for n in range(out.images):
+        for begin in range(0, count, tiling.rows):
+            for part in range(tiling.parts):
+                rows, image = range(begin, min(begin + tiling.rows, count)), out.pixels[n].to(dtype)
+                at = [(r // wide - 1, r % wide - 1) for r in rows]
+                values = [image[:, y * side + part // 2, x * side + part % 2] for y, x in at if y >= 0 and x >= 0]
+                values += [torch.zeros_like(image[:, 0, 0]) for y, x in at if border and (y < 0 or x < 0)]
+                if neighbours and n + 1 < out.images:
+                    values += [out.pixels[n + 1].to(dtype)[:, 0, x] for x in range(max(0, begin + tiling.rows - count - wide - 1))]
+                v = torch.stack(values) if values else torch.zeros_like(image[None, :, 0, 0])
+                found.append(torch.stack([v.mean(0), (v - v.mean(0)).square().sum(0)]))
+    return torch.stack(found).unflatten(0, (out.images, tiling.entries))
+
+
+def check(stats, out, tiling, **fault):
+    """Means and squared deviations each against fp64, at most twice as far off as plain PyTorch in fp32."""
+    exact, plain = one_by_one(out, tiling, **fault), one_by_one(out, tiling, torch.float32, **fault)
+    for found, p, e in zip(stats.grid.unbind(2), plain.unbind(2), exact.unbind(2), strict=True):
+        assert_as_accurate(found, p, e)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize(
+    ("kind", "size", "dtype"),
+    [(k, s, t) for k, s, t in spread(KINDS, [(2, 13, 7, 48), (1, 28, 28, 8)]) if s[1] % 2 == 0 or "upsample" not in k],
+    ids=str,
+)
+def test_statistics_are_of_what_is_stored(kind, size, dtype, device):
+    """And what is stored has the bits that it has without them, though the tiles lie otherwise."""
+    *size, k = size
+    case = Case(kind, *size, dtype, device, k=k)
+    out, stats = case.run()
+    tiling = case.op.tiling(out)
+    assert tiling.tiles > 1 and tiling.tiles * tiling.rows > (tiling.height + 1) * (tiling.width + 1)
+    check(stats, out, tiling)
+    plain = case.out()
+    case.op.run(out=plain, **case.arguments())
+    assert_same_bits(plain.rows, out.rows, "without statistics")
+    out, stats = case.run(by="twin", compute=torch.float32)
+    torch.testing.assert_close(stats.grid.double(), one_by_one(out, tiling), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("fault", ["border", "neighbours"])
+def test_rows_that_are_no_pixels_of_the_image_would_be_seen(fault, device):
+    case = Case("conv3x3", 2, 13, 7, torch.float32, device, bias=1.0)
+    out, stats = case.run()
+    with pytest.raises(AssertionError, match="max error"):
+        check(stats, out, case.op.tiling(out), **{fault: True})
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("kind", ["conv3x3", "upsample"])
+def test_mean_far_from_zero(kind, device):
+    """Values about 100 that deviate by 1: the difference of squares would lose the deviations."""
+    case = Case(kind, 1, 14, 14, torch.float32, device, bias=100.0)
+    out, stats = case.run()
+    tiling = case.op.tiling(out)
+    check(stats, out, tiling)
+    tiles, counts = (
+        tiling.by_tile(out.pixels[:, :, :: 28 // (2 * tiling.width), :: 28 // (2 * tiling.width)]),
+        tiling.counts(out.rows),
+    )
+    by_squares = tiles.square().sum(2) - tiles.sum(2).square() / counts[:: tiling.parts, None].clamp(min=1)
+    exact = one_by_one(out, tiling)[:, :: tiling.parts, 1]
+    assert relative_error(by_squares, exact) > 30 * relative_error(stats.grid[:, :: tiling.parts, 1], exact)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("tma", ["", " tma"])
+def test_e4m3(tma, device):
+    """Eight-bit operands, scaled sums."""
+    if Target.of(torch.device(device)).sm < 89:
+        pytest.skip("no e4m3 before sm_89")
+    case = Case("conv3x3" + tma, 2, 13, 7, torch.float32 if INTERPRETED else HALF, device, c=32, operand=E4M3)
+    assert quantise(case.op.weight.float(), E4M3)[1] is not None and case.op.scale is not None
+    out, stats = case.run()
+    check(stats, out, case.op.tiling(out))
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize(("kind", "dtype"), spread(["conv3x3 tma", "upsample", "downsample"]), ids=str)
+def test_same_bits_in_any_batch(kind, dtype, device):
+    """An image of 12 x 6 is 91 rows: its second tile runs over into the next image, if there is one."""
+    case = Case(kind, 5, 12, 6, dtype, device, k=16)
+    assert_same_in_any_batch(lambda images: case.run(images)[1])
+
+
+def test_maps_of_another_shape_are_refused():
+    case = Case("conv3x3", 2, 13, 7, torch.float32, "cpu")
+    small = poisoned(2, 1, 2, 48, torch.float32, "cpu", bordered=False)
+    with pytest.raises(ValueError, match=r"stats is \(2, 1, 2, 48\) dense .* expected \(2, 2, 2, 48\)"):
+        case.op.run(out=case.out(), stats=small, **case.arguments())
+
+
+# ---- norms
+
+
+def kept_of(x, tiling):
+    """What a convolution keeps of x [N, C, H, W], as a map."""
+    stats = poisoned(len(x), tiling.entries, 2, x.shape[1], torch.float32, x.device, bordered=False)
+    stats.rows.copy_(tile_statistics(x.double(), tiling).flatten(0, 2))
+    return stats
+
+
+class Norm:
+    """A norm of one or two maps, the second or only one written by parities where `parities`."""
+
+    def __init__(self, n, channels, groups, h, w, dtype, device, time=None, mean=1.0, parities=False):
+        c, rng = sum(channels), torch.Generator().manual_seed(0)
+        self.draw = lambda *shape: torch.randn(*shape, generator=rng)
+        x = self.draw(n, c, h, w) * torch.linspace(0.5, 2, c)[:, None, None] + mean * (1 + 0.3 * self.draw(n, c, 1, 1))
+        self.x, self.channels, self.dtype = x.to(device, dtype), channels, dtype
+        plain, fine = Tiling(h, w, 64), Tiling(h // 2, w // 2, 32, parts=4)
+        tilings = (*[plain] * (len(channels) - 1), fine if parities else plain)
+        gamma, beta = (v.to(dtype).float().to(device) for v in (1 + 0.3 * self.draw(c), 0.3 * self.draw(c)))
+        self.op = GroupNormSiLU(gamma, beta, groups, 1e-6, True, time, tilings=tilings)
+        self.entries = None if time is None else self.draw(n, c if time == "add" else 2 * c).to(dtype).float().to(device)
+
+    def arguments(self, images=slice(None)):
+        x = self.x[images]
+        parts = x.split(self.channels, dim=1)
+        maps = dict(zip(("x", "x2"), map(map_of, parts), strict=False))
+        maps |= dict(zip(("stats", "stats2"), map(kept_of, parts, self.op.tilings), strict=False))
+        scratch = poisoned(1, 1, 1, self.op.scratch_elements(maps["x"]), torch.float32, x.device, bordered=False)
+        row = None if self.entries is None else torch.arange(len(self.x), device=x.device)[images]
+        return maps | dict(scratch=scratch, table=self.entries, row=row)
+
+    def out(self, images=None):
+        n, c, h, w = self.x.shape
+        return poisoned(images or n, h, w, c, self.dtype, self.x.device)
+
+    def reference(self, dtype):
+        more = {}
+        if self.entries is not None:
+            names = ("shift",) if self.op.time == "add" else ("scale", "offset")
+            more = dict(zip(names, self.entries.to(dtype).split(len(self.op.gamma), dim=1), strict=True))
+        weights = (self.op.gamma.to(dtype), self.op.beta.to(dtype))
+        return group_norm_silu_reference(self.x.to(dtype), *weights, self.op.groups, self.op.eps, **more)
+
+    def check(self, **changed):
+        # the twin is as exact as the statistics, which are fp32
+        assert_operation(self.op, self.out(), self.reference, twin=1e-5, **(self.arguments() | changed))
+
+
+@pytest.fixture
+def two_passes(monkeypatch):
+    """One pass holds nothing."""
+    monkeypatch.setattr(group_norm_silu, "HELD", 1)
+
+
+NORMS = {
+    "width 4": ((2, (16,), 4, 13, 7), {}),
+    "width 20, a group of both maps": ((1, (32, 48), 4, 14, 10), dict(time="add", parities=True)),
+    "width 12, the last block not full": ((2, (16, 32), 4, 12, 6), dict(time="scale_shift")),
+    "width 1, by parities": ((1, (16,), 16, 28, 28), dict(parities=True, time="add")),
+    "width 96": ((3, (192,), 2, 8, 8), dict(time="add")),
+    "mean far from zero": ((1, (32,), 4, 20, 20), dict(mean=100.0)),
+}
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize(("name", "dtype"), spread(NORMS), ids=str)
+def test_norm_from_statistics(name, dtype, device, two_passes):
+    shape, form = NORMS[name]
+    Norm(*shape, torch.float32 if "far" in name else dtype, device, **form).check()
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("fault", ["of the other image", "of the other map", "tiles exchanged", "other tiles"])
+def test_wrong_statistics_are_seen(fault, device, two_passes):
+    norm = Norm(2, (16, 16), 4, 13, 7, torch.float32, device, time="add")
+    given = norm.arguments()
+    if fault == "other tiles":
+        norm.op = replace(norm.op, tilings=(Tiling(7, 13, 64),) * 2)
+        changed = {}
+    elif fault == "of the other map":
+        changed = dict(stats=given["stats2"], stats2=given["stats"])
+    else:
+        by = 1 if fault == "of the other image" else 0
+        rows = given["stats"].grid.flip(1 - by).reshape(given["stats"].rows.shape)
+        changed = dict(stats=replace(given["stats"], rows=rows))
+    with pytest.raises(AssertionError, match="max error"):
+        norm.check(**(given | changed))
+
+
+@pytest.mark.kernel
+def test_norm_has_the_same_bits_in_any_batch(device, two_passes):
+    norm = Norm(5, (16, 16), 4, 8, 8, HALF, device, time="add")
+
+    def run(images):
+        out = norm.out(len(images))
+        norm.op.run(out=out, **norm.arguments(images))
+        return out
+
+    assert_same_in_any_batch(run)
+
+
+def test_statistics_that_do_not_belong_to_the_maps_are_refused(two_passes):
+    norm = Norm(2, (16, 16), 4, 13, 7, torch.float32, "cpu")
+    given = norm.arguments()
+    for changed, message in (
+        (dict(stats2=None), "1 maps of statistics and 2 tilings for 2 maps"),
+        (dict(stats2=kept_of(norm.x[:, :16], Tiling(13, 7, 32))), r"stats is \(2, 4, 2, 16\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            norm.op.run(out=norm.out(), **(given | changed))
+
+
+# ---- tilings: plain PyTorch
+
+
+@pytest.mark.parametrize("tiling", [Tiling(13, 7, 64), Tiling(5, 9, 16, parts=4), Tiling(2, 40, 16), Tiling(3, 3, 128)], ids=str)
+def test_tilings(tiling):
+    """Every pixel is counted once, a tile may be all border, and the merged statistics are the map's."""
+    side = 2 if tiling.parts == 4 else 1
+    x = normal(2, 4, side * tiling.height, side * tiling.width).double() + 3
+    stats = tile_statistics(x, tiling)
+    assert stats.shape == (2, tiling.entries, 2, 4)
+    torch.testing.assert_close(stats, one_by_one(FeatureMap.of(x), tiling), rtol=0, atol=1e-12)
+    counts = tiling.counts(x)
+    assert counts.shape == (tiling.entries,) and counts.sum() == x[0, 0].numel()
+    assert (counts[0] == 0) == (tiling.width >= tiling.rows)
+    mean, squares = channel_statistics(stats, tiling)
+    torch.testing.assert_close(mean, x.mean((2, 3)), rtol=0, atol=1e-13)
+    torch.testing.assert_close(squares, (x - x.mean((2, 3), keepdim=True)).square().sum((2, 3)), rtol=1e-12, atol=0)

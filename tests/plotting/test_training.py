@@ -1,0 +1,81 @@
+"""The pictures hold what the run's files say."""
+
+import json
+from importlib import import_module
+
+import numpy as np
+import pytest
+
+from ddpm_fast.data.image_io import first_row, grid, save_grid
+from ddpm_fast.plotting.training import plot_course, plot_loss
+
+Image = pytest.importorskip("PIL.Image")
+pytest.importorskip("matplotlib")
+
+
+@pytest.fixture
+def run(tmp_path):
+    home = tmp_path / "run"
+    (home / "samples").mkdir(parents=True)
+    with open(home / "log.jsonl", "w") as f:
+        for step in range(50, 2050, 50):
+            line = dict(step=step, images=64 * step, epoch=step / 938, loss=0.03 + 1 / step, seconds=step / 2)
+            f.write(json.dumps(line) + "\n")
+            if step % 500 == 0:
+                f.write(json.dumps(dict(step=step, ema_loss=0.028 + 1 / step, raw_loss=0.03 + 1 / step, held_out=True)) + "\n")
+        f.write('{"step": 2050, "los')  # as a kill leaves it
+    for step in (500, 1000, 1500, 2000):
+        save_grid(home / "samples" / f"{step:08d}.png", np.full((12, 8, 8, 1), step // 10, np.uint8), columns=4)
+    return home
+
+
+def test_loss(run, tmp_path, monkeypatch):
+    import ddpm_fast.plotting.training
+
+    kept, save = [], ddpm_fast.plotting.training.save
+    monkeypatch.setattr("ddpm_fast.plotting.training.save", lambda figure, out: (kept.append(figure), save(figure, out)))
+    plot_loss(run, tmp_path / "loss.png")
+    lines = {line.get_label(): line.get_data() for line in kept[0].axes[0].get_lines()}
+    assert len(lines) == 4
+    x, y = lines["averaged weights, on held-out images"]
+    assert list(x) == [32000, 64000, 96000, 128000] and y[1] == pytest.approx(0.029)
+    x, y = lines["training, as logged"]
+    assert x[0] == 3200 and y[0] == pytest.approx(0.05) and len(x) == 40
+    with Image.open(tmp_path / "loss.png") as picture:
+        assert picture.width > 500
+
+
+def test_course(run, tmp_path):
+    for name in ("course.png", "course.svg", "course.pdf"):
+        plot_course(run, tmp_path / name, rows=3)
+        assert (tmp_path / name).stat().st_size > 1000
+
+
+def test_first_row(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (7, 40, 40, 3), dtype=np.uint8)
+    save_grid(tmp_path / "grid.png", images, columns=3)
+    row = first_row(tmp_path / "grid.png")
+    assert np.array_equal(row, grid(images[:3], columns=3)[:-2])
+    Image.fromarray(images[0]).save(tmp_path / "other.png")
+    with pytest.raises(ValueError, match="no grid of ours"):
+        first_row(tmp_path / "other.png")
+
+
+def test_commands_and_bad_input(run, tmp_path, capsys):
+    main = import_module("ddpm_fast.cli").main
+
+    def call(*arguments):
+        with pytest.raises(SystemExit) as end:
+            main(["plot", *map(str, arguments)])
+        return end.value.code, capsys.readouterr().err
+
+    assert call("loss", run, "--out", tmp_path / "a.png") == (0, "")
+    assert call("course", run, "--out", tmp_path / "b.png") == (0, "")
+    for arguments, message in (
+        (("loss", tmp_path), "holds no losses"),
+        (("course", tmp_path), "holds no grids"),
+        (("loss", run, "--out", tmp_path / "a.txt"), "unknown kind of picture"),
+        (("loss", run, "--out", tmp_path / "no" / "a.png"), "create it first"),
+    ):
+        code, err = call(*arguments)
+        assert code == 2 and message in err and err.count("\n") == 1
