@@ -45,17 +45,17 @@ compiled:
 proof: $(INSTALLED)
 	$(PY) -m pytest -q --proof -m proof
 
-bench: $(VENV)/.peers
+bench: $(VENV)/.baselines
 	$(PY) -m bench.suite
 
 # the parts on pytest-benchmark: BENCH="bench/bench_unet.py -k cifar10 --benchmark-json=FILE"
 BENCH ?= bench/bench_kernels.py bench/bench_unet.py bench/bench_sample.py bench/bench_train.py
-bench-suites: $(VENV)/.peers
+bench-suites: $(VENV)/.baselines
 	$(PY) -m pytest $(BENCH) --benchmark-sort=name --benchmark-columns=median,iqr,rounds
 
 # whoever cannot be installed is left out of the comparison, which says so
-$(VENV)/.peers: $(INSTALLED)
-	$(PIP) -c $(VENV)/constraints.txt -e '.[peers]' || echo "some peers cannot be installed here"
+$(VENV)/.baselines: $(INSTALLED)
+	$(PIP) -c $(VENV)/constraints.txt -e '.[baselines]' || echo "some baselines cannot be installed here"
 	touch $@
 
 compile-check: $(INSTALLED)

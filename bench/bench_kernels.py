@@ -81,7 +81,7 @@ def test_network(kind, how, dtype, timed, device, tiny, ceilings, benchmark):
         pytest.skip(f"no {kind} in this network")
     launch = max(mine, key=lambda found: found[1] * max(found[0].cost()))[0]
     flops, moved = launch.cost()
-    call = partial(launch.op.twin, **plan.arguments(launch), compute=None) if how != "kernel" else partial(plan.run_one, launch)
+    call = partial(launch.op.fallback, **plan.arguments(launch), compute=None) if how != "kernel" else partial(plan.run_one, launch)
     error, allowed = (0.0, 0.0) if how != "kernel" else (_apart(plan, launch), 0.02)
     seconds = timed(call, error, allowed, launch=launch.name, dtype=dtype, flops=flops, bytes=moved)
     info: dict[str, Any] = dict(gb_per_s=moved / seconds / 1e9, share_of_copy=moved / seconds / ceilings["copy"])
@@ -92,9 +92,9 @@ def test_network(kind, how, dtype, timed, device, tiny, ceilings, benchmark):
 
 
 def _apart(plan: Plan, launch: Launch) -> float:
-    """Of the kernel's output from its twin's."""
+    """Of the kernel's output from its fallback's."""
     out = plan.maps[launch.out].pixels
     plan.run_one(launch)
     ours = out.float().clone()
-    launch.op.twin(**plan.arguments(launch), compute=torch.float32)
+    launch.op.fallback(**plan.arguments(launch), compute=torch.float32)
     return relative_error(ours, out.float())

@@ -14,7 +14,7 @@ import torch
 
 from bench.networks import NETWORKS, ROOT, TINY_UNET
 from ddpm_fast import NoiseSchedule, UNet, save_pretrained
-from ddpm_fast.benchmark.baselines import PEERS
+from ddpm_fast.benchmark.baselines import BASELINES
 from ddpm_fast.benchmark.runner import FIRST_STEPS, Rival, Truth
 from ddpm_fast.benchmark.worker import Setting
 
@@ -62,7 +62,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize(("network", "dtype"), sorted({(n, d) for n, d, _ in cases}))
     else:
         metafunc.parametrize(("network", "dtype", "batch"), [c for c in cases if c[2] == 1] if tiny else cases)
-    metafunc.parametrize("name", ["ddpm_fast", "plain PyTorch"] if tiny else PEERS)
+    metafunc.parametrize("name", ["ddpm_fast", "plain PyTorch"] if tiny else BASELINES)
 
 
 def test_loop(name, network, dtype, batch, rival, setting, timed, benchmark):

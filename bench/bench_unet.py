@@ -10,7 +10,7 @@ import torch
 
 from bench.networks import NETWORKS, ROOT, TINY_UNET
 from ddpm_fast import NoiseSchedule, UNet, load_pretrained
-from ddpm_fast.benchmark.baselines import PEERS, Missing, Peer, Subject, peer
+from ddpm_fast.benchmark.baselines import BASELINES, Baseline, Missing, Subject, baseline
 from ddpm_fast.benchmark.runner import ALLOWED
 from ddpm_fast.checkpoints.checkpoint import Checkpoint
 from ddpm_fast.models.unet import channels_last
@@ -35,16 +35,16 @@ def subject_of(network: str, dtype: str, device: str, tiny: bool, folder: Path) 
 
 
 @cache
-def peer_of(name: str, subject: Subject) -> Peer | str:
+def baseline_of(name: str, subject: Subject) -> Baseline | str:
     """Made once for all batch sizes; the reason where it cannot be had."""
     try:
-        return peer(name, subject)
+        return baseline(name, subject)
     except Missing as reason:
         return str(reason)
 
 
 @torch.no_grad()
-def error_of(made: Peer, subject: Subject, batch: int) -> float:
+def error_of(made: Baseline, subject: Subject, batch: int) -> float:
     """Of two images' outputs against fp64."""
     given = subject.inputs(batch)
     exact = UNet(subject.unet.config).double().eval().to(subject.device)
@@ -56,7 +56,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """What this machine is asked."""
     on_gpu = torch.cuda.is_available() and not metafunc.config.getoption("--tiny")
     dtypes = ["fp32", "bf16", "fp8"] if on_gpu else ["fp32"]
-    metafunc.parametrize("name", PEERS)
+    metafunc.parametrize("name", BASELINES)
     metafunc.parametrize("dtype", dtypes)
     metafunc.parametrize(("network", "batch"), [(n, b) for n, sizes in SIZES.items() for b in sizes[on_gpu]])
 
@@ -72,7 +72,7 @@ def test_forward(name, dtype, network, batch, timed, device, tiny, folder, bench
     own = folder / f"{network}-{dtype}"
     own.mkdir(exist_ok=True)
     subject = subject_of(network, dtype, str(device), tiny, own)
-    made = peer_of(name, subject)
+    made = baseline_of(name, subject)
     if isinstance(made, str):
         pytest.skip(f"{name}: {made}")
     try:

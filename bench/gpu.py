@@ -4,7 +4,7 @@
     python -m bench.gpu --tiny --out FILE.json   the same on a CPU in tiny sizes, to prove that it runs
     python -m bench.gpu --only kernels network   some parts; into an existing FILE.json they are put beside what is there
 
-Needs Python, torch, triton, numpy and pytest, nothing else, and no network; diffusers is a peer where it can be imported. Each
+Needs Python, torch, triton, numpy and pytest, nothing else, and no network; diffusers is a baseline where it can be imported. Each
 part has a time budget, at whose end it is broken off with the rows that it has; a part that fails does not stop the others; and
 nothing is timed before its result has been checked. What the file holds: docs/gpu.md.
 """

@@ -39,13 +39,13 @@ def inputs(bench: Bench, unet: UNet, batch: int) -> tuple[Tensor, Tensor]:
 
 
 def self_check(bench: Bench) -> Iterator[Row]:
-    """Every launch of the CIFAR-10 plans against its twin: how many passed, which did not, the seconds it took."""
+    """Every launch of the CIFAR-10 plans against its fallback: how many passed, which did not, the seconds it took."""
     unet = network_of(bench)
     for dtype in bench.dtypes:
         for batch in (2,) if bench.tiny else (1, 256):
             fused = FusedUNet(unet, batch, dtype, check=False)
-            if fused.plan().twins:  # no kernels here to be checked
-                yield dict(what="self-check", dtype=dtype, batch=batch, launches=len(fused.plan()), summary="twins only")
+            if fused.plan().fallbacks:  # no kernels here to be checked
+                yield dict(what="self-check", dtype=dtype, batch=batch, launches=len(fused.plan()), summary="fallbacks only")
                 continue
             began = time.monotonic()
             found = verdicts(fused.subject(fused.size, fused.plan()))
@@ -73,7 +73,7 @@ def invariance(bench: Bench) -> Iterator[Row]:
         for batch in sizes[:-1]:
             fused = FusedUNet(unet, batch, dtype, check=False)
             same = all(torch.equal(fused(x[i : i + batch], t[i : i + batch]), want[i : i + batch]) for i in (0, sizes[-1] - batch))
-            # twins are libraries, which choose by batch size: no promise there
+            # fallbacks are libraries, which choose by batch size: no promise there
             yield dict(what="invariance", dtype=dtype, batch=batch, same=same, failed=not same and fused.invariant)
 
 
@@ -86,8 +86,8 @@ def launches(bench: Bench) -> Iterator[Row]:
         plan.run()
         for launch, count in distinct(list(plan)):
             arguments = plan.arguments(launch)
-            plain = bench.clock(partial(launch.op.twin, **arguments, compute=None), captured=True)
-            ours = plain if launch.name in plan.twins else bench.clock(partial(launch.op.run, **arguments), captured=True)
+            plain = bench.clock(partial(launch.op.fallback, **arguments, compute=None), captured=True)
+            ours = plain if launch.name in plan.fallbacks else bench.clock(partial(launch.op.run, **arguments), captured=True)
             e = estimate(launch, GPUS["h100"])
             yield dict(
                 what=launch.op.name,
@@ -99,7 +99,7 @@ def launches(bench: Bench) -> Iterator[Row]:
                 predicted_us=1e6 * e.predicted,
                 tflops=e.flops / ours.median / 1e12 if e.flops else None,
                 tb_per_s=e.bytes / ours.median / 1e12,
-                by="twin" if launch.name in plan.twins else "kernel",
+                by="fallback" if launch.name in plan.fallbacks else "kernel",
             )
 
 
@@ -107,29 +107,29 @@ def forward(bench: Bench) -> Iterator[Row]:
     """FusedUNet's plan as one CUDA graph, beside the reference in fp32, channels-last bf16, diffusers and torch.compile."""
     unet = network_of(bench)
     subject = Subject(Checkpoint(unet, NoiseSchedule.linear()), "bf16")
-    peers: list[Any] = [Plain(subject)]
+    baselines: list[Any] = [Plain(subject)]
     try:
-        peers.append(Diffusers(subject))
+        baselines.append(Diffusers(subject))
     except Missing as missing:
         yield dict(what="diffusers", summary=f"left out: {missing}")
     if not bench.tiny:
-        peers.append(Plain(subject, compiled=True))
+        baselines.append(Plain(subject, compiled=True))
     for batch in (2,) if bench.tiny else (1, 16, 256):
         x, t = inputs(bench, unet, batch)
         with torch.no_grad():
             exact = unet(x, t)
             yield _forward_row("reference fp32", batch, bench.clock(partial(unet, x, t)).median, 0.0, True)
-        for peer in peers:
-            if "compile" in peer.name and batch < 256:
+        for baseline in baselines:
+            if "compile" in baseline.name and batch < 256:
                 continue  # half a minute for each size
-            error = relative_error(peer.forward(x, t), exact)
-            yield _forward_row(peer.name, batch, bench.clock(partial(peer.forward, x, t)).median, error, error < 0.05)
+            error = relative_error(baseline.forward(x, t), exact)
+            yield _forward_row(baseline.name, batch, bench.clock(partial(baseline.forward, x, t)).median, error, error < 0.05)
         for name, options in _forms(bench, batch):
             fused = FusedUNet(unet, batch, **options)
             error = relative_error(fused(x, t), exact)
             timing = bench.clock(fused.load(x, t).run, captured=True)
             row = _forward_row(f"FusedUNet {name}", batch, timing.median, error, error < (0.15 if "fp8" in name else 0.05))
-            yield row | dict(twins=len(fused.plan().twins), launches=len(fused.plan()))
+            yield row | dict(fallbacks=len(fused.plan().fallbacks), launches=len(fused.plan()))
 
 
 def _forms(bench: Bench, batch: int) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ddpm_fast import NoiseSchedule
 from ddpm_fast.diffusion.prediction import PREDICTIONS, conversion
-from ddpm_fast.diffusion.presets import PROFILES
+from ddpm_fast.diffusion.presets import PRESETS
 from ddpm_fast.diffusion.solvers import StepTable, ddim_inversion_table, ddim_table, dpm_solver_table
 from ddpm_fast.diffusion.timesteps import choose_timesteps
 from ddpm_fast.kernels.ddpm_step import ddpm_step, ddpm_step_reference, x_0_reference
@@ -177,14 +177,14 @@ def rows() -> Iterator[dict[str, Any]]:
             net, x = network(prediction, variance), start()
             how: dict[str, Any] = dict(prediction=prediction, variance=variance or "fixed_large", clip=clip, eta=eta)
             exact = papers(solver, prediction, variance, eta, clip, net, x)
-            mine = ours(PROFILES["exact"].table(SCHEDULE, solver, T, **how), net, x)
+            mine = ours(PRESETS["exact"].table(SCHEDULE, solver, T, **how), net, x)
             row: dict[str, Any] = dict(solver=solver, variance=variance, eta=eta, clip=clip, prediction=prediction)
-            row.update(ours=error(mine, exact), theirs=None, apart=None, profile=None)
+            row.update(ours=error(mine, exact), theirs=None, apart=None, preset=None)
             if not (solver.startswith("dpm") and clip):  # diffusers' has no clip
                 theirs = diffusers_loop(solver, prediction, variance, eta, clip, net, x)
                 row.update(theirs=error(theirs, exact), apart=error(mine, theirs))
-                same = ours(PROFILES["diffusers"].table(SCHEDULE, solver, T, **how), net, x)
-                row.update(profile=error(same, diffusers_loop(solver, prediction, variance, eta, clip, net, x, default=True)))
+                same = ours(PRESETS["diffusers"].table(SCHEDULE, solver, T, **how), net, x)
+                row.update(preset=error(same, diffusers_loop(solver, prediction, variance, eta, clip, net, x, default=True)))
             yield row
 
 
@@ -210,7 +210,7 @@ def inversion_rows() -> Iterator[dict[str, Any]]:
                 x_0, eps = np.sqrt(bar) * exact - np.sqrt(1 - bar) * out, np.sqrt(bar) * out + np.sqrt(1 - bar) * exact
             exact = np.sqrt(bar_to) * x_0 + np.sqrt(1 - bar_to) * eps
         mine = ours(table, net, x)
-        row: dict[str, Any] = dict(solver="ddim inversion", variance="", eta=0.0, clip=None, prediction=prediction, profile=None)
+        row: dict[str, Any] = dict(solver="ddim inversion", variance="", eta=0.0, clip=None, prediction=prediction, preset=None)
         yield row | dict(ours=error(mine, exact), theirs=error(y, exact), apart=error(mine, y))
 
 
@@ -251,12 +251,12 @@ def report() -> str:
         return "" if value is None else f"{value:.0e}"
 
     lines = [
-        "| solver | variance or eta | clip | predicts | ours, fp64 | diffusers, fp64 | ours, diffusers | profile, diffusers |",
+        "| solver | variance or eta | clip | predicts | ours, fp64 | diffusers, fp64 | ours, diffusers | preset, diffusers |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for r in [*rows(), *inversion_rows()]:
         how = r["variance"] or (f"eta {r['eta']:g}" if r["solver"] == "ddim" else "")
-        figures = " | ".join(short(r[name]) for name in ("ours", "theirs", "apart", "profile"))
+        figures = " | ".join(short(r[name]) for name in ("ours", "theirs", "apart", "preset"))
         lines.append(f"| {r['solver']} | {how} | {r['clip'] or 'none'} | {r['prediction']} | {figures} |")
     lines += ["", f"| order | {' | '.join(f'N = {n}' for n in STEPS)} | slope |", "|---" * (len(STEPS) + 2) + "|"]
     for solver in ("ddim", "dpm++2m"):

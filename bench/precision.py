@@ -1,6 +1,6 @@
 """What each type of operands costs in accuracy, emulated on a CPU: `python -m bench.precision [--out FILE] [--rows NAME ...]`.
 
-A plan's twins compute in fp32 and round where its kernels round, so `FusedUNet` on a CPU is the emulation of its GPU form, but for
+A plan's fallbacks compute in fp32 and round where its kernels round, so `FusedUNet` on a CPU is the emulation of its GPU form, but for
 how a tensor core adds. A row is a type, a part one figure of it: `layers`, `forward` and `cifar10` are errors of single passes,
 `ddpm` and `kid` judge images. What the file holds already is not computed again, so a run that was stopped goes on; rows may be
 computed by several processes at once. Set OMP_NUM_THREADS=1 where cores are shared: a batch is small.
@@ -171,7 +171,7 @@ def product(plan: Plan, launch: Launch, pixels: Tensor) -> Tensor:
     x, out = (FeatureMap.empty(b.images, b.height, b.width, b.channels, b.dtype, "cpu", b.bordered) for b in (read, wrote))
     x.write(pixels / unit)
     op: Any = launch.op
-    replace(op, bias=None).twin(x=x, out=out, compute=plan.compute)
+    replace(op, bias=None).fallback(x=x, out=out, compute=plan.compute)
     return out.pixels.float()
 
 

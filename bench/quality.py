@@ -35,9 +35,9 @@ ROWS: list[tuple[str, int, int, tuple[str, ...]]] = [
     ("ddpm", 50, 512, SMALL),
     ("ddpm", 20, 512, SMALL),
     ("ddpm", 1000, 128, SMALL),
-    ("ddim", 50, 512, ("--profile", "diffusers")),
-    ("ddim", 50, 512, ("--profile", "ddim")),
-    ("ddim", 50, 512, ("--profile", "ddim", "--spacing", "quadratic")),
+    ("ddim", 50, 512, ("--preset", "diffusers")),
+    ("ddim", 50, 512, ("--preset", "ddim")),
+    ("ddim", 50, 512, ("--preset", "ddim", "--spacing", "quadratic")),
 ]
 
 

@@ -67,16 +67,16 @@ def predict(network: str, batch: int, dtype: str) -> Row:
 
 def compiled(network: str, batch: int) -> Row | None:
     """What torch.compile took on an H100, measured."""
-    rows = [r for r in results("peers-h100.json")["loops"] if (r["network"], r["batch"]) == (network, batch)]
+    rows = [r for r in results("baselines-h100.json")["loops"] if (r["network"], r["batch"]) == (network, batch)]
     return next((r for r in rows if "compile" in r["how"]), None)
 
 
 def predicted_table() -> str:
     rows = []
     for network, batch, dtype in PREDICTED:
-        p, peer = predict(network, batch, dtype), compiled(network, batch)
-        theirs = f"{peer['step_ms']:g}" if peer else ""
-        ratio = f"{peer['step_ms'] / p['step']:.2f}" if peer else ""
+        p, baseline = predict(network, batch, dtype), compiled(network, batch)
+        theirs = f"{baseline['step_ms']:g}" if baseline else ""
+        ratio = f"{baseline['step_ms'] / p['step']:.2f}" if baseline else ""
         where = [f"{NAMES[network]}, {batch}", dtype, str(p["launches"] + 2)]
         rows.append([*where, f"{p['floor']:.3g}", f"{p['forward']:.3g}", f"{p['step']:.3g}", f"{p['rate']:,.0f}", theirs, ratio])
     head = ["network, batch", "type", "launches a step", "floor ms", "forward ms, predicted", "step ms, predicted"]
@@ -104,15 +104,15 @@ def bars_table() -> str:
     return table(["", "bar", "goal", "predicted", "reaches", "measured"], rows)
 
 
-def peers_of(network: str, how: str) -> list[tuple[int, float]]:
+def baselines_of(network: str, how: str) -> list[tuple[int, float]]:
     """(batch, ms a step), measured, of those whose description has all these words."""
-    rows = [r for r in results("peers-h100.json")["loops"] if r["network"] == network]
+    rows = [r for r in results("baselines-h100.json")["loops"] if r["network"] == network]
     return [(r["batch"], r["step_ms"]) for r in rows if all(word in r["how"] for word in how.split())]
 
 
 def fifty_thousand() -> list[tuple[str, float, str]]:
     """(engine, its best image-steps a second on the CIFAR-10 network, predicted or measured)"""
-    best = lambda how: max(1e3 * batch / ms for batch, ms in peers_of("cifar10", how))
+    best = lambda how: max(1e3 * batch / ms for batch, ms in baselines_of("cifar10", how))
     ours = [(f"ddpm_fast {d}", max(predict("cifar10", b, d)["rate"] for b in (256, 1024)), "predicted") for d in ("fp8", "bf16")]
     return ours + [(how, best(how), "measured") for how in ("torch.compile bf16", "eager bf16", "eager fp32")]
 
@@ -159,15 +159,15 @@ def bound_table() -> str:
 
 
 def _ratio(network: str, batch: int, dtype: str) -> float:
-    peer = compiled(network, batch)
-    assert peer is not None
-    return peer["step_ms"] / predict(network, batch, dtype)["step"]
+    baseline = compiled(network, batch)
+    assert baseline is not None
+    return baseline["step_ms"] / predict(network, batch, dtype)["step"]
 
 
 # ---- measured
 
 
-def peers_h100() -> str:
+def baselines_h100() -> str:
     rows = [
         [
             NAMES[r["network"]],
@@ -177,7 +177,7 @@ def peers_h100() -> str:
             f"{r['step_ms']:g}",
             f"{r['image_steps_per_s']:,g}",
         ]
-        for r in results("peers-h100.json")["loops"]
+        for r in results("baselines-h100.json")["loops"]
     ]
     return table(["network", "how", "batch", "forward ms", "step ms", "img-steps/s"], rows)
 
@@ -249,12 +249,12 @@ def readme_table(head: list[str], measured: str = "measured", predicted: str = "
             where = f"CPU, {NAMES[n]}, {case['batch']}, fp32"
             rows.append([where, f"{ours['loop']['ms']:.3g}", f"{best['engine']}: {_ranged(best)}", _ranged(eager), measured])
     for network, batch, dtype in PREDICTED:
-        peer, step = compiled(network, batch), predict(network, batch, dtype)["step"]
-        if peer is not None:
-            eager_ms = dict(peers_of(network, "eager bf16")).get(batch)
+        baseline, step = compiled(network, batch), predict(network, batch, dtype)["step"]
+        if baseline is not None:
+            eager_ms = dict(baselines_of(network, "eager bf16")).get(batch)
             ratio = f"{eager_ms / step:.1f}" if eager_ms else ""
             where = f"H100, {NAMES[network]}, {batch}, {dtype}"
-            rows.append([where, f"{step / batch:.3g}", f"torch.compile: {peer['step_ms'] / step:.2f}", ratio, predicted])
+            rows.append([where, f"{step / batch:.3g}", f"torch.compile: {baseline['step_ms'] / step:.2f}", ratio, predicted])
     return table(head, rows)
 
 
@@ -280,7 +280,7 @@ def precision_table() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "predicted": predicted_table,
     "bars": bars_table,
-    "peers-h100": peers_h100,
+    "baselines-h100": baselines_h100,
     "cpu-where": cpu_where,
     "cpu-forward": partial(cpu_table, "forward"),
     "cpu-loop": partial(cpu_table, "loop"),

@@ -187,7 +187,7 @@ def _ticks(axes: Iterable[Any], at: list[int]) -> None:
 
 
 def draw_h100(out: Path) -> None:
-    from bench.report import peers_of
+    from bench.report import baselines_of
     from ddpm_fast.plotting.training import BLUE, GREEN, GREY, ORANGE, PINK, figure, save
 
     picture, axes = figure(width=15, height=8, rows=2, columns=3)
@@ -204,7 +204,7 @@ def draw_h100(out: Path) -> None:
         rows = predicted(dtype)["batch"]
         axes[1, 0].plot([r["x"] for r in rows], [r["bytes"] / 2**30 for r in rows], **style, label=f"{dtype}, predicted")
     for how, color in (("torch.compile", ORANGE), ("eager bf16", PINK), ("eager fp32", GREY)):
-        found = peers_of("cifar10", how)
+        found = baselines_of("cifar10", how)
         axes[0, 0].plot(*zip(*found, strict=True), "x--", color=color, linewidth=0.8, label=f"{how}, measured")
     axes[1, 0].set(xscale="log", yscale="log", xlabel="images in a batch, 32x32", ylabel="GiB: weights, arena, state")
     _ticks([axes[1, 0]], list(BATCHES))

@@ -20,7 +20,7 @@ import torch
 from bench.networks import NETWORKS, ROOT
 from ddpm_fast import NoiseSchedule, UNet, save_pretrained
 from ddpm_fast.benchmark import results
-from ddpm_fast.benchmark.baselines import PEERS
+from ddpm_fast.benchmark.baselines import BASELINES
 from ddpm_fast.benchmark.figures import draw
 from ddpm_fast.benchmark.kernels import ceilings, points
 from ddpm_fast.benchmark.runner import Effort, race
@@ -39,13 +39,13 @@ def weights_of(name: str, folder: Path) -> Path:
     return folder / name
 
 
-def run(name: str, batches: tuple[int, ...], weights: Path, seconds: float, peers: list[str]) -> results.Result:
+def run(name: str, batches: tuple[int, ...], weights: Path, seconds: float, baselines: list[str]) -> results.Result:
     device, dtype = ("cuda", "bf16") if torch.cuda.is_available() else ("cpu", "fp32")
     setting = Setting(str(weights), dtype, device, torch.get_num_threads())
     subject = setting.subject()
     result = results.begin(subject, name, len(subject.checkpoint.schedule))
     say = lambda line: print(line, flush=True)
-    with race(setting, peers, batches[0], Effort(seconds, again=AGAIN.get(name, 0)), say) as r:
+    with race(setting, baselines, batches[0], Effort(seconds, again=AGAIN.get(name, 0)), say) as r:
         for batch in batches:
             result["cases"].append(r.case(batch))
             say(results.table_of(result["cases"][-1], result["network"]) + "\n")
@@ -60,14 +60,14 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", choices=list(BATCHES[device]), default=list(BATCHES[device]))
     parser.add_argument("--batches", type=int, nargs="+", help="default: as in the tables")
     parser.add_argument("--seconds", type=float, default=0, help="of rounds, for each batch size; there are at least six rounds")
-    parser.add_argument("--peers", nargs="+", default=list(PEERS), help="the first is measured against")
+    parser.add_argument("--baselines", nargs="+", default=list(BASELINES), help="the first is measured against")
     parser.add_argument("--out", type=Path, help="folder for files and pictures")
     args = parser.parse_args()
     began = time.perf_counter()
     for name in args.networks:
         with tempfile.TemporaryDirectory() as folder:
             batches = tuple(args.batches or BATCHES[device][name])
-            result = run(name, batches, weights_of(name, Path(folder)), args.seconds, args.peers)
+            result = run(name, batches, weights_of(name, Path(folder)), args.seconds, args.baselines)
         file = (args.out or ROOT / "bench" / "results") / f"{device}-{name}.json"
         picture = (args.out or ROOT / "docs" / "figures") / f"bench-{device}-{name}.png"
         results.write(file, result)

@@ -3,7 +3,7 @@
     python -m bench.tune --net cifar10 --batch 256 --dtype bf16 --out tiles.json     on a GPU
     python -m bench.tune --tiny --out tiles.json                                     proves on a CPU that the command works
 
-For every distinct product of the plan each candidate is checked against the launch's twin, timed, and kept if it is faster than
+For every distinct product of the plan each candidate is checked against the launch's fallback, timed, and kept if it is faster than
 the rule's choice by more than the timing's own spread. The channels a step and the instruction family stay as they are, so
 images stay the same to the bit.
 """
@@ -63,7 +63,7 @@ def tune(fused: FusedUNet, plan: Plan, seconds: float) -> tuple[dict[str, dict[s
     seen: set[str | None] = {None}
     for launch in plan:
         key = key_of(fused, launch)
-        if key not in seen and launch.name not in plan.twins:
+        if key not in seen and launch.name not in plan.fallbacks:
             seen.add(key)
             changed, measured = tune_one(plan, launch, fused.device, seconds)
             rows += [dict(key=key, **row) for row in measured]

@@ -240,10 +240,15 @@ def run_twice(op: Any, out: FeatureMap, **arguments: Any) -> None:
 
 
 def assert_operation(
-    op: Any, out: FeatureMap, reference: Callable[[torch.dtype], Tensor], slack: float = 2.0, twin: float = 1e-11, **arguments: Any
+    op: Any,
+    out: FeatureMap,
+    reference: Callable[[torch.dtype], Tensor],
+    slack: float = 2.0,
+    fallback: float = 1e-11,
+    **arguments: Any,
 ) -> None:
-    """Kernel and twin against `reference`, which computes in the type that it is given: fp64 is the truth, the type of `out`
-    the yardstick. The twin, in fp64, may be off by `twin` of the largest value.
+    """Kernel and fallback against `reference`, which computes in the type that it is given: fp64 is the truth, the type of `out`
+    the yardstick. The fallback, in fp64, may be off by `fallback` of the largest value.
     """
     exact, plain = reference(torch.float64), reference(out.rows.dtype)
     run_twice(op, out, **arguments)
@@ -251,9 +256,9 @@ def assert_operation(
     error, allowed = relative_error(out.pixels, exact), slack * relative_error(plain, exact)
     assert error <= allowed, f"relative error {error:.3g} > {allowed:.3g} = {slack} x plain PyTorch"
     wide = poisoned(out.images, out.height, out.width, out.channels, torch.float64, out.rows.device, out.bordered)
-    op.twin(out=wide, compute=torch.float64, **arguments)
+    op.fallback(out=wide, compute=torch.float64, **arguments)
     assert_written(wide)
-    torch.testing.assert_close(wide.pixels, exact, rtol=0, atol=twin * float(exact.abs().max()), msg=lambda m: f"twin: {m}")
+    torch.testing.assert_close(wide.pixels, exact, rtol=0, atol=fallback * float(exact.abs().max()), msg=lambda m: f"fallback: {m}")
 
 
 def assert_same_in_any_batch(run: Callable[[list[int]], FeatureMap]) -> None:

@@ -146,7 +146,7 @@ def wide(x: Tensor, compute: torch.dtype | None) -> Tensor: ...
 @overload
 def wide(x: None, compute: torch.dtype | None) -> None: ...
 def wide(x: Tensor | None, compute: torch.dtype | None) -> Tensor | None:
-    """x in the type that a twin computes in; None: its own, and bf16 for e4m3, in which every e4m3 is exact."""
+    """x in the type that a fallback computes in; None: its own, and bf16 for e4m3, in which every e4m3 is exact."""
     if x is None:
         return None
     if compute is None:

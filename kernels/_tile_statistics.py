@@ -92,7 +92,7 @@ class KeepsStatistics:
             stats.expect("stats", out.images, self.tiling(out).entries, 2, out.channels, bordered=False)
 
     def write_stats(self, out: FeatureMap, stats: FeatureMap | None, compute: torch.dtype | None) -> None:
-        """The twin's: of what stands in `out`, in fp32 at least."""
+        """The fallback's: of what stands in `out`, in fp32 at least."""
         if stats is not None:
             pixels = out.pixels.to(torch.float64 if compute == torch.float64 else torch.float32)
             stats.rows.copy_(tile_statistics(pixels, self.tiling(out)).flatten(0, 2))

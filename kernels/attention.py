@@ -176,7 +176,7 @@ class Attention:
         q, k, v = (qkv.rows[:, i * c :] for i in range(3))
         _launch(self.target, q, k, v, out, self.heads, 3 * c, 3 * c, None, None, None, 0.0)
 
-    def twin(self, qkv: FeatureMap, out: FeatureMap, compute: torch.dtype | None = None) -> None:
+    def fallback(self, qkv: FeatureMap, out: FeatureMap, compute: torch.dtype | None = None) -> None:
         q, k, v = wide(qkv.grid.flatten(1, 2), compute).chunk(3, dim=2)
         y = attention_reference(q, k, v, self.heads, (out.channels // self.heads) ** -0.5)
         out.write(y.transpose(1, 2).unflatten(2, (out.height, out.width)))
@@ -206,7 +206,9 @@ class FoldedAttention:
         c = out.channels
         _launch(self.target, q.rows, x.rows, x.rows, out, 1, c, c, self.weight, self.bias, residual.rows, self.residual_scale)
 
-    def twin(self, q: FeatureMap, x: FeatureMap, out: FeatureMap, residual: FeatureMap, compute: torch.dtype | None = None) -> None:
+    def fallback(
+        self, q: FeatureMap, x: FeatureMap, out: FeatureMap, residual: FeatureMap, compute: torch.dtype | None = None
+    ) -> None:
         queries, keys = (wide(fm.grid.flatten(1, 2), compute) for fm in (q, x))
         y = attention_reference(queries, keys, keys, 1, out.channels**-0.5)
         y = F.linear(y, wide(self.weight, compute)) + self.bias.to(y.dtype)

@@ -130,7 +130,7 @@ class Pointwise:
             PRECISION=PRECISION[x.rows.dtype],
         )
 
-    def twin(
+    def fallback(
         self,
         x: FeatureMap,
         out: FeatureMap,

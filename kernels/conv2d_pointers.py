@@ -194,7 +194,7 @@ class FirstConv(KeepsStatistics):
             PRECISION=PRECISION[self.weight.dtype],
         )
 
-    def twin(self, x: FeatureMap, out: FeatureMap, stats: FeatureMap | None = None, compute: torch.dtype | None = None) -> None:
+    def fallback(self, x: FeatureMap, out: FeatureMap, stats: FeatureMap | None = None, compute: torch.dtype | None = None) -> None:
         weight = wide(self.weight[:, : 9 * self.channels], compute)
         pixels = 2 * x.pixels - 1 if self.center else x.pixels
         seen = pixels.to(self.weight.dtype).to(weight.dtype)  # rounded to the operands' type, as the kernel does
@@ -250,7 +250,7 @@ class DownsampleConv(KeepsStatistics):
             PRECISION=PRECISION[x.rows.dtype],
         )
 
-    def twin(self, x: FeatureMap, out: FeatureMap, stats: FeatureMap | None = None, compute: torch.dtype | None = None) -> None:
+    def fallback(self, x: FeatureMap, out: FeatureMap, stats: FeatureMap | None = None, compute: torch.dtype | None = None) -> None:
         y = downsample_reference(wide(x.pixels, compute), unpack(wide(self.weight, compute), 3), None, self.padding)
         out.write(y + self.bias.to(y.dtype)[:, None, None])
         self.write_stats(out, stats, compute)

@@ -253,7 +253,7 @@ class Conv3x3(KeepsStatistics):
             IMPRECISE=0 if self.scale is None else t.bk if self.bounded else None,  # None: as Triton does it
         )
 
-    def twin(
+    def fallback(
         self,
         x: FeatureMap,
         out: FeatureMap,

@@ -143,7 +143,7 @@ class UpsampleConv(KeepsStatistics):
             PRECISION=PRECISION[x.rows.dtype],
         )
 
-    def twin(self, x: FeatureMap, out: FeatureMap, stats: FeatureMap | None = None, compute: torch.dtype | None = None) -> None:
+    def fallback(self, x: FeatureMap, out: FeatureMap, stats: FeatureMap | None = None, compute: torch.dtype | None = None) -> None:
         weights, bias = wide(self.weight, compute).chunk(4), wide(self.bias, compute)
         pixels = wide(x.pixels, compute)
         n, _, h, w = pixels.shape

@@ -444,7 +444,7 @@ class GroupNormSiLU:
         for fm, s, tiling in zip(maps, kept, self.tilings, strict=False):
             s.expect("stats", fm.images, tiling.entries, 2, fm.channels, bordered=False)
 
-    def twin(
+    def fallback(
         self,
         x: FeatureMap,
         out: FeatureMap,

@@ -87,7 +87,7 @@ class Resample:
                 **launch_options(4),
             )
 
-    def twin(self, x: FeatureMap, out: FeatureMap, compute: torch.dtype | None = None) -> None:
+    def fallback(self, x: FeatureMap, out: FeatureMap, compute: torch.dtype | None = None) -> None:
         out.write(resample_reference(wide(x.pixels, compute), self.to))
 
     def cost(self, x: FeatureMap, out: FeatureMap) -> tuple[int, int]:

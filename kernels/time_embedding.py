@@ -91,7 +91,7 @@ class TimeRows:
             PRECISION=PRECISION[self.weight.dtype],
         )
 
-    def twin(self, out: FeatureMap, t: Tensor, label: Tensor, compute: torch.dtype | None = None) -> None:
+    def fallback(self, out: FeatureMap, t: Tensor, label: Tensor, compute: torch.dtype | None = None) -> None:
         weight = wide(self.weight, compute)
         seen = F.silu(self.time[t.long()] + self.classes[label.long()]).to(self.weight.dtype).to(weight.dtype)
         out.rows.copy_(F.linear(seen, weight) + self.bias.to(weight.dtype))

@@ -93,7 +93,7 @@ class Subject:
         return x.contiguous(memory_format=torch.channels_last)
 
 
-class Peer(Protocol):
+class Baseline(Protocol):
     """forward(x_t [B, C, H, W] fp32, t int64 [B], labels int64 [B] or None) -> the network's output, fp32
     loop(count, steps) -> images [count, C, H, W], floating, drawn from noise in so many steps
     """
@@ -313,7 +313,7 @@ class OpenVINO(OnnxRuntime):
         return lambda *given: torch.from_numpy(np.array(request.infer(list(given))[0]))
 
 
-PEERS: dict[str, Callable[[Subject], Peer]] = {
+BASELINES: dict[str, Callable[[Subject], Baseline]] = {
     "ddpm_fast": Ours,
     "plain PyTorch": Plain,
     "torch.compile": lambda subject: Plain(subject, compiled=True),
@@ -324,14 +324,14 @@ PEERS: dict[str, Callable[[Subject], Peer]] = {
 }
 
 
-def peer(name: str, subject: Subject) -> Peer:
+def baseline(name: str, subject: Subject) -> Baseline:
     """The engine of that name, or of that class `package.module:Class`. ValueError for none; `Missing` where it cannot be had."""
-    if name in PEERS:
-        return PEERS[name](subject)
+    if name in BASELINES:
+        return BASELINES[name](subject)
     module, _, attribute = name.partition(":")
     try:
-        made: Callable[[Subject], Peer] = getattr(importlib.import_module(module), attribute)
+        made: Callable[[Subject], Baseline] = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError):
-        known = f"{', '.join(PEERS)}, or package.module:Class"
-        raise ValueError(f"peer {name!r}; expected one of {known}") from None
+        known = f"{', '.join(BASELINES)}, or package.module:Class"
+        raise ValueError(f"baseline {name!r}; expected one of {known}") from None
     return made(subject)

@@ -1,4 +1,4 @@
-"""Pictures of a result: bars beside peers, throughput against batch, and a roofline with every kernel as a point."""
+"""Pictures of a result: bars beside baselines, throughput against batch, and a roofline with every kernel as a point."""
 
 from __future__ import annotations
 

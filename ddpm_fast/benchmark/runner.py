@@ -58,7 +58,7 @@ class Rival:
 
     def __init__(self, name: str, setting: Setting) -> None:
         self.label = name
-        spec = json.dumps(dict(peer=name, setting=asdict(setting)))
+        spec = json.dumps(dict(baseline=name, setting=asdict(setting)))
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
         # nothing kept from before: ours, Triton's and torch.compile's
         caches = ("DDPM_FAST_CACHE", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
@@ -186,13 +186,13 @@ def case_of(setting: Setting, batch: int, subject: Subject) -> Case:
 
 @contextmanager
 def race(
-    setting: Setting, peers: list[str], first_batch: int, effort: Effort, say: Callable[[str], None] = print
+    setting: Setting, baselines: list[str], first_batch: int, effort: Effort, say: Callable[[str], None] = print
 ) -> Iterator[Race]:
     """The engines, begun one after another; `say` is told who cannot be had and why."""
     with tempfile.TemporaryDirectory() as folder:
         r = Race(setting, effort, say, Path(folder))
         try:
-            for name in peers:
+            for name in baselines:
                 r.begin(name, first_batch)
             yield r
         finally:

@@ -27,7 +27,7 @@ from ..checkpoints.checkpoint import load_pretrained
 from ..engines.fused.calibration import load_calibration
 from ..models.unet import channels_last
 from ..utils.environment import peak_memory
-from .baselines import Missing, Ours, Peer, Subject, peer
+from .baselines import Baseline, Missing, Ours, Subject, baseline
 
 CHECKED_STEPS = 3
 
@@ -63,8 +63,8 @@ class Worker:
         if torch.device(setting.device).type == "cuda":
             torch.cuda.set_device(setting.device)
         self.subject = setting.subject()
-        self.peer: Peer = peer(name, self.subject)
-        self.hello = dict(name=self.peer.name, reason=getattr(self.peer, "reason", ""))
+        self.baseline: Baseline = baseline(name, self.subject)
+        self.hello = dict(name=self.baseline.name, reason=getattr(self.baseline, "reason", ""))
 
     def answer(self, r: dict[str, Any]) -> dict[str, Any]:
         if r["do"] == "memory":
@@ -73,7 +73,7 @@ class Worker:
             return self._check(r["batch"], r["out"])
         given = self.subject.inputs(r["batch"])
         calls: dict[str, Callable[[], object]] = dict(
-            forward=lambda: self.peer.forward(*given), loop=lambda: self.peer.loop(r["batch"], r["steps"])
+            forward=lambda: self.baseline.forward(*given), loop=lambda: self.baseline.loop(r["batch"], r["steps"])
         )
         if "for" not in r:
             return dict(seconds=self._timed(calls[r["do"]]))
@@ -87,12 +87,12 @@ class Worker:
         engine's outputs. RuntimeError where a loop draws something else than it was asked for.
         """
         steps = min(CHECKED_STEPS, len(self.subject.checkpoint.schedule))
-        output, images = self.peer.forward(*self.subject.inputs(batch)), self.peer.loop(batch, steps)
+        output, images = self.baseline.forward(*self.subject.inputs(batch)), self.baseline.loop(batch, steps)
         if tuple(images.shape) != (batch, *self.subject.shape):
             raise RuntimeError(f"its loop drew {tuple(images.shape)}; expected {(batch, *self.subject.shape)}")
         found = dict(output=checked(output), images=checked(images))
-        if isinstance(self.peer, Ours):
-            stepped = self.subject.sampler("reference", "fp32", self.peer.forward)
+        if isinstance(self.baseline, Ours):
+            stepped = self.subject.sampler("reference", "fp32", self.baseline.forward)
             found["stepped"] = checked(stepped.sample(batch, steps=steps, batch_size=batch, output="float"))
         torch.save(found, out)
         return {}
@@ -100,12 +100,12 @@ class Worker:
     def _memory(self, batch: int) -> int:
         device = self.subject.device
         if device.type == "cuda":
-            if isinstance(self.peer, Ours):
-                self.peer.forget()
+            if isinstance(self.baseline, Ours):
+                self.baseline.forget()
             gc.collect()
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
-            self.peer.loop(batch, min(CHECKED_STEPS, len(self.subject.checkpoint.schedule)))
+            self.baseline.loop(batch, min(CHECKED_STEPS, len(self.subject.checkpoint.schedule)))
         return peak_memory(device)
 
     def _timed(self, call: Callable[[], object]) -> float:
@@ -130,7 +130,7 @@ def main() -> None:
         answers.flush()
 
     try:
-        worker = Worker(spec["peer"], Setting(**spec["setting"]))
+        worker = Worker(spec["baseline"], Setting(**spec["setting"]))
         say(worker.hello)
         for line in sys.stdin:
             say(worker.answer(json.loads(line)))

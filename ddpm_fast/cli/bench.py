@@ -12,7 +12,7 @@ import click
 import torch
 
 from ..benchmark import results
-from ..benchmark.baselines import PEERS
+from ..benchmark.baselines import BASELINES
 from ..benchmark.figures import draw
 from ..benchmark.kernels import ceilings, points
 from ..benchmark.runner import Effort, case_of, race
@@ -25,7 +25,7 @@ MINE = "ddpm_fast"
 
 
 def _options(command: Any) -> Any:
-    known = ", ".join(n for n in PEERS if n != MINE)
+    known = ", ".join(n for n in BASELINES if n != MINE)
     rounds, threshold, decimal = (
         "Of rounds, for each batch size.",
         "With --compare: per cent that are no slowdown.",
@@ -35,7 +35,7 @@ def _options(command: Any) -> Any:
         click.option("--weights", type=PATH, required=True, help="Checkpoint: a diffusers folder."),
         click.option("--device", help="cpu, cuda, cuda:1 ...  [default: the GPU if there is one]"),
         click.option("--size", help="HEIGHTxWIDTH in pixels.  [default: as trained]"),
-        click.option("--peers", help=f"By commas: {known}, package.module:Class; or none.  [default: all]"),
+        click.option("--baselines", help=f"By commas: {known}, package.module:Class; or none.  [default: all]"),
         click.option("--seconds", type=decimal, default=30, show_default=True, help=rounds),
         click.option("--steps", type=click.IntRange(1), help="Of the loops.  [default: what the slowest does in a second]"),
         click.option("--out", type=PATH, default="bench.json", show_default=True, help="The result; beside it a picture, .png."),
@@ -102,7 +102,7 @@ def _run(
     weights: Path,
     device: str | None,
     size: str | None,
-    peers: str | None,
+    baselines: str | None,
     seconds: float,
     steps: int | None,
     out: Path,
@@ -112,7 +112,7 @@ def _run(
     again: float = 0,
     several: bool = False,
 ) -> None:
-    names, picture = [MINE, *_peers(peers)], _picture(out)
+    names, picture = [MINE, *_baselines(baselines)], _picture(out)
     on = pick_device(device) or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if dtypes == [None]:
         dtypes = ["fp32"] if on.type == "cpu" else ["bf16", "fp8"] if several else ["bf16"]
@@ -173,13 +173,13 @@ def _then(old: dict[str, Any] | None, result: dict[str, Any], case: dict[str, An
     return None if old is None else results.same_case(old, result["network"], case)["steps"]
 
 
-def _peers(text: str | None) -> list[str]:
+def _baselines(text: str | None) -> list[str]:
     if text is None:
-        return [name for name in PEERS if name != MINE]
+        return [name for name in BASELINES if name != MINE]
     names = [] if text == "none" else [name.strip() for name in text.split(",")]
-    if wrong := [name for name in names if (name not in PEERS and ":" not in name) or name == MINE]:
-        known = ", ".join(name for name in PEERS if name != MINE)
-        raise ValueError(f"--peers: unknown engine {wrong[0]!r}; expected {known}, package.module:Class, or none")
+    if wrong := [name for name in names if (name not in BASELINES and ":" not in name) or name == MINE]:
+        known = ", ".join(name for name in BASELINES if name != MINE)
+        raise ValueError(f"--baselines: unknown engine {wrong[0]!r}; expected {known}, package.module:Class, or none")
     return list(dict.fromkeys(names))
 
 

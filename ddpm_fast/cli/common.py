@@ -11,7 +11,7 @@ import click
 import torch
 
 from ..data.pixels import check_images
-from ..diffusion.presets import PROFILES
+from ..diffusion.presets import PRESETS
 from ..diffusion.solvers import SOLVERS, VARIANCES
 from ..diffusion.timesteps import SPACINGS
 
@@ -20,20 +20,20 @@ PATH = click.Path(path_type=Path)
 
 
 def solver_options(default: str) -> Callable[[Any], Any]:
-    """--solver, --steps, --spacing, --eta, --variance, --profile: how images are drawn."""
+    """--solver, --steps, --spacing, --eta, --variance, --preset: how images are drawn."""
     options = [
         click.option("--solver", type=click.Choice(SOLVERS), default=default, show_default=True),
         click.option(
             "--steps", help="How many, or sections such as 10,20,30 or ddim50.  [default: all for ddpm, 50 for ddim, else 20]"
         ),
-        click.option("--spacing", type=click.Choice(SPACINGS), help="Which steps, if not all.  [default: the profile's, linspace]"),
+        click.option("--spacing", type=click.Choice(SPACINGS), help="Which steps, if not all.  [default: the preset's, linspace]"),
         click.option(
             "--eta", type=float, default=0.0, show_default=True, help="Noise of ddim: 0 deterministic, 1 as noisy as ddpm."
         ),
         click.option("--variance", type=click.Choice(VARIANCES), help="Noise of ddpm.  [default: the checkpoint's]"),
         click.option(
-            "--profile",
-            type=click.Choice(list(PROFILES)),
+            "--preset",
+            type=click.Choice(list(PRESETS)),
             default="exact",
             show_default=True,
             help="As this codebase does.",

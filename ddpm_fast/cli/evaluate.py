@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..data.datasets import FITS, ImageData, has_test_split, load_images
-from ..diffusion.presets import PROFILES, profile_of
+from ..diffusion.presets import PRESETS, preset_of
 from ..evaluation.classifier import Classifier, load_classifier
 from ..evaluation.likelihood import bits_per_dimension
 from ..evaluation.metrics import CONFIDENT, FEATURES, FID_FROM, ClassScores, Features, class_scores, fid, kid
@@ -74,7 +74,7 @@ def evaluate(as_json: bool, **options: Any) -> None:
         images=len(drawn),
         real_images=len(test),
         features=FEATURES,
-        rounding="as given" if options["samples"] else f"uint8, {PROFILES[options['profile']].rounding}",
+        rounding="as given" if options["samples"] else f"uint8, {PRESETS[options['preset']].rounding}",
         seconds_of_drawing=round(seconds, 1),
     )
     lines = [
@@ -98,12 +98,12 @@ def _bits(options: dict[str, Any], as_json: bool) -> tuple[dict[str, Any], bool,
     split = "test" if has_test_split(options["data_dir"]) else "train"
     data = load_images(options["data_dir"], side, options["fit"], channels if channels in (1, 3) else None, split)
     data = _some(data, slice(options["images"]))
-    steps, profile = parse_steps(options["steps"]), options["profile"]
-    visited = profile_of(profile).timesteps(len(sampler.schedule), "ddpm", steps, options["spacing"])
+    steps, preset = parse_steps(options["steps"]), options["preset"]
+    visited = preset_of(preset).timesteps(len(sampler.schedule), "ddpm", steps, options["spacing"])
     began = time.perf_counter()
     show = sys.stderr.isatty() if options["progress"] is None else options["progress"]
     with bar_of(show, len(data) * len(visited)) as bar:
-        how = dict(seed=options["seed"], batch_size=options["batch_size"], profile=profile, kept=options["terms"])
+        how = dict(seed=options["seed"], batch_size=options["batch_size"], preset=preset, kept=options["terms"])
         bits = bits_per_dimension(sampler, data, visited.tolist(), advance=bar.update, **how)
     seconds = time.perf_counter() - began
     means = dict(l_0=float(bits.terms[:, 0].mean()), l_t=float(bits.terms[:, 1:].sum(1).mean()), l_T=float(bits.prior.mean()))
@@ -113,7 +113,7 @@ def _bits(options: dict[str, Any], as_json: bool) -> tuple[dict[str, Any], bool,
         split=split,
         steps=len(visited),
         variance=sampler.variance,
-        profile=profile,
+        preset=preset,
         given_labels=sampler.num_classes is not None,
         bits_per_dim=bits.mean,
         standard_error=bits.standard_error if len(data) > 1 else None,
@@ -121,7 +121,7 @@ def _bits(options: dict[str, Any], as_json: bool) -> tuple[dict[str, Any], bool,
         seconds=round(seconds, 1),
     )
     lines = [
-        f"{options['weights']}: {len(data)} images ({split}), {len(visited)} steps, {sampler.variance}, profile {profile}, "
+        f"{options['weights']}: {len(data)} images ({split}), {len(visited)} steps, {sampler.variance}, preset {preset}, "
         f"seed {options['seed']}, {options['dtype']}, {seconds:.0f} s",
         f"bits per dimension  {bits.mean:.4f} +- {bits.standard_error:.4f}  at most"
         + (", given the labels" if sampler.num_classes is not None else ""),
@@ -163,14 +163,14 @@ def _draw(sampler: Sampler, options: dict[str, Any]) -> tuple[Tensor, Tensor | N
     images = sampler.sample(options["images"], options["seed"], batch_size=options["batch_size"], progress=show, **how)
     labels = sampler.labels(options["images"], options["seed"]).cpu() if sampler.num_classes else None
     kind = f"{how['solver']} {sampler.variance}" if how["solver"] == "ddpm" else how["solver"]
-    steps, profile = len(sampler.table(**how)), "" if how["profile"] == "exact" else f" as {how['profile']}"
-    source = f"{options['weights']}, seed {options['seed']}, {kind} {steps} steps{profile}, {options['dtype']}"
+    steps, preset = len(sampler.table(**how)), "" if how["preset"] == "exact" else f" as {how['preset']}"
+    source = f"{options['weights']}, seed {options['seed']}, {kind} {steps} steps{preset}, {options['dtype']}"
     return images, labels, source
 
 
 def _how(options: dict[str, Any]) -> dict[str, Any]:
     """What `Sampler.sample` and `Sampler.table` take of the options."""
-    how = {name: options[name] for name in ("solver", "spacing", "eta", "profile")}
+    how = {name: options[name] for name in ("solver", "spacing", "eta", "preset")}
     return dict(how, steps=parse_steps(options["steps"]))
 
 

@@ -71,7 +71,7 @@ def sample(
     spacing: str | None,
     eta: float,
     variance: str | None,
-    profile: str,
+    preset: str,
     batch_size: int,
     label: int | None,
     out: str,
@@ -93,7 +93,7 @@ def sample(
         raise ValueError(
             f"--out {out}: images of {sampler.shape[0]} channels are no pictures; write {' or '.join(pictures.ARRAYS)}"
         )
-    how: dict[str, Any] = dict(solver=solver, steps=parse_steps(steps), spacing=spacing, eta=eta, profile=profile)
+    how: dict[str, Any] = dict(solver=solver, steps=parse_steps(steps), spacing=spacing, eta=eta, preset=preset)
     table = sampler.table(**how)
     began = time.perf_counter()
     show = sys.stderr.isatty() if progress is None else progress
@@ -107,7 +107,7 @@ def sample(
         seed=seed,
         solver=solver,
         steps=len(table),
-        profile=profile,
+        preset=preset,
         device=_device_name(sampler.device),
         dtype=dtype,
         engine=sampler.engine.name,

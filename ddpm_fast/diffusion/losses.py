@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..kernels.noise_mse import noise_mse
 from .prediction import check_prediction, conversion
-from .presets import EXACT, Profile
+from .presets import EXACT, Preset
 from .schedule import Array, NoiseSchedule
 from .solvers import LEARNED, VARIANCES
 
@@ -69,7 +69,7 @@ def _tanh_cdf(x: Tensor) -> Tensor:
 class Bound:
     """The terms of the bound, for a network that predicts `prediction` with `variance`, in fp64 or the dtype given.
 
-    variance as `solver.ddpm_table` takes it; clip as the sampler does; the profile says what the variance at t = 0 is and how
+    variance as `solver.ddpm_table` takes it; clip as the sampler does; the preset says what the variance at t = 0 is and how
     the decoder computes. The chain's own indices count: after `schedule.respaced`, those of the visited steps.
     """
 
@@ -79,17 +79,17 @@ class Bound:
         prediction: str = "eps",
         variance: str = "fixed_large",
         clip: float | None = 1.0,
-        profile: Profile = EXACT,
+        preset: Preset = EXACT,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float64,
     ) -> None:
         check_prediction(prediction)
         if variance not in VARIANCES:
             raise ValueError(f"variance {variance!r}; expected one of {', '.join(VARIANCES)}")
-        self.chain, self.variance, self.clip, self.erf = chain, variance, clip, profile.erf
+        self.chain, self.variance, self.clip, self.erf = chain, variance, clip, preset.erf
         small, large = chain.posterior_var.copy(), chain.beta.copy()
-        small[0] = 1e-20 if profile.first_var == "floor" else small[1] if len(chain) > 1 else large[0]
-        if profile.first_var == "posterior":
+        small[0] = 1e-20 if preset.first_var == "floor" else small[1] if len(chain) > 1 else large[0]
+        if preset.first_var == "posterior":
             large[0] = small[0]
         fixed = large if variance == "fixed_large" else small
         of_x, of_out = conversion(prediction, "x_0", np.sqrt(chain.alpha_bar), np.sqrt(chain.noise_var))

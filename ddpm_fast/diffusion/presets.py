@@ -1,4 +1,4 @@
-"""Parity profiles: one solver as four codebases compute it, where they differ. A figure means little without saying which."""
+"""Parity presets: one solver as four codebases compute it, where they differ. A figure means little without saying which."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DEFAULT_STEPS = {"ddpm": None, "ddim": 50, "dpm++2m": 20, "dpm++2m-sde": 20}  # 
 
 
 @dataclass(frozen=True)
-class Profile:
+class Preset:
     """How a codebase samples and counts bits.
 
     choose        (T, solver, how many) -> the timesteps, decreasing, where a solver does not visit all
@@ -49,7 +49,7 @@ class Profile:
         return {"rounded to the nearest": nearest, "cut off": _cut_off, "half rounded up": _half_up}[self.rounding]
 
     def timesteps(self, total: int, solver: str, steps: Steps, spacing: str | None = None) -> NDArray[np.int64]:
-        """The timesteps that `solver` visits, decreasing; a spacing that is asked for counts more than the profile's."""
+        """The timesteps that `solver` visits, decreasing; a spacing that is asked for counts more than the preset's."""
         if steps is None:
             steps = DEFAULT_STEPS.get(solver)
             steps = steps and min(steps, total)
@@ -107,7 +107,7 @@ class SinglePrecision(NoiseSchedule):
 
 
 def _all(total: int, solver: str, steps: int) -> NDArray[np.int64]:
-    raise ValueError(f"{steps} steps: the profile ho visits all {total} timesteps; leave steps out, or name a spacing")
+    raise ValueError(f"{steps} steps: the preset ho visits all {total} timesteps; leave steps out, or name a spacing")
 
 
 def _sections(total: int, solver: str, steps: int) -> NDArray[np.int64]:
@@ -132,13 +132,13 @@ def _half_up(x: Tensor) -> Tensor:
     return ((x + 1) * 0.5 * 255 + 0.5).floor()
 
 
-EXACT = Profile()
-PROFILES: dict[str, Profile] = {
+EXACT = Preset()
+PRESETS: dict[str, Preset] = {
     "exact": EXACT,
-    "ho": Profile(_all, rounding="cut off", erf=False, first_var="posterior"),
-    "openai": Profile(_sections, rounding="cut off", erf=False, first_var="posterior"),
-    "diffusers": Profile(_leading, single=True, eps_from="network", first_var="floor"),
-    "ddim": Profile(_uniform, single=True, eps_from="network", ddim_clip=False, rounding="half rounded up", first_var="posterior"),
+    "ho": Preset(_all, rounding="cut off", erf=False, first_var="posterior"),
+    "openai": Preset(_sections, rounding="cut off", erf=False, first_var="posterior"),
+    "diffusers": Preset(_leading, single=True, eps_from="network", first_var="floor"),
+    "ddim": Preset(_uniform, single=True, eps_from="network", ddim_clip=False, rounding="half rounded up", first_var="posterior"),
 }
 """
 exact      this package's own: fp64 tables, both ends of the chain visited, rounding to the nearest, exact decoder.
@@ -157,8 +157,8 @@ it by whole points at 50 steps and hardly at 1000. Measured on the network that 
 """
 
 
-def profile_of(name: str) -> Profile:
+def preset_of(name: str) -> Preset:
     """ValueError for an unknown one."""
-    if name not in PROFILES:
-        raise ValueError(f"profile {name!r}; expected one of {', '.join(PROFILES)}")
-    return PROFILES[name]
+    if name not in PRESETS:
+        raise ValueError(f"preset {name!r}; expected one of {', '.join(PRESETS)}")
+    return PRESETS[name]

@@ -194,7 +194,7 @@ def dpm_solver_table(
       x_{t-1} = noise'/noise x_t - signal' (e^-h - 1) D
       x_{t-1} = noise'/noise e^-h x_t - signal' (e^-2h - 1) D + noise' sqrt(1 - e^-2h) z      (sde: section A of the paper)
     The first step is of first order, and so is one to the clean image, where h is infinite: DDIM's, or DDPM's with fixed_small
-    variance. x_0 is clipped, which pixels need at large t and which none of the peers does. end as in `ddim_table`.
+    variance. x_0 is clipped, which pixels need at large t and which none of the baselines does. end as in `ddim_table`.
     """
     steps = _Steps.down(schedule.respaced(t[::-1]), t, end)
     with np.errstate(divide="ignore", invalid="ignore"):  # lambda is -inf without signal and inf without noise

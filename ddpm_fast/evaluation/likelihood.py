@@ -23,7 +23,7 @@ from ..checkpoints.checkpoint import write_atomically
 from ..data.datasets import ImageData
 from ..data.pixels import from_uint8, seed_bits
 from ..diffusion.losses import Bound
-from ..diffusion.presets import profile_of
+from ..diffusion.presets import preset_of
 from ..diffusion.schedule import Array
 from ..diffusion.timesteps import Steps
 from ..engines.select import inference
@@ -62,7 +62,7 @@ def bits_per_dimension(
     steps: Steps = None,
     seed: int = 0,
     batch_size: int = 64,
-    profile: str = "exact",
+    preset: str = "exact",
     kept: str | Path | None = None,
     save_every: float = 30.0,
     advance: Callable[[int], Any] = lambda count: None,
@@ -81,13 +81,13 @@ def bits_per_dimension(
     if kept is not None and not Path(kept).absolute().parent.is_dir():
         raise ValueError(f"{Path(kept).absolute().parent} does not exist; create it first")
     _check(sampler, data)
-    rules = profile_of(profile)
+    rules = preset_of(preset)
     visited = rules.timesteps(len(sampler.schedule), "ddpm", steps)[::-1]
     chain = sampler.schedule.respaced(visited)
     bound = Bound(chain, sampler.prediction, sampler.variance, sampler.clip, rules, sampler.device)
     coef, label = chain.q_sample_table(sampler.device), torch.from_numpy(visited.copy()).to(sampler.device)
     count, total = len(data), len(chain)
-    identity = _identity(sampler, data, visited, seed, profile)
+    identity = _identity(sampler, data, visited, seed, preset)
     terms, done = np.full(count * total, np.nan), 0
     if kept is not None and Path(kept).exists():
         terms, done = _read(Path(kept), identity, count * total)
@@ -135,14 +135,14 @@ def _check(sampler: Sampler, data: ImageData) -> None:
             raise ValueError(f"labels up to {data.labels.max()}; the network has {sampler.num_classes} classes")
 
 
-def _identity(sampler: Sampler, data: ImageData, visited: Any, seed: int, profile: str) -> str:
+def _identity(sampler: Sampler, data: ImageData, visited: Any, seed: int, preset: str) -> str:
     """Everything that the terms depend on, but for rounding."""
     weights = hashlib.sha256()
     if isinstance(sampler.model, torch.nn.Module):
         for tensor in sampler.model.state_dict().values():
             weights.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     schedule = hashlib.sha256(sampler.schedule.beta.tobytes() + np.ascontiguousarray(visited).tobytes()).hexdigest()
-    how = [sampler.prediction, sampler.variance, sampler.clip, str(sampler.dtype), profile, seed]
+    how = [sampler.prediction, sampler.variance, sampler.clip, str(sampler.dtype), preset, seed]
     return json.dumps(dict(weights=weights.hexdigest(), data=data.digest, schedule=schedule, how=how))
 
 
@@ -159,5 +159,5 @@ def _read(path: Path, identity: str, size: int) -> tuple[Array, int]:
     except (OSError, KeyError, ValueError, EOFError) as error:
         raise ValueError(f"{path} holds no bits per dimension: {error}; choose another file") from None
     if found != identity or terms.shape != (size,):
-        raise ValueError(f"{path} holds another evaluation (other weights, images, steps, seed or profile); choose another file")
+        raise ValueError(f"{path} holds another evaluation (other weights, images, steps, seed or preset); choose another file")
     return terms, done

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..data.image_io import Pixels
 from ..data.pixels import Images, Labels, check_images, check_labels, from_uint8, image_indices, seed_bits, to_uint8
 from ..diffusion.forward_process import q_step
-from ..diffusion.presets import profile_of
+from ..diffusion.presets import preset_of
 from ..diffusion.schedule import NoiseSchedule
 from ..kernels import noise
 from ..sampling.sampler import Sampler
@@ -96,7 +96,7 @@ def reverse_trajectory(
 
     RuntimeError where they come out with values that are not finite.
     """
-    table, level = sampler.table(**how), profile_of(how.get("profile", "exact")).level
+    table, level = sampler.table(**how), preset_of(how.get("preset", "exact")).level
     indices = image_indices(check_images(images))
     wanted = {round(i) for i in np.linspace(0, len(table), min(moments, len(table)) + 1)[1:] - 1}
     state = sampler.begin(indices, seed_bits(seed), check_labels(labels, len(indices), sampler.num_classes))

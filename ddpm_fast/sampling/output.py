@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..data.pixels import to_uint8
-from ..diffusion.presets import PROFILES
+from ..diffusion.presets import PRESETS
 
 
 @dataclass(eq=False)
@@ -23,10 +23,10 @@ class Outbox:
     precision: str
 
     @classmethod
-    def send(cls, x: Tensor, images: Tensor, output: str, profile: str, precision: str) -> Outbox:
+    def send(cls, x: Tensor, images: Tensor, output: str, preset: str, precision: str) -> Outbox:
         """Starts what makes x [N, C, H, W] into what was asked for, and returns without waiting for it."""
         finite = x.isfinite().flatten(1).all(1)
-        pixels = to_uint8(x, PROFILES[profile].level) if output == "uint8" else x.contiguous()
+        pixels = to_uint8(x, PRESETS[preset].level) if output == "uint8" else x.contiguous()
         if not x.is_cuda:
             return cls(images, pixels.cpu() if output == "uint8" else pixels, finite, None, precision)
         finite = to_host(finite)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..checkpoints.checkpoint import load_pretrained
 from ..data.pixels import Images, Labels, check_images, check_labels, image_indices, seed_bits
 from ..diffusion.prediction import check_prediction
-from ..diffusion.presets import profile_of
+from ..diffusion.presets import preset_of
 from ..diffusion.schedule import NoiseSchedule
 from ..diffusion.solvers import LEARNED, VARIANCES, StepTable, ddim_inversion_table
 from ..diffusion.timesteps import Steps, choose_timesteps
@@ -42,7 +42,7 @@ class Options(TypedDict, total=False):
 
     spacing: str | None
     eta: float
-    profile: str
+    preset: str
     start: tuple[Tensor, int] | None
     pad: bool
     progress: bool
@@ -170,8 +170,8 @@ class Sampler:
         seed        0 ... 2^64-1
         solver      "ddpm", "ddim", "dpm++2m" or "dpm++2m-sde"; eta (DDIM): 0 deterministic ... 1
         steps       how many, the timesteps themselves, sections such as "10,20,30"; None: all for "ddpm", 50 for "ddim", else 20
-        spacing     "linspace", "leading", "trailing", "quadratic" or "openai"; None: the profile's ("linspace")
-        profile     "exact", or as another codebase computes it: "ho", "openai", "diffusers", "ddim" (`profile.PROFILES`)
+        spacing     "linspace", "leading", "trailing", "quadratic" or "openai"; None: the preset's ("linspace")
+        preset     "exact", or as another codebase computes it: "ho", "openai", "diffusers", "ddim" (`preset.PRESETS`)
         labels      one class, or one per image; None with a class-conditional network: each image draws its own from its noise
         start       (x_t [N, C, H, W], t): go on from partly noised images instead of from noise
         batch_size  how many are drawn at once; pad: fill the last batch up, so that every batch has one size
@@ -179,7 +179,7 @@ class Sampler:
         callback    called as callback(step, t, x) after every step; x is the state [B, C, H, W], not to be changed
         stop        asked between steps; once it says yes, the images that are finished are the last to come
 
-        uint8 is round((x + 1) 127.5) of x clipped to [-1, 1], or as the profile rounds. ValueError for bad arguments,
+        uint8 is round((x + 1) 127.5) of x clipped to [-1, 1], or as the preset rounds. ValueError for bad arguments,
         RuntimeError when an image comes out with values that are not finite.
         """
         stream = self.stream(images, batch_size, seed=seed, solver=solver, steps=steps, labels=labels, output=output, **options)
@@ -201,7 +201,7 @@ class Sampler:
         output: str = "uint8",
         spacing: str | None = None,
         eta: float = 0.0,
-        profile: str = "exact",
+        preset: str = "exact",
         start: tuple[Tensor, int] | None = None,
         pad: bool = False,
         progress: bool = False,
@@ -219,7 +219,7 @@ class Sampler:
         if output not in ("uint8", "float"):
             raise ValueError(f'output {output!r}; expected "uint8" or "float"')
         x_start, t_start = (None, None) if start is None else self._check_start(start, len(indices))
-        table = self.table(solver, steps, spacing=spacing, eta=eta, profile=profile, start=t_start)
+        table = self.table(solver, steps, spacing=spacing, eta=eta, preset=preset, start=t_start)
         wanted = check_labels(labels, len(indices), self.num_classes)
         bits = seed_bits(seed)
 
@@ -251,7 +251,7 @@ class Sampler:
                         continue
                     if left:
                         break  # told to stop
-                    sent.append(Outbox.send(state.x[:count], image[:count], output, profile, self.precision))
+                    sent.append(Outbox.send(state.x[:count], image[:count], output, preset, self.precision))
                     yield from arrived(sent)
                     first += count
             yield from arrived(sent, wait=True)
@@ -267,11 +267,11 @@ class Sampler:
         *,
         spacing: str | None = None,
         eta: float = 0.0,
-        profile: str = "exact",
+        preset: str = "exact",
         start: int | None = None,
     ) -> StepTable:
         """The step table of a solver; from timestep `start` down where the images are noised only so far."""
-        rules = profile_of(profile)
+        rules = preset_of(preset)
         t = rules.timesteps(len(self.schedule), solver, steps, spacing)
         if start is not None:
             t = np.concatenate([[self._check_t(start)], t[t < start]])

@@ -57,7 +57,7 @@ def test_the_suite_writes_a_result_and_a_picture(tmp_path, monkeypatch, capsys):
         return folder / name
 
     monkeypatch.setattr(suite, "weights_of", tiny)
-    arguments = ["--networks", "cifar10", "--batches", "1", "2", "--peers", "ddpm_fast", "plain PyTorch", "--out", tmp_path]
+    arguments = ["--networks", "cifar10", "--batches", "1", "2", "--baselines", "ddpm_fast", "plain PyTorch", "--out", tmp_path]
     monkeypatch.setattr(sys, "argv", ["suite", *map(str, arguments)])
     monkeypatch.setattr(suite, "Effort", lambda seconds, again: Effort(0, 0.002, 0, 2, again))
     suite.main()

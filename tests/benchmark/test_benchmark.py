@@ -14,7 +14,7 @@ import torch
 from bench.networks import TINY_UNET
 from ddpm_fast import NoiseSchedule, UNet, save_pretrained
 from ddpm_fast.benchmark import results
-from ddpm_fast.benchmark.baselines import Missing, Pipeline, Subject, peer
+from ddpm_fast.benchmark.baselines import Missing, Pipeline, Subject, baseline
 from ddpm_fast.benchmark.kernels import ceilings, points
 from ddpm_fast.benchmark.runner import Effort, figures, interval, race
 from ddpm_fast.benchmark.worker import Setting
@@ -153,7 +153,7 @@ def test_nothing_is_timed_where_ours_is_wrong(weights, planted):
         run(weights, ["planted:Dies", "plain PyTorch"])
 
 
-def test_peers_say_why_they_cannot_be_had():
+def test_baselines_say_why_they_cannot_be_had():
     labelled = Subject(Checkpoint(UNet(replace(TINY_UNET, num_classes=3)), NoiseSchedule.linear()))
     with pytest.raises(Missing, match="passes no labels"):
         Pipeline(labelled)
@@ -163,9 +163,9 @@ def test_peers_say_why_they_cannot_be_had():
     with pytest.raises(ValueError, match="names no sample_size"):
         _ = Subject(Checkpoint(UNet(replace(TINY_UNET, sample_size=None)), NoiseSchedule.linear())).shape
     with pytest.raises(Missing, match="does not compute in fp8"):
-        peer("plain PyTorch", replace(labelled, dtype="fp8"))
+        baseline("plain PyTorch", replace(labelled, dtype="fp8"))
     with pytest.raises(Missing, match="in fp32 on a CPU only"):
-        peer("ONNX Runtime", replace(labelled, dtype="bf16"))
+        baseline("ONNX Runtime", replace(labelled, dtype="bf16"))
 
 
 @pytest.mark.parametrize("name", ["ddpm_fast", "plain PyTorch", "diffusers"])
@@ -174,7 +174,7 @@ def test_a_loop_with_classes_ends_in_images(name):
         pytest.importorskip("diffusers")
     torch.manual_seed(0)
     subject = Subject(Checkpoint(UNet(replace(TINY_UNET, num_classes=3)).eval(), NoiseSchedule.linear()))
-    images = peer(name, subject).loop(4, 5)
+    images = baseline(name, subject).loop(4, 5)
     assert images.shape == (4, 3, 8, 8) and images.isfinite().all() and images.abs().max() <= 1.0001
 
 
@@ -290,7 +290,7 @@ def test_rows_that_ours_does_not_lead_say_so():
 
 
 def call(capsys, *arguments):
-    main = import_module("ddpm_fast.cli").main
+    main = import_module("ddpm_fast.cli.main").main
     with pytest.raises(SystemExit) as end:
         main(["bench", *map(str, arguments)])
     return end.value.code, *capsys.readouterr()
@@ -300,7 +300,7 @@ def test_commands(weights, tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.setattr("ddpm_fast.cli.bench.Effort", partial(Effort, burst=0.002, rest=0))
     out = tmp_path / "a.json"
-    how = ("--weights", weights, "--seconds", 0, "--steps", 2, "--peers", "plain PyTorch")
+    how = ("--weights", weights, "--seconds", 0, "--steps", 2, "--baselines", "plain PyTorch")
     code, text, _ = call(capsys, "sweep", *how, "--batch-sizes", "1,2,3", "--out", out)
     assert code == 0 and f"-> {out}, {tmp_path / 'a.png'}" in text and text.count("plain PyTorch fp32") >= 3
     found = json.loads(out.read_text())
@@ -324,7 +324,7 @@ def test_commands(weights, tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--peers", "tensorflow"), "--peers: unknown engine 'tensorflow'; expected plain PyTorch"),
+        (("--baselines", "tensorflow"), "--baselines: unknown engine 'tensorflow'; expected plain PyTorch"),
         (("--out", "a.txt"), "expected the name of a .json file"),
         (("--out", "no/such/folder/a.json"), "in a directory that exists"),
         (("--compare", "nothing.json"), "nothing.json is no result of ddpm-fast bench"),
@@ -359,7 +359,7 @@ def test_sweeps_of_nothing_are_refused(weights, capsys):
 def test_bf16_images_are_held_against_fp32_steps(weights):
     """Half-precision networks are judged too; relative to fp64 as far off as their type says."""
     subject = replace(Setting(str(weights)).subject(), dtype="bf16")
-    made, given = peer("plain PyTorch", subject), subject.inputs(2)
+    made, given = baseline("plain PyTorch", subject), subject.inputs(2)
     exact = UNet(subject.unet.config).double()
     exact.load_state_dict(subject.unet.state_dict())
     with torch.no_grad():

@@ -20,7 +20,7 @@ WEIGHTS = Path(__file__).parents[2] / "weights" / "fashion-mnist-32"
 
 @pytest.fixture
 def run(capsys):
-    main = import_module("ddpm_fast.cli").main
+    main = import_module("ddpm_fast.cli.main").main
 
     def call(*arguments):
         with pytest.raises(SystemExit) as end:

@@ -15,7 +15,7 @@ from ddpm_fast.diffusion.losses import (
     min_snr_weights,
 )
 from ddpm_fast.diffusion.prediction import conversion, convert
-from ddpm_fast.diffusion.presets import PROFILES
+from ddpm_fast.diffusion.presets import PRESETS
 from ddpm_fast.kernels import noise as N
 from ddpm_fast.kernels.q_sample import q_sample
 
@@ -74,18 +74,18 @@ def denoiser(schedule, x_t, t, prediction="eps"):
     return of_x * x_t + of_out * eps
 
 
-def first_variance(schedule, variance, profile):
+def first_variance(schedule, variance, preset):
     small = schedule.posterior_var[1]
-    return schedule.beta[0] if variance == "fixed_large" and profile == "exact" else small
+    return schedule.beta[0] if variance == "fixed_large" and preset == "exact" else small
 
 
-def closed_form(schedule, variance, profile):
+def closed_form(schedule, variance, preset):
     """E[L_{t-1}] for every t >= 1 in bits, and E[L_0] of the continuous Gaussian."""
     small = schedule.posterior_var[1:]
     var = small if variance == "fixed_small" else schedule.beta[1:]
     left = STD**2 * schedule.noise_var / (schedule.alpha_bar * STD**2 + schedule.noise_var)  # variance of x_0 given x_t
     kl = 0.5 * (small / var - 1 - np.log(small / var) + schedule.posterior_mean_x_0[1:] ** 2 * left[1:] / var)
-    first = first_variance(schedule, variance, profile)
+    first = first_variance(schedule, variance, preset)
     l_0 = 0.5 * (np.log(2 * np.pi * first) + left[0] / first)
     a, n = schedule.alpha_bar[-1], schedule.noise_var[-1]
     prior = 0.5 * (n + a * (STD**2 + MEAN**2) - 1 - np.log(n))
@@ -93,25 +93,25 @@ def closed_form(schedule, variance, profile):
 
 
 @pytest.mark.parametrize(
-    ("variance", "profile", "gap"),
+    ("variance", "preset", "gap"),
     [("fixed_small", "exact", 0.7982), ("fixed_large", "exact", 0.0075), ("fixed_large", "openai", 0.1707)],
 )
-def test_the_bound_lies_above_the_likelihood_by_this(variance, profile, gap, figure):
+def test_the_bound_lies_above_the_likelihood_by_this(variance, preset, gap, figure):
     """For N(0.3, 0.25^2) and the exact denoiser: what fixing the variance costs."""
-    kl, l_0, prior = closed_form(LINEAR, variance, profile)
+    kl, l_0, prior = closed_form(LINEAR, variance, preset)
     entropy = 0.5 * np.log2(2 * np.pi * np.e * STD**2)
     found = kl.sum() + l_0 + prior - entropy
-    figure(f"bound above likelihood, N(0.3, 0.25^2), {variance}, profile {profile}: bits", f"{found:.4f}")
+    figure(f"bound above likelihood, N(0.3, 0.25^2), {variance}, preset {preset}: bits", f"{found:.4f}")
     assert found == pytest.approx(gap, abs=1e-4)
 
 
 @pytest.mark.parametrize("prediction", ["eps", "x_0", "v"])
-@pytest.mark.parametrize(("variance", "profile"), [("fixed_small", "exact"), ("fixed_large", "exact"), ("fixed_large", "openai")])
-def test_terms_on_gaussian_data_are_the_closed_form(variance, profile, prediction):
+@pytest.mark.parametrize(("variance", "preset"), [("fixed_small", "exact"), ("fixed_large", "exact"), ("fixed_large", "openai")])
+def test_terms_on_gaussian_data_are_the_closed_form(variance, preset, prediction):
     """Monte Carlo over 4,000 pixels a timestep, all timesteps at once; z-scores of 999 terms and of their sum."""
     schedule = LINEAR
-    bound = Bound(schedule, prediction, variance, clip=None, profile=PROFILES[profile])
-    kl, _, prior = closed_form(schedule, variance, profile)
+    bound = Bound(schedule, prediction, variance, clip=None, preset=PRESETS[preset])
+    kl, _, prior = closed_form(schedule, variance, preset)
     generator = torch.Generator().manual_seed(0)
     t = torch.arange(1000)
     x_0 = MEAN + STD * torch.randn(1000, 1, 80, 50, generator=generator, dtype=torch.float64)
@@ -130,12 +130,12 @@ def test_terms_on_gaussian_data_are_the_closed_form(variance, profile, predictio
     assert float(bound.prior(x_0).mean()) == pytest.approx(prior, rel=0.05)
 
 
-@pytest.mark.parametrize(("variance", "profile"), [("fixed_small", "exact"), ("fixed_large", "exact")])
-def test_l_0_on_gaussian_data_is_the_integral(variance, profile):
+@pytest.mark.parametrize(("variance", "preset"), [("fixed_small", "exact"), ("fixed_large", "exact")])
+def test_l_0_on_gaussian_data_is_the_integral(variance, preset):
     """E[L_0] with its 256 levels, by integrating over x_0 and what the denoiser does not know of it."""
     stats = pytest.importorskip("scipy.stats")
-    bound = Bound(LINEAR, "eps", variance, clip=None, profile=PROFILES[profile])
-    sigma = np.sqrt(first_variance(LINEAR, variance, profile))
+    bound = Bound(LINEAR, "eps", variance, clip=None, preset=PRESETS[preset])
+    sigma = np.sqrt(first_variance(LINEAR, variance, preset))
     a, n = np.sqrt(LINEAR.alpha_bar[0]), np.sqrt(LINEAR.noise_var[0])
     shrink = a * STD**2 / (a * a * STD**2 + n * n)
     x, e = np.linspace(-6, 6, 1201), np.linspace(-6, 6, 401)

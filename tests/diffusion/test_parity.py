@@ -8,7 +8,7 @@ import torch
 
 from bench import parity
 from ddpm_fast import NoiseSchedule, Sampler
-from ddpm_fast.diffusion.presets import PROFILES
+from ddpm_fast.diffusion.presets import PRESETS
 from ddpm_fast.diffusion.solvers import ddim_inversion_table, ddim_table, dpm_solver_table
 from ddpm_fast.diffusion.timesteps import choose_timesteps
 from ddpm_fast.kernels.ddpm_step import ddpm_step_reference, x_0_reference
@@ -17,7 +17,7 @@ diffusers = pytest.importorskip("diffusers")
 
 
 def test_every_solver_prediction_and_variance_is_the_papers_and_diffusers(figure):
-    """A loop of twenty steps in fp32. diffusers' own distance from fp64 is its tables', which ours in its profile repeats."""
+    """A loop of twenty steps in fp32. diffusers' own distance from fp64 is its tables', which ours in its preset repeats."""
     rows = [*parity.rows(), *parity.inversion_rows()]
     assert len(rows) == (8 + 6 + 4) * 3 + 2
     for r in rows:
@@ -25,11 +25,11 @@ def test_every_solver_prediction_and_variance_is_the_papers_and_diffusers(figure
         assert r["ours"] < 1e-6, name
         if r["apart"] is not None:
             assert r["apart"] < 5e-5 and r["theirs"] < 5e-5, name
-        if r["profile"] is not None:
-            assert r["profile"] < 2e-6, name
+        if r["preset"] is not None:
+            assert r["preset"] < 2e-6, name
     figure("56 loops of 20 steps against the papers in fp64: largest error, ours", f"{max(r['ours'] for r in rows):.1e}")
     figure("the same, diffusers'", f"{max(r['theirs'] or 0 for r in rows):.1e}")
-    figure("ours in the profile diffusers against diffusers", f"{max(r['profile'] or 0 for r in rows):.1e}")
+    figure("ours in the preset diffusers against diffusers", f"{max(r['preset'] or 0 for r in rows):.1e}")
 
 
 @pytest.mark.parametrize(("solver", "wanted", "slack"), [("ddim", 1, 0.1), ("dpm++2m", 2, 0.15)])
@@ -75,7 +75,7 @@ def with_noise(t):
 
 def table_of(solver, t, prediction="eps", schedule=None, **more):
     schedule = schedule or NoiseSchedule.linear()
-    return PROFILES["diffusers"].table(schedule, solver, np.asarray(t), prediction, "fixed_small", 1.0, **more)
+    return PRESETS["diffusers"].table(schedule, solver, np.asarray(t), prediction, "fixed_small", 1.0, **more)
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_published_ddpm_loops(prediction, start, total, mean):
     ids=["no_noise", "v_prediction", "set_alpha_to_one", "with_noise"],
 )
 def test_published_ddim_loops(prediction, beta_start, start, total, mean):
-    t = PROFILES["diffusers"].timesteps(1000, "ddim", 10)
+    t = PRESETS["diffusers"].timesteps(1000, "ddim", 10)
     assert t.tolist() == [900, 800, 700, 600, 500, 400, 300, 200, 100, 0]
     t, x = (t, sample_deter()) if start is None else (t[start:], with_noise(t[start]).float())
     got = loop(table_of("ddim", t, prediction, NoiseSchedule.linear(beta_start)), x)
@@ -117,7 +117,7 @@ def test_published_ddim_loops(prediction, beta_start, start, total, mean):
 )
 def test_published_dpm_solver_loops(prediction, start, total, mean):
     """Their configuration there: nothing clipped, and the last step leads to the noise of timestep 0 (sigma_min)."""
-    t = PROFILES["diffusers"].timesteps(1000, "dpm++2m", 10)
+    t = PRESETS["diffusers"].timesteps(1000, "dpm++2m", 10)
     assert t[0] == 999 and t[-1] == 100
     x = sample_deter() if start is None else with_noise(t[start]).float()
     t = np.append(t if start is None else t[start:], 0)
@@ -146,10 +146,10 @@ def test_the_first_order_sde_step_is_ddpm_with_the_small_variance():
     """Between two levels without a step before, "dpm++2m-sde" and DDPM are one distribution (Lu et al. 2022b, section A)."""
     schedule = NoiseSchedule.linear()
     for t in ([999, 500], [700, 10], [30, 29]):
-        sde = PROFILES["exact"].table(schedule, "dpm++2m-sde", np.array(t))
-        ddpm = PROFILES["exact"].table(schedule, "ddpm", np.array(t), variance="fixed_small")
+        sde = PRESETS["exact"].table(schedule, "dpm++2m-sde", np.array(t))
+        ddpm = PRESETS["exact"].table(schedule, "ddpm", np.array(t), variance="fixed_small")
         np.testing.assert_allclose(sde.coef, ddpm.coef, rtol=1e-9, atol=1e-12)
-    ode, ddim = (PROFILES["exact"].table(schedule, s, np.array([800, 300])) for s in ("dpm++2m", "ddim"))
+    ode, ddim = (PRESETS["exact"].table(schedule, s, np.array([800, 300])) for s in ("dpm++2m", "ddim"))
     np.testing.assert_allclose(ode.coef, ddim.coef, rtol=1e-9, atol=1e-12)
 
 
@@ -170,13 +170,13 @@ def test_multistep_through_the_sampler_is_the_loop(solver):
 def test_zero_terminal_snr_needs_no_special_care(solver, prediction):
     """At alpha_bar = 0 lambda is minus infinity; every coefficient stays finite and the first step forgets x_T."""
     schedule = NoiseSchedule.linear().zero_terminal_snr()
-    table = PROFILES["exact"].table(schedule, solver, choose_timesteps(1000, 10), prediction)
+    table = PRESETS["exact"].table(schedule, solver, choose_timesteps(1000, 10), prediction)
     finite = np.delete(table.coef, [2], axis=1)
     assert np.isfinite(finite).all()
     theirs = diffusers.DDIMScheduler(rescale_betas_zero_snr=True)
     np.testing.assert_allclose(schedule.alpha_bar, theirs.alphas_cumprod.double().numpy(), rtol=2e-4, atol=1e-9)
     with pytest.raises(ValueError, match="let the network predict x_0 or v"):
-        PROFILES["exact"].table(schedule, solver, choose_timesteps(1000, 10), "eps")
+        PRESETS["exact"].table(schedule, solver, choose_timesteps(1000, 10), "eps")
 
 
 def test_inversion_leads_back(figure):
@@ -209,8 +209,8 @@ def test_refuses():
         (lambda: ddim_table(schedule, t, eps_from="nowhere"), "eps_from 'nowhere'"),
         (lambda: ddim_inversion_table(schedule, t, sees="both"), "sees 'both'"),
         (lambda: ddim_inversion_table(schedule, t, "x_0", sees="target"), "x_0 alone does not say what eps is"),
-        (lambda: PROFILES["ho"].timesteps(1000, "ddpm", 50), "visits all 1000 timesteps"),
-        (lambda: Sampler(lambda x, t: x, schedule, (1, 4, 4)).table(profile="mine"), "profile 'mine'"),
+        (lambda: PRESETS["ho"].timesteps(1000, "ddpm", 50), "visits all 1000 timesteps"),
+        (lambda: Sampler(lambda x, t: x, schedule, (1, 4, 4)).table(preset="mine"), "preset 'mine'"),
     ):
         with pytest.raises(ValueError, match=message):
             call()

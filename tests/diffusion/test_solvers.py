@@ -7,7 +7,7 @@ import torch
 from ddpm_fast import NoiseSchedule
 from ddpm_fast.data.pixels import to_uint8
 from ddpm_fast.diffusion.prediction import convert
-from ddpm_fast.diffusion.presets import EXACT, PROFILES
+from ddpm_fast.diffusion.presets import EXACT, PRESETS
 from ddpm_fast.diffusion.solvers import ddim_table, ddpm_table
 from ddpm_fast.diffusion.timesteps import choose_timesteps
 from ddpm_fast.kernels.ddpm_step import COLUMNS, ddpm_step_reference
@@ -165,22 +165,22 @@ def test_quadratic_is_ermongroups_without_its_repetitions(steps):
     assert choose_timesteps(1000, steps, "quadratic")[::-1].tolist() == sorted(set(theirs))
 
 
-def test_profiles_visit_what_their_codebases_do():
-    uniform = PROFILES["ddim"].timesteps(1000, "ddim", 300)
+def test_preset_visit_what_their_codebases_do():
+    uniform = PRESETS["ddim"].timesteps(1000, "ddim", 300)
     assert uniform[::-1].tolist() == list(range(0, 1000, 3))  # 334 steps: what skip = 1000 // 300 comes to
-    assert PROFILES["openai"].timesteps(1000, "ddpm", 250).tolist() == choose_timesteps(1000, "250").tolist()
+    assert PRESETS["openai"].timesteps(1000, "ddpm", 250).tolist() == choose_timesteps(1000, "250").tolist()
     for steps in (20, 37):
         theirs = diffusers.DPMSolverMultistepScheduler()
         theirs.set_timesteps(steps)
-        assert PROFILES["diffusers"].timesteps(1000, "dpm++2m", steps).tolist() == theirs.timesteps.tolist()
+        assert PRESETS["diffusers"].timesteps(1000, "dpm++2m", steps).tolist() == theirs.timesteps.tolist()
         theirs = diffusers.DDPMScheduler()
         theirs.set_timesteps(steps)
-        assert PROFILES["diffusers"].timesteps(1000, "ddpm", steps).tolist() == theirs.timesteps.tolist()
-    assert len(PROFILES["ho"].timesteps(1000, "ddpm", None)) == 1000
-    assert len(PROFILES["exact"].timesteps(1000, "dpm++2m", None)) == 20
+        assert PRESETS["diffusers"].timesteps(1000, "ddpm", steps).tolist() == theirs.timesteps.tolist()
+    assert len(PRESETS["ho"].timesteps(1000, "ddpm", None)) == 1000
+    assert len(PRESETS["exact"].timesteps(1000, "dpm++2m", None)) == 20
 
 
-def test_profiles_round_as_their_codebases_do():
+def test_preset_round_as_their_codebases_do():
     x = torch.linspace(-1.1, 1.1, 2001).view(1, 1, 1, -1)
     theirs = {
         "ho": ((x + 1) * 127.5).clamp(0, 255).to(torch.uint8),
@@ -190,16 +190,16 @@ def test_profiles_round_as_their_codebases_do():
         "exact": ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8),
     }
     for name, want in theirs.items():
-        got = to_uint8(x, PROFILES[name].level)
+        got = to_uint8(x, PRESETS[name].level)
         assert (got.flatten().int() - want.flatten().int()).abs().max() <= (name == "diffusers"), name  # a tie's last bit
-    assert to_uint8(torch.full((1, 1, 1, 1), 0.999), PROFILES["openai"].level).item() == 254
+    assert to_uint8(torch.full((1, 1, 1, 1), 0.999), PRESETS["openai"].level).item() == 254
 
 
-def test_ddims_profile_does_not_clip_and_its_ddpm_does():
+def test_ddims_preset_does_not_clip_and_its_ddpm_does():
     t = choose_timesteps(1000, 10)
     clip = COLUMNS.index("clip")
-    assert np.isinf(PROFILES["ddim"].table(SCHEDULE, "ddim", t).coef[:, clip]).all()
-    assert (PROFILES["ddim"].table(SCHEDULE, "ddpm", t).coef[:, clip] == 1).all()
+    assert np.isinf(PRESETS["ddim"].table(SCHEDULE, "ddim", t).coef[:, clip]).all()
+    assert (PRESETS["ddim"].table(SCHEDULE, "ddpm", t).coef[:, clip] == 1).all()
 
 
 @pytest.mark.parametrize(

@@ -120,7 +120,7 @@ def test_goes_on_where_it_stopped_with_the_same_figures(tmp_path):
     again = []
     bits_per_dimension(sampler(), DATA, kept=kept, advance=again.append)
     assert again == [60]  # nothing left to do
-    for change in (dict(seed=1), dict(profile="ho"), dict(steps=10)):
+    for change in (dict(seed=1), dict(preset="ho"), dict(steps=10)):
         with pytest.raises(ValueError, match="another evaluation"):
             bits_per_dimension(sampler(), DATA, kept=kept, **change)
     with pytest.raises(ValueError, match="another evaluation"):
@@ -132,9 +132,9 @@ def test_goes_on_where_it_stopped_with_the_same_figures(tmp_path):
         bits_per_dimension(sampler(), DATA, kept=kept)
 
 
-def test_profiles_differ_at_the_first_term_alone():
+def test_preset_differ_at_the_first_term_alone():
     """The variance at t = 0 and the decoder: OpenAI's against ours."""
-    exact, openai = (bits_per_dimension(sampler(), DATA, profile=name).terms for name in ("exact", "openai"))
+    exact, openai = (bits_per_dimension(sampler(), DATA, preset=name).terms for name in ("exact", "openai"))
     np.testing.assert_array_equal(exact[:, 1:], openai[:, 1:])
     assert (exact[:, 0] != openai[:, 0]).all()
 
@@ -155,7 +155,7 @@ def test_refuses(data, message):
 def test_command_line(tmp_path, capsys):
     pytest.importorskip("click")
     pytest.importorskip("safetensors")
-    cli = import_module("ddpm_fast.cli")
+    cli = import_module("ddpm_fast.cli.main")
     save_pretrained(tmp_path / "model", small_unet(), CHAIN, variance="fixed_small")
     np.savez(tmp_path / "images.npz", images=np.repeat(PIXELS[..., :1], 3, axis=3))
 

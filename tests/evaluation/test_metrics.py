@@ -17,7 +17,7 @@ from ddpm_fast.evaluation.metrics import Features, class_scores, fid, kid
 linalg = pytest.importorskip("scipy.linalg")
 pytest.importorskip("torchmetrics")
 pytest.importorskip("efficientnet_lite_pytorch")
-cli = import_module("ddpm_fast.cli")
+cli = import_module("ddpm_fast.cli.main")
 WEIGHTS = Path(__file__).parents[2] / "weights"
 FASHION = Path("/usr/share/datasets/fashion-mnist")
 

@@ -37,7 +37,7 @@ def test_every_launch_passes_its_self_check(dtype, batch, tmp_path, monkeypatch)
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", ".*deterministic.*")  # cuBLAS, where weights are packed
         fused = FusedUNet(cifar(), batch, dtype)
-    assert not fused.plan().twins and fused.invariant
+    assert not fused.plan().fallbacks and fused.invariant
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp8"])

@@ -168,7 +168,7 @@ def test_fold_is_the_four_projections(c, scale):
     q = torch.einsum("kc,nchw->nkhw", m, x) + m_bias[:, None, None]
     out = poisoned(2, 5, 7, c, torch.float64, "cpu")
     op = FoldedAttention(v / scale, v_bias / scale, residual_scale=1 / scale)
-    op.twin(map_of(q, bordered=False), map_of(x, bordered=False), out, map_of(x), compute=torch.float64)
+    op.fallback(map_of(q, bordered=False), map_of(x, bordered=False), out, map_of(x), compute=torch.float64)
     torch.testing.assert_close(out.pixels, made(x), rtol=0, atol=1e-10)
     # each of the eight matters, but the keys' bias: it adds the same to all logits of a query
     for i, (weight, bias) in enumerate(projections(made)):
@@ -179,12 +179,12 @@ def test_fold_is_the_four_projections(c, scale):
             p.div_(1.01)
 
 
-def test_twin_of_heads_is_the_layer():
+def test_fallback_of_heads_is_the_layer():
     c, heads = 48, 3
     made, x = layer(c, heads), normal(2, c, 5, 7).double()
     qkv = torch.cat([F.linear(pixels_first(x), *p) for p in projections(made)[:3]], dim=2).transpose(1, 2).unflatten(2, (5, 7))
     out = poisoned(2, 5, 7, c, torch.float64, "cpu")
-    Attention(heads).twin(map_of(qkv, bordered=False), out, compute=torch.float64)
+    Attention(heads).fallback(map_of(qkv, bordered=False), out, compute=torch.float64)
     projected = F.linear(pixels_first(out.pixels), *projections(made)[3]).transpose(1, 2).unflatten(2, (5, 7))
     torch.testing.assert_close(x + projected, made(x), rtol=0, atol=1e-10)
 

@@ -222,7 +222,7 @@ def test_upsample(shape, bm, tma, dtype, device):
     b = normal(k, seed=2, dtype=dtype, device=device).float()
     op = UpsampleConv.of(weight, b, dtype, tiles(device, dtype, c, k, tma=tma, bm=bm))
     out, rounding = poisoned(n, 2 * h, 2 * w, k, dtype, device), 8 * torch.finfo(dtype).eps
-    assert_operation(op, out, of_all(upsample_conv_reference, x, weight, b), twin=rounding, x=map_of(x))
+    assert_operation(op, out, of_all(upsample_conv_reference, x, weight, b), fallback=rounding, x=map_of(x))
 
 
 @pytest.mark.kernel
@@ -390,7 +390,7 @@ def test_upsampled_convolution_is_four_small_ones(size):
     """In fp64, where the sums of weights are as good as exact."""
     x, weight, b = normal(2, 4, *size).double(), normal(6, 4, 3, 3).double(), normal(6).double()
     op, out = UpsampleConv(pack_parities(weight), b, None), poisoned(2, 2 * size[0], 2 * size[1], 6, torch.float64, "cpu")
-    op.twin(map_of(x), out, compute=torch.float64)
+    op.fallback(map_of(x), out, compute=torch.float64)
     torch.testing.assert_close(out.pixels, upsample_conv_reference(x, weight, b), rtol=0, atol=1e-13)
 
 

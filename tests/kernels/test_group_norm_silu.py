@@ -226,12 +226,12 @@ def test_e4m3_output(shape, form, device):
     gamma = case.op.gamma.clone()
     gamma[5] = 1e6
     op = case.op = replace(case.op, gamma=gamma, unit=1 / 32)
-    out, twin = case.out(dtype=E4M3), case.out(dtype=E4M3)
+    out, fallback = case.out(dtype=E4M3), case.out(dtype=E4M3)
     run_twice(op, out, **case.arguments())
-    op.twin(out=twin, compute=torch.float64, **case.arguments())
+    op.fallback(out=fallback, compute=torch.float64, **case.arguments())
     exact = case.reference(torch.float64) * 32
     assert_e4m3(out.pixels, exact)
-    assert torch.equal(twin.pixels.double(), nearest(exact))
+    assert torch.equal(fallback.pixels.double(), nearest(exact))
     over = exact > 2 * E4M3_MAX
     assert over[:, 5].any() and (out.pixels.double()[over] == E4M3_MAX).all()
     with pytest.raises(AssertionError, match="not the nearest"):
@@ -256,20 +256,22 @@ def test_e4m3_saturates_below_too(device):
     "shape", [ONE_PASS["width 3"], ONE_PASS["width 12, the last block not full"], TWO_PASS["one group of 96"]], ids=str
 )
 def test_what_saturates_is_counted(shape, device):
-    """Exactly, in the pixels alone, by kernel and twin; NaN among it, which is not clamped away."""
+    """Exactly, in the pixels alone, by kernel and fallback; NaN among it, which is not clamped away."""
     needs_e4m3(device)
     case = Case(*shape, torch.float32, device, silu=False)
 
     def counted(op, by):
         out, saturated = case.out(dtype=E4M3), torch.full((1, 1), 7, dtype=torch.int64, device=device)
-        getattr(op, by)(out=out, saturated=saturated, **case.arguments(), **(dict(compute=torch.float32) if by == "twin" else {}))
+        getattr(op, by)(
+            out=out, saturated=saturated, **case.arguments(), **(dict(compute=torch.float32) if by == "fallback" else {})
+        )
         return out, int(saturated) - 7
 
     beta = case.op.beta.clone()
     beta[[3, 10]] = torch.tensor([1e4, -1e4], device=device)  # every pixel of two channels
     fits, over = replace(case.op, unit=0.5), replace(case.op, beta=beta)
     pixels = case.x[:, 0].numel()
-    for by in ("run", "twin"):
+    for by in ("run", "fallback"):
         assert counted(fits, by)[1] == 0, by
         assert counted(over, by)[1] == 2 * pixels, by
         case.x[-1, 3, 1, 2] = float("nan")  # a group of one image
@@ -387,7 +389,7 @@ def test_blocks_of_the_largest_that_one_pass_holds():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("form", FORMS)
-def test_twin_and_reference(form, dtype):
+def test_fallback_and_reference(form, dtype):
     """Against the layers of the network, one by one."""
     case = Case(2, 32, 16, 4, 5, 7, torch.float32, "cpu", **FORMS[form])
     op, out, x = case.op, case.out(dtype=torch.float64), case.x.double()
@@ -400,7 +402,7 @@ def test_twin_and_reference(form, dtype):
         scale, shift = case.table[case.row, COLUMN : COLUMN + 96].double()[:, :, None, None].chunk(2, dim=1)
         x = x * (1 + scale) + shift
     want = (F.silu(x) if op.silu else x).detach()
-    op.twin(out=out, compute=dtype, **case.arguments())
+    op.fallback(out=out, compute=dtype, **case.arguments())
     tolerance = partial(torch.testing.assert_close, rtol=0, atol=1e-12 if dtype == torch.float64 else 1e-5)
     tolerance(out.pixels, want)
     tolerance(case.reference(dtype).double(), want)

@@ -130,7 +130,7 @@ def test_statistics_are_of_what_is_stored(kind, size, dtype, device):
     plain = case.out()
     case.op.run(out=plain, **case.arguments())
     assert_same_bits(plain.rows, out.rows, "without statistics")
-    out, stats = case.run(by="twin", compute=torch.float32)
+    out, stats = case.run(by="fallback", compute=torch.float32)
     torch.testing.assert_close(stats.grid.double(), one_by_one(out, tiling), rtol=1e-5, atol=1e-5)
 
 
@@ -233,8 +233,8 @@ class Norm:
         return group_norm_silu_reference(self.x.to(dtype), *weights, self.op.groups, self.op.eps, **more)
 
     def check(self, **changed):
-        # the twin is as exact as the statistics, which are fp32
-        assert_operation(self.op, self.out(), self.reference, twin=1e-5, **(self.arguments() | changed))
+        # the fallback is as exact as the statistics, which are fp32
+        assert_operation(self.op, self.out(), self.reference, fallback=1e-5, **(self.arguments() | changed))
 
 
 @pytest.fixture

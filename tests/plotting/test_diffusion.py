@@ -69,10 +69,10 @@ def test_the_reverse_strip_ends_in_what_sample_draws(how, moments):
     assert np.array_equal(trajectory.x[0], ((start.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy())
 
 
-@pytest.mark.parametrize("profile", ["exact", "openai", "diffusers", "ddim"])
-def test_the_reverse_strip_rounds_as_its_profile_does(profile):
+@pytest.mark.parametrize("preset", ["exact", "openai", "diffusers", "ddim"])
+def test_the_reverse_strip_rounds_as_its_preset_does(preset):
     sampler = Sampler(tiny(), CHAIN, (1, 8, 8))
-    how = dict(solver="ddim", steps=5, profile=profile)
+    how = dict(solver="ddim", steps=5, preset=preset)
     assert np.array_equal(reverse_trajectory(sampler, 4, **how).x[-1], sampler.sample(4, **how).numpy())
 
 
@@ -139,7 +139,7 @@ def call(tmp_path, capsys):
 
     def run(*arguments):
         with pytest.raises(SystemExit) as end:
-            import_module("ddpm_fast.cli").main(["plot", *(str(a) for a in arguments)])
+            import_module("ddpm_fast.cli.main").main(["plot", *(str(a) for a in arguments)])
         return end.value.code, capsys.readouterr().err
 
     return run

@@ -62,7 +62,7 @@ def test_first_row(tmp_path):
 
 
 def test_commands_and_bad_input(run, tmp_path, capsys):
-    main = import_module("ddpm_fast.cli").main
+    main = import_module("ddpm_fast.cli.main").main
 
     def call(*arguments):
         with pytest.raises(SystemExit) as end:

@@ -128,7 +128,7 @@ def test_refuses_what_does_not_fit():
 def test_command_line_to_a_model_that_knows_its_variance(tmp_path, capsys):
     pytest.importorskip("click")
     pytest.importorskip("safetensors")
-    cli = import_module("ddpm_fast.cli")
+    cli = import_module("ddpm_fast.cli.main")
     np.savez(tmp_path / "images.npz", images=DATA.images)
     tiny = [
         "--resolution",

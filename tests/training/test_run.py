@@ -20,7 +20,7 @@ from ddpm_fast.training.checkpoints import checkpoints, latest_checkpoint, lock,
 
 pytest.importorskip("click")
 pytest.importorskip("safetensors")
-cli = import_module("ddpm_fast.cli")
+cli = import_module("ddpm_fast.cli.main")
 TINY = ("--resolution", 8, "--channels", "8,16", "--layers", 1, "--head-dim", 8, "--train-batch-size", 4, "--lr-warmup-steps", 2)
 
 

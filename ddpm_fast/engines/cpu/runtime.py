@@ -8,6 +8,7 @@ from typing import Any
 
 from llvmlite import ir
 
+from ...kernels import noise
 from .codegen import I32, I64, Function, Value, compile_cached, entry, vector_width
 from .instructions import INSTRUCTIONS
 from .reverse_step import reverse_step
@@ -143,9 +144,9 @@ def _module(width: int) -> str:
 def compile_kernels() -> tuple[Callable[..., None], Any, bool]:
     """(work, the engine that must live as long, was it found in the cache)."""
     width = vector_width()
-    sources = [str(width)]
-    here = Path(__file__).parent
-    for name in ("code.py", "instructions.py", "reverse_step.py", "machine.py", "../kernels/noise.py", "../kernels/ddpm_step.py"):
-        sources.append((here / name).read_text())
+    here, kernels = Path(__file__).parent, Path(noise.__file__).parent
+    files = [here / f"{name}.py" for name in ("codegen", "instructions", "reverse_step", "runtime")]
+    files += [kernels / f"{name}.py" for name in ("noise", "ddpm_step")]
+    sources = [str(width), *(path.read_text() for path in files)]
     engine, found = compile_cached(lambda: _module(width), sources)
     return entry(engine, "work", 6), engine, found

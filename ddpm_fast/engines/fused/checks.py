@@ -1,4 +1,4 @@
-"""Each launch of a plan held against its twin: the rule, and the process that applies it.
+"""Each launch of a plan held against its fallback: the rule, and the process that applies it.
 
 An illegal access poisons the process that made it, and a deadlock never returns. So this runs as a process of its own (`verdicts`
 starts it), judges launch by launch, and says before each which it is about to run.
@@ -12,7 +12,7 @@ What a launch must show, on the first, the middle and the last image of a batch,
 - a border of exact zeros, and the same bits in a second run
 - where it keeps statistics: those of what it stored, to `STATISTICS`
 
-The truth is the twin in fp32, or fp64 where the plan is fp32. Then the whole forward is held against the reference network.
+The truth is the fallback in fp32, or fp64 where the plan is fp32. Then the whole forward is held against the reference network.
 """
 
 from __future__ import annotations
@@ -105,16 +105,16 @@ def judge_statistics(stats: FeatureMap, out: FeatureMap, tiling: Tiling) -> Verd
 
 
 def check_launch(plan: Plan, launch: Launch) -> Verdict:
-    """Runs a launch by its kernel, twice, on what its inputs hold, and by its twin on three images."""
+    """Runs a launch by its kernel, twice, on what its inputs hold, and by its fallback on three images."""
     arguments, out = plan.arguments(launch), plan.maps[launch.out]
     outputs = {name: plan.maps[b] for name, b in launch.writes.items() if name != "scratch"}
     images = sorted({0, out.images // 2, out.images - 1})
     some = {k: _of_images(v, images, out.images) for k, v in arguments.items()}
     truth_type = torch.float64 if out.rows.dtype == torch.float32 and not _is_half(plan) else torch.float32
     exact = _like(some["out"], truth_type)
-    launch.op.twin(**(some | {"out": exact}), compute=truth_type)
+    launch.op.fallback(**(some | {"out": exact}), compute=truth_type)
     plain = _like(some["out"], out.rows.dtype)
-    launch.op.twin(**(some | {"out": plain}), compute=None)
+    launch.op.fallback(**(some | {"out": plain}), compute=None)
     bits = [fm.rows.view(torch.uint8) for fm in outputs.values()]
     before = bits
     for _ in range(2):
@@ -203,7 +203,7 @@ def main(lines: IO[str], say: Callable[[dict[str, Any]], None]) -> None:
         for launch in plan:
             if launch.name not in known and not _judge(launch.name, partial(check_launch, plan, launch), say).passed:
                 failed.add(launch.name)
-            plan.twins = failed
+            plan.fallbacks = failed
             plan.run_one(launch)  # so that the next one has something to read
         if FORWARD not in known:
             _judge(FORWARD, partial(check_forward, fused, unet), say)

@@ -1,7 +1,7 @@
 """The engine for a GPU: network, noise, update and step counter as one CUDA graph over static buffers.
 
 t, coefficients, time embeddings and noise are looked up on the device, so one graph serves every solver, seed and number of steps.
-Elsewhere the same step runs uncaptured: by Triton's interpreter, or by the twins of its launches.
+Elsewhere the same step runs uncaptured: by Triton's interpreter, or by the fallbacks of its launches.
 """
 
 from __future__ import annotations

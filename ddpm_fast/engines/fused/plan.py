@@ -1,8 +1,8 @@
 """A network as a fixed list of launches over buffers in one arena.
 
 A launch is an operation of `kernels` with the buffers it reads and writes. Each can run in two ways: by its Triton kernel, or by
-its twin, the same function in plain PyTorch over the same buffers. So everything but the kernels themselves (packing, algebra,
-arena, wiring) is proven on any machine by the twins, and a kernel that is not trusted is replaced by its twin.
+its fallback, the same function in plain PyTorch over the same buffers. So everything but the kernels themselves (packing, algebra,
+arena, wiring) is proven on any machine by the fallbacks, and a kernel that is not trusted is replaced by its fallback.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Op(Protocol):
     @property
     def run(self) -> Any: ...
     @property
-    def twin(self) -> Any: ...
+    def fallback(self) -> Any: ...
     @property
     def cost(self) -> Any: ...
 
@@ -137,8 +137,8 @@ class Plan:
 
     x, out     the external buffers that a run reads from and writes to
     given      memory of external buffers that is there already
-    twins      names of the launches that run by their twins
-    compute    what twins compute in: a dtype, or None for each buffer's own; on a CPU fp32
+    fallbacks      names of the launches that run by their fallbacks
+    compute    what fallbacks compute in: a dtype, or None for each buffer's own; on a CPU fp32
     """
 
     def __init__(
@@ -149,7 +149,7 @@ class Plan:
         self.launches, self.device, self.x, self.out = launches, device, x, out
         self.compute = torch.float32 if device.type == "cpu" else None
         self.arena, self._given = Arena.of(launches), dict(given or {})
-        self.twins: set[str] = set()
+        self.fallbacks: set[str] = set()
         self.overlap = False
 
     @cached_property
@@ -174,14 +174,14 @@ class Plan:
         return {k: self.maps[b] for k, b in launch.buffers.items()} | dict(launch.tensors)
 
     def run_one(self, launch: Launch) -> None:
-        if launch.name in self.twins:
-            launch.op.twin(**self.arguments(launch), compute=self.compute)
+        if launch.name in self.fallbacks:
+            launch.op.fallback(**self.arguments(launch), compute=self.compute)
         else:
             with overlapped(self.overlap):
                 launch.op.run(**self.arguments(launch))
 
     def run(self) -> None:
-        with exactly(self.device) if self.twins else nullcontext():
+        with exactly(self.device) if self.fallbacks else nullcontext():
             for launch in self.launches:
                 self.run_one(launch)
 

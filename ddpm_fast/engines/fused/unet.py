@@ -30,7 +30,7 @@ from .calibration import Calibration, e4m3_convolutions, load_calibration
 from .packing import E4M3, Network, check_tiles
 from .plan import Plan, exactly
 from .precompile import compile_in_parallel
-from .verification import Subject, twins_of, verdicts
+from .verification import Subject, fallbacks_of, verdicts
 
 # name -> type of the activations, type of what 3x3 convolutions multiply
 DTYPES = {
@@ -46,7 +46,7 @@ class FusedUNet:
     """eps_theta(x_t, t) of a trained `UNet`, for batches of up to `batch_size`.
 
     `plan()` is the list of launches for an image size. On a GPU, or by Triton's interpreter, they run by their kernels,
-    elsewhere by their twins (`plan.twins` says which); memory is taken once for each image size.
+    elsewhere by their fallbacks (`plan.fallbacks` says which); memory is taken once for each image size.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class FusedUNet:
         tiles       overrides of launch configurations, by `fused_network.tile_key`
         overlap     launches begin while those before them finish (`kernels._launch`; sm_90 and newer), for small batches; no GPU
                     has run it yet
-        check       hold every launch against its twin before it is trusted (`self_check`); default: on a GPU
+        check       hold every launch against its fallback before it is trusted (`self_check`); default: on a GPU
 
         of fp8 alone:
         calibration      this network's, of `load_calibration`: the ranges of its activations, and which convolutions stay bf16;
@@ -161,12 +161,12 @@ class FusedUNet:
         plan = Plan(walk.launches, self.device, walk.x, walk.out, walk.given)
         plan.overlap = self.overlap
         if not (self.device.type == "meta" or launches_kernel(self.inputs.t)):
-            plan.twins = {launch.name for launch in plan}
+            plan.fallbacks = {launch.name for launch in plan}
         elif self.check:  # before the plan takes its memory: the child needs as much
             subject = self.subject(size, plan)
             if subject.kept() is None and self.device.type == "cuda":
                 compile_in_parallel(self.config, subject.options)
-            plan.twins = twins_of(verdicts(subject))
+            plan.fallbacks = fallbacks_of(verdicts(subject))
         return plan
 
     def subject(self, size: tuple[int, int], plan: Plan) -> Subject:
@@ -188,8 +188,8 @@ class FusedUNet:
 
     @property
     def invariant(self) -> bool:
-        """Is an image the same to the bit in every batch and place? Not where a twin runs: libraries choose by batch size."""
-        return not any(plan.twins for plan in self._plans.values())
+        """Is an image the same to the bit in every batch and place? Not where a fallback runs: libraries choose by batch size."""
+        return not any(plan.fallbacks for plan in self._plans.values())
 
     def saturated(self, clear: bool = False) -> dict[str, int]:
         """Convolution -> how many values of its e4m3 input were clamped or NaN, in all calls so far or since they were last

@@ -1,7 +1,7 @@
 """Which launches of a plan may run by their kernels: asked of child processes, with a time limit, and kept.
 
 If a child dies or falls silent, the launch in progress is to blame, and another child goes on behind it. Launches that fail run by
-their twins from then on; the verdict is kept for this GPU, this software and these sources.
+their fallbacks from then on; the verdict is kept for this GPU, this software and these sources.
 """
 
 from __future__ import annotations
@@ -196,8 +196,8 @@ def driver() -> str:
         return "unknown"
 
 
-def twins_of(found: Mapping[str, Verdict]) -> set[str]:
-    """What is to run by its twin, with one warning that says so; noise and step, if they failed, run their references from now on.
+def fallbacks_of(found: Mapping[str, Verdict]) -> set[str]:
+    """What is to run by its fallback, with one warning that says so; noise and step, if they failed, run their references from now on.
 
     Where every launch passed but the whole did not, none can be told from the others: then all.
     """
@@ -206,7 +206,7 @@ def twins_of(found: Mapping[str, Verdict]) -> set[str]:
         return set()
     named = "; ".join(f"{k} ({v.reason})" for k, v in list(failed.items())[:5]) + (" ..." if len(failed) > 5 else "")
     launches = set(found) - {*STEP_LAUNCHES, FORWARD}
-    twins = launches if FORWARD in failed else set(failed) & launches
+    fallbacks = launches if FORWARD in failed else set(failed) & launches
     _triton.UNTRUSTED.update(set(failed) & set(STEP_LAUNCHES))
     what = "the whole network runs" if FORWARD in failed else "what failed runs"
     count = f"{len(failed)} of {len(found)}"
@@ -214,4 +214,4 @@ def twins_of(found: Mapping[str, Verdict]) -> set[str]:
         f"{count} failed in the self-check of the kernels; {what} by plain PyTorch, slower but right: {named}",
         stacklevel=3,
     )
-    return twins
+    return fallbacks

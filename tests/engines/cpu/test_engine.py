@@ -169,7 +169,7 @@ def test_the_noise_is_that_of_the_reference_to_the_bit():
 @pytest.mark.parametrize("width", [4, 8])
 def test_cpus_with_narrower_vectors(width, monkeypatch):
     pytest.importorskip("llvmlite")
-    for module in ("executor", "machine"):
+    for module in ("executor", "runtime"):
         monkeypatch.setattr(f"ddpm_fast.engines.cpu.{module}.vector_width", lambda: width)
     for name in ("heads", "odd widths", "resblocks resample"):
         unet = network(**NETWORKS[name])
@@ -204,7 +204,7 @@ LOOPS = {
     "ddim, eta": dict(solver="ddim", steps=5, eta=0.7),
     "multistep": dict(solver="dpm++2m", steps=5),
     "multistep, noisy": dict(solver="dpm++2m-sde", steps=5),
-    "as diffusers": dict(solver="ddpm", steps=5, profile="diffusers"),
+    "as diffusers": dict(solver="ddpm", steps=5, preset="diffusers"),
 }
 SHORT = dict(channels=(8, 16), sample_size=8, norm_groups=4)
 OF_NETWORKS = {

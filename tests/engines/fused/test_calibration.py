@@ -63,7 +63,7 @@ def folder(tmp_path):
 @pytest.fixture
 def run(capsys):
     pytest.importorskip("click")
-    main = import_module("ddpm_fast.cli").main
+    main = import_module("ddpm_fast.cli.main").main
 
     def call(*arguments):
         with pytest.raises(SystemExit) as end:
@@ -319,7 +319,7 @@ def right_casts(monkeypatch):
 @torch.no_grad()
 @pytest.mark.kernel
 @pytest.mark.usefixtures("right_casts")
-def test_by_kernels_as_by_twins(monkeypatch, device, figure, found):
+def test_by_kernels_as_by_fallbacks(monkeypatch, device, figure, found):
     """End to end, in fp16 and e4m3, since the interpreter cannot multiply bf16."""
     monkeypatch.setitem(fused_unet.DTYPES, "fp8", (torch.float16, torch.float8_e4m3fn))
     unet = network().to(device)
@@ -327,29 +327,29 @@ def test_by_kernels_as_by_twins(monkeypatch, device, figure, found):
     exact, errors, counts = unet(*args), [], []
     for calibration in (scaled(found, 4), scaled(found, 0.3)):
         fused = FusedUNet(unet, 3, "fp8", check=False, calibration=calibration, count_saturated=True)
-        for twins in (set(), {launch.name for launch in fused.plan()}):
-            fused.plan().twins = twins
+        for fallbacks in (set(), {launch.name for launch in fused.plan()}):
+            fused.plan().fallbacks = fallbacks
             errors.append(relative_error(fused(*args), exact))
             counts.append(fused.saturated(clear=True))
-    figure("fp8 with calibration: error by kernels, by twins", f"{errors[0]:.1e}, {errors[1]:.1e}")
+    figure("fp8 with calibration: error by kernels, by fallbacks", f"{errors[0]:.1e}, {errors[1]:.1e}")
     assert errors[0] < 1.05 * errors[1] < 0.1
     assert counts[:2] == [{}, {}]
-    by_kernels, by_twins = counts[2:]
-    assert sum(by_twins.values()) > 100
+    by_kernels, by_fallbacks = counts[2:]
+    assert sum(by_fallbacks.values()) > 100
     first = "down_blocks.0.resnets.0.conv1"  # behind it sums in another order may change what comes
-    assert by_kernels[first] == by_twins[first]
-    assert sum(by_kernels.values()) == pytest.approx(sum(by_twins.values()), rel=0.05)
+    assert by_kernels[first] == by_fallbacks[first]
+    assert sum(by_kernels.values()) == pytest.approx(sum(by_fallbacks.values()), rel=0.05)
 
 
 @torch.no_grad()
 def test_the_self_check_sees_a_wrong_unit(monkeypatch, found):
-    """In an e4m3 norm, whose twins in fp32 and in e4m3 must speak in the same unit; here a twin stands for the kernel."""
+    """In an e4m3 norm, whose fallbacks in fp32 and in e4m3 must speak in the same unit; here a fallback stands for the kernel."""
     norm = type(next(n.op for n in FusedUNet(network(), 3, "fp8", "cpu").plan() if n.op.name == "group_norm_silu"))
-    monkeypatch.setattr(norm, "run", lambda op, **maps: op.twin(**maps, compute=torch.float32))
+    monkeypatch.setattr(norm, "run", lambda op, **maps: op.fallback(**maps, compute=torch.float32))
     plan = FusedUNet(network(), 3, "fp8", "cpu", calibration=found).load(*inputs())
     launch = next(n for n in plan if n.out.dtype == torch.float8_e4m3fn)
     plan.run()
     assert check_launch(plan, launch).passed
-    wrong = lambda op, **maps: replace(op, unit=op.unit / 1.3).twin(**maps, compute=torch.float32)
+    wrong = lambda op, **maps: replace(op, unit=op.unit / 1.3).fallback(**maps, compute=torch.float32)
     monkeypatch.setattr(norm, "run", wrong)
     assert "relative error" in check_launch(plan, launch).reason

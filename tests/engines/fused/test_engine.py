@@ -75,7 +75,7 @@ def graphed():
 
 
 @pytest.mark.parametrize("loop", LOOPS, ids=lambda v: v["solver"])
-def test_fused_by_twins_draws_the_reference_images(loop):
+def test_fused_by_fallbacks_draws_the_reference_images(loop):
     options = dict(seed=3, batch_size=2, output="float") | loop
     want = sampler("reference").sample(5, **options)
     got = sampler("fused", dtype="fp32").sample(5, **options)
@@ -377,7 +377,7 @@ def test_advance_refuses():
 
 
 @pytest.mark.kernel
-def test_a_wrong_kernel_is_caught_and_its_launch_runs_by_its_twin(device, tmp_path, monkeypatch):
+def test_a_wrong_kernel_is_caught_and_its_launch_runs_by_its_fallback(device, tmp_path, monkeypatch):
     from ddpm_fast.kernels.conv3x3 import Conv3x3
 
     monkeypatch.setenv("DDPM_FAST_CACHE", str(tmp_path))
@@ -396,7 +396,7 @@ def test_a_wrong_kernel_is_caught_and_its_launch_runs_by_its_twin(device, tmp_pa
     with pytest.warns(UserWarning, match="conv_out"):
         got = s.sample(2, steps=2, output="float")
     (slots,) = s.engine._slots
-    assert "conv_out" in slots.fused.plan().twins and not s.engine.invariant
+    assert "conv_out" in slots.fused.plan().fallbacks and not s.engine.invariant
     torch.testing.assert_close(got, sampler("reference", model).sample(2, steps=2, output="float"), rtol=0, atol=1e-4)
 
 

@@ -1,4 +1,4 @@
-"""FusedUNet is the reference UNet: by twins at full size, by kernels through the interpreter, whatever is in the arena before."""
+"""FusedUNet is the reference UNet: by fallbacks at full size, by kernels through the interpreter, whatever is in the arena before."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -89,14 +89,14 @@ def run(fused, *args):
 @pytest.mark.parametrize(
     ("config", "batch"), [(NETWORKS["cifar10"], 3), (NETWORKS["celebahq256"], 1), (NETWORKS["improved_cifar10"], 2)]
 )
-def test_by_twins_at_full_size(config, batch, figure):
+def test_by_fallbacks_at_full_size(config, batch, figure):
     unet = of(config)
     fused = FusedUNet.from_unet(unet, batch, dtype="fp32")
-    if not fused.plan().twins:
+    if not fused.plan().fallbacks:
         pytest.skip("the interpreter has the small networks, and this one as a kernel test")
     args = inputs(config, batch)
     error = relative_error(run(fused, *args), unet(*args))
-    figure(f"FusedUNet by twins against the reference, {config.channels}, fp32", f"{error:.1e}")
+    figure(f"FusedUNet by fallbacks against the reference, {config.channels}, fp32", f"{error:.1e}")
     assert error < 1e-5
     if batch > 1:  # a smaller batch than it was planned for, and another size
         assert relative_error(run(fused, *(v[:1] for v in args)), unet(*(v[:1] for v in args))) < 1e-5
@@ -106,7 +106,7 @@ def test_by_twins_at_full_size(config, batch, figure):
 
 
 @torch.no_grad()
-def test_the_weights_that_ship_by_twins(figure):
+def test_the_weights_that_ship_by_fallbacks(figure):
     checkpoint = load_pretrained(WEIGHTS)
     unet = checkpoint.unet.eval()
     args = inputs(unet.config, 5)
@@ -125,19 +125,19 @@ def test_small_networks_by_kernels(name, device, figure):
     batch = 1 if config.size[0] > 16 else 2
     args = [v.to(device) for v in inputs(config, batch)]
     fused = FusedUNet(unet, batch, "fp32", check=False)
-    assert not fused.plan().twins
+    assert not fused.plan().fallbacks
     got = run(fused, *args)
     exact, plain = unet.double()(*args), unet.float()(*args)
     error, allowed = relative_error(got, exact), max(1e-6, 2 * relative_error(plain, exact))
     figure(f"by kernels against fp64, {name}: {len(fused.plan())} launches", f"{error:.1e} (plain PyTorch {allowed / 2:.1e})")
     assert error <= allowed
-    fused.plan().twins = {launch.name for launch in fused.plan()}
+    fused.plan().fallbacks = {launch.name for launch in fused.plan()}
     assert relative_error(run(fused, *args), exact) <= allowed
 
 
 @torch.no_grad()
 @pytest.mark.kernel
-def test_any_launch_can_be_swapped_for_its_twin(device):
+def test_any_launch_can_be_swapped_for_its_fallback(device):
     config = NETS["mid scale, centred, odd time width"]
     unet = of(config).to(device)
     args = [v.to(device) for v in inputs(config, 2)]
@@ -145,7 +145,7 @@ def test_any_launch_can_be_swapped_for_its_twin(device):
     plan, want = fused.plan(), unet(*args)
     one_of_each = {launch.op.name: launch.name for launch in plan}
     for name in one_of_each.values():
-        plan.twins = {name}
+        plan.fallbacks = {name}
         assert relative_error(run(fused, *args), want) < 3e-6 and not fused.invariant
 
 
@@ -192,10 +192,10 @@ def test_the_cifar10_network_by_every_kernel_of_its_plan(device, figure):
     args = [v.to(device) for v in inputs(unet.config, 1)]
     fused = FusedUNet(unet, 1, "fp16", check=False)
     got, exact = run(fused, *args), unet(*args)
-    fused.plan().twins = {launch.name for launch in fused.plan()}
-    twins = run(fused, *args)
-    error, other = relative_error(got, exact), relative_error(twins, exact)
-    figure("CIFAR-10 network, fp16, against fp32: by kernels, by twins", f"{error:.1e}, {other:.1e}")
+    fused.plan().fallbacks = {launch.name for launch in fused.plan()}
+    fallbacks = run(fused, *args)
+    error, other = relative_error(got, exact), relative_error(fallbacks, exact)
+    figure("CIFAR-10 network, fp16, against fp32: by kernels, by fallbacks", f"{error:.1e}, {other:.1e}")
     assert error < 1.5 * other and error < 2e-3
 
 
@@ -210,11 +210,11 @@ def rows_step_by_step(monkeypatch, device):
     fused = FusedUNet(unet, 3, "fp32", check=False)
     assert next(iter(fused.plan())).name == "time_rows"
     assert relative_error(run(fused, *args), table) < 2e-6
-    if not fused.plan().twins:
+    if not fused.plan().fallbacks:
         assert torch.equal(run(fused, *(v[:1] for v in args)), run(fused, *args)[:1])
 
 
-def test_rows_of_the_time_embedding_by_twins(monkeypatch):
+def test_rows_of_the_time_embedding_by_fallbacks(monkeypatch):
     rows_step_by_step(monkeypatch, "cpu")
 
 

@@ -115,25 +115,25 @@ def test_planted_faults_are_found_and_count_against_their_launch():
         for name in names:
             with pytest.raises(AssertionError, match=reason):
                 raise AssertionError(reasons[name])
-    assert found[FORWARD].passed  # by then what failed runs by its twin
+    assert found[FORWARD].passed  # by then what failed runs by its fallback
 
 
 @pytest.mark.kernel
-def test_what_failed_runs_by_its_twin_and_the_images_are_right(monkeypatch):
+def test_what_failed_runs_by_its_fallback_and_the_images_are_right(monkeypatch):
     """Verdicts are found once, kept, and obeyed; the warning names the launch."""
     monkeypatch.setattr(verdicts, "COMMAND", planted("[(DownsampleConv, wrong_pixel)]"))
     torch.manual_seed(0)
     unet = UNet(TINY).eval().requires_grad_(False)
     with pytest.warns(UserWarning, match=r"1 of \d+ failed .* down_blocks\.0\.downsamplers\.0\.conv \(relative"):
         network = FusedUNet(unet, 2, "fp32", check=True)
-    assert network.plan().twins == {"down_blocks.0.downsamplers.0.conv"} and not network.invariant
+    assert network.plan().fallbacks == {"down_blocks.0.downsamplers.0.conv"} and not network.invariant
     x = torch.randn(2, 1, 8, 8)
     assert relative_error(network(x, 500), unet(x, torch.tensor(500))) < 3e-6
     kept = subject_of(network).kept()
     assert len(cached_files()) == 1 and sum(not v.passed for v in kept.values()) == 1
     monkeypatch.setattr(verdicts, "_child", lambda *_: pytest.fail("checked again"))
     with pytest.warns(UserWarning, match="downsamplers"):
-        assert FusedUNet(unet, 2, "fp32", check=True).plan().twins
+        assert FusedUNet(unet, 2, "fp32", check=True).plan().fallbacks
     assert clear_cache() == 1 and not cached_files()
 
 
@@ -163,7 +163,7 @@ def test_statistics_are_checked_beside_the_map(monkeypatch, device):
 class DamagedStatistics(Damaged):
     """The damage is in the statistics."""
 
-    twin = property(lambda self: self.op.twin)
+    fallback = property(lambda self: self.op.fallback)
     tiling = property(lambda self: self.op.tiling)
 
     def run(self, stats, **arguments):
@@ -172,20 +172,20 @@ class DamagedStatistics(Damaged):
 
 
 def test_what_follows_from_a_verdict(monkeypatch):
-    """A launch that failed runs by its twin; noise and step, which are no launches of the plan, by their references."""
+    """A launch that failed runs by its fallback; noise and step, which are no launches of the plan, by their references."""
     good, bad = Verdict(), Verdict("wrong")
     names = [*STEP_LAUNCHES, "conv_in", "conv_out", FORWARD]
     monkeypatch.setattr(_triton, "UNTRUSTED", set())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert verdicts.twins_of(dict.fromkeys(names, good)) == set()
+        assert verdicts.fallbacks_of(dict.fromkeys(names, good)) == set()
     with pytest.warns(UserWarning, match=r"1 of 6 failed .* what failed runs by plain PyTorch.*: conv_in \(wrong\)"):
-        assert verdicts.twins_of(dict.fromkeys(names, good) | dict(conv_in=bad)) == {"conv_in"}
+        assert verdicts.fallbacks_of(dict.fromkeys(names, good) | dict(conv_in=bad)) == {"conv_in"}
     with pytest.warns(UserWarning, match="the whole network runs"):
-        assert verdicts.twins_of(dict.fromkeys(names, good) | {FORWARD: bad}) == {"conv_in", "conv_out"}
+        assert verdicts.fallbacks_of(dict.fromkeys(names, good) | {FORWARD: bad}) == {"conv_in", "conv_out"}
     assert not _triton.UNTRUSTED
     with pytest.warns(UserWarning, match="noise"):
-        assert verdicts.twins_of(dict.fromkeys(names, good) | dict(noise=bad)) == set()
+        assert verdicts.fallbacks_of(dict.fromkeys(names, good) | dict(noise=bad)) == set()
     assert {"noise"} == _triton.UNTRUSTED
 
 
