@@ -56,7 +56,7 @@ def run(weights: Path, data: Path, solver: str, steps: int, images: int, options
 
 def plot(rows: list[dict[str, Any]], out: Path) -> None:
     """KID over steps, one line a solver."""
-    from ddpm_fast.plotting.training import BLUE, GREEN, GREY, ORANGE, PINK, figure, save
+    from ddpm_fast.plotting.style import BLUE, GREEN, GREY, ORANGE, PINK, figure, save
 
     lines = {
         "DDPM, fixed_large": ("ddpm", "", BLUE, "o--"),

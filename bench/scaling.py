@@ -161,7 +161,7 @@ def _timed(call: Callable[[], object], sampler: Sampler, steps: int) -> dict[str
 
 
 def draw_cpu(result: dict[str, Any], out: Path) -> None:
-    from ddpm_fast.plotting.training import BLUE, GREY, ORANGE, figure, save
+    from ddpm_fast.plotting.style import BLUE, GREY, ORANGE, figure, save
 
     picture, axes = figure(width=15, height=6.5, rows=2, columns=4)
     what = dict(batch="images in a batch", size="pixels a side", channels="channels of the first level", steps="steps of the loop")
@@ -188,7 +188,7 @@ def _ticks(axes: Iterable[Any], at: list[int]) -> None:
 
 def draw_h100(out: Path) -> None:
     from bench.report import baselines_of
-    from ddpm_fast.plotting.training import BLUE, GREEN, GREY, ORANGE, PINK, figure, save
+    from ddpm_fast.plotting.style import BLUE, GREEN, GREY, ORANGE, PINK, figure, save
 
     picture, axes = figure(width=15, height=8, rows=2, columns=3)
     styles = {"bf16": dict(color=BLUE, marker="o"), "fp8": dict(color=GREEN, marker="s")}
@@ -219,7 +219,7 @@ def draw_h100(out: Path) -> None:
 def draw_roofline(out: Path) -> None:
     """Every launch of the CIFAR-10 network, batch 256, predicted."""
     from ddpm_fast.benchmark.figures import roofline
-    from ddpm_fast.plotting.training import figure, save
+    from ddpm_fast.plotting.style import figure, save
 
     picture, axes = figure(width=15, height=5.5, columns=2)
     for dtype, a in zip(("bf16", "fp8"), axes[0], strict=True):
@@ -239,7 +239,7 @@ def draw_roofline(out: Path) -> None:
 
 def _shares(axes: Any, rows: Series) -> None:
     """What a step's time goes into, by batch."""
-    from ddpm_fast.plotting.training import BLUE, GREY, ORANGE
+    from ddpm_fast.plotting.style import BLUE, GREY, ORANGE
 
     names, colors = ("gaps", "memory", "products"), (GREY, ORANGE, BLUE)
     shares = [[r["by"][n] / sum(r["by"].values()) for r in rows] for n in names]
@@ -251,7 +251,7 @@ def _shares(axes: Any, rows: Series) -> None:
 
 def _hours(axes: Any) -> None:
     from bench.report import fifty_thousand
-    from ddpm_fast.plotting.training import BLUE, GREEN, GREY, ORANGE, PINK
+    from ddpm_fast.plotting.style import BLUE, GREEN, GREY, ORANGE, PINK
 
     steps = np.array([10, 50, 100, 250, 1000])
     for (name, rate, kind), color in zip(fifty_thousand(), (GREEN, BLUE, ORANGE, PINK, GREY), strict=True):

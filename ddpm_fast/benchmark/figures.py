@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..plotting.training import BLUE, GREEN, GREY, ORANGE, PINK, figure, save
+from ..plotting.style import BLUE, GREEN, GREY, ORANGE, PINK, figure, save
 
 Result = dict[str, Any]
 OTHERS = (GREY, ORANGE, GREEN, PINK, "#E69F00", "#56B4E9", "#000000")

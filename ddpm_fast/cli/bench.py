@@ -18,7 +18,7 @@ from ..benchmark.kernels import ceilings, points
 from ..benchmark.runner import Effort, case_of, race
 from ..benchmark.worker import Setting
 from ..engines.select import PRECISIONS
-from ..plotting.training import check_out
+from ..plotting.style import check_out
 from .common import PATH, parse_size, pick_device, report_of
 
 MINE = "ddpm_fast"

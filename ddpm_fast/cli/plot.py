@@ -15,7 +15,8 @@ from ..data.animation import KINDS, LEAST, find_av, save_animation
 from ..data.datasets import FITS, load_images
 from ..diffusion.schedule import NoiseSchedule
 from ..plotting.diffusion import ZERO_SNR, frames_of, plot_forward, plot_reverse, plot_schedules, reverse_trajectory
-from ..plotting.training import check_out, plot_course, plot_loss
+from ..plotting.style import check_out
+from ..plotting.training import plot_course, plot_loss
 from ..sampling.sampler import Sampler
 from .common import PATH, parse_images, parse_steps, pick_device, solver_options
 

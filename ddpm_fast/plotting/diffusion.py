@@ -18,7 +18,7 @@ from ..diffusion.presets import preset_of
 from ..diffusion.schedule import NoiseSchedule
 from ..kernels import noise
 from ..sampling.sampler import Sampler
-from .training import BLUE, GREEN, GREY, ORANGE, PINK, figure, save
+from .style import BLUE, GREEN, GREY, ORANGE, PINK, figure, save
 
 _COLOURS = (BLUE, ORANGE, GREEN, PINK, GREY)
 CAPTION = 20  # height of a film's lines of text, in pixels
