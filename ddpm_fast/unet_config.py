@@ -172,5 +172,8 @@ class UNetConfig:
         return cls(**arguments_from_diffusers(config))
 
     def to_diffusers(self) -> dict[str, Any]:
-        """The dictionary for diffusers' `unet/config.json`. ValueError where `UNet2DModel` cannot express this network."""
+        """The dictionary for diffusers' `unet/config.json`. ValueError where `UNet2DModel` cannot express this network.
+
+        Levels with different numbers of residual blocks give `layers_per_block` as a list, which only this package reads.
+        """
         return to_diffusers(self)
