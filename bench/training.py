@@ -70,7 +70,7 @@ def images() -> ImageData:
 
 
 def ours(channels: tuple[int, ...], batch: int, precision: str, device: torch.device, compile: bool = False) -> tuple[Step, Loss]:
-    config = TrainConfig(batch, learning_rate=RATE, ema_max_decay=DECAY, mixed_precision=precision, compile=compile)
+    config = TrainConfig(batch, learning_rate=RATE, ema_decays=(DECAY,), mixed_precision=precision, compile=compile)
     trainer = Trainer(network(channels), NoiseSchedule.linear(), images(), config, device)
 
     def loss_of(x_t: Tensor, t: Tensor, labels: Tensor, eps: Tensor) -> Tensor:
