@@ -224,7 +224,7 @@ class TrainingRun:
             return
         scores: dict[str, float] = {}
         for name, unet in self.trainer.averages.items():
-            score = self._score.of(self._sampler(unet, "auto"), self._batch, self._stop)
+            score = self._score.of(self._sampler(unet), self._batch, self._stop)
             if score is None:
                 return
             scores[f"{name}_kid"], scores[f"{name}_kid_deviation"] = score
@@ -239,15 +239,15 @@ class TrainingRun:
         classes = min(trainer.unet.config.num_classes or 0, 16)
         count, columns = (4 * classes, classes) if classes else (64, 8)
         labels = torch.arange(count) % classes if classes else None
-        steps, sampler = min(50, len(trainer.schedule)), self._sampler(trainer.ema, "reference")
+        steps, sampler = min(50, len(trainer.schedule)), self._sampler(trainer.ema)
         images = sampler.sample(count, seed=0, solver="ddim", steps=steps, labels=labels, batch_size=self._batch)
         (self.directory / SAMPLES).mkdir(exist_ok=True)
         save_grid(self.directory / SAMPLES / f"{trainer.done:08d}.png", images.numpy(), columns)
 
-    def _sampler(self, unet: UNet, engine: str) -> Sampler:
+    def _sampler(self, unet: UNet) -> Sampler:
         trainer, (h, w) = self.trainer, self.trainer.data.images.shape[1:3]
         shape = (unet.config.in_channels, h, w)
-        return Sampler(unet, trainer.schedule, shape, trainer.config.prediction_type, engine=engine)
+        return Sampler(unet, trainer.schedule, shape, trainer.config.prediction_type)
 
     @property
     def _batch(self) -> int:

@@ -1,8 +1,8 @@
 """What a long training run needs: several averages, losses by quartile of t, a late decay of the rate, KID on the way."""
 
 import json
-import os
 import math
+import os
 import signal
 import sys
 from importlib import import_module
