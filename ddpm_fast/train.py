@@ -22,9 +22,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .cpu_training import use_fused_norms, use_wide_backward
 from .data import ImageData
 from .feed import Batch, Feed
-from .half_on_cpu import use_wide_backward
 from .images import from_uint8, seed_bits
 from .kernels.q_sample import q_sample
 from .objective import LossAware, Objective
@@ -108,6 +108,8 @@ class Trainer:
             _keep_freed_memory()
             if AUTOCAST[config.mixed_precision] is not None:
                 use_wide_backward(self.unet)
+            if not config.compile:  # the compiler fuses by itself and cannot look into machine code
+                use_fused_norms(self.unet)
 
     def step(self) -> None:
         """One optimizer step. Nothing here waits for the device. A step whose gradient is not finite changes no weight."""
