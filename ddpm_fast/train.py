@@ -20,11 +20,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .cpu_training import use_fused_norms, use_wide_backward
 from .data import ImageData
 from .ema import MAIN, Averages
 from .feed import Batch, Feed
 from .flat_weights import as_vector, flatten, sum_in_order
-from .half_on_cpu import use_wide_backward
 from .images import from_uint8, seed_bits
 from .kernels.q_sample import q_sample
 from .objective import QUARTILES, LossAware, Objective, quartile_sums
@@ -111,6 +111,8 @@ class Trainer:
             _keep_freed_memory()
             if AUTOCAST[config.mixed_precision] is not None:
                 use_wide_backward(self.unet)
+            if not config.compile:  # the compiler fuses by itself and cannot look into machine code
+                use_fused_norms(self.unet)
 
     def step(self) -> None:
         """One optimizer step. Nothing here waits for the device. A step whose gradient is not finite changes no weight."""

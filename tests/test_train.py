@@ -325,7 +325,7 @@ def test_refuses_data_that_does_not_fit():
 
 def test_half_precision_on_a_cpu_is_as_accurate_and_takes_the_detour():
     """GroupNorm and attention through fp32 and back: at most as far from fp64 as PyTorch's own way is."""
-    from ddpm_fast.half_on_cpu import use_wide_backward
+    from ddpm_fast.cpu_training import use_wide_backward
 
     x, t, labels = torch.randn(4, 1, 8, 8), torch.tensor([0, 300, 600, 999]), torch.tensor([0, 1, 2, 0])
 
