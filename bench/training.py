@@ -4,6 +4,7 @@ Every engine trains the same network on the same images in a process of its own,
 and they take turns: a burst of steps each, round after round. First each says its loss on the same input, which must agree.
 
     ddpm_fast       `Trainer`
+    PyTorch's norm  `Trainer` without the native engine's GroupNorm (--norms: these two alone, for before and after)
     compiled        `Trainer` with compile=True (--compile: takes minutes)
     plain PyTorch   the reference UNet in the usual loop: randn, AdamW, clip_grad_norm_, an average over the parameters
     diffusers       UNet2DModel, DDPMScheduler.add_noise and EMAModel, in the loop of its train_unconditional.py
@@ -29,11 +30,13 @@ from torch import Tensor
 
 from ddpm_fast import NoiseSchedule, UNet, UNetConfig
 from ddpm_fast.data.datasets import ImageData
+from ddpm_fast.training import cpu_ops as cpu_training
 from ddpm_fast.training.config import TrainConfig
 from ddpm_fast.training.trainer import AUTOCAST, Trainer
 from ddpm_fast.utils.environment import environment
 
 ENGINES = ("ddpm_fast", "compiled", "plain PyTorch", "diffusers")
+NORMS = ("ddpm_fast", "PyTorch's norm")
 RATE, DECAY = 1e-3, 0.999
 Step = Callable[[], Any]
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -70,7 +73,7 @@ def images() -> ImageData:
 
 
 def ours(channels: tuple[int, ...], batch: int, precision: str, device: torch.device, compile: bool = False) -> tuple[Step, Loss]:
-    config = TrainConfig(batch, learning_rate=RATE, ema_max_decay=DECAY, mixed_precision=precision, compile=compile)
+    config = TrainConfig(batch, learning_rate=RATE, ema_decays=(DECAY,), mixed_precision=precision, compile=compile)
     trainer = Trainer(network(channels), NoiseSchedule.linear(), images(), config, device)
 
     def loss_of(x_t: Tensor, t: Tensor, labels: Tensor, eps: Tensor) -> Tensor:
@@ -153,6 +156,8 @@ def serve(name: str, channels: tuple[int, ...], batch: int, precision: str) -> N
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     make = {"plain PyTorch": plain, "diffusers": of_diffusers}.get(name, ours)
     more = dict(compile=True) if name == "compiled" else {}
+    if name == "PyTorch's norm":
+        cpu_training.native = None  # type: ignore[assignment]
     step, loss_of = make(channels, batch, precision, device, **more)
     generator = torch.Generator().manual_seed(1)
     x_t, eps = (torch.randn(8, 1, 32, 32, generator=generator).to(device) for _ in range(2))
@@ -242,12 +247,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--norms", action="store_true", help="with and without the native GroupNorm")
     parser.add_argument("--out", type=Path, help="JSON")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
         return serve(args.serve, tuple(map(int, args.channels.split(","))), args.batch_size, args.precision)
-    names = [name for name in ENGINES if args.compile or name != "compiled"]
+    names = list(NORMS) if args.norms else [name for name in ENGINES if args.compile or name != "compiled"]
     result = compare(names, args.channels, args.batch_size, args.precision, args.rounds, args.steps)
     print(f"widths {args.channels}, batch {args.batch_size}, {args.precision}; {args.rounds} rounds of {args.steps} steps")
     for row in result["rows"]:

@@ -223,6 +223,8 @@ class DiffusersUNet(nn.Module):
         super().__init__()
         from diffusers import UNet2DModel
 
+        if len(set(unet.config.levels_of("layers"))) > 1:
+            raise Missing(f"has one layers_per_block for all levels; this network has {unet.config.layers}")
         self.unet: Any = UNet2DModel.from_config(unet.config.to_diffusers())
         self.unet.load_state_dict(unet.state_dict())
         self.eval().requires_grad_(False)

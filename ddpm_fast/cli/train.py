@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -48,7 +49,7 @@ def _option(name: str, default: Any, help: str, **more: Any) -> Any:
 @_option("--class-labels/--no-class-labels", True, "Train class-conditionally where the data has classes.")
 @_option("--validation-data-dir", None, "Held-out images.  [default: the test split of IDX files, else training images]", type=PATH)
 @_option("--channels", "64,128,128", "Width of each level of the network.")
-@_option("--layers", 2, "Residual blocks of each level.")
+@_option("--layers", "2", "Residual blocks of each level: one number, or one per level such as 1,1,2.")
 @_option("--attention", None, "Levels with attention, from 0, the finest, such as 1,2.  [default: the coarsest]")
 @_option("--head-dim", 32, "Channels of an attention head.")
 @_option("--dropout", 0.0, "In every residual block.")
@@ -62,6 +63,7 @@ def _option(name: str, default: Any, help: str, **more: Any) -> Any:
 @_option("--learning-rate", 1e-4, "At its highest.")
 @_option("--lr-scheduler", "cosine", "How the rate runs.", type=click.Choice([s.replace("_", "-") for s in LR_SCHEDULERS]))
 @_option("--lr-warmup-steps", 500, "The rate rises over so many steps.")
+@_option("--lr-decay-start", 0.0, "Fraction of the steps before which cosine and linear stay at --learning-rate.")
 @_option("--adam-beta1", 0.95, "AdamW.")
 @_option("--adam-beta2", 0.999, "AdamW.")
 @_option("--adam-weight-decay", 1e-6, "AdamW.")
@@ -70,7 +72,8 @@ def _option(name: str, default: Any, help: str, **more: Any) -> Any:
 @_option("--use-ema/--no-use-ema", True, "Average the weights.")
 @_option("--ema-inv-gamma", 1.0, "The average keeps 1 - (1 + step / inv_gamma)^-power of itself.")
 @_option("--ema-power", 0.75, "See --ema-inv-gamma.")
-@_option("--ema-max-decay", 0.9999, "And never more than this.")
+@_option("--ema-decays", "0.9999", "And never more than this: one average per value; the first is model/, 0.99 model-ema-0.99/.")
+@_option("--ema-max-decay", None, "diffusers' name for a single --ema-decays.", type=float)
 @_option("--mixed-precision", "no", "Of the network's operations; weights stay fp32.", type=click.Choice(PRECISIONS))
 @_option("--prediction-type", "epsilon", "What the network predicts.", type=click.Choice([*_AS_DIFFUSERS, *PREDICTIONS]))
 @_option("--loss-type", "simple", "What is minimised.", type=click.Choice([s.replace("_", "-") for s in LOSSES]))
@@ -95,6 +98,13 @@ def _option(name: str, default: Any, help: str, **more: Any) -> Any:
 @_option(
     "--save-images-epochs", 10, "Draw a grid, take the validation loss every so many epochs; 0: never.", type=click.IntRange(0)
 )
+@_option(
+    "--eval-images-every",
+    0,
+    "Log KID every so many training images, in whole steps; 0: never. Needs the extra metrics.",
+    type=click.IntRange(0),
+)
+@_option("--eval-images", 2000, "Images drawn from every average for KID, by 50 steps of DDIM.", type=click.IntRange(4))
 @_option("--resume-from-checkpoint", None, '"latest", or a checkpoint of this run: go on from it, to the bit.')
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout at the end.")
 def train(as_json: bool, **options: Any) -> None:
@@ -114,15 +124,18 @@ def train(as_json: bool, **options: Any) -> None:
     if data.labels is not None and unet.config.num_classes is None:
         say("the network is unconditional: the labels are not used")
     trainer = Trainer(unet, _schedule(options, checkpoint), data, config, device)
-    epoch = math.ceil(len(data) / (config.train_batch_size * config.gradient_accumulation_steps))
+    per_step = config.train_batch_size * config.gradient_accumulation_steps
+    epoch, evaluation = math.ceil(len(data) / per_step), math.ceil(options["eval_images_every"] / per_step)
     every = Every(
         log=options["logging_steps"],
         checkpoint=options["checkpointing_steps"],
         model=options["save_model_epochs"] * epoch,
         samples=options["save_images_epochs"] * epoch,
         validation=options["save_images_epochs"] * epoch,
+        evaluation=evaluation,
     )
-    with TrainingRun(directory, trainer, every, options["checkpoints_total_limit"], validation, say) as run:
+    limit = options["checkpoints_total_limit"]
+    with TrainingRun(directory, trainer, every, limit, validation, say, options["eval_images"]) as run:
         if _start(directory, options["resume_from_checkpoint"], say) != start:
             raise ValueError(f"another process has trained in {directory} meanwhile; start again")
         if start is not None:
@@ -213,10 +226,19 @@ def _config(options: dict[str, Any], images: int, checkpoint: Checkpoint | None)
         given["max_train_steps"] = math.ceil(options["num_epochs"] * images / per_step)
     for name in ("lr_scheduler", "loss_type", "timestep_sampling"):
         given[name] = options[name].replace("-", "_")
+    given["ema_decays"] = _ema_decays(options)
     given["prediction_type"] = _AS_DIFFUSERS.get(options["prediction_type"], options["prediction_type"])
     if checkpoint is not None and not _given("prediction_type"):
         given["prediction_type"] = checkpoint.prediction
     return TrainConfig(**given)
+
+
+def _ema_decays(options: dict[str, Any]) -> tuple[float, ...]:
+    if options["ema_max_decay"] is None:
+        return tuple(_numbers("--ema-decays", options["ema_decays"], float, "0.999,0.9999"))
+    if _given("ema_decays"):
+        raise ValueError("--ema-max-decay and --ema-decays were both given; leave out --ema-max-decay")
+    return (options["ema_max_decay"],)
 
 
 def _unet(options: dict[str, Any], data: ImageData) -> UNet:
@@ -230,6 +252,9 @@ def _unet(options: dict[str, Any], data: ImageData) -> UNet:
         except (OSError, ValueError) as error:
             raise ValueError(f"--model-config-name-or-path {path}: {error}") from None
     channels = _numbers("--channels", options["channels"])
+    layers = _numbers("--layers", options["layers"], example="1,1,2")
+    if len(layers) not in (1, len(channels)) or min(layers) < 1:
+        raise ValueError(f"--layers {options['layers']}; expected one count of at least 1, or {len(channels)}: one per level")
     attention = [len(channels) - 1] if options["attention"] is None else _numbers("--attention", options["attention"])
     if not all(0 <= level < len(channels) for level in attention):
         raise ValueError(f"--attention {options['attention']}; expected levels of 0..{len(channels) - 1}")
@@ -242,7 +267,7 @@ def _unet(options: dict[str, Any], data: ImageData) -> UNet:
             in_channels=data.images.shape[3],
             out_channels=data.images.shape[3] * (1 + (options["loss_type"] in LEARNING_VARIANCE)),
             channels=tuple(channels),
-            layers=options["layers"],
+            layers=layers[0] if len(layers) == 1 else tuple(layers),
             attention=tuple(i in attention for i in range(len(channels))),
             head_dim=options["head_dim"],
             norm_groups=groups,
@@ -261,8 +286,8 @@ def _repeat_to_the_bit() -> None:
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def _numbers(name: str, text: str) -> list[int]:
+def _numbers(name: str, text: str, kind: Callable[[str], Any] = int, example: str = "64,128,128") -> list[Any]:
     try:
-        return [int(part) for part in text.split(",") if part.strip()]
+        return [kind(part) for part in text.split(",") if part.strip()]
     except ValueError:
-        raise ValueError(f"{name} {text}; expected numbers with commas between them, such as 64,128,128") from None
+        raise ValueError(f"{name} {text}; expected numbers with commas between them, such as {example}") from None

@@ -22,10 +22,10 @@ from torch import Tensor
 from ..checkpoints.checkpoint import write_atomically
 from ..data.datasets import ImageData
 from ..data.pixels import from_uint8, seed_bits
-from ..diffusion.losses import Bound
 from ..diffusion.presets import preset_of
 from ..diffusion.schedule import Array
 from ..diffusion.timesteps import Steps
+from ..diffusion.vlb import Bound
 from ..engines.select import inference
 from ..kernels.q_sample import q_sample
 from ..sampling.sampler import Sampler

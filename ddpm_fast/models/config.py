@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import InitVar, dataclass
 from typing import Any, NamedTuple
 
-from ..utils.validation import is_count, is_counts
 from .diffusers_format import arguments_from_diffusers, to_diffusers
+from ..utils.validation import is_count, is_counts
 
 
 class LevelConfig(NamedTuple):
@@ -172,5 +172,8 @@ class UNetConfig:
         return cls(**arguments_from_diffusers(config))
 
     def to_diffusers(self) -> dict[str, Any]:
-        """The dictionary for diffusers' `unet/config.json`. ValueError where `UNet2DModel` cannot express this network."""
+        """The dictionary for diffusers' `unet/config.json`. ValueError where `UNet2DModel` cannot express this network.
+
+        Levels with different numbers of residual blocks give `layers_per_block` as a list, which only this package reads.
+        """
         return to_diffusers(self)

@@ -1,4 +1,8 @@
-"""Between `UNetConfig` and the `config.json` of diffusers' `UNet2DModel`. A key is read, refused or metadata, never ignored."""
+"""Between `UNetConfig` and the `config.json` of diffusers' `UNet2DModel`. A key is read, refused or metadata, never ignored.
+
+One extension: `layers_per_block` may be a list with one entry per level, finest first, as diffusers' `UNet2DConditionModel`
+has it. `UNet2DModel` itself takes one integer and raises TypeError for the list, so that it never builds another network.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +64,7 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = dict(
     down_block_types=_NAMES,
     up_block_types=_NAMES,
     block_out_channels=("a list of integers of at least 1", lambda v: is_counts(v, None)),
-    layers_per_block=_COUNT,
+    layers_per_block=("an integer of at least 1, or a list of them", lambda v: is_count(v) or is_counts(v)),
     mid_block_scale_factor=_POSITIVE,
     dropout=("a number from 0 to below 1", lambda v: is_number(v) and 0 <= v < 1),
     attention_head_dim=_OPTIONAL_COUNT,
@@ -148,8 +152,7 @@ def arguments_from_diffusers(config: Mapping[str, Any]) -> dict[str, Any]:
 def to_diffusers(c: UNetConfig) -> dict[str, Any]:
     """See `UNetConfig.to_diffusers`."""
     levels = c.levels
-    if len({level.layers for level in levels}) > 1:
-        raise ValueError(f"layers={c.layers}: diffusers has one layers_per_block for all levels")
+    layers = [level.layers for level in levels]
     split = [(level.channels, level.heads) for level, attends in zip(levels, c.attends, strict=True) if attends]
     head_dims = {width // heads for width, heads in split}
     single = all(heads == 1 for _, heads in split)
@@ -173,7 +176,7 @@ def to_diffusers(c: UNetConfig) -> dict[str, Any]:
         mid_block_type="UNetMidBlock2D",
         up_block_types=up[::-1],
         block_out_channels=list(c.channels),
-        layers_per_block=levels[0].layers,
+        layers_per_block=layers[0] if len(set(layers)) == 1 else layers,  # a list: see the module's docstring
         mid_block_scale_factor=c.mid_scale,
         downsample_padding=c.downsample_padding,
         downsample_type=down_type,

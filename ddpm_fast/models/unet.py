@@ -41,6 +41,14 @@ class TimeEmbedding(nn.Module):
         return self.linear_2(F.silu(self.linear_1(sinusoid)))
 
 
+def norm_silu(norm: nn.GroupNorm, x: Tensor, time: Tensor | None = None, silu: bool = True) -> tuple[Tensor, Tensor]:
+    """(SiLU(norm(x + time)), x): time [B, C] or None, SiLU optional; x for the path around the norm, so that a fused form can add
+    the two gradients of x.
+    """
+    y = norm(x if time is None else x + time[:, :, None, None])
+    return F.silu(y) if silu else y, x
+
+
 class ResBlock(nn.Module):
     """x + conv2(SiLU(norm2(conv1(SiLU(norm1(x))) + time))), its input resampled first where `resample` says so.
 
@@ -50,6 +58,7 @@ class ResBlock(nn.Module):
     def __init__(self, c: UNetConfig, c_in: int, c_out: int, resample: str | None = None, scale: float = 1.0) -> None:
         super().__init__()
         self.resample, self.scale, self.scale_shift = resample, scale, c.scale_shift
+        self.norm_silu = norm_silu
         self.norm1 = nn.GroupNorm(c.norm_groups, c_in, c.norm_eps)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.time_emb_proj = nn.Linear(c.time_dim, 2 * c_out if c.scale_shift else c_out)
@@ -59,19 +68,20 @@ class ResBlock(nn.Module):
         self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else None
 
     def forward(self, x: Tensor, temb: Tensor) -> Tensor:
-        h = F.silu(self.norm1(x))
+        h, x = self.norm_silu(self.norm1, x)
         if self.resample == "down":
             x, h = F.avg_pool2d(x, 2), F.avg_pool2d(h, 2)
         elif self.resample == "up":
             x, h = upsample_nearest(x), upsample_nearest(h)
         h = self.conv1(h)
-        time = self.time_emb_proj(temb)[:, :, None, None]
+        time = self.time_emb_proj(temb)
         if self.scale_shift:
-            scale, shift = time.chunk(2, dim=1)
-            h = self.norm2(h) * (1 + scale) + shift
+            scale, shift = time[:, :, None, None].chunk(2, dim=1)
+            h, _ = self.norm_silu(self.norm2, h, silu=False)
+            h = F.silu(h * (1 + scale) + shift)
         else:
-            h = self.norm2(h + time)
-        h = self.conv2(self.dropout(F.silu(h)))
+            h, _ = self.norm_silu(self.norm2, h, time)
+        h = self.conv2(self.dropout(h))
         if self.conv_shortcut is not None:
             x = self.conv_shortcut(x)
         return (x + h) / self.scale if self.scale != 1 else x + h
@@ -84,6 +94,7 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.scale = heads, scale
         self.mix: Callable[[Tensor, Tensor, Tensor], Tensor] = F.scaled_dot_product_attention
+        self.norm_silu = norm_silu
         self.group_norm = nn.GroupNorm(groups, channels, eps) if groups is not None else None
         self.to_q = nn.Linear(channels, channels)
         self.to_k = nn.Linear(channels, channels)
@@ -92,7 +103,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         b, c, h, w = x.shape
-        normed = self.group_norm(x) if self.group_norm is not None else x
+        normed, x = self.norm_silu(self.group_norm, x, silu=False) if self.group_norm is not None else (x, x)
         pixels = normed.flatten(2).transpose(1, 2)  # [B, HW, C]
         q, k, v = (
             project(pixels).view(b, h * w, self.heads, c // self.heads).transpose(1, 2)  # [B, heads, HW, C / heads]
@@ -192,6 +203,7 @@ class UNet(nn.Module):
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
         c = self.config = config
+        self.norm_silu = norm_silu
         self.conv_in = nn.Conv2d(c.in_channels, c.channels[0], 3, padding=1)
         self.time_embedding = TimeEmbedding(c.channels[0], c.time_dim)
         if c.num_classes is not None:
@@ -241,7 +253,7 @@ class UNet(nn.Module):
         x = self.mid_block(x, temb)
         for level in cast("list[Level]", self.up_blocks):
             x = level.up(x, temb, skips)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(self.norm_silu(self.conv_norm_out, x)[0])
 
     def embed(self, t: Tensor, labels: Tensor | None) -> Tensor:
         """The embedding of (t, label), before the SiLU of every residual block: [B, time_dim]."""

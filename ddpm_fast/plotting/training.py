@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ..data.image_io import Pixels, first_row
 from ..training.checkpoints import LOG, read_log
 from ..training.run import SAMPLES
-from .style import BLUE, GREEN, GREY, ORANGE, figure, save
+from .style import BLUE, GREEN, GREY, ORANGE, PINK, figure, save
 
 
 def plot_loss(run: str | Path, out: str | Path) -> None:
     """Training loss, and the losses of averaged and raw weights on fixed images, over images seen: `out`, a .png, .svg or .pdf.
+
+    A log with losses by quartile of t gives a second panel. Only the main average is drawn.
 
     ValueError if `run` has no log, or without the extra `plot`.
     """
@@ -25,7 +28,11 @@ def plot_loss(run: str | Path, out: str | Path) -> None:
     last = trained[-1]
     per_step = last["images"] / last["step"]
     seen, loss = (np.array([line[k] for line in trained], float) for k in ("images", "loss"))
-    picture, axes = figure()
+    quartiles = [line for line in trained if "loss_q0" in line]
+    picture, panels = figure(height=8, rows=2) if quartiles else figure()
+    axes = panels[0, 0] if quartiles else panels
+    if quartiles:
+        _draw_quartiles(panels[1, 0], quartiles)
     axes.plot(seen, loss, color=GREY, linewidth=0.8, label="training, as logged")
     if len(loss) >= 20:
         width = max(2, len(loss) // 20)
@@ -43,9 +50,24 @@ def plot_loss(run: str | Path, out: str | Path) -> None:
     axes.set_title(f"{last['step']:,} steps, {last['epoch']:.1f} epochs, {last['seconds'] / 3600:.1f} hours", loc="left")
     axes.yaxis.set_major_formatter("{x:.3f}")
     axes.yaxis.set_minor_formatter("{x:.3f}")
-    axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1e6:g} M" if x >= 1e6 else f"{x / 1e3:g} k")
+    axes.xaxis.set_major_formatter(_count)
     axes.legend(frameon=False)
     save(picture, out)
+
+
+def _draw_quartiles(axes: Any, lines: list[dict[str, Any]]) -> None:
+    """The training loss of each quarter of the timesteps, as logged; an empty interval leaves a gap."""
+    seen = [line["images"] for line in lines]
+    for i, color in enumerate((BLUE, GREEN, ORANGE, PINK)):
+        losses = np.array([line[f"loss_q{i}"] for line in lines], float)  # None becomes NaN
+        axes.plot(seen, losses, color=color, linewidth=0.8, label=f"t from {i}/4 to {i + 1}/4 of T")
+    axes.set(xlabel="images seen", ylabel="training loss", yscale="log")
+    axes.xaxis.set_major_formatter(_count)
+    axes.legend(frameon=False)
+
+
+def _count(x: float, _: Any = None) -> str:
+    return f"{x / 1e6:g} M" if x >= 1e6 else f"{x / 1e3:g} k"
 
 
 def plot_course(run: str | Path, out: str | Path, rows: int = 10) -> None:

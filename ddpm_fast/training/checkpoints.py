@@ -15,7 +15,7 @@ from ..checkpoints.checkpoint import write_atomically
 
 LOG = "log.jsonl"
 _PATTERN = "checkpoint-" + 8 * "[0-9]" + ".safetensors"
-_VERSION = "1"
+_VERSION = "2"
 
 
 def lock(directory: Path) -> Any:
@@ -70,7 +70,7 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is damaged: {error}") from None
     if metadata.get("version") != _VERSION:
-        raise ValueError(f"{path} is no training checkpoint of this version")
+        raise ValueError(f"{path} is no training checkpoint of format {_VERSION}; resume with the version that wrote it")
     if _checksum(tensors, metadata["header"]) != metadata["sha256"]:
         raise ValueError(f"{path} is damaged: its checksum does not fit")
     return tensors, json.loads(metadata["header"])

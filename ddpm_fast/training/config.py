@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from ..data.pixels import seed_bits
 from ..diffusion.losses import LEARNING_VARIANCE, LOSSES
@@ -22,8 +23,10 @@ class TrainConfig:
     train_batch_size             images of one forward pass; `gradient_accumulation_steps` of them make one step
     learning_rate, lr_scheduler  "constant", "constant_with_warmup", "cosine" or "linear" (to zero at the last step)
     lr_warmup_steps              the rate rises linearly over so many steps; "constant" has none
+    lr_decay_start               fraction of max_train_steps before which "cosine" and "linear" stay at learning_rate, 0 to below 1
     max_grad_norm                gradients longer than this are shortened to it
-    ema_inv_gamma, ema_power, ema_max_decay   decay at step n: min(max, 1 - (1 + n / inv_gamma)^-power), zero at the first
+    ema_decays                   one average of the weights per decay, all different; the first is the main one
+    ema_inv_gamma, ema_power     decay at step n: min(decay, 1 - (1 + n / inv_gamma)^-power), zero at the first
     mixed_precision              "no", "bf16" or "fp16" (with loss scaling): of the network's operations; weights stay fp32
     prediction_type              "eps", "x_0" or "v"
     loss_type                    "simple", "min_snr" (with snr_gamma), "hybrid" or "vlb": see `objective.Objective`; the last two
@@ -42,6 +45,7 @@ class TrainConfig:
     learning_rate: float = 1e-4
     lr_scheduler: str = "cosine"
     lr_warmup_steps: int = 500
+    lr_decay_start: float = 0.0
     adam_beta1: float = 0.95
     adam_beta2: float = 0.999
     adam_weight_decay: float = 1e-6
@@ -50,7 +54,7 @@ class TrainConfig:
     use_ema: bool = True
     ema_inv_gamma: float = 1.0
     ema_power: float = 0.75
-    ema_max_decay: float = 0.9999
+    ema_decays: tuple[float, ...] = (0.9999,)
     mixed_precision: str = "no"
     prediction_type: str = "eps"
     loss_type: str = "simple"
@@ -69,9 +73,15 @@ class TrainConfig:
         for name in ("learning_rate", "adam_epsilon", "max_grad_norm", "ema_inv_gamma", "ema_power", "snr_gamma"):
             if not is_number(getattr(self, name)) or getattr(self, name) <= 0:
                 raise ValueError(f"{name} = {getattr(self, name)!r}; expected a positive number")
-        for name in ("adam_beta1", "adam_beta2", "ema_max_decay"):
+        for name in ("adam_beta1", "adam_beta2", "lr_decay_start"):
             if not is_number(getattr(self, name)) or not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)!r}; expected 0 to below 1")
+        if self.lr_decay_start and self.lr_scheduler not in ("cosine", "linear"):
+            raise ValueError(
+                f"lr_decay_start = {self.lr_decay_start} with lr_scheduler {self.lr_scheduler!r}, which never decays; "
+                "expected 0, or choose cosine or linear"
+            )
+        object.__setattr__(self, "ema_decays", _decays(self.ema_decays))
         if not is_number(self.adam_weight_decay) or self.adam_weight_decay < 0:
             raise ValueError(f"adam_weight_decay = {self.adam_weight_decay!r}; expected 0 or more")
         for name, known in (
@@ -98,10 +108,20 @@ class TrainConfig:
             return self.learning_rate * (step + 1) / self.lr_warmup_steps
         if self.lr_scheduler == "constant_with_warmup":
             return self.learning_rate
-        left = 1 - (step - self.lr_warmup_steps) / max(1, self.max_train_steps - self.lr_warmup_steps)
+        start = max(self.lr_warmup_steps, self.lr_decay_start * self.max_train_steps)
+        left = 1 - (step - start) / max(1, self.max_train_steps - start)
         left = min(1.0, max(0.0, left))
         return self.learning_rate * (left if self.lr_scheduler == "linear" else 0.5 * (1 - math.cos(math.pi * left)))
 
-    def ema_decay(self, step: int) -> float:
-        """What the average keeps of itself at step 0, 1, ...: nothing at first, so that it forgets the random start."""
-        return min(self.ema_max_decay, 1 - (1 + step / self.ema_inv_gamma) ** -self.ema_power)
+    def ema_decays_at(self, step: int) -> tuple[float, ...]:
+        """What each average keeps of itself at step 0, 1, ...: nothing at first, so that it forgets the random start."""
+        warm = 1 - (1 + step / self.ema_inv_gamma) ** -self.ema_power
+        return tuple(min(decay, warm) for decay in self.ema_decays)
+
+
+def _decays(value: Any) -> tuple[float, ...]:
+    """`ema_decays` as a tuple of floats. ValueError for anything else than different numbers from 0 to below 1."""
+    decays = tuple(value) if isinstance(value, (tuple, list)) else ()
+    if not decays or not all(is_number(decay) and 0 <= decay < 1 for decay in decays) or len(set(decays)) < len(decays):
+        raise ValueError(f"ema_decays = {value!r}; expected different numbers from 0 to below 1, such as (0.999, 0.9999)")
+    return tuple(map(float, decays))

@@ -1,6 +1,7 @@
 """A training run and its directory, which always holds something whole to go on from.
 
 model/                            the averaged weights, a diffusers folder: what `Sampler.from_pretrained` reads
+model-ema-0.9995/                 the same for every further average, named after its decay
 checkpoint-00001000.safetensors   everything that the run needs to go on to the bit
 log.jsonl                         one JSON object a line
 samples/00001000.png              a grid drawn from the averaged weights
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import signal
 import time
@@ -24,8 +26,11 @@ import torch
 from ..checkpoints.checkpoint import save_pretrained, write_atomically
 from ..data.datasets import ImageData
 from ..data.image_io import save_grid
+from ..models.unet import UNet
 from ..sampling.sampler import Sampler
 from .checkpoints import LOG, checkpoints, lock, read_checkpoint, read_log, step_of, write_checkpoint
+from .ema import MAIN
+from .scores import ImageScore
 from .trainer import Trainer, check_fit
 
 MODEL, SAMPLES = "model", "samples"
@@ -41,13 +46,15 @@ class Every:
     model: int = 0
     samples: int = 0
     validation: int = 0
+    evaluation: int = 0
 
 
 class TrainingRun:
     """Drives a `Trainer` and keeps its directory, for itself alone: `with TrainingRun(...) as run: run.train()`.
 
     checkpoints_total_limit   older checkpoints are deleted
-    validation                images for the loss of `ema` and weights over time; None: some of the training data
+    validation                images for the loss of averages and weights over time, and for KID; None: the training data
+    eval_images               how many images each evaluation draws from every average, for KID; at least 4
     say                       gets one line for a person now and then
 
     ValueError if the directory's parent is missing or another process trains there, OSError if it cannot be written to.
@@ -61,15 +68,20 @@ class TrainingRun:
         checkpoints_total_limit: int = 2,
         validation: ImageData | None = None,
         say: Callable[[str], Any] = print,
+        eval_images: int = 2000,
     ) -> None:
         self.directory, self.trainer, self.every, self.limit = Path(directory), trainer, every, checkpoints_total_limit
         self.validation, self.say = validation, say
         self.spent = 0.0  # seconds of training, all parts of the run together
         if not self.directory.absolute().parent.is_dir():
             raise ValueError(f"{self.directory.absolute().parent} does not exist; create it first")
+        self._aside = 0.0  # seconds since the last line of the log that were no training
+        self._saved = trainer.done  # step of the last checkpoint
+        self._stop: Callable[[], bool] = lambda: False
         self._fruitless = 0  # steps in a row without a finite gradient, as far as the log knows
         self._identity = trainer.identity()
         self._check()
+        self._score = ImageScore(self._held_out, eval_images, trainer.device) if every.evaluation else None
         self.directory.mkdir(exist_ok=True)
         self._lock = lock(self.directory)
         self._sweep()
@@ -87,9 +99,9 @@ class TrainingRun:
                 check_fit(self.trainer.unet, self.validation, self.trainer.config.learned_variance)
             except ValueError as error:
                 raise ValueError(f"validation: {error}") from None
-        model = self.directory / MODEL
-        if model.exists() and not (model / "model_index.json").is_file():
-            raise ValueError(f"{model} exists and is not a checkpoint; choose another directory")
+        for model in self._folders().values():
+            if model.exists() and not (model / "model_index.json").is_file():
+                raise ValueError(f"{model} exists and is not a checkpoint; choose another directory")
         for path, is_right in ((self.directory / LOG, Path.is_file), (self.directory / SAMPLES, Path.is_dir)):
             if path.exists() and not is_right(path):
                 raise ValueError(f"{path} is in the way; move it, or choose another directory")
@@ -131,38 +143,50 @@ class TrainingRun:
 
     def _train(self, max_seconds: float) -> str:
         trainer, every, last = self.trainer, self.every, self.trainer.config.max_train_steps
-        began, before, saved = time.perf_counter(), self.spent, trainer.done
+        began, before, self._saved = time.perf_counter(), self.spent, trainer.done
         if not trainer.done:  # lines of a run that was killed before its first checkpoint
             (self.directory / LOG).unlink(missing_ok=True)
-        logged, logged_at = trainer.done, began
+        logged, logged_at, self._aside = trainer.done, began, 0.0
         ended = "all steps done"
         with _signals() as stopped:
+            self._stop = lambda: bool(stopped) or time.perf_counter() - began >= max_seconds
             while trainer.done < last:
-                if stopped or time.perf_counter() - began >= max_seconds:
+                if self._stop():
                     ended = stopped[0] if stopped else f"{max_seconds:g} seconds are over"
                     break
                 trainer.step()
                 step, self.spent = trainer.done, before + time.perf_counter() - began
                 if _due(step, every.log) or step == last:
-                    self._log_means(step, step - logged, time.perf_counter() - logged_at)
-                    logged, logged_at = step, time.perf_counter()
-                if _due(step, every.checkpoint) or step == last:  # before anything that is not needed
-                    self.save_checkpoint()
-                    saved = step
-                if _due(step, every.validation) or (step == last and every.validation):
-                    self._validate()
-                if _due(step, every.samples) or (step == last and every.samples):
-                    self._draw()
-                if _due(step, every.model):
-                    self.save_model()
-        if trainer.done > saved or not checkpoints(self.directory):
+                    self._log_means(step, step - logged, logged_at)
+                    logged, logged_at, self._aside = step, time.perf_counter(), 0.0
+                self._work_aside(step, step == last)
+        if trainer.done > self._saved or not checkpoints(self.directory):
             self.save_checkpoint()
         self.save_model()
         return ended
 
-    def _log_means(self, step: int, steps: int, seconds: float) -> None:
+    def _work_aside(self, step: int, at_end: bool) -> None:
+        """What is due after a step and is no training; its time counts in no images_per_second."""
+        every = self.every
+        due = [  # the checkpoint before anything that is not needed, what takes longest at the end
+            (self.save_checkpoint, _due(step, every.checkpoint) or at_end),
+            (self._validate, _due(step, every.validation) or (at_end and every.validation)),
+            (self._draw, _due(step, every.samples) or (at_end and every.samples)),
+            (self.save_model, _due(step, every.model)),
+            (self._evaluate, _due(step, every.evaluation) or (at_end and every.evaluation)),
+        ]
+        work = [do for do, is_due in due if is_due]
+        if work and self.trainer.device.type == "cuda":
+            torch.cuda.synchronize(self.trainer.device)  # steps that are still running are training
+        began = time.perf_counter()
+        for do in work:
+            do()
+        self._aside += time.perf_counter() - began
+
+    def _log_means(self, step: int, steps: int, since: float) -> None:
         trainer = self.trainer
         config, means = trainer.config, trainer.means()
+        seconds = time.perf_counter() - since - self._aside  # after `means`, which waits for the device
         finite = not math.isnan(means["loss"])
         self._fruitless = 0 if finite else self._fruitless + steps
         if self._fruitless >= _PATIENCE or self._fruitless == step:
@@ -174,7 +198,7 @@ class TrainingRun:
             step=step,
             images=step * images,
             epoch=round(step * images / len(trainer.data), 3),
-            **{k: v if finite else None for k, v in means.items() if k != "skipped"},
+            **{k: v if math.isfinite(v) else None for k, v in means.items() if k != "skipped"},
             skipped=means["skipped"],
             lr=config.rate(step - 1),
             images_per_second=round(steps * images / seconds, 2),
@@ -187,25 +211,51 @@ class TrainingRun:
         )
 
     def _validate(self) -> None:
-        trainer, data = self.trainer, self.validation or self.trainer.data
-        average, raw = (trainer.validation_loss(unet, data) for unet in (trainer.ema, trainer.unet))
-        self._append(dict(step=trainer.done, ema_loss=average, raw_loss=raw, held_out=self.validation is not None))
+        trainer, data = self.trainer, self._held_out
+        networks = {**trainer.averages, "raw": trainer.unet}
+        losses = {f"{name}_loss": trainer.validation_loss(unet, data) for name, unet in networks.items()}
+        self._append(dict(step=trainer.done, **losses, held_out=self.validation is not None))
         which = "held-out images" if self.validation else "training images"
-        self.say(f"step {trainer.done}: loss on {which} {average:.4f} with the averaged weights, {raw:.4f} without")
+        self.say(f"step {trainer.done}: loss on {which}: {', '.join(f'{k[:-5]} {v:.4f}' for k, v in losses.items())}")
+
+    def _evaluate(self) -> None:
+        """KID of every average, over the same noise; no line at all where a signal or the time ends it."""
+        if self._score is None:
+            return
+        scores: dict[str, float] = {}
+        for name, unet in self.trainer.averages.items():
+            score = self._score.of(self._sampler(unet), self._batch, self._stop)
+            if score is None:
+                return
+            scores[f"{name}_kid"], scores[f"{name}_kid_deviation"] = score
+        held_out = self.validation is not None
+        self._append(dict(step=self.trainer.done, **scores, eval_images=self._score.count, held_out=held_out))
+        kids = ", ".join(f"{name} {scores[f'{name}_kid']:.4f}" for name in self.trainer.averages)
+        self.say(f"step {self.trainer.done}: KID of {self._score.count} images: {kids}")
 
     def _draw(self) -> None:
         """Images 0 ... of seed 0: a column for each class and four rows, or 8 x 8."""
         trainer = self.trainer
-        h, w = trainer.data.images.shape[1:3]
-        c = trainer.unet.config
-        sampler = Sampler(trainer.ema, trainer.schedule, (c.in_channels, h, w), trainer.config.prediction_type, engine="reference")
-        classes = min(c.num_classes or 0, 16)
+        classes = min(trainer.unet.config.num_classes or 0, 16)
         count, columns = (4 * classes, classes) if classes else (64, 8)
         labels = torch.arange(count) % classes if classes else None
-        steps, batch = min(50, len(trainer.schedule)), min(64, trainer.config.train_batch_size)
-        images = sampler.sample(count, seed=0, solver="ddim", steps=steps, labels=labels, batch_size=batch)
+        steps, sampler = min(50, len(trainer.schedule)), self._sampler(trainer.ema)
+        images = sampler.sample(count, seed=0, solver="ddim", steps=steps, labels=labels, batch_size=self._batch)
         (self.directory / SAMPLES).mkdir(exist_ok=True)
         save_grid(self.directory / SAMPLES / f"{trainer.done:08d}.png", images.numpy(), columns)
+
+    def _sampler(self, unet: UNet) -> Sampler:
+        trainer, (h, w) = self.trainer, self.trainer.data.images.shape[1:3]
+        shape = (unet.config.in_channels, h, w)
+        return Sampler(unet, trainer.schedule, shape, trainer.config.prediction_type)
+
+    @property
+    def _batch(self) -> int:
+        return min(64, self.trainer.config.train_batch_size)
+
+    @property
+    def _held_out(self) -> ImageData:
+        return self.validation or self.trainer.data
 
     def _append(self, line: dict[str, Any]) -> None:
         with open(self.directory / LOG, "a") as f:
@@ -214,10 +264,16 @@ class TrainingRun:
     # ---- files
 
     def save_model(self) -> None:
-        """The averaged weights as a diffusers folder."""
+        """Every average as a diffusers folder."""
         trainer = self.trainer
         prediction, variance = trainer.config.prediction_type, trainer.objective.variance
-        save_pretrained(self.directory / MODEL, trainer.ema, trainer.schedule, prediction, variance)
+        for name, folder in self._folders().items():
+            save_pretrained(folder, trainer.averages[name], trainer.schedule, prediction, variance)
+
+    def _folders(self) -> dict[str, Path]:
+        """Name of an average -> its folder."""
+        folder = lambda name: MODEL if name == MAIN else f"{MODEL}-{name.replace('_', '-')}"
+        return {name: self.directory / folder(name) for name in self.trainer.averages}
 
     def save_checkpoint(self) -> None:
         """Everything, in one file that appears whole; then the oldest ones over the limit go."""
@@ -227,19 +283,23 @@ class TrainingRun:
         write_checkpoint(self.directory / f"checkpoint-{trainer.done:08d}.safetensors", trainer.state(), header)
         for old in [path for path in checkpoints(self.directory) if step_of(path) <= trainer.done][: -self.limit]:
             old.unlink()
+        self._saved = trainer.done
 
     def _settings(self) -> dict[str, Any]:
         """What may change between the parts of a run, but not unnoticed."""
         threads = torch.get_num_threads()
-        return dict(**asdict(self.trainer.config), device=str(self.trainer.device), threads=threads, torch=torch.__version__)
+        config = dict(asdict(self.trainer.config), ema_decays=list(self.trainer.config.ema_decays))  # as JSON has it
+        return dict(**config, device=str(self.trainer.device), threads=threads, torch=torch.__version__)
 
     def _sweep(self) -> None:
         """Removes what a kill left half written. A hidden model stays where it is the only one."""
         for path in [*self.directory.glob(".*.tmp"), *self.directory.glob(f"{SAMPLES}/.*.tmp")]:
             path.unlink()
-        for path in self.directory.glob(f".{MODEL}-*"):
-            if (self.directory / MODEL).exists():
-                shutil.rmtree(path)
+        for model in self._folders().values():
+            staged = re.compile(rf"\.{re.escape(model.name)}-[a-z0-9_]{{8}}(-old)?")  # as `save_pretrained` names them
+            for path in self.directory.glob(f".{MODEL}-*"):
+                if staged.fullmatch(path.name) and model.exists():
+                    shutil.rmtree(path)
 
 
 def _due(step: int, every: int) -> bool:

@@ -10,11 +10,9 @@ Nothing is drawn from a generator with a state. The order of the images, each on
 
 from __future__ import annotations
 
-import copy
 import ctypes
 import hashlib
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
@@ -24,13 +22,16 @@ from torch import Tensor
 
 from ..data.datasets import ImageData
 from ..data.pixels import from_uint8, seed_bits
-from ..diffusion.losses import LossAware, Objective
+from ..diffusion.losses import Objective
 from ..diffusion.schedule import NoiseSchedule
 from ..kernels.q_sample import q_sample
 from ..models.unet import UNet
 from .config import TrainConfig
-from .cpu_autocast import use_wide_backward
+from .cpu_ops import use_fused_norms, use_wide_backward
 from .data_loader import Batch, Feed
+from .ema import MAIN, Averages
+from .flat_weights import as_vector, flatten, sum_in_order
+from .timestep_sampler import QUARTILES, LossAware, quartile_sums
 
 _IDENTITY = (
     "train_batch_size",
@@ -62,10 +63,11 @@ class Noised(NamedTuple):
 
 
 class Trainer:
-    """A UNet in training, its average and its optimizer, on one device.
+    """A UNet in training, its averages and its optimizer, on one device.
 
     unet      changed in place, to be read at any time; fp32
-    ema       a `UNet` with the running average of the weights (the weights themselves where use_ema is off)
+    ema       a `UNet` with the main running average of the weights (the weights themselves where use_ema is off)
+    averages  name -> `UNet` of every average: "ema", then such as "ema_0.9995" for further decays (see `ema.Averages`)
     done      steps taken
 
     On a CPU every thread takes images of its own through the network where there are enough: as fast as the cores allow.
@@ -82,9 +84,10 @@ class Trainer:
         if epochs >= VALIDATION_ROW:
             raise ValueError(f"{epochs} epochs of {len(data)} images; expected fewer than {VALIDATION_ROW}")
         self.unet = unet.to(self.device, torch.float32).train()
-        self.ema = copy.deepcopy(self.unet).eval().requires_grad_(False) if config.use_ema else self.unet
+        self._averages = Averages(self.unet, config)
+        self.averages = self._averages.unets or {MAIN: self.unet}
+        self.ema = self.averages[MAIN]
         self.weights = torch.nn.Parameter(flatten(self.unet))
-        self.average = flatten(self.ema) if config.use_ema else self.weights.data
         self._parameters = list(self.unet.parameters())
         self.optimizer = torch.optim.AdamW(
             [self.weights],
@@ -101,49 +104,52 @@ class Trainer:
         self.objective = Objective(schedule, config.prediction_type, config.loss_type, config.snr_gamma, self.device)
         self.timesteps = LossAware(len(schedule), self.device) if config.timestep_sampling == "loss_aware" else None
         self._coef = schedule.q_sample_table(self.device)
-        self._sums = torch.zeros(4, device=self.device)  # loss, gradient norm, steps kept and skipped since the last `means`
+        # since the last `means`: loss, gradient norm, steps kept and skipped; then losses and images by quartile of t
+        self._sums = torch.zeros(4 + 2 * QUARTILES, device=self.device)
         self._model: Callable[..., Tensor] = torch.compile(self.unet) if config.compile else self.unet
         self._parts, self._pool = self._split_over_cores()
         if self.device.type == "cpu":
             _keep_freed_memory()
             if AUTOCAST[config.mixed_precision] is not None:
                 use_wide_backward(self.unet)
+            if not config.compile:  # the compiler fuses by itself and cannot look into machine code
+                use_fused_norms(self.unet)
 
     def step(self) -> None:
         """One optimizer step. Nothing here waits for the device. A step whose gradient is not finite changes no weight."""
         config = self.config
         accumulate = config.gradient_accumulation_steps
-        loss, self.weights.grad = self._gradient(self.done * accumulate)
+        loss, self.weights.grad, quartiles = self._gradient(self.done * accumulate)
         for number in range(self.done * accumulate + 1, (self.done + 1) * accumulate):
-            more, gradient = self._gradient(number)
-            loss = loss + more
+            more, gradient, more_quartiles = self._gradient(number)
+            loss, quartiles = loss + more, quartiles + more_quartiles
             self.weights.grad += gradient
         for group in self.optimizer.param_groups:
             group["lr"] = config.rate(self.done)
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_([self.weights], config.max_grad_norm)
-        skipped = (~(norm.isfinite() & loss.isfinite())).float()
+        kept = norm.isfinite() & loss.isfinite()
+        skipped = (~kept).float()
         if not self.scaler.is_enabled():
             self.optimizer.found_inf = skipped  # type: ignore[attr-defined]  # the fused kernel then leaves all as it is
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        if config.use_ema:
-            self.average.lerp_(self.weights.detach(), 1 - config.ema_decay(self.done))
-        self._sums += torch.where(
-            skipped > 0,
-            torch.stack([0 * skipped, 0 * skipped, 0 * skipped, skipped]),
-            torch.stack([loss, norm, 1 - skipped, skipped]),
-        )
+        self._averages.update(self.weights.detach(), self.done)
+        self._sums += torch.where(kept, torch.cat([torch.stack([loss, norm, 1 - skipped, skipped]), quartiles]), 0)
+        self._sums[3] += skipped
         self.done += 1
 
     def means(self) -> dict[str, float]:
         """Loss and gradient norm, averaged since the last call over the steps that were not skipped, and how many were.
 
-        NaN when all were. Waits for the device.
+        loss_q0 ... loss_q3 are the mean losses of the images whose t was in [0, T/4), ... [3T/4, T), unweighted by how t was
+        drawn. NaN for a mean over nothing. Waits for the device.
         """
-        loss, norm, kept, skipped = self._sums.tolist()
+        (loss, norm, kept, skipped), losses, images = self._sums.cpu().split([4, QUARTILES, QUARTILES])
+        by_quartile = {f"loss_q{i}": mean for i, mean in enumerate((losses / images).tolist())}
+        means = dict(loss=float(loss / kept), grad_norm=float(norm / kept), skipped=int(skipped), **by_quartile)
         self._sums.zero_()
-        return dict(loss=loss / kept if kept else math.nan, grad_norm=norm / kept if kept else math.nan, skipped=int(skipped))
+        return means
 
     @torch.no_grad()
     def validation_loss(self, unet: UNet, data: ImageData, count: int = 512) -> float:
@@ -166,8 +172,8 @@ class Trainer:
 
     # ---- the gradient
 
-    def _gradient(self, number: int) -> tuple[Tensor, Tensor]:
-        """Loss and flat gradient of batch `number`, scaled so that the step's batches add up to their mean."""
+    def _gradient(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss and flat gradient of batch `number`, scaled so that the step's batches add up to their mean; `quartile_sums`."""
         batch, weight = self.feed.batch(number), None
         if self.timesteps is not None:
             t, weight = self.timesteps.draw(batch.word)
@@ -179,7 +185,7 @@ class Trainer:
             losses = self._losses(self._model, inputs)
             loss = (losses if inputs.weight is None else losses * inputs.weight).mean() * share
             gradients = torch.autograd.grad(self.scaler.scale(loss), self._parameters)
-            return loss.detach(), losses.detach(), torch.cat([_as_vector(g) for g in gradients])
+            return loss.detach(), losses.detach(), torch.cat([as_vector(g) for g in gradients])
 
         if self._pool is None:
             with self._dropout_of(number):
@@ -191,7 +197,7 @@ class Trainer:
             loss, losses, gradient = sum(scaled), torch.cat(unweighted), sum_in_order(gradients)
         if self.timesteps is not None:
             self.timesteps.update(inputs.t, losses)
-        return loss, gradient
+        return loss, gradient, quartile_sums(inputs.t, losses, len(self.schedule))
 
     def _noised(self, batch: Batch, weight: Tensor | None = None) -> Noised:
         labels = batch.labels if self.unet.config.num_classes else None
@@ -231,7 +237,7 @@ class Trainer:
     # ---- everything that a resumed run needs
 
     def state(self) -> dict[str, Tensor]:
-        """Weights, average, Adam's moments, the sums since the last `means`, and the losses of the timesteps where those count.
+        """Weights, averages, Adam's moments, the sums since the last `means`, and the losses of the timesteps where those count.
 
         Beside the number `done`, that is everything.
         """
@@ -242,11 +248,15 @@ class Trainer:
         state = dict(weights=self.weights.detach(), sums=self._sums, **held)
         if self.timesteps is not None:
             state.update(loss_squares=self.timesteps.squares, loss_count=self.timesteps.count)
-        return {**state, "ema": self.average} if self.config.use_ema else state
+        return {**state, **self._averages.vectors}
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Tensor], done: int) -> None:
-        """Goes on from `state` after `done` steps. ValueError for vectors that are missing, too many or of another length."""
+        """Goes on from `state` after `done` steps. ValueError for vectors that are missing, too many or of another length.
+
+        Averages can be neither added nor removed on the way.
+        """
+        self._averages.check_names(state)
         own = self.state()
         if wrong := sorted(own.keys() ^ state.keys()) or [k for k in own if own[k].shape != state[k].shape]:
             raise ValueError(f"the state belongs to another network or configuration: {', '.join(wrong)} differ")
@@ -264,31 +274,6 @@ class Trainer:
             data=self.data.digest,
             **{name: getattr(config, name) for name in _IDENTITY},
         )
-
-
-def flatten(unet: UNet) -> Tensor:
-    """Moves the weights into one vector, of which the parameters are views from then on: one update instead of hundreds."""
-    vector = torch.cat([_as_vector(p.detach()) for p in unet.parameters()])
-    parts = vector.split([p.numel() for p in unet.parameters()])
-    for p, part in zip(unet.parameters(), parts, strict=True):
-        if p.ndim == 4:
-            o, i, h, w = p.shape
-            p.data = part.view(o, h, w, i).permute(0, 3, 1, 2)
-        else:
-            p.data = part.view(p.shape)
-    return vector
-
-
-def _as_vector(x: Tensor) -> Tensor:
-    return x.permute(0, 2, 3, 1).reshape(-1) if x.ndim == 4 else x.reshape(-1)
-
-
-def sum_in_order(vectors: Sequence[Tensor]) -> Tensor:
-    """The first vector plus the others, in place."""
-    total = vectors[0]
-    for more in vectors[1:]:
-        total += more
-    return total
 
 
 def check_fit(unet: UNet, data: ImageData, learned_variance: bool = False) -> None:

@@ -5,19 +5,13 @@ import pytest
 import torch
 
 from ddpm_fast import NoiseSchedule
-from ddpm_fast.diffusion.losses import (
-    HISTORY,
-    Bound,
-    LossAware,
-    Objective,
-    discretised_gaussian_log_likelihood,
-    gaussian_kl,
-    min_snr_weights,
-)
+from ddpm_fast.diffusion.losses import Objective, min_snr_weights
 from ddpm_fast.diffusion.prediction import conversion, convert
 from ddpm_fast.diffusion.presets import PRESETS
+from ddpm_fast.diffusion.vlb import Bound, discretised_gaussian_log_likelihood, gaussian_kl
 from ddpm_fast.kernels import noise as N
 from ddpm_fast.kernels.q_sample import q_sample
+from ddpm_fast.training.timestep_sampler import HISTORY, LossAware
 
 LINEAR = NoiseSchedule.linear()
 MEAN, STD = 0.3, 0.25

@@ -7,7 +7,7 @@ import torch
 
 from ddpm_fast import NoiseSchedule, Sampler, UNet, UNetConfig, save_pretrained
 from ddpm_fast.data.datasets import ImageData
-from ddpm_fast.diffusion.losses import discretised_gaussian_log_likelihood
+from ddpm_fast.diffusion.vlb import discretised_gaussian_log_likelihood
 from ddpm_fast.evaluation.likelihood import bits_per_dimension
 from ddpm_fast.kernels import noise as N
 

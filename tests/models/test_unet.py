@@ -165,8 +165,28 @@ def test_residual_blocks_per_level():
     assert [len(level.resnets) for level in unet.down_blocks] == [1, 3]
     assert [len(level.resnets) for level in unet.up_blocks] == [4, 2]
     assert unet(torch.randn(1, 3, 8, 8), 5).shape == (1, 3, 8, 8)
-    with pytest.raises(ValueError, match="layers_per_block"):
-        config.to_diffusers()
+    expected = config.to_diffusers()
+    assert expected["layers_per_block"] == [1, 3] and UNetConfig.from_diffusers(expected) == config
+    with pytest.raises(TypeError):  # diffusers never builds another network instead
+        diffusers.UNet2DModel.from_config(expected)
+    with pytest.raises(ValueError, match=r"layers=\(1, 3, 1\) has 3 entries"):
+        UNetConfig.from_diffusers({**expected, "layers_per_block": [1, 3, 1]})
+    assert UNetConfig(channels=(32, 64), attention=False, layers=(2, 2)).to_diffusers()["layers_per_block"] == 2
+
+
+@torch.no_grad()
+def test_residual_blocks_per_level_are_those_of_diffusers():
+    """`UNet2DModel` with the blocks that differ replaced by those of a deeper one: the truth for layers (1, 2)."""
+    common = dict(SMALL, block_out_channels=(16, 32), down_block_types=("DownBlock2D", "AttnDownBlock2D"))
+    common["up_block_types"] = ("AttnUpBlock2D", "UpBlock2D")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs, deeper = (diffusers.UNet2DModel(**dict(common, layers_per_block=n)).eval() for n in (1, 2))
+    theirs.down_blocks[1], theirs.up_blocks[0] = deeper.down_blocks[1], deeper.up_blocks[0]
+    ours = UNet(UNetConfig.from_diffusers(dict(theirs.config, layers_per_block=[1, 2]))).eval()
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    x, t = torch.randn(2, SMALL["in_channels"], 16, 16), torch.tensor([3, 977])
+    assert relative_error(ours(x, t), theirs(x, t).sample) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)

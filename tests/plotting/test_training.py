@@ -45,6 +45,22 @@ def test_loss(run, tmp_path, monkeypatch):
         assert picture.width > 500
 
 
+def test_losses_by_quartile_get_a_panel(run, tmp_path, monkeypatch):
+    import ddpm_fast.plotting.training
+
+    with open(run / "log.jsonl", "w") as f:
+        for step in (1, 2, 3):
+            quartiles = {f"loss_q{i}": None if i == step else i + 1 / step for i in range(4)}
+            f.write(json.dumps(dict(step=step, images=64 * step, epoch=step, loss=1 / step, seconds=step, **quartiles)) + "\n")
+            f.write(json.dumps(dict(step=step, ema_kid=0.1, ema_kid_deviation=0.01)) + "\n")
+    kept, save = [], ddpm_fast.plotting.training.save
+    monkeypatch.setattr("ddpm_fast.plotting.training.save", lambda figure, out: (kept.append(figure), save(figure, out)))
+    plot_loss(run, tmp_path / "loss.png")
+    lines = [line.get_data() for line in kept[0].axes[1].get_lines()]
+    assert [list(x) for x, _ in lines] == [[64, 128, 192]] * 4
+    assert lines[0][1] == pytest.approx([1, 1 / 2, 1 / 3]) and lines[2][1] == pytest.approx([3, np.nan, 2 + 1 / 3], nan_ok=True)
+
+
 def test_course(run, tmp_path):
     for name in ("course.png", "course.svg", "course.pdf"):
         plot_course(run, tmp_path / name, rows=3)

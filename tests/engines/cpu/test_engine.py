@@ -36,6 +36,7 @@ NETWORKS = {
     "resblocks resample": dict(down_resample="resnet", up_resample="resnet", scale_shift=True, num_classes=3),
     "centred, divided": dict(center_input=True, mid_scale=1.4142135, mid_norm_groups=0, downsample_padding=1),
     "one pixel at the bottom": dict(channels=(8, 8, 8, 8), norm_groups=4, attention=(False, False, False, True), sample_size=8),
+    "blocks per level": dict(channels=(16, 24, 32), layers=(1, 1, 2), attention=(False, True, True), num_classes=3),
     "one channel": dict(in_channels=1, out_channels=1, layers=2),
 }
 

@@ -34,6 +34,7 @@ NETS = {
     ),
     "symmetric downsampling": UNetConfig(16, channels=(16, 32), norm_groups=4, downsample_padding=1, attention=False, **SMALL),
     "class-conditional, 28x28": UNetConfig(28, channels=(16, 32, 48), norm_groups=16, num_classes=10, attention=False, **SMALL),
+    "blocks per level": UNetConfig(16, 1, 1, channels=(16, 32, 32), layers=(1, 1, 2), attention=(False, True, True), norm_groups=8),
     "not square": UNetConfig((8, 24), channels=(16, 32), norm_groups=4, attention=(False, True), **SMALL),
     "ADM resampling, no norm in the middle": UNetConfig(
         16,
@@ -114,6 +115,16 @@ def test_the_weights_that_ship_by_fallbacks(figure):
     figure("FusedUNet against the reference, weights that ship", ", ".join(f"{k} {v:.1e}" for k, v in errors.items()))
     plain = relative_error(unet.bfloat16()(*args), unet.float()(*args))
     assert errors["fp32"] < 1e-5 and errors["fp16"] < 2e-3 and errors["bf16"] < 2 * plain and errors["fp8"] < 0.1
+
+
+@torch.no_grad()
+def test_blocks_per_level_by_the_fallback():
+    unet = of(NETS["blocks per level"])
+    fused = FusedUNet(unet, 2, "fp32", "cpu", check=False)
+    fused.plan().twins = {launch.name for launch in fused.plan()}
+    args = inputs(unet.config, 2)
+    expected = unet.double()(*args)
+    assert relative_error(run(fused, *args), expected) < 1e-5
 
 
 @torch.no_grad()

@@ -1,0 +1,153 @@
+"""GroupNorm with SiLU, the time row before it and the path around it as one operation of autograd on a CPU.
+
+x is [N, C, H, W], channels-last, fp32 or bf16; arithmetic is fp32 (see `norm_loops`). Every image is computed by one thread, and
+sums over images run in their order: bits do not depend on the number of threads.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .norm_loops import fitting_width, functions
+
+WORTHWHILE = 2**17  # elements from which a second thread is started
+SUFFIX = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+
+
+def group_norm_silu_reference(
+    x: Tensor, time: Tensor | None, gamma: Tensor, beta: Tensor, groups: int, eps: float, silu: bool
+) -> Tensor:
+    """[SiLU of] GroupNorm of x + time: x [N, C, H, W]; time [N, C] or None; gamma, beta [C]."""
+    y = F.group_norm(x if time is None else x + time[:, :, None, None], groups, gamma, beta, eps)
+    return F.silu(y) if silu else y
+
+
+def fits(x: Tensor, gamma: Tensor) -> bool:
+    """Whether `group_norm_silu` computes this; elsewhere PyTorch has to."""
+    here = x.device.type == "cpu" and x.dtype in SUFFIX and x.ndim == 4 and x.numel() > 0
+    return here and gamma.dtype == torch.float32 and fitting_width(x.shape[1]) is not None
+
+
+def group_norm_silu(
+    x: Tensor,
+    time: Tensor | None,
+    gamma: Tensor,
+    beta: Tensor,
+    groups: int,
+    eps: float,
+    silu: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """[SiLU of] GroupNorm of x + time, and x itself, to be used wherever x goes besides the norm.
+
+    The gradient of that second x is added to the norm's in the pass that writes it.
+
+    Args:
+        x: [N, C, H, W] on the CPU, fp32 or bf16; channels-last is not copied.
+        time: [N, C] floating, added to every pixel before the norm; or None.
+        gamma: scale [C], fp32.
+        beta: shift [C], fp32.
+        groups: a divisor of C.
+        eps: added to the variance.
+        silu: whether SiLU follows.
+
+    Returns:
+        (y, x): y [N, C, H, W] in x's dtype, channels-last.
+    """
+    return _GroupNormSiLU.apply(x, time, gamma, beta, groups, eps, silu)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+class _GroupNormSiLU(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        time: Tensor | None,
+        gamma: Tensor,
+        beta: Tensor,
+        groups: int,
+        eps: float,
+        silu: bool,
+    ) -> tuple[Tensor, Tensor]:
+        n, c, h, w = x.shape
+        rows, gamma, beta = _rows(x), gamma.contiguous(), beta.contiguous()
+        y = torch.empty_like(rows)
+        stats = torch.empty(n, 2, c)
+        shift = torch.zeros(c) if time is None else time.float().contiguous()
+        bits = int.from_bytes(struct.pack("<f", eps), "little")
+        function = functions(fitting_width(c) or 0)[f"forward_{SUFFIX[x.dtype]}"]
+        pointers = [t.data_ptr() for t in (gamma, beta, y, stats)]
+        head = (rows.data_ptr(), shift.data_ptr(), 0 if time is None else c, *pointers)
+
+        def part(first: int, last: int) -> None:
+            function(*head, first, last, h * w, c, groups, bits, int(silu))
+
+        _split(part, n, x.numel())
+        ctx.save_for_backward(rows, gamma, beta, stats)
+        ctx.groups, ctx.silu, ctx.time = groups, silu, None if time is None else time.dtype
+        ctx.set_materialize_grads(False)
+        return y, x
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor | None, residual: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return residual, *[None] * 6
+        x, gamma, beta, stats = ctx.saved_tensors
+        n, c, h, w = x.shape
+        dy = _rows(dy.to(x.dtype))
+        residual = None if residual is None else _rows(residual.to(x.dtype))
+        dx, sums, time = torch.empty_like(x), torch.empty(n, 2, c), torch.empty(n, c)
+        function = functions(fitting_width(c) or 0)[f"backward_{SUFFIX[x.dtype]}"]
+        pointers = [t.data_ptr() for t in (gamma, beta, stats, dx, sums, time)]
+        head = (dy.data_ptr(), x.data_ptr(), 0 if residual is None else residual.data_ptr(), *pointers)
+
+        def part(first: int, last: int) -> None:
+            scratch = torch.empty((h * w + 2) * c)
+            function(*head, scratch.data_ptr(), first, last, h * w, c, ctx.groups, int(ctx.silu))
+
+        _split(part, n, x.numel())
+        dgamma, dbeta = _sum_of_images(sums)
+        return dx, None if ctx.time is None else time.to(ctx.time), dgamma, dbeta, None, None, None
+
+
+def _sum_of_images(sums: Tensor) -> Tensor:
+    """[N, 2, C] -> [2, C], the images added in their order: `sum` may choose another with more threads."""
+    return sums.cumsum(0)[-1]
+
+
+# ---- threads
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads)
+
+
+os.register_at_fork(after_in_child=_pool.cache_clear)
+
+
+def _split(part: Callable[[int, int], None], images: int, elements: int) -> None:
+    """part(first, last) over all images, in as many threads as PyTorch would use here."""
+    threads = min(torch.get_num_threads(), images) if elements >= WORTHWHILE else 1
+    if threads == 1:
+        return part(0, images)
+    own, *rest = pairwise(images * i // threads for i in range(threads + 1))
+    others = [_pool(threads - 1).submit(part, *bounds) for bounds in rest]
+    part(*own)
+    for other in others:
+        other.result()
