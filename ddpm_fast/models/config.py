@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import InitVar, dataclass
 from typing import Any, NamedTuple
 
-from .diffusers_format import arguments_from_diffusers, to_diffusers
 from ..utils.validation import is_count, is_counts
+from .diffusers_format import arguments_from_diffusers, to_diffusers
 
 
 class LevelConfig(NamedTuple):

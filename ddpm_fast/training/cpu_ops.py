@@ -10,7 +10,7 @@ convolutions and linear layers where the CPU has no instructions for the dtype. 
 
 from __future__ import annotations
 
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,14 +38,15 @@ def _norm_silu(norm: nn.GroupNorm, x: Tensor, time: Tensor | None = None, silu: 
     return native.group_norm_silu(x, time, norm.weight, norm.bias, norm.num_groups, norm.eps, silu)
 
 
-def use_wide_backward(unet: UNet) -> None:
-    """Makes the slow operations of half precision go through fp32, in this instance alone."""
+def use_wide_backward(unet: UNet, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Makes the slow operations of autocast to `dtype` go through fp32, in this instance alone."""
+    slow_products = not _is_native(dtype)
     for module in unet.modules():
         if isinstance(module, nn.GroupNorm):
             module.forward = partial(_group_norm, module)  # type: ignore[method-assign]
         elif isinstance(module, Attention):
             module.mix = _attention
-        elif isinstance(module, (nn.Conv2d, nn.Linear)):
+        elif slow_products and isinstance(module, (nn.Conv2d, nn.Linear)):
             module.forward = partial(_product, module)  # type: ignore[method-assign]
 
 
@@ -89,14 +90,13 @@ def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def _product(layer: nn.Conv2d | nn.Linear, x: Tensor) -> Tensor:
     plain: Any = type(layer).forward
-    dtype = torch.get_autocast_dtype("cpu")
-    if not torch.is_autocast_enabled("cpu") or _is_native(dtype):
+    if not torch.is_autocast_enabled("cpu"):
         return plain(layer, x)
+    dtype = torch.get_autocast_dtype("cpu")
     with torch.autocast("cpu", enabled=False):
         return plain(layer, x.float()).to(dtype)
 
 
-@cache
 def _is_native(dtype: torch.dtype) -> bool:
     """Whether PyTorch's products of this dtype use the CPU's own instructions; without them they run up to ten times slower."""
     mkldnn = torch.ops.mkldnn

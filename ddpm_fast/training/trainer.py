@@ -110,8 +110,8 @@ class Trainer:
         self._parts, self._pool = self._split_over_cores()
         if self.device.type == "cpu":
             _keep_freed_memory()
-            if AUTOCAST[config.mixed_precision] is not None:
-                use_wide_backward(self.unet)
+            if (dtype := AUTOCAST[config.mixed_precision]) is not None:
+                use_wide_backward(self.unet, dtype)
             if not config.compile:  # the compiler fuses by itself and cannot look into machine code
                 use_fused_norms(self.unet)
 

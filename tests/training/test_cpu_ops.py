@@ -270,10 +270,26 @@ def test_fallback_where_the_fused_form_does_not_fit(monkeypatch):
 
 def test_products_in_fp32_where_the_cpu_has_no_bf16(monkeypatch):
     """Rounded once, at the end, whatever the layer; the result keeps autocast's dtype."""
-    monkeypatch.setattr(cpu_ops, "_is_native", lambda dtype: False)
+    for native in (True, False):
+        monkeypatch.setattr(cpu_ops, "_is_native", lambda dtype, native=native: native)
+        unet = network()
+        use_wide_backward(unet)
+        replaced = [m for m in unet.modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear)) and "forward" in vars(m)]
+        assert bool(replaced) is not native
     torch.manual_seed(0)
     for layer, x in ((torch.nn.Conv2d(8, 8, 3), torch.randn(2, 8, 5, 5)), (torch.nn.Linear(8, 4), torch.randn(3, 8))):
         expected = layer(x)
         with torch.autocast("cpu", BF16):
             result = cpu_ops._product(layer, x)
         assert result.dtype == BF16 and torch.equal(result, expected.to(BF16))
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_the_network_of_a_compiling_trainer_is_one_graph(precision, monkeypatch):
+    compile_unet = lambda unet: torch._dynamo.optimize("aot_eager", nopython=True)(unet)
+    monkeypatch.setattr(torch, "compile", compile_unet)
+    compiled, eager = trainer(mixed_precision=precision, compile=True), trainer(mixed_precision=precision)
+    compiled.step()
+    eager.step()
+    tolerance = 2e-2 if precision == "bf16" else 1e-5
+    assert relative_error(compiled.weights.grad, eager.weights.grad) < tolerance
