@@ -174,13 +174,13 @@ def test_last_step_adds_no_noise_however_large_the_learned_variance():
         (dict(out=torch.zeros(2, 6, 4, 4)), r"expected floating \(2, 3, 4, 4\)"),
         (dict(learned=True), r"expected floating \(2, 6, 4, 4\) on cpu \(mean and variance\)"),
         (dict(table=torch.zeros(20, 5)), "table is"),
-        (dict(row=torch.zeros(1, dtype=torch.int32)), r"row is .*\[2\]"),
+        (dict(step=torch.zeros(1, dtype=torch.int32)), r"step is .*\[2\]"),
         (dict(image=torch.zeros(2)), "image is"),
         (dict(old=torch.zeros(2, 3, 4, 4)), "old is .*expected a tensor like x_t"),  # channels-first beside channels-last
     ],
 )
 def test_refuses(change, message):
-    names = ("x_t", "out", "table", "row", "seed", "image", "learned")
+    names = ("x_t", "out", "table", "step", "seed", "image", "learned")
     given = dict(zip(names, case((2, 3, 4, 4)), strict=True)) | change
     with pytest.raises(ValueError, match=message):
         ddpm_step(**given)

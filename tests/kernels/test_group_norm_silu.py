@@ -61,7 +61,7 @@ class Case:
         maps = dict(zip(("x", "x2"), map(map_of, parts), strict=False))
         count = self.op.scratch_elements(maps["x"])
         scratch = poisoned(1, 1, 1, count, torch.float32, x.device, bordered=False) if count else None
-        return maps | dict(table=self.table, row=None if self.row is None else self.row[images], scratch=scratch)
+        return maps | dict(table=self.table, time_row=None if self.row is None else self.row[images], scratch=scratch)
 
     def out(self, images=5, dtype=None):
         n, c, h, w = self.x.shape
@@ -341,7 +341,7 @@ def test_fault_is_seen(fault, dtype, device):
 def test_wrong_argument_is_seen(fault, device):
     case = Case(2, 24, 24, 4, 5, 7, torch.float32, device, time="add")
     given = case.arguments()
-    given |= dict(row=given["row"].flip(0)) if fault == "rows of other images" else dict(x=given["x2"], x2=given["x"])
+    given |= dict(time_row=given["time_row"].flip(0)) if fault == "rows of other images" else dict(x=given["x2"], x2=given["x"])
     with pytest.raises(AssertionError, match="max error"):
         assert_operation(case.op, case.out(), case.reference, **given)
 

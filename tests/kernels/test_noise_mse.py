@@ -134,7 +134,7 @@ def test_targets_are_those_of_the_papers():
     ],
 )
 def test_refuses(change, message):
-    names = ("out", "x_0", "coef", "t", "row", "seed", "image")
+    names = ("out", "x_0", "coef", "t", "noise_row", "seed", "image")
     given = dict(zip(names, case((2, 3, 4, 4)), strict=True)) | change
     with pytest.raises(ValueError, match=message):
         noise_mse(**given)

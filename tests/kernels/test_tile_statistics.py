@@ -10,9 +10,10 @@ from ddpm_fast.kernels._feature_map import FeatureMap
 from ddpm_fast.kernels._gemm import Target, cut, quantise
 from ddpm_fast.kernels._tile_statistics import Tiling, channel_statistics, tile_statistics
 from ddpm_fast.kernels._triton import INTERPRETED
-from ddpm_fast.kernels.conv2d_pointers import DownsampleConv, FirstConv
 from ddpm_fast.kernels.conv3x3 import Conv3x3
-from ddpm_fast.kernels.conv_upsample import UpsampleConv
+from ddpm_fast.kernels.conv_downsample import ConvDownsample
+from ddpm_fast.kernels.conv_in import ConvIn
+from ddpm_fast.kernels.conv_upsample import ConvUpsample
 from ddpm_fast.kernels.group_norm_silu import GroupNormSiLU, group_norm_silu_reference
 from ddpm_fast.testing import (
     assert_as_accurate,
@@ -48,18 +49,18 @@ class Case:
         if tma and target.sm < 90:
             pytest.skip("no TMA before sm_90")
         operand, c = operand or dtype, 3 if kind == "first" else c
-        step = FirstConv.step(c) if kind == "first" else c
-        t = replace(cut(target, operand, step, k, 1, tma=tma, warps=4), bm=64)
+        step = ConvIn.block_k(c) if kind == "first" else c
+        t = replace(cut(target, operand, step, k, 1, tma=tma, warps=4), block_m=64)
         size = int(h * KINDS[kind]), int(w * KINDS[kind])
         x, weight = normal(n, c, *size, dtype=torch.float32, device=device), normal(k, c, 3, 3, seed=1, scale=(9 * c) ** -0.5)
         weight, b = weight.to(device), (bias + 0.3 * normal(k, seed=2)).to(device)
         self.x, self.residual = x, normal(n, k, h, w, seed=3, dtype=dtype, device=device) if "residual" in kind else None
         if kind == "first":
-            self.op = FirstConv.of(weight, b, dtype, replace(t, bk=step))
+            self.op = ConvIn.of(weight, b, dtype, replace(t, block_k=step))
         elif kind == "downsample":
-            self.op = DownsampleConv.of(weight, b, 0, dtype, t)
+            self.op = ConvDownsample.of(weight, b, 0, dtype, t)
         elif kind.startswith("upsample"):
-            self.op = UpsampleConv.of(weight, b, dtype, t)
+            self.op = ConvUpsample.of(weight, b, dtype, t)
         else:
             self.op = Conv3x3.of(weight, b, operand, t, residual_scale=0.7)
         self.operand = torch.float32 if kind == "first" else operand
@@ -89,28 +90,28 @@ def one_by_one(out, tiling, dtype=torch.float64, border=False, neighbours=False)
     """[N, entries, 2, C] of what stands in `out`, tile by tile as its rows lie in memory, computed in `dtype`. border, neighbours:
     faults, rows that are no pixels and rows of the next image.
     """
-    found, side = [], 2 if tiling.parts == 4 else 1
-    wide = tiling.width + 1
-    count = (tiling.height + 1) * wide
+    entries, side = [], 2 if tiling.parts == 4 else 1
+    width = tiling.width + 1
+    count = (tiling.height + 1) * width
     for n in range(out.images):
         for begin in range(0, count, tiling.rows):
             for part in range(tiling.parts):
                 rows, image = range(begin, min(begin + tiling.rows, count)), out.pixels[n].to(dtype)
-                at = [(r // wide - 1, r % wide - 1) for r in rows]
+                at = [(r // width - 1, r % width - 1) for r in rows]
                 values = [image[:, y * side + part // 2, x * side + part % 2] for y, x in at if y >= 0 and x >= 0]
                 values += [torch.zeros_like(image[:, 0, 0]) for y, x in at if border and (y < 0 or x < 0)]
                 if neighbours and n + 1 < out.images:
-                    values += [out.pixels[n + 1].to(dtype)[:, 0, x] for x in range(max(0, begin + tiling.rows - count - wide - 1))]
+                    values += [out.pixels[n + 1].to(dtype)[:, 0, x] for x in range(max(0, begin + tiling.rows - count - width - 1))]
                 v = torch.stack(values) if values else torch.zeros_like(image[None, :, 0, 0])
-                found.append(torch.stack([v.mean(0), (v - v.mean(0)).square().sum(0)]))
-    return torch.stack(found).unflatten(0, (out.images, tiling.entries))
+                entries.append(torch.stack([v.mean(0), (v - v.mean(0)).square().sum(0)]))
+    return torch.stack(entries).unflatten(0, (out.images, tiling.entries))
 
 
 def check(stats, out, tiling, **fault):
     """Means and squared deviations each against fp64, at most twice as far off as plain PyTorch in fp32."""
     exact, plain = one_by_one(out, tiling, **fault), one_by_one(out, tiling, torch.float32, **fault)
-    for found, p, e in zip(stats.grid.unbind(2), plain.unbind(2), exact.unbind(2), strict=True):
-        assert_as_accurate(found, p, e)
+    for value, p, e in zip(stats.grid.unbind(2), plain.unbind(2), exact.unbind(2), strict=True):
+        assert_as_accurate(value, p, e)
 
 
 @pytest.mark.kernel
@@ -217,8 +218,8 @@ class Norm:
         maps = dict(zip(("x", "x2"), map(map_of, parts), strict=False))
         maps |= dict(zip(("stats", "stats2"), map(kept_of, parts, self.op.tilings), strict=False))
         scratch = poisoned(1, 1, 1, self.op.scratch_elements(maps["x"]), torch.float32, x.device, bordered=False)
-        row = None if self.entries is None else torch.arange(len(self.x), device=x.device)[images]
-        return maps | dict(scratch=scratch, table=self.entries, row=row)
+        time_row = None if self.entries is None else torch.arange(len(self.x), device=x.device)[images]
+        return maps | dict(scratch=scratch, table=self.entries, time_row=time_row)
 
     def out(self, images=None):
         n, c, h, w = self.x.shape
