@@ -1,10 +1,52 @@
-"""Kernels of `group_norm_silu`: one pass over an image's block of channels, or given statistics applied to tiles."""
+"""Kernels of `group_norm_silu` and their blocks: one pass over an image, or statistics applied to tiles."""
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
+from ._gemm import power_of_two
 from ._group_statistics import load_pixels, of_group
 from ._launch import begin
 from ._triton import tl, triton
+
+# Elements of a block that one program may hold: 64 registers for each of 512 threads (4096 pixels of 16 channels spill)
+HELD = 32768
+WIDEST = 64  # channels of a block: 128 bytes of a 2-byte type, one line of the cache
+TILE = 16384  # elements of a tile of the two-pass form
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Shape of a program's block: `used` channels (whole groups) in `lanes` lanes, tiles of `pixels` pixels; one_pass: a tile is
+    a whole image.
+    """
+
+    pixels: int
+    lanes: int
+    used: int
+    warps: int
+    one_pass: bool
+
+    @classmethod
+    def of(cls, size: int, channels: int, width: int, held: int = HELD) -> Blocks:
+        """For images of `size` pixels: whole groups of `width` channels, by eights where that is possible (16 bytes a load)."""
+        pixels, least = power_of_two(size), power_of_two(width)
+        lanes = min(WIDEST, held // pixels, power_of_two(channels))
+        one_pass = max(least, min(16, power_of_two(channels))) * pixels <= held
+        if one_pass:
+            lanes = max(lanes, least)
+        else:
+            lanes = max(min(WIDEST, power_of_two(channels)), least)
+            pixels = min(pixels, max(1, TILE // lanes))
+        elements = pixels * lanes if width <= 32 else pixels * least
+        # 64 elements per thread, or 32 in addition to those of a loop or of two maps
+        warps = min(16, max(4, elements // (2048 if one_pass else 1024)))
+        if width > 32:
+            return cls(pixels, least, width, warps, one_pass)
+        by = math.lcm(width, 8)
+        used = lanes // by * by or lanes // width * width
+        return cls(pixels, lanes, used, warps, one_pass)
 
 
 @triton.jit

@@ -8,7 +8,6 @@ arithmetic on tiles.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -17,16 +16,12 @@ from torch import Tensor
 
 from ._feature_map import FeatureMap
 from ._gemm import E4M3_MAX, TRITON_TYPE, cast, power_of_two
-from ._group_norm_kernels import _apply_kernel, _one_pass_kernel
+from ._group_norm_kernels import HELD, Blocks, _apply_kernel, _one_pass_kernel
 from ._group_statistics import _combine_kernel, _statistics_kernel
 from ._launch import launch_options
 from ._tile_statistics import Tiling, channel_statistics
 from ._triton import triton
 
-# Elements of a block that one program may hold: 64 registers for each of 512 threads (4096 pixels of 16 channels spill)
-HELD = 32768
-WIDEST = 64  # channels of a block: 128 bytes of a 2-byte type, one line of the cache
-TILE = 16384  # elements of a tile of the two-pass form
 MOST_CHUNKS = 16
 COMBINED = 4096  # tiles x channels of statistics that a program combines at once
 
@@ -64,40 +59,6 @@ def norm_from_statistics(x: Tensor, mean: Tensor, squares: Tensor, weight: Tenso
 
 
 # ---- the operation
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """How a map is cut: blocks of `used` channels (whole groups) in `lanes` lanes, tiles of `pixels` pixels; one_pass: a tile is
-    a whole image.
-    """
-
-    pixels: int
-    lanes: int
-    used: int
-    warps: int
-    one_pass: bool
-
-    @classmethod
-    def of(cls, size: int, channels: int, width: int, held: int = HELD) -> Blocks:
-        """For images of `size` pixels: whole groups of `width` channels, by eights where that is possible (16 bytes a load)."""
-        pixels, least = power_of_two(size), power_of_two(width)
-        lanes = min(WIDEST, held // pixels, power_of_two(channels))
-        one_pass = max(least, min(16, power_of_two(channels))) * pixels <= held
-        if one_pass:
-            lanes = max(lanes, least)
-        else:
-            lanes = max(min(WIDEST, power_of_two(channels)), least)
-            pixels = min(pixels, max(1, TILE // lanes))
-        elements = pixels * lanes if width <= 32 else pixels * least
-        warps = min(
-            16, max(4, elements // (2048 if one_pass else 1024))
-        )  # 64 elements a thread, or 32 beside a loop's or two maps'
-        if width > 32:
-            return cls(pixels, least, width, warps, one_pass)
-        by = math.lcm(width, 8)
-        used = lanes // by * by or lanes // width * width
-        return cls(pixels, lanes, used, warps, one_pass)
 
 
 @dataclass(frozen=True, eq=False)

@@ -257,16 +257,16 @@ def test_fault_is_seen(fault, dtype, device):
 @pytest.mark.parametrize("fault", ["keys and values exchanged", "keys of another image", "the last key"])
 def test_wrong_argument_is_seen(fault, device):
     case = Heads(2, 2, 32, 5, 7, operand_types()[-1], device)
-    given = case.qkv.clone()
-    q, k, v = given.chunk(3, dim=1)
+    qkv = case.qkv.clone()
+    q, k, v = qkv.chunk(3, dim=1)
     if fault == "keys and values exchanged":
-        given = torch.cat([q, v, k], dim=1)
+        qkv = torch.cat([q, v, k], dim=1)
     elif fault == "keys of another image":
-        given = torch.cat([q, k.flip(0), v], dim=1)
+        qkv = torch.cat([q, k.flip(0), v], dim=1)
     else:
         k[..., -1, -1] = 0
     with pytest.raises(AssertionError, match="max error"):
-        assert_operation(case.op, case.out(), case.reference, qkv=map_of(given, bordered=False))
+        assert_operation(case.op, case.out(), case.reference, qkv=map_of(qkv, bordered=False))
 
 
 @pytest.mark.kernel

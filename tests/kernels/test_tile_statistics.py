@@ -191,7 +191,7 @@ def test_maps_of_another_shape_are_refused():
 # ---- norms
 
 
-def kept_of(x, tiling):
+def statistics_of(x, tiling):
     """What a convolution keeps of x [N, C, H, W], as a map."""
     stats = poisoned(len(x), tiling.entries, 2, x.shape[1], torch.float32, x.device, bordered=False)
     stats.rows.copy_(tile_statistics(x.double(), tiling).flatten(0, 2))
@@ -216,7 +216,7 @@ class Norm:
         x = self.x[images]
         parts = x.split(self.channels, dim=1)
         maps = dict(zip(("x", "x2"), map(map_of, parts), strict=False))
-        maps |= dict(zip(("stats", "stats2"), map(kept_of, parts, self.op.tilings), strict=False))
+        maps |= dict(zip(("stats", "stats2"), map(statistics_of, parts, self.op.tilings), strict=False))
         scratch = poisoned(1, 1, 1, self.op.scratch_elements(maps["x"]), torch.float32, x.device, bordered=False)
         time_row = None if self.entries is None else torch.arange(len(self.x), device=x.device)[images]
         return maps | dict(scratch=scratch, table=self.entries, time_row=time_row)
@@ -265,18 +265,18 @@ def test_norm_from_statistics(name, dtype, device, two_passes):
 @pytest.mark.parametrize("fault", ["of the other image", "of the other map", "tiles exchanged", "other tiles"])
 def test_wrong_statistics_are_seen(fault, device, two_passes):
     norm = Norm(2, (16, 16), 4, 13, 7, torch.float32, device, time="add")
-    given = norm.arguments()
+    arguments = norm.arguments()
     if fault == "other tiles":
         norm.op = replace(norm.op, tilings=(Tiling(7, 13, 64),) * 2)
         changed = {}
     elif fault == "of the other map":
-        changed = dict(stats=given["stats2"], stats2=given["stats"])
+        changed = dict(stats=arguments["stats2"], stats2=arguments["stats"])
     else:
         by = 1 if fault == "of the other image" else 0
-        rows = given["stats"].grid.flip(1 - by).reshape(given["stats"].rows.shape)
-        changed = dict(stats=replace(given["stats"], rows=rows))
+        rows = arguments["stats"].grid.flip(1 - by).reshape(arguments["stats"].rows.shape)
+        changed = dict(stats=replace(arguments["stats"], rows=rows))
     with pytest.raises(AssertionError, match="max error"):
-        norm.check(**(given | changed))
+        norm.check(**(arguments | changed))
 
 
 @pytest.mark.kernel
@@ -293,13 +293,13 @@ def test_norm_has_the_same_bits_in_any_batch(device, two_passes):
 
 def test_statistics_that_do_not_belong_to_the_maps_are_refused(two_passes):
     norm = Norm(2, (16, 16), 4, 13, 7, torch.float32, "cpu")
-    given = norm.arguments()
+    arguments = norm.arguments()
     for changed, message in (
         (dict(stats2=None), "1 maps of statistics and 2 tilings for 2 maps"),
-        (dict(stats2=kept_of(norm.x[:, :16], Tiling(13, 7, 32))), r"stats is \(2, 4, 2, 16\)"),
+        (dict(stats2=statistics_of(norm.x[:, :16], Tiling(13, 7, 32))), r"stats is \(2, 4, 2, 16\)"),
     ):
         with pytest.raises(ValueError, match=message):
-            norm.op.run(out=norm.out(), **(given | changed))
+            norm.op.run(out=norm.out(), **(arguments | changed))
 
 
 # ---- tilings: plain PyTorch
