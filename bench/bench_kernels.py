@@ -63,7 +63,7 @@ def plan_of(dtype: str, tiny: bool, device: str) -> Plan:
     return plan
 
 
-KINDS = ("conv3x3", "downsample_conv", "first_conv", "folded_attention", "group_norm_silu", "pointwise", "upsample_conv")
+KINDS = ("conv1x1", "conv3x3", "conv_downsample", "conv_in", "conv_upsample", "folded_attention", "group_norm_silu")
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp8"])

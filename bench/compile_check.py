@@ -31,8 +31,8 @@ from ddpm_fast.testing import Compiled, Launch, compile_launch, launch_key, reco
 
 PROCESSORS = {80: 108, 89: 128, 90: 132, 100: 148, 120: 170}
 SHARED = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB that a program may take
-HOT = ("_conv3x3_kernel", "_upsample_conv_kernel")
-PRODUCTS = (*HOT, "_downsample_kernel", "_pointwise_kernel", "_first_conv_kernel", "_attention_kernel", "_time_rows_kernel")
+HOT = ("_conv3x3_kernel", "_conv_upsample_kernel")
+PRODUCTS = (*HOT, "_conv_downsample_kernel", "_conv1x1_kernel", "_conv_in_kernel", "_attention_kernel", "_time_embedding_kernel")
 UNITS = {80: "mma.sync", 89: "mma.sync", 120: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 # Local-memory instructions that a norm may have where its block fills a thread's 128 registers, on an architecture other than
 # sm_90: beside two thousand that wait for memory; releases differ by one or two. In products none.
@@ -111,7 +111,7 @@ def narrow_accesses(case: Case, c: Compiled) -> list[str]:
     if a.get("USED", 8) % 8:
         return []
     wrong = [line.split()[0] for line in c.sass if re.match(r"(LDG|STG)\S*\.[US](8|16)\b", line)]
-    reads_map = case.kernel != "_first_conv_kernel"  # but pixels of one to four channels
+    reads_map = case.kernel != "_conv_in_kernel"  # but pixels of one to four channels
     if reads_map and not c.count("UTMALDG") and not any(re.match(r"LDG\S*\.(128|256)", line) for line in c.sass):
         wrong.append("no loads of 16 bytes")
     widths = "64|128|256" if getattr(a.get("OUT"), "primitive_bitwidth", 16) == 8 else "128|256"
@@ -169,10 +169,10 @@ def compile_all(cases: list[Case], processes: int = 2) -> Iterator[tuple[Case, C
 def row_of(case: Case, c: Compiled | None, seconds: float) -> dict[str, Any]:
     """c: None where it did not compile."""
     a = case.launch.args
-    if "BM" in a and "BK" in a:
-        tile = f"{a['BM']}x{a['BO']}x{a['BK']}"
-    elif "BM" in a:
-        tile = f"{a['BM']} queries, {a['BN']} keys"
+    if "BLOCK_M" in a and "BLOCK_K" in a:
+        tile = f"{a['BLOCK_M']}x{a['BLOCK_N']}x{a['BLOCK_K']}"
+    elif "BLOCK_M" in a:
+        tile = f"{a['BLOCK_M']} queries, {a['BLOCK_N']} keys"
     elif "T" in a:
         tile = f"{a['T']} tiles x {a['USED']} of {a['L']}"
     elif "P" in a:

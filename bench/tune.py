@@ -35,10 +35,10 @@ from ddpm_fast.utils.environment import environment
 
 def candidates(tiles: Tiles) -> Iterator[dict[str, Any]]:
     """What differs from the rule's tiles; 64 rows at least, and never another step."""
-    for bm in (64, 128, 256):
+    for block_m in (64, 128, 256):
         for warps in (4, 8):
             for stages in (3, 4, 5):
-                changed: dict[str, Any] = dict(bm=bm, warps=warps, stages=stages)
+                changed: dict[str, Any] = dict(block_m=block_m, warps=warps, stages=stages)
                 if replace(tiles, **changed) != tiles:
                     yield {k: v for k, v in changed.items() if v != getattr(tiles, k)}
 
@@ -46,13 +46,13 @@ def candidates(tiles: Tiles) -> Iterator[dict[str, Any]]:
 def key_of(fused: FusedUNet, launch: Launch) -> str | None:
     """The launch's key among the overrides; None for what has no tiles."""
     op: Any = launch.op
-    if not hasattr(op, "tiles") or op.name == "time_rows":
+    if not hasattr(op, "tiles") or op.name == "time_embedding":
         return None
     tiles = op.tiles
     x = launch.reads["x"]
-    channels = tiles.bk if op.name == "first_conv" else x.channels
-    if op.name == "pointwise" and "x2" in launch.reads:
-        channels = tiles.bk
+    channels = tiles.block_k if op.name == "conv_in" else x.channels
+    if op.name == "conv1x1" and "x2" in launch.reads:
+        channels = tiles.block_k
     return tile_key(op.name, fused.target, op.weight.dtype, channels, launch.out.channels, x.height, x.width)
 
 

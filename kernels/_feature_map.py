@@ -1,9 +1,9 @@
-"""A feature map as the network's kernels see it: pixels as rows of channels, with or without a border of zeros.
+"""Feature map of the network's kernels: pixels as rows of channels, with or without a border of zeros.
 
 Bordered, an image [H, W] becomes (H + 1) (W + 1) rows: a zero row on top of it and a zero column on its left. The right border
 of a row is the left border of the next, the bottom border of an image the top border of the next, so one tap of a 3x3 filter is
-a constant row offset and a whole convolution is nine matrix products on shifted rows. Whoever writes a bordered map writes its
-zeros too; whoever reads one may rely on them.
+a constant row offset and a whole convolution is nine matrix products on shifted rows. Writers of a bordered map write its
+zeros too; readers rely on them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class FeatureMap:
-    """rows [images * image_rows, C], each row contiguous."""
+    """Pixels of images as rows [images * image_rows, C], each row contiguous."""
 
     rows: Tensor
     images: int
@@ -72,12 +72,12 @@ class FeatureMap:
         return torch.cat([self.grid[:, 0], self.grid[:, 1:, 0]], dim=1)
 
     def expect(self, name: str, images: int, height: int, width: int, channels: int, bordered: bool | None = None) -> None:
-        """ValueError where the map is another than what a launch needs: a kernel would read or write beyond it."""
-        found = (self.images, self.height, self.width, self.channels)
-        if found != (images, height, width, channels) or bordered not in (None, self.bordered):
+        """Raises ValueError where the map is not what a launch needs: a kernel would read or write beyond it."""
+        shape = (self.images, self.height, self.width, self.channels)
+        if shape != (images, height, width, channels) or bordered not in (None, self.bordered):
             layout = "" if bordered is None else " bordered" if bordered else " dense"
             raise ValueError(
-                f"{name} is {found}{' bordered' if self.bordered else ' dense'} (images, height, width, channels); "
+                f"{name} is {shape}{' bordered' if self.bordered else ' dense'} (images, height, width, channels); "
                 f"expected {(images, height, width, channels)}{layout}"
             )
 

@@ -1,4 +1,4 @@
-"""What the network's kernels share: tiles, operand types, descriptors, costs."""
+"""Matrix products of the network's kernels: tiles, operand types, packed weights, descriptors, costs, and loads of rows."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ TRITON_TYPE: dict[torch.dtype, Any] = (
 
 @dataclass(frozen=True)
 class Target:
-    """What a launch is configured for: compute capability (80, 90, 100 ...) and multiprocessors."""
+    """Hardware that a launch is configured for: compute capability (80, 90, 100 ...) and multiprocessors."""
 
     sm: int = 90
     processors: int = 132
 
     @classmethod
     def of(cls, device: torch.device) -> Target:
-        """The device's own; an H100 where it is no GPU, so that a CPU proves the launches that matter most."""
+        """Target of `device`; an H100 where it is no GPU, so that a CPU tests the launches that matter most."""
         if device.type != "cuda":
             return cls()
         properties = torch.cuda.get_device_properties(device)
@@ -53,18 +53,18 @@ H100 = Target()
 
 @dataclass(frozen=True)
 class Tiles:
-    """How a matrix product is cut: bm rows by bo outputs a tile, bk channels a step.
+    """Tiles of a matrix product: block_m rows by block_n outputs per tile, block_k channels per step.
 
     programs   of a persistent grid: one per multiprocessor
     tma        operands through TMA descriptors (sm_90 and newer) or pointers
 
-    An image's result depends on bk and on the instruction family, not on bm and bo: so bk never follows the batch,
-    and bm, which may, stays at 64 rows or more (below, sm_90 would take another family).
+    An image's result depends on block_k and on the instruction family, not on block_m and block_n. So block_k never follows the
+    batch, and block_m, which may, stays at 64 rows or more (below, sm_90 would take another family).
     """
 
-    bm: int
-    bk: int
-    bo: int
+    block_m: int
+    block_n: int
+    block_k: int
     warps: int
     stages: int
     programs: int
@@ -80,25 +80,28 @@ def cut(target: Target, dtype: torch.dtype, c: int, k: int, rows: int, *, tma: b
     tiles.
     """
     if dtype == torch.float32:
-        return Tiles(64, divisor(c, 32), min(64, outputs_of(k)), 8, 2, target.processors, tma and target.tma)
-    bo, modern, stages = outputs_of(k), target.tma, 3
-    few = triton.cdiv(rows, 64) * triton.cdiv(k, min(32, bo)) <= shrinks * target.processors
-    bm, bo = (64, min(32, bo)) if few else (128, bo)
-    bk = divisor(c, 128 // dtype.itemsize)
-    if target.sm != 90 or k % bo:
+        return Tiles(64, min(64, outputs_of(k)), divisor(c, 32), 8, 2, target.processors, tma and target.tma)
+    block_n, modern, stages = outputs_of(k), target.tma, 3
+    few = triton.cdiv(rows, 64) * triton.cdiv(k, min(32, block_n)) <= shrinks * target.processors
+    block_m, block_n = (64, min(32, block_n)) if few else (128, block_n)
+    block_k = divisor(c, 128 // dtype.itemsize)
+    if target.sm != 90 or k % block_n:
         warps = 8
-    if bm == 64 or (modern and bo < 128):
-        warps = 8 if (modern and k % bo and bo > 64) or (modern and target.sm >= 100) else 4
+    if block_m == 64 or (modern and block_n < 128):
+        warps = 8 if (modern and k % block_n and block_n > 64) or (modern and target.sm >= 100) else 4
     if tma and modern:
-        stages = 4 if bm == 128 else min(8, 96 * 1024 // ((bm + bo) * bk * dtype.itemsize))
-    return Tiles(bm, bk, bo, warps, stages, target.processors, tma and modern)
+        stages = 4 if block_m == 128 else min(8, 96 * 1024 // ((block_m + block_n) * block_k * dtype.itemsize))
+    return Tiles(block_m, block_n, block_k, warps, stages, target.processors, tma and modern)
 
 
 def outputs_of(k: int) -> int:
     """Outputs a tile for k of them: what takes the least time, where fewer than 64 are no faster than 64; of equals the one
     that pads least, then the largest.
     """
-    return min((128, 64, 32, 16), key=lambda bo: (triton.cdiv(k, bo) * max(bo, 64), triton.cdiv(k, bo) * bo, -bo))
+    return min(
+        (128, 64, 32, 16),
+        key=lambda block_n: (triton.cdiv(k, block_n) * max(block_n, 64), triton.cdiv(k, block_n) * block_n, -block_n),
+    )
 
 
 def divisor(n: int, most: int) -> int:
@@ -123,11 +126,17 @@ def box(x: Tensor, rows: int, columns: int, tma: bool) -> Any:
 def launch_conv(kernel: Any, t: Tiles, tiles: int, *args: Any, **constants: Any) -> None:
     """Launches `kernel` over `tiles` tiles: all at once, or, where operands come by TMA, in a persistent grid."""
     padded = "DEPTH" in constants
-    if not padded and any(constants.get(name, 0) % t.bk for name in ("C", "C2")):
-        raise ValueError(f"{constants['C']} channels; tiles of {t.bk} channels a step need a multiple of them")
+    if not padded and any(constants.get(name, 0) % t.block_k for name in ("C", "C2")):
+        raise ValueError(f"{constants['C']} channels; tiles of {t.block_k} channels a step need a multiple of them")
     with torch.cuda.device_of(next(a for a in args if isinstance(a, Tensor))):
         kernel[(min(tiles, t.programs) if t.tma else tiles,)](
-            *args, BM=t.bm, BK=t.bk, BO=t.bo, PROGRAMS=t.programs, **constants, **launch_options(t.warps, num_stages=t.stages)
+            *args,
+            BLOCK_M=t.block_m,
+            BLOCK_N=t.block_n,
+            BLOCK_K=t.block_k,
+            PROGRAMS=t.programs,
+            **constants,
+            **launch_options(t.warps, num_stages=t.stages),
         )
 
 
@@ -141,12 +150,22 @@ def quantise(weight: Tensor, dtype: torch.dtype, x_scale: float = 1.0) -> tuple[
     return (weight.double() / unit[:, None]).clamp(-E4M3_MAX, E4M3_MAX).float().to(dtype).contiguous(), (unit * x_scale).float()
 
 
+def pack(weight: Tensor) -> Tensor:
+    """Packed filters of a product: [K, C, h, w] -> [K, h * w * C]."""
+    return weight.permute(0, 2, 3, 1).flatten(1)
+
+
+def unpack(packed: Tensor, side: int) -> Tensor:
+    """Inverse of `pack`: [K, side * side * C] -> [K, C, side, side]."""
+    return packed.unflatten(1, (side, side, -1)).permute(0, 3, 1, 2)
+
+
 @overload
-def wide(x: Tensor, compute: torch.dtype | None) -> Tensor: ...
+def cast(x: Tensor, compute: torch.dtype | None) -> Tensor: ...
 @overload
-def wide(x: None, compute: torch.dtype | None) -> None: ...
-def wide(x: Tensor | None, compute: torch.dtype | None) -> Tensor | None:
-    """x in the type that a fallback computes in; None: its own, and bf16 for e4m3, in which every e4m3 is exact."""
+def cast(x: None, compute: torch.dtype | None) -> None: ...
+def cast(x: Tensor | None, compute: torch.dtype | None) -> Tensor | None:
+    """x in the type that a fallback computes in; None: the type of x, or bf16 for e4m3, which holds every e4m3 value exactly."""
     if x is None:
         return None
     if compute is None:
@@ -161,3 +180,25 @@ def cost_of_conv(weight: Tensor, others: tuple[FeatureMap | None, ...], out: Fea
     pixels = out.images * out.height * out.width
     moved = sum(t.numel() * t.element_size() for t in (weight, *(fm.rows for fm in (*others, out) if fm is not None)))
     return 2 * pixels * weight.numel(), moved
+
+
+# ---- inside kernels
+
+
+@triton.jit
+def load_rows(x_ptr, row0, c0, ROWS, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Tile [BLOCK_M, BLOCK_K] of x [ROWS, C] from row row0 and channel c0; zero for rows that do not exist."""
+    rows = row0 + tl.arange(0, BLOCK_M)
+    at = rows.to(tl.int64)[:, None] * C + (c0 + tl.arange(0, BLOCK_K))[None, :]
+    return tl.load(x_ptr + at, mask=((rows >= 0) & (rows < ROWS))[:, None], other=0.0)
+
+
+@triton.jit
+def pixel_of(rows, ROWS, H, W, BORDER: tl.constexpr):
+    """(image, y, x, inside) of the rows of a map of [H, W] images; y or x is -1 on the border."""
+    IMAGE = (H + BORDER) * (W + BORDER)
+    image = rows // IMAGE
+    r = rows - image * IMAGE
+    y = r // (W + BORDER) - BORDER
+    x = r % (W + BORDER) - BORDER
+    return image, y, x, (rows < ROWS) & (y >= 0) & (x >= 0)

@@ -1,5 +1,5 @@
 """Statistics of a norm's groups where one pass does not hold an image: from the map by chunks of pixels, or, without reading it,
-from those that its writer kept by tiles (`_tile_statistics`). Both merge in a fixed order (Chan et al. 1983).
+from those that its writer stored by tiles (`_tile_statistics`). Both merge in a fixed order (Chan et al. 1983).
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from ._triton import tl, triton
 @triton.jit
 def load_pixels(x_ptr, x2_ptr, n, p, c, inside, W, IMAGE, C1, C, TWO: tl.constexpr):
     """fp32 [P, L]: pixels p, channels c of image n of a bordered map, or of two joined along the channels."""
-    row = (p + p // W + W + 2)[:, None]  # a border row, and a border pixel a row; within the image, so 32 bits will do
+    pixel_row = (p + p // W + W + 2)[:, None]  # a border row, and a border pixel a row; within the image, so 32 bits will do
     if TWO:
-        x = tl.load(x_ptr + n * IMAGE * C1 + (row * C1 + c[None, :]), mask=inside & (c < C1)[None, :], other=0.0)
+        x = tl.load(x_ptr + n * IMAGE * C1 + (pixel_row * C1 + c[None, :]), mask=inside & (c < C1)[None, :], other=0.0)
         second = x2_ptr + n * IMAGE * (C - C1) - C1
-        x2 = tl.load(second + (row * (C - C1) + c[None, :]), mask=inside & (c >= C1)[None, :], other=0.0)
+        x2 = tl.load(second + (pixel_row * (C - C1) + c[None, :]), mask=inside & (c >= C1)[None, :], other=0.0)
         return tl.where((c < C1)[None, :], x, x2).to(tl.float32)  # joined before they are widened: fewer registers
-    return tl.load(x_ptr + n * IMAGE * C + (row * C + c[None, :]), mask=inside, other=0.0).to(tl.float32)
+    return tl.load(x_ptr + n * IMAGE * C + (pixel_row * C + c[None, :]), mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -39,7 +39,7 @@ def _statistics_kernel(
     x2_ptr,
     part_ptr,
     table_ptr,
-    row_ptr,
+    time_row_ptr,
     H,
     W,
     C1,
@@ -73,7 +73,7 @@ def _statistics_kernel(
         inside = (p < last)[:, None] & used[None, :]
         x = load_pixels(x_ptr, x2_ptr, n, p, c, inside, W, (H + 1) * (W + 1), C1, C, TWO)
         if TIME == 1:
-            x += tl.load(table_ptr + tl.load(row_ptr + n).to(tl.int64) * S + c, mask=used, other=0.0)[None, :]
+            x += tl.load(table_ptr + tl.load(time_row_ptr + n).to(tl.int64) * S + c, mask=used, other=0.0)[None, :]
         count = (tl.minimum(last - first, P) * WIDTH).to(tl.float32)
         here = of_group(tl.sum(tl.where(inside, x, 0.0), 0), lane, WIDTH, GROUPS) / count
         d = tl.where(inside, x - here[None, :], 0.0)
@@ -90,10 +90,10 @@ def _statistics_kernel(
 
 
 @triton.jit
-def pixels_before(row, H, W):
-    """Pixels of an image among its first `row` rows, borders counted."""
-    y = row // (W + 1) - 1
-    return tl.where(y < 0, 0, y * W + tl.maximum(row - (y + 1) * (W + 1) - 1, 0))
+def pixels_before(pixel_row, H, W):
+    """Pixels of an image among its first `pixel_row` rows, the border included."""
+    y = pixel_row // (W + 1) - 1
+    return tl.where(y < 0, 0, y * W + tl.maximum(pixel_row - (y + 1) * (W + 1) - 1, 0))
 
 
 @triton.jit
@@ -133,7 +133,7 @@ def _combine_kernel(
     stats2_ptr,
     part_ptr,
     table_ptr,
-    row_ptr,
+    time_row_ptr,
     H,
     W,
     C1,
@@ -170,7 +170,7 @@ def _combine_kernel(
         mean += mean2
         squares += squares2
     if TIME == 1:
-        mean += tl.load(table_ptr + tl.load(row_ptr + n).to(tl.int64) * S + c, mask=used, other=0.0)
+        mean += tl.load(table_ptr + tl.load(time_row_ptr + n).to(tl.int64) * S + c, mask=used, other=0.0)
     of_all = of_group(mean, lane, WIDTH, GROUPS) / WIDTH
     off = tl.where(used, mean - of_all, 0.0)
     squares = of_group(squares + off * off * (H * W).to(tl.float32), lane, WIDTH, GROUPS)

@@ -1,4 +1,4 @@
-"""How the network's kernels are launched, in one place.
+"""Launch options of the network's kernels.
 
 Overlapped (programmatic dependent launch, sm_90 and newer), a kernel's programs come onto the processors while those of the launch
 before it are still finishing, and wait there until everything it wrote is visible: what remains of a launch's cost is hidden.
@@ -27,7 +27,7 @@ def begin(PDL: tl.constexpr):
 
 @contextmanager
 def overlapped(on: bool) -> Iterator[None]:
-    """Launches inside are overlapped, or are not."""
+    """Context in which launches are overlapped, or are not."""
     token = _OVERLAPPED.set(on)
     try:
         yield

@@ -1,7 +1,7 @@
-"""The one place that copes with Triton's absence, and what every launcher asks about its tensors.
+"""Triton, or inert stand-ins where it is not installed, and the argument checks that all launchers share.
 
 Without Triton the kernels are inert functions and every operation runs its PyTorch reference, so the package imports
-and works anywhere; launching a kernel then says what is missing.
+and works anywhere; launching a kernel then raises an error that names what is missing.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ try:
 except ImportError:
 
     class _Inert:
-        """Stands where a kernel would be."""
+        """Placeholder of a kernel."""
 
         def __init__(self, fn: Any) -> None:
             self.fn = fn
@@ -36,7 +36,7 @@ PRESENT = not isinstance(triton, SimpleNamespace)
 INTERPRETED = PRESENT and bool(triton.knobs.runtime.interpret)
 
 
-# Kernels that were found wrong on this machine: their operations, and those that make the same noise, run their references.
+# Kernels that failed their check on this machine: their operations, and those that make the same noise, run their references.
 UNTRUSTED: set[str] = set()
 
 

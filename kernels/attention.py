@@ -5,8 +5,8 @@ With several heads: softmax(q k^T / sqrt(D)) v of projections made before, one h
 With one head as wide as the features the projections fold, exactly (x here is norm(x); terms that are equal for all keys cancel
 in the softmax):
 
-    (x Wq^T + bq) (x Wk^T + bk)^T  =  (x M + m) x^T + ...,      M = Wq^T Wk,  m = bq Wk
-    softmax(...) (x Wv^T + bv) Wo^T + bo  =  (softmax(...) x) V^T + v,      V = Wo Wv,  v = Wo bv + bo
+    (x Wq^T + bq) (x Wk^T + block_k)^T  =  (x M + m) x^T + ...,      M = Wq^T Wk,  m = bq Wk
+    softmax(...) (x Wv^T + bv) Wo^T + block_out  =  (softmax(...) x) V^T + v,      V = Wo Wv,  v = Wo bv + block_out
 
 so that keys and values are x itself; the kernel applies V, v and the residual before it writes.
 """
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._feature_map import FeatureMap
-from ._gemm import H100, PRECISION, TRITON_TYPE, Target, power_of_two, wide
+from ._gemm import H100, PRECISION, TRITON_TYPE, Target, cast, power_of_two
 from ._launch import begin, launch_options
 from ._triton import tl, triton
 
@@ -39,8 +39,8 @@ def fold(
     q: tuple[Tensor, Tensor], k: tuple[Tensor, Tensor], v: tuple[Tensor, Tensor], out: tuple[Tensor, Tensor]
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """From (weight [C, C], bias [C]) of the four projections to the two of the folded form: ((M^T, m), (V, v)), in fp64."""
-    (wq, bq), (wk, _), (wv, bv), (wo, bo) = ((w.double(), b.double()) for w, b in (q, k, v, out))
-    return (wk.T @ wq, wk.T @ bq), (wo @ wv, wo @ bv + bo)
+    (wq, bq), (wk, _), (wv, bv), (wo, block_out) = ((w.double(), b.double()) for w, b in (q, k, v, out))
+    return (wk.T @ wq, wk.T @ bq), (wo @ wv, wo @ bv + block_out)
 
 
 @triton.jit(do_not_specialize=["PIXELS", "W"])
@@ -62,30 +62,30 @@ def _attention_kernel(
     HEADS: tl.constexpr,
     D: tl.constexpr,
     DP: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BO: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
     FOLDED: tl.constexpr,
     OUT: tl.constexpr,
     PRECISION: tl.constexpr,
     PDL: tl.constexpr,
 ):
     begin(PDL)
-    blocks = tl.cdiv(PIXELS, BM)
+    blocks = tl.cdiv(PIXELS, BLOCK_M)
     head = tl.program_id(0) // blocks % HEADS
     n = (tl.program_id(0) // (blocks * HEADS)).to(tl.int64)
-    m0 = tl.program_id(0) % blocks * BM
-    pixel = m0 + tl.arange(0, BM)
+    m0 = tl.program_id(0) % blocks * BLOCK_M
+    pixel = m0 + tl.arange(0, BLOCK_M)
     d = tl.arange(0, DP)
     real = (d < D)[None, :]
     first = n * PIXELS
     q_at = (first + pixel)[:, None] * Q_STRIDE + (head * D + d)[None, :]
     q = tl.load(q_ptr + q_at, mask=(pixel < PIXELS)[:, None] & real, other=0.0)
-    acc = tl.zeros((BM, DP), tl.float32)
-    most = tl.full((BM,), -float("inf"), tl.float32)
-    total = tl.zeros((BM,), tl.float32)
-    for k0 in range(0, PIXELS, BN):
-        key = k0 + tl.arange(0, BN)
+    acc = tl.zeros((BLOCK_M, DP), tl.float32)
+    most = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    for k0 in range(0, PIXELS, BLOCK_N):
+        key = k0 + tl.arange(0, BLOCK_N)
         at = (first + key)[:, None] * KV_STRIDE + (head * D + d)[None, :]
         seen = (key < PIXELS)[:, None] & real
         k = tl.load(k_ptr + at, mask=seen, other=0.0)
@@ -108,20 +108,20 @@ def _attention_kernel(
     WP = W + 1
     H = PIXELS // W
     image = n * (H + 1) * WP
-    row = image + (pixel // W + 1) * WP + pixel % W + 1
+    pixel_row = image + (pixel // W + 1) * WP + pixel % W + 1
     edge = tl.arange(0, 16)
     if FOLDED:
-        for o0 in range(0, C, BO):
-            cols = o0 + tl.arange(0, BO)
+        for o0 in range(0, C, BLOCK_OUT):
+            cols = o0 + tl.arange(0, BLOCK_OUT)
             w = tl.load(w_ptr + cols[:, None] * C + d[None, :], mask=(cols < C)[:, None] & real, other=0.0)
             y = tl.dot(mixed, w.T, input_precision=PRECISION)
             y += tl.load(bias_ptr + cols, mask=cols < C, other=0.0)[None, :]
-            at = row[:, None] * C + cols[None, :]
+            at = pixel_row[:, None] * C + cols[None, :]
             inside = (pixel < PIXELS)[:, None] & (cols < C)[None, :]
             y += residual_scale * tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
             tl.store(y_ptr + at, y.to(OUT), mask=inside)
     else:
-        tl.store(y_ptr + row[:, None] * C + (head * D + d)[None, :], mixed.to(OUT), mask=(pixel < PIXELS)[:, None] & real)
+        tl.store(y_ptr + pixel_row[:, None] * C + (head * D + d)[None, :], mixed.to(OUT), mask=(pixel < PIXELS)[:, None] & real)
     if m0 == 0:
         zero = tl.zeros((16, DP), tl.float32).to(OUT)
         for e in range(0, W + 1, 16):
@@ -136,40 +136,40 @@ def _attention_kernel(
 
 
 @dataclass(frozen=True)
-class Stream:
-    """Queries and keys a tile, outputs of the projection a tile."""
+class AttentionTiles:
+    """Tiles of attention: queries, keys, and outputs of the projection per tile."""
 
-    bm: int
-    bn: int
-    bo: int
+    block_m: int
+    block_n: int
+    block_out: int
     warps: int
     stages: int
 
     @classmethod
-    def of(cls, target: Target, dim: int, dtype: torch.dtype) -> Stream:
+    def of(cls, target: Target, dim: int, dtype: torch.dtype) -> AttentionTiles:
         """As wide as registers and shared memory allow without spilling; 64 queries at least, so that one instruction family
         serves every size.
         """
         if dtype == torch.float32:
             return cls(16, 16, 16, 4, 1)
         if dim <= 64:
-            bm, bn, bo, warps, stages = 128, 64, 64, 4, 3
+            block_m, block_n, block_out, warps, stages = 128, 64, 64, 4, 3
         elif dim <= 256:
-            bm, bn, bo, warps, stages = 64, 64, 64, 4, 2
+            block_m, block_n, block_out, warps, stages = 64, 64, 64, 4, 2
         else:
-            bm, bn, bo, warps, stages = 64, 32, 32, 8, 2
+            block_m, block_n, block_out, warps, stages = 64, 32, 32, 8, 2
             if target.small:  # these have one instruction family for all heights
-                bm = 32
-        return cls(bm, bn, bo, warps if target.sm == 90 else 8, stages)
+                block_m = 32
+        return cls(block_m, block_n, block_out, warps if target.sm == 90 else 8, stages)
 
 
 @dataclass(frozen=True, eq=False)
-class Attention:
+class MultiHeadAttention:
     """softmax(q k^T / sqrt(D)) v in `heads` heads, from qkv (dense, three times the channels) into a bordered map."""
 
     heads: int
     target: Target = H100
-    name = "attention"
+    name = "multi_head_attention"
 
     def run(self, qkv: FeatureMap, out: FeatureMap) -> None:
         c = out.channels
@@ -177,7 +177,7 @@ class Attention:
         _launch(self.target, q, k, v, out, self.heads, 3 * c, 3 * c, None, None, None, 0.0)
 
     def fallback(self, qkv: FeatureMap, out: FeatureMap, compute: torch.dtype | None = None) -> None:
-        q, k, v = wide(qkv.grid.flatten(1, 2), compute).chunk(3, dim=2)
+        q, k, v = cast(qkv.grid.flatten(1, 2), compute).chunk(3, dim=2)
         y = attention_reference(q, k, v, self.heads, (out.channels // self.heads) ** -0.5)
         out.write(y.transpose(1, 2).unflatten(2, (out.height, out.width)))
 
@@ -209,11 +209,11 @@ class FoldedAttention:
     def fallback(
         self, q: FeatureMap, x: FeatureMap, out: FeatureMap, residual: FeatureMap, compute: torch.dtype | None = None
     ) -> None:
-        queries, keys = (wide(fm.grid.flatten(1, 2), compute) for fm in (q, x))
+        queries, keys = (cast(fm.grid.flatten(1, 2), compute) for fm in (q, x))
         y = attention_reference(queries, keys, keys, 1, out.channels**-0.5)
-        y = F.linear(y, wide(self.weight, compute)) + self.bias.to(y.dtype)
+        y = F.linear(y, cast(self.weight, compute)) + self.bias.to(y.dtype)
         y = y.transpose(1, 2).unflatten(2, (out.height, out.width))
-        out.write(y + self.residual_scale * wide(residual.pixels, y.dtype))
+        out.write(y + self.residual_scale * cast(residual.pixels, y.dtype))
 
     def cost(self, q: FeatureMap, x: FeatureMap, out: FeatureMap, residual: FeatureMap) -> tuple[int, int]:
         pixels, c = out.height * out.width, out.channels
@@ -238,9 +238,9 @@ def _launch(
     pixels, c = out.height * out.width, out.channels
     out.expect("out", len(q) // pixels, out.height, out.width, c, bordered=True)
     d = c // heads
-    s = Stream.of(target, d, q.dtype)
+    s = AttentionTiles.of(target, d, q.dtype)
     with torch.cuda.device_of(q):
-        _attention_kernel[(triton.cdiv(pixels, s.bm) * heads * out.images,)](
+        _attention_kernel[(triton.cdiv(pixels, s.block_m) * heads * out.images,)](
             q,
             k,
             v,
@@ -258,9 +258,9 @@ def _launch(
             HEADS=heads,
             D=d,
             DP=max(16, power_of_two(d)),
-            BM=s.bm,
-            BN=s.bn,
-            BO=s.bo,
+            BLOCK_M=s.block_m,
+            BLOCK_N=s.block_n,
+            BLOCK_OUT=s.block_out,
             FOLDED=weight is not None,
             OUT=TRITON_TYPE[out.rows.dtype],
             PRECISION=PRECISION[q.dtype],

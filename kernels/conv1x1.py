@@ -1,4 +1,4 @@
-"""1x1 convolutions: a product of a map's rows, or of two maps' as if joined along the channels, with the weights.
+"""The 1x1 convolution: a product of a map's rows, or of two maps' as if joined along the channels, with the weights.
 
 All operands come through pointers.
 """
@@ -12,23 +12,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._feature_map import FeatureMap
-from ._gemm import PRECISION, TRITON_TYPE, Tiles, cost_of_conv, launch_conv, wide
+from ._gemm import PRECISION, TRITON_TYPE, Tiles, cast, cost_of_conv, launch_conv, load_rows, pixel_of
 from ._launch import begin
 from ._triton import tl, triton
-from .conv2d_pointers import pixel_of
-from .conv3x3 import load_rows
 
 
-def pointwise_reference(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None, scale: float = 1.0
-) -> Tensor:
+def conv1x1_reference(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None, scale: float = 1.0) -> Tensor:
     """x [N, C, H, W], weight [K, C], residual [N, K, H, W] -> W x + bias + scale * residual, pixel by pixel."""
     y = F.conv2d(x, weight[:, :, None, None], bias)
     return y if residual is None else y + scale * residual
 
 
 @triton.jit(do_not_specialize=["ROWS", "H", "W"])
-def _pointwise_kernel(
+def _conv1x1_kernel(
     x_ptr,
     x2_ptr,
     w_ptr,
@@ -42,9 +38,9 @@ def _pointwise_kernel(
     K,
     C: tl.constexpr,
     C2: tl.constexpr,
-    BM: tl.constexpr,
-    BK: tl.constexpr,
-    BO: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     PROGRAMS: tl.constexpr,
     OUT: tl.constexpr,
     BIAS: tl.constexpr,
@@ -54,18 +50,18 @@ def _pointwise_kernel(
     PDL: tl.constexpr,
 ):
     begin(PDL)
-    n_out = tl.cdiv(K, BO)
-    o0 = (tl.program_id(0) % n_out) * BO
-    m0 = (tl.program_id(0) // n_out) * BM
-    acc = tl.zeros((BM, BO), tl.float32)
-    for k in range(C // BK):
-        a = load_rows(x_ptr, m0, k * BK, ROWS, C, BM, BK)
-        acc = tl.dot(a, load_rows(w_ptr, o0, k * BK, K, C + C2, BO, BK).T, acc, input_precision=PRECISION)
-    for k in range(C2 // BK):
-        a = load_rows(x2_ptr, m0, k * BK, ROWS, C2, BM, BK)
-        acc = tl.dot(a, load_rows(w_ptr, o0, C + k * BK, K, C + C2, BO, BK).T, acc, input_precision=PRECISION)
-    rows = m0 + tl.arange(0, BM)
-    cols = o0 + tl.arange(0, BO)
+    n_out = tl.cdiv(K, BLOCK_N)
+    o0 = (tl.program_id(0) % n_out) * BLOCK_N
+    m0 = (tl.program_id(0) // n_out) * BLOCK_M
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(C // BLOCK_K):
+        a = load_rows(x_ptr, m0, k * BLOCK_K, ROWS, C, BLOCK_M, BLOCK_K)
+        acc = tl.dot(a, load_rows(w_ptr, o0, k * BLOCK_K, K, C + C2, BLOCK_N, BLOCK_K).T, acc, input_precision=PRECISION)
+    for k in range(C2 // BLOCK_K):
+        a = load_rows(x2_ptr, m0, k * BLOCK_K, ROWS, C2, BLOCK_M, BLOCK_K)
+        acc = tl.dot(a, load_rows(w_ptr, o0, C + k * BLOCK_K, K, C + C2, BLOCK_N, BLOCK_K).T, acc, input_precision=PRECISION)
+    rows = m0 + tl.arange(0, BLOCK_M)
+    cols = o0 + tl.arange(0, BLOCK_N)
     at = rows.to(tl.int64)[:, None] * K + cols[None, :]
     exists = (rows < ROWS)[:, None] & (cols < K)[None, :]
     if BIAS:
@@ -79,7 +75,7 @@ def _pointwise_kernel(
 
 
 @dataclass(frozen=True, eq=False)
-class Pointwise:
+class Conv1x1:
     """1x1 convolution of one map, or of two as if joined along the channels; + bias + residual_scale * residual.
 
     weight [K, C (+ C2)], bias [K] fp32 or None. All maps, the residual too, have one layout.
@@ -89,10 +85,10 @@ class Pointwise:
     bias: Tensor | None
     tiles: Tiles
     residual_scale: float = 1.0
-    name = "pointwise"
+    name = "conv1x1"
 
     @classmethod
-    def of(cls, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, tiles: Tiles, residual_scale: float = 1.0) -> Pointwise:
+    def of(cls, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, tiles: Tiles, residual_scale: float = 1.0) -> Conv1x1:
         return cls(weight.to(dtype).contiguous(), None if bias is None else bias.float(), tiles, residual_scale)
 
     def run(self, x: FeatureMap, out: FeatureMap, x2: FeatureMap | None = None, residual: FeatureMap | None = None) -> None:
@@ -107,7 +103,7 @@ class Pointwise:
             if fm is not None:
                 fm.expect(name, x.images, x.height, x.width, c, x.bordered)
         launch_conv(
-            _pointwise_kernel,
+            _conv1x1_kernel,
             t,
             self.grid(out),
             x.rows,
@@ -138,17 +134,17 @@ class Pointwise:
         residual: FeatureMap | None = None,
         compute: torch.dtype | None = None,
     ) -> None:
-        pixels = wide(x.pixels if x2 is None else torch.cat([x.pixels, x2.pixels], dim=1), compute)
-        y = F.conv2d(pixels, wide(self.weight, compute)[:, :, None, None])
+        pixels = cast(x.pixels if x2 is None else torch.cat([x.pixels, x2.pixels], dim=1), compute)
+        y = F.conv2d(pixels, cast(self.weight, compute)[:, :, None, None])
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)[:, None, None]
         if residual is not None:
-            y = y + self.residual_scale * wide(residual.pixels, y.dtype)
+            y = y + self.residual_scale * cast(residual.pixels, y.dtype)
         out.write(y)
 
     def grid(self, out: FeatureMap, **_: FeatureMap) -> int:
         """Tiles of the product."""
-        return triton.cdiv(len(out.rows), self.tiles.bm) * triton.cdiv(len(self.weight), self.tiles.bo)
+        return triton.cdiv(len(out.rows), self.tiles.block_m) * triton.cdiv(len(self.weight), self.tiles.block_n)
 
     def cost(
         self, x: FeatureMap, out: FeatureMap, x2: FeatureMap | None = None, residual: FeatureMap | None = None

@@ -1,8 +1,8 @@
 """3x3 convolutions of stride 1 as matrix products on bordered feature maps, channels-last.
 
-The weights are packed [C_out, taps * C_in], a tap's channels together; one step of the product takes BK channels of one tap,
+The weights are packed [C_out, taps * C_in], a tap's channels together; one step of the product takes BLOCK_K channels of one tap,
 whose rows are the tile's own rows, shifted by a constant (`_feature_map`). With TMA (sm_90 and newer) both operands come as
-boxes of a descriptor, and rows before the first and behind the last read as zero; without, they come through pointers, masked.
+boxes of a descriptor, and rows before the first and after the last read as zero; without, they come through pointers, masked.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._feature_map import FeatureMap
-from ._gemm import PRECISION, TRITON_TYPE, Tiles, box, cost_of_conv, launch_conv, quantise, wide
+from ._gemm import PRECISION, TRITON_TYPE, Tiles, box, cast, cost_of_conv, launch_conv, load_rows, pack, quantise, unpack
 from ._launch import begin
-from ._tile_statistics import KeepsStatistics, count_tiles, first_row, halves, own_rows, row_tiles, store_statistics
+from ._tile_statistics import KeepsStatistics, count_tiles, counted_rows, first_row, halves, row_tiles, store_statistics
 from ._triton import tl, triton
 
 
@@ -24,24 +24,6 @@ def conv3x3_reference(x: Tensor, weight: Tensor, bias: Tensor | None, residual: 
     """x [N, C, H, W], weight [K, C, 3, 3], residual [N, K, H, W] -> conv(x) + bias + scale * residual."""
     y = F.conv2d(x, weight, bias, padding=1)
     return y if residual is None else y + scale * residual
-
-
-def pack(weight: Tensor) -> Tensor:
-    """[K, C, h, w] -> [K, h * w * C]"""
-    return weight.permute(0, 2, 3, 1).flatten(1)
-
-
-def unpack(packed: Tensor, side: int) -> Tensor:
-    """The reverse of `pack`."""
-    return packed.unflatten(1, (side, side, -1)).permute(0, 3, 1, 2)
-
-
-@triton.jit
-def load_rows(x_ptr, row, c0, ROWS, C: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr):
-    """Rows row ... row + BM of x [ROWS, C], channels c0 ... c0 + BK: zero for rows that do not exist."""
-    rows = row + tl.arange(0, BM)
-    at = rows.to(tl.int64)[:, None] * C + (c0 + tl.arange(0, BK))[None, :]
-    return tl.load(x_ptr + at, mask=((rows >= 0) & (rows < ROWS))[:, None], other=0.0)
 
 
 @triton.jit
@@ -60,8 +42,8 @@ def _finish_conv3x3(
     WP,
     IMAGE,
     K: tl.constexpr,
-    BM: tl.constexpr,
-    BO: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     TMA: tl.constexpr,
     OUT: tl.constexpr,
     BIAS: tl.constexpr,
@@ -70,9 +52,9 @@ def _finish_conv3x3(
     DENSE: tl.constexpr,
     STATS: tl.constexpr,
 ):
-    """Sums acc [BM, BO] of rows m0 ... and outputs o0 ... -> what is stored."""
-    cols = o0 + tl.arange(0, BO)
-    rows = m0 + tl.arange(0, BM)
+    """Sums acc [BLOCK_M, BLOCK_N] of rows m0 ... and outputs o0 ... -> what is stored."""
+    cols = o0 + tl.arange(0, BLOCK_N)
+    rows = m0 + tl.arange(0, BLOCK_M)
     r = rows % IMAGE
     inside = (rows < ROWS) & (r >= WP) & (r % WP != 0)
     if SCALED:
@@ -97,9 +79,9 @@ def _finish_conv3x3(
             at = rows.to(tl.int64)[:, None] * K + cols[None, :]
             tl.store(y + at, out, mask=(rows < ROWS)[:, None] & (cols < K)[None, :])
         if STATS:
-            # behind a residual a thread holds columns as it loaded them, and cutting between them would move them all
-            at_once: tl.constexpr = BO if RESIDUAL else 32
-            store_statistics(stats_ptr, tile, out, own_rows(m0, rows, inside, IMAGE), o0, K, BM, BO, at_once)
+            # after a residual a thread holds columns as it loaded them, and cutting between them would move them all
+            at_once: tl.constexpr = BLOCK_N if RESIDUAL else 32
+            store_statistics(stats_ptr, tile, out, counted_rows(m0, rows, inside, IMAGE), o0, K, BLOCK_M, BLOCK_N, at_once)
 
 
 @triton.jit(do_not_specialize=["ROWS", "WP", "IMAGE"])
@@ -117,9 +99,9 @@ def _conv3x3_kernel(
     IMAGE,
     C: tl.constexpr,
     K: tl.constexpr,
-    BM: tl.constexpr,
-    BK: tl.constexpr,
-    BO: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     PROGRAMS: tl.constexpr,
     TMA: tl.constexpr,
     OUT: tl.constexpr,
@@ -133,27 +115,27 @@ def _conv3x3_kernel(
     PDL: tl.constexpr,
 ):
     begin(PDL)
-    n_out: tl.constexpr = (K + BO - 1) // BO
-    per_tap: tl.constexpr = C // BK
-    tiles = count_tiles(ROWS, IMAGE, BM, STATS) * n_out
+    n_out: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
+    per_tap: tl.constexpr = C // BLOCK_K
+    tiles = count_tiles(ROWS, IMAGE, BLOCK_M, STATS) * n_out
     for tile in tl.range(tl.program_id(0), tiles, PROGRAMS if TMA else tiles, flatten=TMA):
-        o0 = (tile % n_out) * BO
-        m0 = first_row(tile // n_out, IMAGE, BM, STATS)
-        acc = tl.zeros((BM, BO), tl.float32)
+        o0 = (tile % n_out) * BLOCK_N
+        m0 = first_row(tile // n_out, IMAGE, BLOCK_M, STATS)
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in range(9 * per_tap):
             tap = k // per_tap
-            row = m0 + (tap // 3 - 1) * WP + (tap % 3 - 1)
-            c0 = (k % per_tap) * BK
+            row0 = m0 + (tap // 3 - 1) * WP + (tap % 3 - 1)
+            c0 = (k % per_tap) * BLOCK_K
             if TMA:
-                a = x.load([row, c0])
-                b = w.load([o0, k * BK])
+                a = x.load([row0, c0])
+                b = w.load([o0, k * BLOCK_K])
             else:
-                a = load_rows(x, row, c0, ROWS, C, BM, BK)
-                b = load_rows(w, o0, k * BK, K, 9 * C, BO, BK)
+                a = load_rows(x, row0, c0, ROWS, C, BLOCK_M, BLOCK_K)
+                b = load_rows(w, o0, k * BLOCK_K, K, 9 * C, BLOCK_N, BLOCK_K)
             acc = tl.dot(a, b.T, acc, input_precision=PRECISION, max_num_imprecise_acc=IMPRECISE)
 
         # statistics of all columns at once would spill, so with them the tile is finished by halves
-        parts = halves(acc, BM, BO) if STATS else (acc,)
+        parts = halves(acc, BLOCK_M, BLOCK_N) if STATS else (acc,)
         for i in tl.static_range(len(parts)):
             _finish_conv3x3(
                 parts[i],
@@ -165,13 +147,13 @@ def _conv3x3_kernel(
                 residual_scale,
                 tile // n_out,
                 m0,
-                o0 + i * (BO // len(parts)),
+                o0 + i * (BLOCK_N // len(parts)),
                 ROWS,
                 WP,
                 IMAGE,
                 K,
-                BM,
-                BO // len(parts),
+                BLOCK_M,
+                BLOCK_N // len(parts),
                 TMA,
                 OUT,
                 BIAS,
@@ -229,9 +211,9 @@ class Conv3x3(KeepsStatistics):
             _conv3x3_kernel,
             t,
             self.grid(x, stats),
-            box(x.rows, t.bm, t.bk, t.tma),
-            box(self.weight, t.bo, t.bk, t.tma),
-            box(out.rows, t.bm, t.bo if stats is None else t.bo // 2, t.tma and out.bordered),
+            box(x.rows, t.block_m, t.block_k, t.tma),
+            box(self.weight, t.block_n, t.block_k, t.tma),
+            box(out.rows, t.block_m, t.block_n if stats is None else t.block_n // 2, t.tma and out.bordered),
             self.bias if self.bias is not None else self.weight,
             self.scale if self.scale is not None else self.weight,
             x.rows if residual is None else residual.rows,
@@ -250,7 +232,7 @@ class Conv3x3(KeepsStatistics):
             DENSE=not out.bordered,
             STATS=stats is not None,
             PRECISION=PRECISION[x.rows.dtype],
-            IMPRECISE=0 if self.scale is None else t.bk if self.bounded else None,  # None: as Triton does it
+            IMPRECISE=0 if self.scale is None else t.block_k if self.bounded else None,  # None: as Triton does it
         )
 
     def fallback(
@@ -261,20 +243,20 @@ class Conv3x3(KeepsStatistics):
         stats: FeatureMap | None = None,
         compute: torch.dtype | None = None,
     ) -> None:
-        weight, bias = unpack(wide(self.weight, compute), 3), wide(self.bias, compute)
-        y = F.conv2d(wide(x.pixels, compute), weight, padding=1)
+        weight, bias = unpack(cast(self.weight, compute), 3), cast(self.bias, compute)
+        y = F.conv2d(cast(x.pixels, compute), weight, padding=1)
         if self.scale is not None:
-            y = y * wide(self.scale, y.dtype)[:, None, None]
+            y = y * cast(self.scale, y.dtype)[:, None, None]
         if bias is not None:
             y = y + bias.to(y.dtype)[:, None, None]
         if residual is not None:
-            y = y + self.residual_scale * wide(residual.pixels, y.dtype)
+            y = y + self.residual_scale * cast(residual.pixels, y.dtype)
         out.write(y)
         self.write_stats(out, stats, compute)
 
     def grid(self, x: FeatureMap, stats: FeatureMap | None = None, **_: FeatureMap) -> int:
         """Tiles of the product."""
-        return row_tiles(x, self.tiles.bm, stats is not None) * triton.cdiv(len(self.weight), self.tiles.bo)
+        return row_tiles(x, self.tiles.block_m, stats is not None) * triton.cdiv(len(self.weight), self.tiles.block_n)
 
     def cost(
         self, x: FeatureMap, out: FeatureMap, residual: FeatureMap | None = None, stats: FeatureMap | None = None

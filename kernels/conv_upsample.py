@@ -1,8 +1,8 @@
-"""A 3x3 convolution behind nearest 2x upsampling, as matrix products on the small map.
+"""The 3x3 convolution after nearest 2x upsampling, as matrix products on the small map.
 
 Upsampling first and convolving then is four 2x2 convolutions of the small map, one for each parity of the output's row and
 column: taps that fall on copies of one pixel are summed into one weight, exact but for the rounding of the sums. Each is a
-product as in `conv2d`.
+product as in `conv3x3`.
 """
 
 from __future__ import annotations
@@ -14,14 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._feature_map import FeatureMap
-from ._gemm import PRECISION, TRITON_TYPE, Tiles, box, cost_of_conv, launch_conv, wide
+from ._gemm import PRECISION, TRITON_TYPE, Tiles, box, cast, cost_of_conv, launch_conv, load_rows, unpack
 from ._launch import begin
-from ._tile_statistics import KeepsStatistics, Tiling, count_tiles, first_row, own_rows, row_tiles, store_statistics
+from ._tile_statistics import KeepsStatistics, Tiling, count_tiles, counted_rows, first_row, row_tiles, store_statistics
 from ._triton import tl, triton
-from .conv3x3 import load_rows, unpack
 
 
-def upsample_conv_reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def conv_upsample_reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x [N, C, H, W], weight [K, C, 3, 3] -> [N, K, 2 H, 2 W]: each pixel becomes a 2x2 block, then the convolution."""
     return F.conv2d(F.interpolate(x, scale_factor=2.0, mode="nearest"), weight, bias, padding=1)
 
@@ -39,7 +38,7 @@ def pack_parities(weight: Tensor) -> Tensor:
 
 
 @triton.jit(do_not_specialize=["ROWS", "H", "W"])
-def _upsample_conv_kernel(
+def _conv_upsample_kernel(
     x,
     w,
     y_ptr,
@@ -50,9 +49,9 @@ def _upsample_conv_kernel(
     W,
     C: tl.constexpr,
     K: tl.constexpr,
-    BM: tl.constexpr,
-    BK: tl.constexpr,
-    BO: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     PROGRAMS: tl.constexpr,
     TMA: tl.constexpr,
     OUT: tl.constexpr,
@@ -61,32 +60,32 @@ def _upsample_conv_kernel(
     PDL: tl.constexpr,
 ):
     begin(PDL)
-    n_out: tl.constexpr = (K + BO - 1) // BO
-    per_tap: tl.constexpr = C // BK
+    n_out: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
+    per_tap: tl.constexpr = C // BLOCK_K
     WP = W + 1
     IMAGE = (H + 1) * WP
-    tiles = count_tiles(ROWS, IMAGE, BM, STATS) * n_out * 4
+    tiles = count_tiles(ROWS, IMAGE, BLOCK_M, STATS) * n_out * 4
     for tile in tl.range(tl.program_id(0), tiles, PROGRAMS if TMA else tiles, flatten=TMA):
-        o0 = (tile % n_out) * BO
+        o0 = (tile % n_out) * BLOCK_N
         parity = (tile // n_out) % 4
-        m0 = first_row(tile // (n_out * 4), IMAGE, BM, STATS)
+        m0 = first_row(tile // (n_out * 4), IMAGE, BLOCK_M, STATS)
         py = parity // 2
         px = parity % 2
-        acc = tl.zeros((BM, BO), tl.float32)
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in range(4 * per_tap):
             tap = k // per_tap
-            row = m0 + (tap // 2 - 1 + py) * WP + (tap % 2 - 1 + px)
-            c0 = (k % per_tap) * BK
+            row0 = m0 + (tap // 2 - 1 + py) * WP + (tap % 2 - 1 + px)
+            c0 = (k % per_tap) * BLOCK_K
             if TMA:
-                a = x.load([row, c0])
-                b = w.load([parity * K + o0, k * BK])
+                a = x.load([row0, c0])
+                b = w.load([parity * K + o0, k * BLOCK_K])
             else:
-                a = load_rows(x, row, c0, ROWS, C, BM, BK)
-                b = load_rows(w, parity * K + o0, k * BK, 4 * K, 4 * C, BO, BK)
+                a = load_rows(x, row0, c0, ROWS, C, BLOCK_M, BLOCK_K)
+                b = load_rows(w, parity * K + o0, k * BLOCK_K, 4 * K, 4 * C, BLOCK_N, BLOCK_K)
             acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
 
-        cols = o0 + tl.arange(0, BO)
-        rows = m0 + tl.arange(0, BM)
+        cols = o0 + tl.arange(0, BLOCK_N)
+        rows = m0 + tl.arange(0, BLOCK_M)
         image = rows // IMAGE
         r = rows - image * IMAGE
         y = r // WP - 1
@@ -98,24 +97,24 @@ def _upsample_conv_kernel(
         inside = (y >= 0) & (x_ >= 0)
         acc += tl.load(bias_ptr + cols, mask=cols < K, other=0.0)[None, :]
         out = tl.where(inside[:, None], acc, 0.0).to(OUT)
-        out_row = image.to(tl.int64) * ((2 * H + 1) * (2 * W + 1)) + (out_y + 1) * (2 * W + 1) + out_x + 1
-        tl.store(y_ptr + out_row[:, None] * K + cols[None, :], out, mask=exists[:, None] & (cols < K)[None, :])
+        out_pixel_row = image.to(tl.int64) * ((2 * H + 1) * (2 * W + 1)) + (out_y + 1) * (2 * W + 1) + out_x + 1
+        tl.store(y_ptr + out_pixel_row[:, None] * K + cols[None, :], out, mask=exists[:, None] & (cols < K)[None, :])
         if STATS:
-            own = own_rows(m0, rows, inside, IMAGE)
-            store_statistics(stats_ptr, tile // n_out, out, own, o0, K, BM, BO)
+            counted = counted_rows(m0, rows, inside, IMAGE)
+            store_statistics(stats_ptr, tile // n_out, out, counted, o0, K, BLOCK_M, BLOCK_N)
 
 
 @dataclass(frozen=True, eq=False)
-class UpsampleConv(KeepsStatistics):
-    """Nearest 2x, then a 3x3 convolution. See `upsample_conv_reference`; weight packed [4 K, 4 C], bias [K] fp32."""
+class ConvUpsample(KeepsStatistics):
+    """Nearest 2x, then a 3x3 convolution. See `conv_upsample_reference`; weight packed [4 K, 4 C], bias [K] fp32."""
 
     weight: Tensor
     bias: Tensor
     tiles: Tiles
-    name = "upsample_conv"
+    name = "conv_upsample"
 
     @classmethod
-    def of(cls, weight: Tensor, bias: Tensor, dtype: torch.dtype, tiles: Tiles) -> UpsampleConv:
+    def of(cls, weight: Tensor, bias: Tensor, dtype: torch.dtype, tiles: Tiles) -> ConvUpsample:
         return cls(pack_parities(weight).to(dtype), bias.float(), tiles)
 
     def run(self, x: FeatureMap, out: FeatureMap, stats: FeatureMap | None = None) -> None:
@@ -124,11 +123,11 @@ class UpsampleConv(KeepsStatistics):
         out.expect("out", x.images, 2 * x.height, 2 * x.width, k, bordered=True)
         self.expect_stats(out, stats)
         launch_conv(
-            _upsample_conv_kernel,
+            _conv_upsample_kernel,
             t,
             self.grid(x, stats),
-            box(x.rows, t.bm, t.bk, t.tma),
-            box(self.weight, t.bo, t.bk, t.tma),
+            box(x.rows, t.block_m, t.block_k, t.tma),
+            box(self.weight, t.block_n, t.block_k, t.tma),
             out.rows,
             self.bias,
             x.rows if stats is None else stats.rows,
@@ -144,8 +143,8 @@ class UpsampleConv(KeepsStatistics):
         )
 
     def fallback(self, x: FeatureMap, out: FeatureMap, stats: FeatureMap | None = None, compute: torch.dtype | None = None) -> None:
-        weights, bias = wide(self.weight, compute).chunk(4), wide(self.bias, compute)
-        pixels = wide(x.pixels, compute)
+        weights, bias = cast(self.weight, compute).chunk(4), cast(self.bias, compute)
+        pixels = cast(x.pixels, compute)
         n, _, h, w = pixels.shape
         y = pixels.new_empty(n, len(self.bias), h, 2, w, 2)
         for parity, weight in enumerate(weights):
@@ -156,11 +155,11 @@ class UpsampleConv(KeepsStatistics):
         self.write_stats(out, stats, compute)
 
     def tiling(self, out: FeatureMap) -> Tiling:
-        return Tiling(out.height // 2, out.width // 2, self.tiles.bm, parts=4)
+        return Tiling(out.height // 2, out.width // 2, self.tiles.block_m, parts=4)
 
     def grid(self, x: FeatureMap, stats: FeatureMap | None = None, **_: FeatureMap) -> int:
         """Tiles of the four products."""
-        return row_tiles(x, self.tiles.bm, stats is not None) * triton.cdiv(len(self.weight) // 4, self.tiles.bo) * 4
+        return row_tiles(x, self.tiles.block_m, stats is not None) * triton.cdiv(len(self.weight) // 4, self.tiles.block_n) * 4
 
     def cost(self, x: FeatureMap, out: FeatureMap, stats: FeatureMap | None = None) -> tuple[int, int]:
         flops, moved = cost_of_conv(self.weight, (x, stats), out)

@@ -1,6 +1,6 @@
 """One reverse step, x_t -> x_{t-1}, for every solver: DDPM, DDIM, DPM-Solver++ and their relatives differ in coefficients only.
 
-A solver is a table; a row of it says, for one step (`ddpm_fast.diffusion.solvers` derives the rows from the papers):
+A solver is a table with one row per step (`ddpm_fast.diffusion.solvers` derives the rows from the papers):
 
     x_0   = clamp(x_0_x * x_t + x_0_out * out, -clip, clip)         the image as the network sees it
     x_t-1 = mean_x_0 * x_0 + mean_x * x_t + mean_out * out + mean_old * old + sigma * z
@@ -22,18 +22,18 @@ COLUMNS = ("x_0_x", "x_0_out", "clip", "mean_x_0", "mean_x", "mean_out", "mean_o
 WIDTH = tl.constexpr(len(COLUMNS))
 
 
-def x_0_reference(x_t: Tensor, out: Tensor, table: Tensor, row: Tensor) -> Tensor:
-    """x_t [B, C, H, W]; out [B, C or 2C, H, W]; table [R, 10]; row [B] -> x_0 as the network sees it, in the table's dtype."""
-    x_0_x, x_0_out, clip = table[row.long()].T[:3, :, None, None, None]
+def x_0_reference(x_t: Tensor, out: Tensor, table: Tensor, step: Tensor) -> Tensor:
+    """x_t [B, C, H, W]; out [B, C or 2C, H, W]; table [R, 10]; step [B] -> x_0 as the network sees it, in the table's dtype."""
+    x_0_x, x_0_out, clip = table[step.long()].T[:3, :, None, None, None]
     return torch.clamp(x_0_x * x_t.to(table.dtype) + x_0_out * out[:, : x_t.shape[1]].to(table.dtype), -clip, clip)
 
 
 def ddpm_step_reference(
-    x_t: Tensor, out: Tensor, z: Tensor, table: Tensor, row: Tensor, learned: bool = False, old: Tensor | None = None
+    x_t: Tensor, out: Tensor, z: Tensor, table: Tensor, step: Tensor, learned: bool = False, old: Tensor | None = None
 ) -> Tensor:
-    """x_t, z, old [B, C, H, W]; out likewise, learned [B, 2C, H, W]; table [R, 10]; row [B] -> x_{t-1} in the table's dtype."""
-    mean_x_0, mean_x, mean_out, mean_old, sigma, log_min, log_max = table[row.long()].T[3:, :, None, None, None]
-    x_0 = x_0_reference(x_t, out, table, row)
+    """x_t, z, old [B, C, H, W]; out likewise, learned [B, 2C, H, W]; table [R, 10]; step [B] -> x_{t-1} in the table's dtype."""
+    mean_x_0, mean_x, mean_out, mean_old, sigma, log_min, log_max = table[step.long()].T[3:, :, None, None, None]
+    x_0 = x_0_reference(x_t, out, table, step)
     x_t, out, z = x_t.to(table.dtype), out.to(table.dtype), z.to(table.dtype)
     if learned:
         out, v = out.chunk(2, dim=1)
@@ -52,7 +52,7 @@ def _ddpm_step_kernel(
     out_ptr,
     old_ptr,
     table_ptr,
-    row_ptr,
+    step_ptr,
     seed_ptr,
     image_ptr,
     x_image,
@@ -71,7 +71,7 @@ def _ddpm_step_kernel(
     BLOCK: tl.constexpr,
 ):
     n, first = place(ELEMENTS, BLOCK)
-    z = image_normals(seed_ptr, image_ptr, row_ptr, n, TAG, first + tl.arange(0, BLOCK))
+    z = image_normals(seed_ptr, image_ptr, step_ptr, n, TAG, first + tl.arange(0, BLOCK))
     element = first * 4 + tl.arange(0, 4 * BLOCK)  # [4 * BLOCK]
     inside = element < ELEMENTS
     x_ptr += n.to(tl.int64) * x_image
@@ -79,8 +79,8 @@ def _ddpm_step_kernel(
     x_at = element if X_DENSE else element % CHANNELS * x_channel + element // CHANNELS * x_pixel
     out_at = element if OUT_DENSE else element % CHANNELS * out_channel + element // CHANNELS * out_pixel
 
-    # the row is read on the device, so one CUDA graph serves every step, and every image may be at its own
-    table_ptr += tl.load(row_ptr + n).to(tl.int64) * WIDTH
+    # the step is read on the device, so one CUDA graph serves every step, and images may be at different steps
+    table_ptr += tl.load(step_ptr + n).to(tl.int64) * WIDTH
     x_0_x, x_0_out, clip = tl.load(table_ptr), tl.load(table_ptr + 1), tl.load(table_ptr + 2)
     mean_x_0, mean_x, mean_out = tl.load(table_ptr + 3), tl.load(table_ptr + 4), tl.load(table_ptr + 5)
     sigma = tl.load(table_ptr + 7)
@@ -105,7 +105,7 @@ def _ddpm_step_kernel(
 
 
 def _check(
-    x_t: Tensor, out: Tensor, table: Tensor, row: Tensor, seed: Tensor, image: Tensor, learned: bool, old: Tensor | None
+    x_t: Tensor, out: Tensor, table: Tensor, step: Tensor, seed: Tensor, image: Tensor, learned: bool, old: Tensor | None
 ) -> None:
     if x_t.ndim != 4 or x_t.dtype != torch.float32:
         raise ValueError(f"x_t is {x_t.dtype} {tuple(x_t.shape)}; expected float32 [B, C, H, W]: the state is never kept in less")
@@ -120,11 +120,11 @@ def _check(
     if old is not None and (old.dtype, old.shape, old.stride(), old.device) != (x_t.dtype, x_t.shape, x_t.stride(), x_t.device):
         raise ValueError(f"old is {old.dtype} {tuple(old.shape)}, strides {old.stride()}; expected a tensor like x_t")
     check_table("table", table, len(COLUMNS), x_t.device)
-    check_per_image(b, x_t.device, row=row, seed=seed, image=image)
+    check_per_image(b, x_t.device, step=step, seed=seed, image=image)
 
 
 def _launch(
-    x_t: Tensor, out: Tensor, table: Tensor, row: Tensor, seed: Tensor, image: Tensor, learned: bool, old: Tensor | None
+    x_t: Tensor, out: Tensor, table: Tensor, step: Tensor, seed: Tensor, image: Tensor, learned: bool, old: Tensor | None
 ) -> None:
     b, c, h, w = x_t.shape
     x_strides, out_strides = image_strides(x_t, "x_t"), image_strides(out, "the network's output")
@@ -135,7 +135,7 @@ def _launch(
                 out,
                 x_t if old is None else old,
                 table,
-                row,
+                step,
                 seed,
                 image,
                 *x_strides,
@@ -158,7 +158,7 @@ def ddpm_step(
     x_t: Tensor,
     out: Tensor,
     table: Tensor,
-    row: Tensor,
+    step: Tensor,
     seed: Tensor,
     image: Tensor,
     learned: bool = False,
@@ -169,25 +169,25 @@ def ddpm_step(
     x_t    [B, C, H, W] fp32, channels-first or channels-last; read once, written once
     out    [B, C, H, W] fp32, fp16 or bf16, either layout; [B, 2C, H, W] where `learned`; read once
     table  [R, 10] fp32, columns `COLUMNS`: `ddpm_fast.diffusion.solvers.StepTable`
-    row    [B] integer in 0..R-1: each image's own step, which also counts its noise (stream `noise.REVERSE`)
+    step   [B] integer in 0..R-1: the row of the table of each image, which is also its noise row (stream `noise.REVERSE`)
     seed, image   [B] integer: whose noise
     old    like x_t, read where mean_old is not 0, then overwritten with this step's x_0; None: neither
 
     ValueError for wrong shapes, types or devices.
     """
-    _check(x_t, out, table, row, seed, image, learned, old)
+    _check(x_t, out, table, step, seed, image, learned, old)
     if launches_kernel(x_t, "noise", "ddpm_step"):
-        _launch(x_t, out, table, row, seed, image, learned, old)
+        _launch(x_t, out, table, step, seed, image, learned, old)
         return
     z = torch.zeros((), dtype=x_t.dtype, device=x_t.device)
-    if x_t.is_cuda or table[row.long(), COLUMNS.index("sigma")].any():  # DDIM draws no noise, so a CPU makes none
-        z = noise_reference(seed, image, row, REVERSE, tuple(x_t.shape[1:]))
-    x_prev = ddpm_step_reference(x_t, out, z, table, row, learned, old)
+    if x_t.is_cuda or table[step.long(), COLUMNS.index("sigma")].any():  # DDIM draws no noise, so a CPU makes none
+        z = noise_reference(seed, image, step, REVERSE, tuple(x_t.shape[1:]))
+    x_prev = ddpm_step_reference(x_t, out, z, table, step, learned, old)
     if old is not None:
-        old.copy_(x_0_reference(x_t, out, table, row))
+        old.copy_(x_0_reference(x_t, out, table, step))
     x_t.copy_(x_prev)
 
 
 @ddpm_step.register_fake
-def _(x_t, out, table, row, seed, image, learned=False, old=None):
+def _(x_t, out, table, step, seed, image, learned=False, old=None):
     return None

@@ -3,7 +3,7 @@
 The key is the 64-bit seed. The counter's four words say which number is meant, so nothing is stored between draws:
 
     c0  element // 4 (the word is element % 4)
-    c1  stream tag (8 bits) above the row of the step table (24 bits)
+    c1  stream tag (8 bits) above the noise row (24 bits): for a reverse step its index in the step table
     c2, c3  image index, low and high word
 
 element = (h * W + w) * C + c, whatever the memory layout. Words become normals by Box-Muller, built of additions,
@@ -96,28 +96,28 @@ def _horner(x: Tensor, coefficients: tuple[float, ...]) -> Tensor:
     return y
 
 
-def words_reference(seed: Tensor, image: Tensor, row: Tensor, tag: int, count: int) -> Tensor:
-    """The first `count` words of each image's stream: seed, image, row [B] -> int64 [B, count] in 0..2^32-1."""
-    return torch.stack(_blocks(seed, image, row, tag, count), dim=-1).flatten(1)[:, :count]
+def words_reference(seed: Tensor, image: Tensor, noise_row: Tensor, tag: int, count: int) -> Tensor:
+    """The first `count` words of each image's stream: seed, image, noise_row [B] -> int64 [B, count] in 0..2^32-1."""
+    return torch.stack(_blocks(seed, image, noise_row, tag, count), dim=-1).flatten(1)[:, :count]
 
 
-def normals_reference(seed: Tensor, image: Tensor, row: Tensor, tag: int, count: int) -> Tensor:
+def normals_reference(seed: Tensor, image: Tensor, noise_row: Tensor, tag: int, count: int) -> Tensor:
     """The first `count` normals of each image's stream: fp32 [B, count]."""
-    w0, w1, w2, w3 = _blocks(seed, image, row, tag, count)
+    w0, w1, w2, w3 = _blocks(seed, image, noise_row, tag, count)
     return torch.stack((*box_muller_reference(w0, w1), *box_muller_reference(w2, w3)), dim=-1).flatten(1)[:, :count]
 
 
-def noise_reference(seed: Tensor, image: Tensor, row: Tensor, tag: int, shape: tuple[int, ...]) -> Tensor:
+def noise_reference(seed: Tensor, image: Tensor, noise_row: Tensor, tag: int, shape: tuple[int, ...]) -> Tensor:
     """z [B, C, H, W] of shape (C, H, W), fp32, channels-last in memory."""
     c, h, w = shape
-    return normals_reference(seed, image, row, tag, c * h * w).view(-1, h, w, c).permute(0, 3, 1, 2)
+    return normals_reference(seed, image, noise_row, tag, c * h * w).view(-1, h, w, c).permute(0, 3, 1, 2)
 
 
-def _blocks(seed: Tensor, image: Tensor, row: Tensor, tag: int, count: int) -> tuple[Tensor, ...]:
+def _blocks(seed: Tensor, image: Tensor, noise_row: Tensor, tag: int, count: int) -> tuple[Tensor, ...]:
     word = 0xFFFFFFFF
-    seed, image, row = (v.long()[:, None] for v in (seed, image, row))
+    seed, image, noise_row = (v.long()[:, None] for v in (seed, image, noise_row))
     block = torch.arange(-(-count // 4), device=seed.device)[None, :]
-    counter = (block, row | (tag << 24), image & word, (image >> 32) & word)
+    counter = (block, noise_row | (tag << 24), image & word, (image >> 32) & word)
     return philox_reference(counter, (seed & word, (seed >> 32) & word))
 
 
@@ -159,20 +159,20 @@ def box_muller(radius_word, angle_word):
 
 
 @triton.jit
-def image_words(seed_ptr, image_ptr, row_ptr, n, tag, block):
+def image_words(seed_ptr, image_ptr, noise_row_ptr, n, tag, block):
     """The words of Philox blocks `block` [BLOCK] of image n of the batch, in order: four uint32 [BLOCK]."""
     seed = tl.load(seed_ptr + n).to(tl.int64)
     image = tl.load(image_ptr + n).to(tl.int64)
-    c1 = (tl.load(row_ptr + n).to(tl.int64) | (tag << 24)).to(tl.uint32)
+    c1 = (tl.load(noise_row_ptr + n).to(tl.int64) | (tag << 24)).to(tl.uint32)
     return philox(
         block.to(tl.uint32), c1, image.to(tl.uint32), (image >> 32).to(tl.uint32), seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
     )
 
 
 @triton.jit
-def image_normals(seed_ptr, image_ptr, row_ptr, n, tag, block):
+def image_normals(seed_ptr, image_ptr, noise_row_ptr, n, tag, block):
     """The normals of Philox blocks `block` [BLOCK] of image n of the batch, in element order: fp32 [4 * BLOCK]."""
-    w0, w1, w2, w3 = image_words(seed_ptr, image_ptr, row_ptr, n, tag, block)
+    w0, w1, w2, w3 = image_words(seed_ptr, image_ptr, noise_row_ptr, n, tag, block)
     n0, n1 = box_muller(w0, w1)
     n2, n3 = box_muller(w2, w3)
     return tl.interleave(tl.interleave(n0, n2), tl.interleave(n1, n3))
@@ -187,14 +187,14 @@ def place(count, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _noise_kernel(z_ptr, seed_ptr, image_ptr, row_ptr, tag, COUNT, NORMAL: tl.constexpr, BLOCK: tl.constexpr):
+def _noise_kernel(z_ptr, seed_ptr, image_ptr, noise_row_ptr, tag, COUNT, NORMAL: tl.constexpr, BLOCK: tl.constexpr):
     n, first = place(COUNT, BLOCK)
     block = first + tl.arange(0, BLOCK)
     element = first * 4 + tl.arange(0, 4 * BLOCK)
     if NORMAL:
-        z = image_normals(seed_ptr, image_ptr, row_ptr, n, tag, block)
+        z = image_normals(seed_ptr, image_ptr, noise_row_ptr, n, tag, block)
     else:
-        w0, w1, w2, w3 = image_words(seed_ptr, image_ptr, row_ptr, n, tag, block)
+        w0, w1, w2, w3 = image_words(seed_ptr, image_ptr, noise_row_ptr, n, tag, block)
         z = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3)).to(tl.int64)
     tl.store(z_ptr + n.to(tl.int64) * COUNT + element, z, mask=element < COUNT)
 
@@ -212,13 +212,13 @@ def grid(count: int, batch: int) -> tuple[int]:
     return (programs,)
 
 
-def _fill(out: Tensor, seed: Tensor, image: Tensor, row: Tensor, tag: int, normal: bool) -> None:
+def _fill(out: Tensor, seed: Tensor, image: Tensor, noise_row: Tensor, tag: int, normal: bool) -> None:
     """Launches the kernel that writes every element of out [B, count]."""
     batch, count = out.shape
     if out.numel():
         with torch.cuda.device_of(out):
             _noise_kernel[grid(count, batch)](
-                out, seed, image, row, tag, count, NORMAL=normal, BLOCK=BLOCK, num_warps=NUM_WARPS, enable_fp_fusion=False
+                out, seed, image, noise_row, tag, count, NORMAL=normal, BLOCK=BLOCK, num_warps=NUM_WARPS, enable_fp_fusion=False
             )
 
 
@@ -226,38 +226,38 @@ def _fill(out: Tensor, seed: Tensor, image: Tensor, row: Tensor, tag: int, norma
 
 
 @torch.library.custom_op("ddpm_fast::words", mutates_args=())
-def words(seed: Tensor, image: Tensor, row: Tensor, tag: int, count: int) -> Tensor:
+def words(seed: Tensor, image: Tensor, noise_row: Tensor, tag: int, count: int) -> Tensor:
     """`count` random words for each image: int64 [B, count] in 0..2^32-1. See `noise`."""
-    check_per_image(len(seed), seed.device, seed=seed, image=image, row=row)
+    check_per_image(len(seed), seed.device, seed=seed, image=image, noise_row=noise_row)
     if not launches_kernel(seed, "noise"):
-        return words_reference(seed, image, row, tag, count).contiguous()
+        return words_reference(seed, image, noise_row, tag, count).contiguous()
     out = torch.empty(len(seed), count, dtype=torch.int64, device=seed.device)
-    _fill(out, seed, image, row, tag, normal=False)
+    _fill(out, seed, image, noise_row, tag, normal=False)
     return out
 
 
 @torch.library.custom_op("ddpm_fast::noise", mutates_args=())
-def noise(seed: Tensor, image: Tensor, row: Tensor, tag: int, channels: int, height: int, width: int) -> Tensor:
+def noise(seed: Tensor, image: Tensor, noise_row: Tensor, tag: int, channels: int, height: int, width: int) -> Tensor:
     """Standard normals for each image: fp32 [B, C, H, W], channels-last in memory, written once.
 
-    seed, image [B] integer (64-bit patterns); row [B] integer in 0..2^24-1, the row of the step table; tag: a stream of this
-    module. ValueError for vectors of another shape, type or device.
+    seed, image [B] integer (64-bit patterns); noise_row [B] integer in 0..2^24-1, which noise of the image: for a
+    reverse step its index in the step table; tag: a stream of this module. ValueError for vectors of another shape, type or device.
     """
-    check_per_image(len(seed), seed.device, seed=seed, image=image, row=row)
+    check_per_image(len(seed), seed.device, seed=seed, image=image, noise_row=noise_row)
     count = height * width * channels
     if launches_kernel(seed, "noise"):
         z = torch.empty(len(seed), count, dtype=torch.float32, device=seed.device)
-        _fill(z, seed, image, row, tag, normal=True)
+        _fill(z, seed, image, noise_row, tag, normal=True)
     else:
-        z = normals_reference(seed, image, row, tag, count).contiguous()
+        z = normals_reference(seed, image, noise_row, tag, count).contiguous()
     return z.view(-1, height, width, channels).permute(0, 3, 1, 2)
 
 
 @words.register_fake
-def _(seed, image, row, tag, count):
+def _(seed, image, noise_row, tag, count):
     return seed.new_empty(len(seed), count, dtype=torch.int64)
 
 
 @noise.register_fake
-def _(seed, image, row, tag, channels, height, width):
+def _(seed, image, noise_row, tag, channels, height, width):
     return seed.new_empty(len(seed), height, width, channels, dtype=torch.float32).permute(0, 3, 1, 2)

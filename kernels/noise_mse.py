@@ -35,7 +35,7 @@ def _noise_mse_kernel(
     t_ptr,
     seed_ptr,
     image_ptr,
-    row_ptr,
+    noise_row_ptr,
     out_image,
     out_channel,
     out_pixel,
@@ -52,7 +52,7 @@ def _noise_mse_kernel(
     BLOCK: tl.constexpr,
 ):
     n, first = place(ELEMENTS, BLOCK)
-    eps = image_normals(seed_ptr, image_ptr, row_ptr, n, TAG, first + tl.arange(0, BLOCK))
+    eps = image_normals(seed_ptr, image_ptr, noise_row_ptr, n, TAG, first + tl.arange(0, BLOCK))
     element = first * 4 + tl.arange(0, 4 * BLOCK)  # [4 * BLOCK]
     inside = element < ELEMENTS
     t = tl.load(t_ptr + n).to(tl.int64)
@@ -71,7 +71,7 @@ def _noise_mse_kernel(
         tl.store(result_ptr + tl.program_id(0), tl.sum(tl.where(inside, difference * difference, 0.0)))
 
 
-def _launch(result, loss_gradient, out, x_0, coef, t, row, seed, image) -> None:
+def _launch(result, loss_gradient, out, x_0, coef, t, noise_row, seed, image) -> None:
     """Into `result`: the programs' sums, or with `loss_gradient` the gradient."""
     b, c, h, w = out.shape
     out_strides, x_0_strides = image_strides(out, "out"), (0, 0, 0) if x_0 is None else image_strides(x_0, "x_0")
@@ -85,7 +85,7 @@ def _launch(result, loss_gradient, out, x_0, coef, t, row, seed, image) -> None:
             t,
             seed,
             image,
-            row,
+            noise_row,
             *out_strides,
             *x_0_strides,
             c * h * w,
@@ -101,11 +101,11 @@ def _launch(result, loss_gradient, out, x_0, coef, t, row, seed, image) -> None:
         )
 
 
-def _launch_loss(out, x_0, coef, t, row, seed, image) -> Tensor:
+def _launch_loss(out, x_0, coef, t, noise_row, seed, image) -> Tensor:
     b, c, h, w = out.shape
     sums = torch.empty(b, triton.cdiv(c * h * w, 4 * BLOCK), dtype=torch.float32, device=out.device)
     if out.numel():
-        _launch(sums, None, out, x_0, coef, t, row, seed, image)
+        _launch(sums, None, out, x_0, coef, t, noise_row, seed, image)
     return sums.sum(1) / (c * h * w)
 
 
@@ -114,14 +114,14 @@ def _empty_gradient(out: Tensor) -> Tensor:
     return out.new_empty(b, h, w, c).permute(0, 3, 1, 2)
 
 
-def _launch_gradient(loss_gradient, out, x_0, coef, t, row, seed, image) -> Tensor:
+def _launch_gradient(loss_gradient, out, x_0, coef, t, noise_row, seed, image) -> Tensor:
     gradient = _empty_gradient(out)
     if out.numel():
-        _launch(gradient, loss_gradient, out, x_0, coef, t, row, seed, image)
+        _launch(gradient, loss_gradient, out, x_0, coef, t, noise_row, seed, image)
     return gradient
 
 
-def _check(out, x_0, coef, t, row, seed, image) -> None:
+def _check(out, x_0, coef, t, noise_row, seed, image) -> None:
     if out.ndim != 4 or not out.is_floating_point():
         raise ValueError(f"out is {out.dtype} {tuple(out.shape)}; expected floating [B, C, H, W]")
     image_strides(out, "out")
@@ -130,24 +130,24 @@ def _check(out, x_0, coef, t, row, seed, image) -> None:
             raise ValueError(f"x_0 is {x_0.dtype} {tuple(x_0.shape)} on {x_0.device}; expected floating {tuple(out.shape)}")
         image_strides(x_0, "x_0")
     check_table("coef", coef, 2, out.device)
-    check_per_image(len(out), out.device, t=t, row=row, seed=seed, image=image)
+    check_per_image(len(out), out.device, t=t, noise_row=noise_row, seed=seed, image=image)
 
 
 @torch.library.custom_op("ddpm_fast::noise_mse", mutates_args=())
-def noise_mse(out: Tensor, x_0: Tensor | None, coef: Tensor, t: Tensor, row: Tensor, seed: Tensor, image: Tensor) -> Tensor:
+def noise_mse(out: Tensor, x_0: Tensor | None, coef: Tensor, t: Tensor, noise_row: Tensor, seed: Tensor, image: Tensor) -> Tensor:
     """The mean of (out - target)^2 over each image, target = of_eps eps + of_x_0 x_0 with the eps that `q_sample` drew.
 
     out    [B, C, H, W] fp32, fp16 or bf16, channels-first or channels-last, or a slice of channels; read once
     x_0    [B, C, H, W] likewise, read once; None where of_x_0 is 0, as for eps-prediction
     coef   [T, 2] fp32, (of_eps, of_x_0): `ddpm_fast.diffusion.losses.target_table`
-    t, row, seed, image   [B] integer, as `q_sample` got them
+    t, noise_row, seed, image   [B] integer, as `q_sample` got them
 
     Returns fp32 [B], differentiable with respect to `out`. ValueError for wrong shapes, types or devices.
     """
-    _check(out, x_0, coef, t, row, seed, image)
+    _check(out, x_0, coef, t, noise_row, seed, image)
     if launches_kernel(out, "noise"):
-        return _launch_loss(out, x_0, coef, t, row, seed, image)
-    eps = noise_reference(seed, image, row, Q_SAMPLE, tuple(out.shape[1:]))
+        return _launch_loss(out, x_0, coef, t, noise_row, seed, image)
+    eps = noise_reference(seed, image, noise_row, Q_SAMPLE, tuple(out.shape[1:]))
     return noise_mse_reference(out, eps, x_0, coef, t)
 
 
@@ -158,25 +158,25 @@ def noise_mse_gradient(
     x_0: Tensor | None,
     coef: Tensor,
     t: Tensor,
-    row: Tensor,
+    noise_row: Tensor,
     seed: Tensor,
     image: Tensor,
 ) -> Tensor:
     """d loss / d out, in out's dtype, channels-last: 2 (out - target) / elements, times loss_gradient fp32 [B]."""
     if launches_kernel(out, "noise"):
-        return _launch_gradient(loss_gradient, out, x_0, coef, t, row, seed, image)
-    eps = noise_reference(seed, image, row, Q_SAMPLE, tuple(out.shape[1:]))
+        return _launch_gradient(loss_gradient, out, x_0, coef, t, noise_row, seed, image)
+    eps = noise_reference(seed, image, noise_row, Q_SAMPLE, tuple(out.shape[1:]))
     scale = (loss_gradient * (2.0 / max(1, out[0].numel() if len(out) else 1)))[:, None, None, None]
     return _empty_gradient(out).copy_(scale * (out.to(coef.dtype) - target_reference(eps, x_0, coef, t)))
 
 
 @noise_mse.register_fake
-def _(out, x_0, coef, t, row, seed, image):
+def _(out, x_0, coef, t, noise_row, seed, image):
     return out.new_empty(len(out), dtype=torch.float32)
 
 
 @noise_mse_gradient.register_fake
-def _(loss_gradient, out, x_0, coef, t, row, seed, image):
+def _(loss_gradient, out, x_0, coef, t, noise_row, seed, image):
     return _empty_gradient(out)
 
 

@@ -26,7 +26,7 @@ def _q_sample_kernel(
     t_ptr,
     seed_ptr,
     image_ptr,
-    row_ptr,
+    noise_row_ptr,
     x_0_image,
     x_0_channel,
     x_0_pixel,
@@ -37,7 +37,7 @@ def _q_sample_kernel(
     BLOCK: tl.constexpr,
 ):
     n, first = place(ELEMENTS, BLOCK)
-    eps = image_normals(seed_ptr, image_ptr, row_ptr, n, TAG, first + tl.arange(0, BLOCK))
+    eps = image_normals(seed_ptr, image_ptr, noise_row_ptr, n, TAG, first + tl.arange(0, BLOCK))
     element = first * 4 + tl.arange(0, 4 * BLOCK)  # [4 * BLOCK], x_t's own order: it is channels-last
     inside = element < ELEMENTS
 
@@ -48,12 +48,12 @@ def _q_sample_kernel(
     tl.store(x_t_ptr + n.to(tl.int64) * ELEMENTS + element, x_0 * signal + eps * sigma, mask=inside)
 
 
-def _check(x_0: Tensor, coef: Tensor, t: Tensor, row: Tensor, seed: Tensor, image: Tensor) -> None:
+def _check(x_0: Tensor, coef: Tensor, t: Tensor, noise_row: Tensor, seed: Tensor, image: Tensor) -> None:
     if x_0.ndim != 4 or not x_0.is_floating_point():
         raise ValueError(f"x_0 is {x_0.dtype} {tuple(x_0.shape)}; expected floating [B, C, H, W]")
     image_strides(x_0, "x_0")
     check_table("coef", coef, 2, x_0.device)
-    check_per_image(len(x_0), x_0.device, t=t, row=row, seed=seed, image=image)
+    check_per_image(len(x_0), x_0.device, t=t, noise_row=noise_row, seed=seed, image=image)
 
 
 def _empty_x_t(x_0: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ def _empty_x_t(x_0: Tensor) -> Tensor:
     return x_0.new_empty(b, h, w, c, dtype=torch.float32).permute(0, 3, 1, 2)
 
 
-def _launch(x_0: Tensor, coef: Tensor, t: Tensor, row: Tensor, seed: Tensor, image: Tensor) -> Tensor:
+def _launch(x_0: Tensor, coef: Tensor, t: Tensor, noise_row: Tensor, seed: Tensor, image: Tensor) -> Tensor:
     x_t = _empty_x_t(x_0)
     b, c, h, w = x_0.shape
     strides = image_strides(x_0, "x_0")
@@ -74,7 +74,7 @@ def _launch(x_0: Tensor, coef: Tensor, t: Tensor, row: Tensor, seed: Tensor, ima
                 t,
                 seed,
                 image,
-                row,
+                noise_row,
                 *strides,
                 c * h * w,
                 TAG=Q_SAMPLE,
@@ -88,24 +88,24 @@ def _launch(x_0: Tensor, coef: Tensor, t: Tensor, row: Tensor, seed: Tensor, ima
 
 
 @torch.library.custom_op("ddpm_fast::q_sample", mutates_args=())
-def q_sample(x_0: Tensor, coef: Tensor, t: Tensor, row: Tensor, seed: Tensor, image: Tensor) -> Tensor:
+def q_sample(x_0: Tensor, coef: Tensor, t: Tensor, noise_row: Tensor, seed: Tensor, image: Tensor) -> Tensor:
     """Draw x_t ~ q(x_t | x_0) for every image at its own timestep (Ho et al. 2020, eq. 4).
 
     x_0    [B, C, H, W] fp32, fp16 or bf16, channels-first or channels-last; read once
     coef   [T, 2] fp32, (sqrt(alpha_bar_t), sqrt(1 - alpha_bar_t)): `NoiseSchedule.q_sample_table`
     t      [B] integer in 0..T-1
-    row    [B] integer in 0..2^24-1: which noise of the image; the training step, or t itself
+    noise_row   [B] integer in 0..2^24-1: which noise of the image; the training step, or t itself
     seed, image   [B] integer: whose noise (stream `noise.Q_SAMPLE`)
 
     Returns x_t [B, C, H, W] fp32, channels-last, written once. ValueError for wrong shapes, types or devices.
     """
-    _check(x_0, coef, t, row, seed, image)
+    _check(x_0, coef, t, noise_row, seed, image)
     if launches_kernel(x_0, "noise"):
-        return _launch(x_0, coef, t, row, seed, image)
-    eps = noise_reference(seed, image, row, Q_SAMPLE, tuple(x_0.shape[1:]))
+        return _launch(x_0, coef, t, noise_row, seed, image)
+    eps = noise_reference(seed, image, noise_row, Q_SAMPLE, tuple(x_0.shape[1:]))
     return _empty_x_t(x_0).copy_(q_sample_reference(x_0, eps, coef, t))
 
 
 @q_sample.register_fake
-def _(x_0, coef, t, row, seed, image):
+def _(x_0, coef, t, noise_row, seed, image):
     return _empty_x_t(x_0)

@@ -1,4 +1,4 @@
-"""Half or double resolution without weights, as ADM's residual blocks have it, and plain copies between layouts."""
+"""Resampling to half or double resolution without weights, as in ADM's residual blocks, and plain copies between layouts."""
 
 from __future__ import annotations
 
@@ -9,12 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._feature_map import FeatureMap
-from ._gemm import TRITON_TYPE, wide
+from ._gemm import TRITON_TYPE, cast, pixel_of
 from ._launch import begin, launch_options
 from ._triton import tl, triton
-from .conv2d_pointers import pixel_of
 
-FACTORS = {"half": 0.5, "same": 1.0, "double": 2.0}
 ROWS, LANES = 32, 64  # of a program's tile
 
 
@@ -88,7 +86,7 @@ class Resample:
             )
 
     def fallback(self, x: FeatureMap, out: FeatureMap, compute: torch.dtype | None = None) -> None:
-        out.write(resample_reference(wide(x.pixels, compute), self.to))
+        out.write(resample_reference(cast(x.pixels, compute), self.to))
 
     def cost(self, x: FeatureMap, out: FeatureMap) -> tuple[int, int]:
         return 0, sum(fm.rows.numel() * fm.rows.element_size() for fm in (x, out))

@@ -1,8 +1,8 @@
-"""One step further along the step table, for every image at its own row, and what the network reads there.
+"""Step indices of a batch, advanced along the step table, with the timestep and the row of time embeddings that the network reads.
 
-row   = min(row + by, R - 1)
-t     = t_of[row]
-entry = t * classes + label         the row of the network's table of time embeddings
+step     = min(step + by, R - 1)
+t        = t_of[step]
+time_row = t * classes + label         in the network's table of time embeddings
 """
 
 from __future__ import annotations
@@ -15,38 +15,38 @@ from ._triton import check_per_image, launches_kernel, tl, triton
 BLOCK = 256
 
 
-def advance_reference(row: Tensor, t_of: Tensor, label: Tensor, classes: int, by: int) -> tuple[Tensor, Tensor, Tensor]:
-    """row, label [B], t_of [R] -> (row, t, entry) [B], each in int64."""
-    row = (row.long() + by).clamp(max=len(t_of) - 1)
-    t = t_of[row]
-    return row, t, t * classes + label
+def advance_reference(step: Tensor, t_of: Tensor, label: Tensor, classes: int, by: int) -> tuple[Tensor, Tensor, Tensor]:
+    """step, label [B], t_of [R] -> (step, t, time_row) [B], each in int64."""
+    step = (step.long() + by).clamp(max=len(t_of) - 1)
+    t = t_of[step]
+    return step, t, t * classes + label
 
 
 @triton.jit(do_not_specialize=["B", "R", "classes", "by"])
-def _advance_kernel(row_ptr, t_of_ptr, t_ptr, entry_ptr, label_ptr, B, R, classes, by, BLOCK: tl.constexpr):
+def _advance_kernel(step_ptr, t_of_ptr, t_ptr, time_row_ptr, label_ptr, B, R, classes, by, BLOCK: tl.constexpr):
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     exists = n < B
-    row = tl.load(row_ptr + n, mask=exists, other=0) + by
-    row = tl.where(row < R, row, R - 1)
-    tl.store(row_ptr + n, row, mask=exists)
-    t = tl.load(t_of_ptr + row, mask=exists, other=0)
+    step = tl.load(step_ptr + n, mask=exists, other=0) + by
+    step = tl.where(step < R, step, R - 1)
+    tl.store(step_ptr + n, step, mask=exists)
+    t = tl.load(t_of_ptr + step, mask=exists, other=0)
     tl.store(t_ptr + n, t, mask=exists)
-    tl.store(entry_ptr + n, t * classes + tl.load(label_ptr + n, mask=exists, other=0), mask=exists)
+    tl.store(time_row_ptr + n, t * classes + tl.load(label_ptr + n, mask=exists, other=0), mask=exists)
 
 
-def advance(row: Tensor, t_of: Tensor, t: Tensor, entry: Tensor, label: Tensor, classes: int, by: int = 1) -> None:
-    """`advance_reference` in place: row, t and entry are overwritten.
+def advance(step: Tensor, t_of: Tensor, t: Tensor, time_row: Tensor, label: Tensor, classes: int, by: int = 1) -> None:
+    """`advance_reference` in place: step, t and time_row are overwritten.
 
-    row [B] int32; t, entry, label [B] int64; t_of [R] int64, the timestep at each row; classes 1 where there are none.
+    step [B] int32; t, time_row, label [B] int64; t_of [R] int64, the timestep at each step; classes 1 where there are none.
     ValueError for wrong shapes, types or devices.
     """
-    check_per_image(len(row), row.device, row=row, t=t, entry=entry, label=label)
-    if (row.dtype, t.dtype, entry.dtype, label.dtype, t_of.dtype) != (torch.int32, *[torch.int64] * 4) or t_of.ndim != 1:
-        raise ValueError(f"row is {row.dtype}, t_of {t_of.dtype} {tuple(t_of.shape)}; expected int32, and int64 [R]")
-    if launches_kernel(row, "advance"):
-        with torch.cuda.device_of(row):
-            grid = (triton.cdiv(len(row), BLOCK),)
-            _advance_kernel[grid](row, t_of, t, entry, label, len(row), len(t_of), classes, by, BLOCK=BLOCK)
+    check_per_image(len(step), step.device, step=step, t=t, time_row=time_row, label=label)
+    if (step.dtype, t.dtype, time_row.dtype, label.dtype, t_of.dtype) != (torch.int32, *[torch.int64] * 4) or t_of.ndim != 1:
+        raise ValueError(f"step is {step.dtype}, t_of {t_of.dtype} {tuple(t_of.shape)}; expected int32, and int64 [R]")
+    if launches_kernel(step, "advance"):
+        with torch.cuda.device_of(step):
+            grid = (triton.cdiv(len(step), BLOCK),)
+            _advance_kernel[grid](step, t_of, t, time_row, label, len(step), len(t_of), classes, by, BLOCK=BLOCK)
         return
-    for out, value in zip((row, t, entry), advance_reference(row, t_of, label, classes, by), strict=True):
+    for out, value in zip((step, t, time_row), advance_reference(step, t_of, label, classes, by), strict=True):
         out.copy_(value)

@@ -186,7 +186,7 @@ def _row(launch: Launch, e: Estimate, verdict: Verdict | None, wide: list[str]) 
         writes=_shape(launch.out),
         operands=_operands(launch),
         wide=launch.name in wide,
-        tile=None if t is None else f"{t.bm}x{t.bo}x{t.bk} w{t.warps}",
+        tile=None if t is None else f"{t.block_m}x{t.block_n}x{t.block_k} w{t.warps}",
         flops=e.flops,
         bytes=e.bytes,
         floor_us=round(1e6 * e.floor, 2),

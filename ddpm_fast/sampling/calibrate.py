@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..engines.fused.calibration import Calibration, e4m3_convolutions, unit_of
-from ..kernels._gemm import E4M3_MAX, quantise
-from ..kernels.conv3x3 import pack, unpack
+from ..kernels._gemm import E4M3_MAX, pack, quantise, unpack
 from ..models.unet import channels_last
 from ..utils.validation import is_count
 from .sampler import Sampler

@@ -138,17 +138,23 @@ def test_tuning_finds_the_faster_of_two_tiles(monkeypatch, tmp_path):
 
     def rows_of(call, *_, **__):
         call()
-        return Timing(call.args[0].op.tiles.bm * 1e-6, 0.0, 1)
+        return Timing(call.args[0].op.tiles.block_m * 1e-6, 0.0, 1)
 
     monkeypatch.setattr(tune, "measure", rows_of)
-    monkeypatch.setattr(tune, "candidates", lambda tiles: iter([dict(bm=256, warps=8), dict(bm=64), dict(bm=48)]))
+    monkeypatch.setattr(tune, "candidates", lambda tiles: iter([dict(block_m=256, warps=8), dict(block_m=64), dict(block_m=48)]))
     monkeypatch.setattr(sys, "argv", ["tune", "--tiny", "--dtype", "fp16", "--out", str(tmp_path / "tiles.json")])
     tune.main()
     best = json.loads((tmp_path / "tiles.json").read_text())
-    assert best["first_conv sm90 float16 32->16 8x8"] == dict(bm=64)
-    assert {key.split()[0] for key in best} == {"first_conv", "pointwise"}  # the others have 64 rows already in so small a network
+    assert best["conv_in sm90 float16 32->16 8x8"] == dict(block_m=64)
+    assert {key.split()[0] for key in best} == {"conv_in", "conv1x1"}  # the others have 64 rows already in so small a network
     rows = json.loads((tmp_path / "tiles.measured.json").read_text())["rows"]
-    assert {row.get("failed", "")[:12] for row in rows if row["changed"] == dict(bm=48)} != {""}  # no power of two: refused
+    assert {row.get("failed", "")[:12] for row in rows if row["changed"] == dict(block_m=48)} != {""}  # no power of two: refused
     fused = FusedUNet(UNet(tune.TINY_UNET), 2, "fp16", tiles=best, check=False)
     tiles = {launch.op.name: launch.op.tiles for launch in fused.plan() if hasattr(launch.op, "tiles")}
-    assert tiles["first_conv"].bm == tiles["upsample_conv"].bm == tiles["downsample_conv"].bm == tiles["pointwise"].bm == 64
+    assert (
+        tiles["conv_in"].block_m
+        == tiles["conv_upsample"].block_m
+        == tiles["conv_downsample"].block_m
+        == tiles["conv1x1"].block_m
+        == 64
+    )

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from ddpm_fast.kernels._gemm import Target, cut, divisor
-from ddpm_fast.kernels.attention import Attention, FoldedAttention, attention_reference, fold
-from ddpm_fast.kernels.conv1x1 import Pointwise
+from ddpm_fast.kernels.attention import FoldedAttention, MultiHeadAttention, attention_reference, fold
+from ddpm_fast.kernels.conv1x1 import Conv1x1
 from ddpm_fast.models import unet
 from ddpm_fast.testing import (
     DAMAGES,
@@ -42,7 +42,7 @@ class Heads:
         self.c = c = heads * dim
         qkv = normal(n, 3 * c, h, w)
         qkv[:, : 2 * c] *= sharpness**0.5
-        self.qkv, self.heads, self.op = qkv.to(device, dtype), heads, Attention(heads, Target.of(torch.device(device)))
+        self.qkv, self.heads, self.op = qkv.to(device, dtype), heads, MultiHeadAttention(heads, Target.of(torch.device(device)))
 
     def arguments(self, images=slice(None)):
         return dict(qkv=map_of(self.qkv[images], bordered=False))
@@ -184,7 +184,7 @@ def test_fallback_of_heads_is_the_layer():
     made, x = layer(c, heads), normal(2, c, 5, 7).double()
     qkv = torch.cat([F.linear(pixels_first(x), *p) for p in projections(made)[:3]], dim=2).transpose(1, 2).unflatten(2, (5, 7))
     out = poisoned(2, 5, 7, c, torch.float64, "cpu")
-    Attention(heads).fallback(map_of(qkv, bordered=False), out, compute=torch.float64)
+    MultiHeadAttention(heads).fallback(map_of(qkv, bordered=False), out, compute=torch.float64)
     projected = F.linear(pixels_first(out.pixels), *projections(made)[3]).transpose(1, 2).unflatten(2, (5, 7))
     torch.testing.assert_close(x + projected, made(x), rtol=0, atol=1e-10)
 
@@ -207,14 +207,14 @@ def test_whole_layer(c, heads, dtype, device):
     if heads == 1:
         (m, m_bias), (weight, bias) = fold(q, k, v, o)
         queries = empty(c, False)
-        Pointwise.of(m, m_bias, dtype, tiles(c)).run(dense, queries)
+        Conv1x1.of(m, m_bias, dtype, tiles(c)).run(dense, queries)
         FoldedAttention.of(weight, bias, dtype, target).run(queries, dense, out, bordered)
     else:
         qkv, mixed = empty(3 * c, False), empty(c, True)
         weight, bias = (torch.cat(parts) for parts in zip(q, k, v, strict=True))
-        Pointwise.of(weight, bias, dtype, tiles(3 * c)).run(dense, qkv)
-        Attention(heads, target).run(qkv, mixed)
-        Pointwise.of(*o, dtype, tiles(c)).run(mixed, out, residual=bordered)
+        Conv1x1.of(weight, bias, dtype, tiles(3 * c)).run(dense, qkv)
+        MultiHeadAttention(heads, target).run(qkv, mixed)
+        Conv1x1.of(*o, dtype, tiles(c)).run(mixed, out, residual=bordered)
     assert_as_accurate(out.pixels, made.to(dtype)(x), exact)
 
 
@@ -257,16 +257,16 @@ def test_fault_is_seen(fault, dtype, device):
 @pytest.mark.parametrize("fault", ["keys and values exchanged", "keys of another image", "the last key"])
 def test_wrong_argument_is_seen(fault, device):
     case = Heads(2, 2, 32, 5, 7, operand_types()[-1], device)
-    given = case.qkv.clone()
-    q, k, v = given.chunk(3, dim=1)
+    qkv = case.qkv.clone()
+    q, k, v = qkv.chunk(3, dim=1)
     if fault == "keys and values exchanged":
-        given = torch.cat([q, v, k], dim=1)
+        qkv = torch.cat([q, v, k], dim=1)
     elif fault == "keys of another image":
-        given = torch.cat([q, k.flip(0), v], dim=1)
+        qkv = torch.cat([q, k.flip(0), v], dim=1)
     else:
         k[..., -1, -1] = 0
     with pytest.raises(AssertionError, match="max error"):
-        assert_operation(case.op, case.out(), case.reference, qkv=map_of(given, bordered=False))
+        assert_operation(case.op, case.out(), case.reference, qkv=map_of(qkv, bordered=False))
 
 
 @pytest.mark.kernel

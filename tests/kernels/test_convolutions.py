@@ -1,4 +1,4 @@
-"""The convolutions: `kernels.conv2d`, `upsample_conv`, `conv2d_pointers`, `pointwise`."""
+"""The convolutions: `kernels.conv_in`, `conv1x1`, `conv3x3`, `conv_downsample`, `conv_upsample`."""
 
 from dataclasses import replace
 from functools import partial
@@ -7,12 +7,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ddpm_fast.kernels._gemm import E4M3_MAX, Target, cut, quantise
+from ddpm_fast.kernels._gemm import E4M3_MAX, Target, cut, pack, quantise, unpack
 from ddpm_fast.kernels._triton import INTERPRETED
-from ddpm_fast.kernels.conv1x1 import Pointwise, pointwise_reference
-from ddpm_fast.kernels.conv2d_pointers import DownsampleConv, FirstConv, downsample_reference
-from ddpm_fast.kernels.conv3x3 import Conv3x3, conv3x3_reference, pack, unpack
-from ddpm_fast.kernels.conv_upsample import UpsampleConv, pack_parities, upsample_conv_reference
+from ddpm_fast.kernels.conv1x1 import Conv1x1, conv1x1_reference
+from ddpm_fast.kernels.conv3x3 import Conv3x3, conv3x3_reference
+from ddpm_fast.kernels.conv_downsample import ConvDownsample, conv_downsample_reference
+from ddpm_fast.kernels.conv_in import ConvIn, conv_in_reference
+from ddpm_fast.kernels.conv_upsample import ConvUpsample, conv_upsample_reference, pack_parities
 from ddpm_fast.testing import DAMAGES, Damaged, assert_operation, assert_same_in_any_batch, map_of, operand_types, poisoned, spread
 
 E4M3 = torch.float8_e4m3fn
@@ -26,10 +27,10 @@ def fp32_is_fp32(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
-def tiles(device, dtype, c, k, rows=1, tma=False, bm=None):
-    """As `cut` has them; bm=None: its choice of rows too."""
+def tiles(device, dtype, c, k, rows=1, tma=False, block_m=None):
+    """As `cut` has them; block_m=None: its choice of rows too."""
     t = cut(Target.of(torch.device(device)), dtype, c, k, rows, tma=tma, warps=4)
-    return t if bm is None else replace(t, bm=bm)
+    return t if block_m is None else replace(t, block_m=block_m)
 
 
 def needs_tma(tma, device):
@@ -67,7 +68,7 @@ def check_conv3x3(
     device,
     *,
     tma=False,
-    bm=64,
+    block_m=64,
     bias=True,
     residual=False,
     dense=False,
@@ -79,7 +80,7 @@ def check_conv3x3(
     make = partial(normal, dtype=dtype, device=device)
     x, weight, scale = make(n, c, h, w), filters(k, c, dtype=dtype, device=device), 0.7071 if residual else 1.0
     b, r = make(k, seed=2).float() if bias else None, make(n, k, h, w, seed=3) if residual else None
-    t = tiles(device, dtype, c, k, tma=tma, bm=bm)
+    t = tiles(device, dtype, c, k, tma=tma, block_m=block_m)
     op = Conv3x3.of(weight, b, dtype, t if programs is None else replace(t, programs=programs), residual_scale=scale)
     op = fault(op) if fault else op
     out = poisoned(n, h, w, k, torch.float32 if dense else dtype, device, bordered=not dense)
@@ -103,7 +104,7 @@ ONE_WAY = pytest.mark.parametrize(("tma", "dtype"), spread([True, False]), ids=s
 @EACH_TYPE
 @TMA
 @pytest.mark.parametrize(
-    ("shape", "bm", "form"),
+    ("shape", "block_m", "form"),
     [
         ((1, 16, 5, 7, 16), 64, {}),
         ((3, 32, 7, 7, 48), 64, dict(bias=False)),
@@ -112,14 +113,14 @@ ONE_WAY = pytest.mark.parametrize(("tma", "dtype"), spread([True, False]), ids=s
     ],
     ids=str,
 )
-def test_conv3x3(shape, bm, form, tma, dtype, device):
-    check_conv3x3(*shape, dtype, device, tma=tma, bm=bm, **form)
+def test_conv3x3(shape, block_m, form, tma, dtype, device):
+    check_conv3x3(*shape, dtype, device, tma=tma, block_m=block_m, **form)
 
 
 @pytest.mark.kernel
 @ONE_WAY
 @pytest.mark.parametrize(
-    ("shape", "bm", "form"),
+    ("shape", "block_m", "form"),
     [
         ((1, 32, 28, 28, 32), 128, dict(residual=True)),
         ((2, 128, 5, 7, 128), 128, dict(residual=True, bias=False)),
@@ -128,14 +129,14 @@ def test_conv3x3(shape, bm, form, tma, dtype, device):
     ],
     ids=str,
 )
-def test_larger_conv3x3(shape, bm, form, tma, dtype, device):
-    check_conv3x3(*shape, dtype, device, tma=tma, bm=bm, **form)
+def test_larger_conv3x3(shape, block_m, form, tma, dtype, device):
+    check_conv3x3(*shape, dtype, device, tma=tma, block_m=block_m, **form)
 
 
 @pytest.mark.kernel
 @pytest.mark.parametrize("tma", [True] + [False] * (not INTERPRETED), ids=str)  # pointers would take half of this file's time
 def test_conv3x3_of_many_tiles(tma, device):
-    check_conv3x3(1, 16, 96, 64, 16, operand_types()[-1], device, tma=tma, bm=128)
+    check_conv3x3(1, 16, 96, 64, 16, operand_types()[-1], device, tma=tma, block_m=128)
 
 
 @pytest.mark.kernel
@@ -212,17 +213,19 @@ def test_conv3x3_of_e4m3(fault, tma, device):
 @pytest.mark.kernel
 @ONE_WAY
 @pytest.mark.parametrize(
-    ("shape", "bm"), [((1, 16, 5, 7, 16), 64), ((3, 32, 7, 7, 48), 128), ((2, 128, 3, 3, 96), 64), ((2, 16, 1, 3, 32), 64)], ids=str
+    ("shape", "block_m"),
+    [((1, 16, 5, 7, 16), 64), ((3, 32, 7, 7, 48), 128), ((2, 128, 3, 3, 96), 64), ((2, 16, 1, 3, 32), 64)],
+    ids=str,
 )
-def test_upsample(shape, bm, tma, dtype, device):
+def test_upsample(shape, block_m, tma, dtype, device):
     """The truth has the weights before they were summed and rounded, and so has plain PyTorch, which rounds them too."""
     needs_tma(tma, device)
     n, c, h, w, k = shape
     x, weight = normal(n, c, h, w, dtype=dtype, device=device), filters(k, c, device=device)
     b = normal(k, seed=2, dtype=dtype, device=device).float()
-    op = UpsampleConv.of(weight, b, dtype, tiles(device, dtype, c, k, tma=tma, bm=bm))
+    op = ConvUpsample.of(weight, b, dtype, tiles(device, dtype, c, k, tma=tma, block_m=block_m))
     out, rounding = poisoned(n, 2 * h, 2 * w, k, dtype, device), 8 * torch.finfo(dtype).eps
-    assert_operation(op, out, of_all(upsample_conv_reference, x, weight, b), fallback=rounding, x=map_of(x))
+    assert_operation(op, out, of_all(conv_upsample_reference, x, weight, b), fallback=rounding, x=map_of(x))
 
 
 @pytest.mark.kernel
@@ -232,10 +235,10 @@ def test_upsample(shape, bm, tma, dtype, device):
     ids=str,
 )
 def test_downsample(shape, padding, dtype, device):
-    (n, c, h, w, k), bm = shape, 128 if shape[2] == 14 else 64
+    (n, c, h, w, k), block_m = shape, 128 if shape[2] == 14 else 64
     x, weight = normal(n, c, h, w, dtype=dtype, device=device), filters(k, c, dtype=dtype, device=device)
     b = normal(k, seed=2, dtype=dtype, device=device).float()
-    op = DownsampleConv.of(weight, b, padding, dtype, tiles(device, dtype, c, k, bm=bm))
+    op = ConvDownsample.of(weight, b, padding, dtype, tiles(device, dtype, c, k, block_m=block_m))
     reference = of_all(partial(plain_downsample, padding=padding), x, weight, b)
     assert_operation(op, poisoned(n, h // 2, w // 2, k, dtype, device), reference, x=map_of(x))
 
@@ -245,11 +248,11 @@ def plain_downsample(x, weight, bias, padding):
     return F.conv2d(F.pad(x, (0, 1, 0, 1)) if padding == 0 else x, weight, bias, stride=2, padding=padding)
 
 
-def first_conv(c, k, dtype, device, center=False, bm=64):
-    step = FirstConv.step(c)
+def conv_in(c, k, dtype, device, center=False, block_m=64):
+    step = ConvIn.block_k(c)
     b = normal(k, seed=2, dtype=dtype, device=device)
-    t = replace(tiles(device, dtype, step, k, bm=bm), bk=step)
-    return FirstConv.of(filters(k, c, dtype=dtype, device=device), b, dtype, t, center)
+    t = replace(tiles(device, dtype, step, k, block_m=block_m), block_k=step)
+    return ConvIn.of(filters(k, c, dtype=dtype, device=device), b, dtype, t, center)
 
 
 @pytest.mark.kernel
@@ -258,13 +261,13 @@ def first_conv(c, k, dtype, device, center=False, bm=64):
     spread([(1, 1, 28, 28), (3, 2, 7, 7), (2, 3, 5, 7), (5, 4, 5, 7), (3, 9, 7, 7)], [False, True]),
     ids=str,
 )
-def test_first_conv(shape, center, dtype, device):
+def test_conv_in(shape, center, dtype, device):
     """Beyond the image 2 x - 1 is 0, not -1."""
     (n, channels, h, w), k = shape, 48
     x = normal(n, channels, h, w, device=device)
-    op = first_conv(channels, k, dtype, device, center)
+    op = conv_in(channels, k, dtype, device, center)
     seen = (2 * x - 1 if center else x).to(dtype)
-    reference = of_all(conv3x3_reference, seen, filters(k, channels, dtype=dtype, device=device), op.bias)
+    reference = of_all(conv_in_reference, seen, filters(k, channels, dtype=dtype, device=device), op.bias)
     assert_operation(op, poisoned(n, h, w, k, dtype, device), reference, x=map_of(x, bordered=False))
 
 
@@ -282,14 +285,14 @@ def test_first_conv(shape, center, dtype, device):
     ],
     ids=str,
 )
-def test_pointwise(shape, c2, form, bordered, dtype, device):
+def test_conv1x1(shape, c2, form, bordered, dtype, device):
     n, c, h, w, k = shape
     make = partial(normal, dtype=dtype, device=device)
     x, r, scale = make(n, c + c2, h, w), make(n, k, h, w, seed=3) if form.get("residual") else None, 0.7071
     b, weight = make(k, seed=2).float() if form.get("bias", True) else None, filters(k, c + c2, 1, dtype=dtype, device=device)
-    op = Pointwise.of(weight, b, dtype, tiles(device, dtype, min(c & -c, c2 & -c2 or c), k, bm=128 if n == 1 else 64), scale)
+    op = Conv1x1.of(weight, b, dtype, tiles(device, dtype, min(c & -c, c2 & -c2 or c), k, block_m=128 if n == 1 else 64), scale)
     maps = dict(zip(("x", "x2"), (map_of(v, bordered=bordered) for v in x.split([c, c2] if c2 else c, dim=1)), strict=False))
-    reference = of_all(pointwise_reference, x, weight, b, r, scale)
+    reference = of_all(conv1x1_reference, x, weight, b, r, scale)
     residual = None if r is None else map_of(r, bordered=bordered)
     assert_operation(op, poisoned(n, h, w, k, dtype, device, bordered), reference, residual=residual, **maps)
 
@@ -297,31 +300,35 @@ def test_pointwise(shape, c2, form, bordered, dtype, device):
 # ---- every operation
 
 
-def operation(name, dtype, device, bm, c=32, k=48, tma=False):
+def operation(name, dtype, device, block_m, c=32, k=48, tma=False):
     """(operation, the maps it reads for five images, the side of its output, its reference)"""
     n, side, make = 5, 4, partial(normal, dtype=dtype, device=device)
     x, r = make(n, c, side, side), make(n, k, side, side, seed=3)
-    weight, b, t = filters(k, c, dtype=dtype, device=device), make(k, seed=2).float(), tiles(device, dtype, c, k, tma=tma, bm=bm)
+    weight, b, t = (
+        filters(k, c, dtype=dtype, device=device),
+        make(k, seed=2).float(),
+        tiles(device, dtype, c, k, tma=tma, block_m=block_m),
+    )
     if name == "conv3x3":
         return Conv3x3.of(weight, b, dtype, t), dict(x=x, residual=r), side, of_all(conv3x3_reference, x, weight, b, r)
     if name == "upsample":
-        return UpsampleConv.of(weight, b, dtype, t), dict(x=x), 2 * side, of_all(upsample_conv_reference, x, weight, b)
+        return ConvUpsample.of(weight, b, dtype, t), dict(x=x), 2 * side, of_all(conv_upsample_reference, x, weight, b)
     if name == "downsample":
         reference = of_all(partial(plain_downsample, padding=0), x, weight, b)
-        return DownsampleConv.of(weight, b, 0, dtype, t), dict(x=x), side // 2, reference
+        return ConvDownsample.of(weight, b, 0, dtype, t), dict(x=x), side // 2, reference
     if name == "first":
-        op, x = first_conv(3, k, dtype, device, bm=bm), make(n, 3, side, side).float()
-        return op, dict(x=x), side, of_all(conv3x3_reference, x, filters(k, 3, dtype=dtype, device=device), op.bias)
+        op, x = conv_in(3, k, dtype, device, block_m=block_m), make(n, 3, side, side).float()
+        return op, dict(x=x), side, of_all(conv_in_reference, x, filters(k, 3, dtype=dtype, device=device), op.bias)
     x2, weight = make(n, c, side, side, seed=4), filters(k, 2 * c, 1, dtype=dtype, device=device)
-    reference = of_all(pointwise_reference, torch.cat([x, x2], dim=1), weight, b, r)
-    return Pointwise.of(weight, b, dtype, t), dict(x=x, x2=x2, residual=r), side, reference
+    reference = of_all(conv1x1_reference, torch.cat([x, x2], dim=1), weight, b, r)
+    return Conv1x1.of(weight, b, dtype, t), dict(x=x, x2=x2, residual=r), side, reference
 
 
 def maps(name, tensors, images=slice(None)):
     return {key: map_of(x[images], bordered=name != "first") for key, x in tensors.items()}
 
 
-OTHERS = ["upsample", "downsample", "first", "pointwise"]
+OTHERS = ["upsample", "downsample", "first", "conv1x1"]
 
 
 @pytest.mark.kernel
@@ -332,7 +339,7 @@ def test_same_bits_in_any_batch(name, dtype, device):
     needs_tma(tma, device)
 
     def run(images):
-        op, tensors, side, _ = operation(name, dtype, device, bm=128 if len(images) == 5 else 64, tma=tma)
+        op, tensors, side, _ = operation(name, dtype, device, block_m=128 if len(images) == 5 else 64, tma=tma)
         out = poisoned(len(images), side, side, 48, dtype, device)
         op.run(out=out, **maps(name, tensors, images))
         return out
@@ -345,7 +352,7 @@ def test_same_bits_in_any_batch(name, dtype, device):
 @pytest.mark.parametrize("name", OTHERS)
 def test_fault_of_another_is_seen(name, fault, device):
     dtype = operand_types()[-1]
-    op, tensors, side, reference = operation(name, dtype, device, bm=64)
+    op, tensors, side, reference = operation(name, dtype, device, block_m=64)
     if fault == "bias rolled by one":
         op = replace(op, bias=op.bias.roll(1))
     else:
@@ -356,7 +363,7 @@ def test_fault_of_another_is_seen(name, fault, device):
 
 @pytest.mark.kernel
 def test_other_padding_is_seen(device):
-    op, tensors, side, reference = operation("downsample", torch.float32, device, bm=64)
+    op, tensors, side, reference = operation("downsample", torch.float32, device, block_m=64)
     with pytest.raises(AssertionError, match="max error"):
         assert_operation(replace(op, padding=1), poisoned(5, side, side, 48, torch.float32, device), reference, **maps("", tensors))
 
@@ -389,15 +396,21 @@ def test_parities_sum_the_taps_that_fall_on_one_pixel():
 def test_upsampled_convolution_is_four_small_ones(size):
     """In fp64, where the sums of weights are as good as exact."""
     x, weight, b = normal(2, 4, *size).double(), normal(6, 4, 3, 3).double(), normal(6).double()
-    op, out = UpsampleConv(pack_parities(weight), b, None), poisoned(2, 2 * size[0], 2 * size[1], 6, torch.float64, "cpu")
+    op, out = ConvUpsample(pack_parities(weight), b, None), poisoned(2, 2 * size[0], 2 * size[1], 6, torch.float64, "cpu")
     op.fallback(map_of(x), out, compute=torch.float64)
-    torch.testing.assert_close(out.pixels, upsample_conv_reference(x, weight, b), rtol=0, atol=1e-13)
+    torch.testing.assert_close(out.pixels, conv_upsample_reference(x, weight, b), rtol=0, atol=1e-13)
+
+
+def test_conv_in_reference_centers_before_the_zeros_around_the_image():
+    """Pixels of 1/2 become 0, so every output is the bias; zeros from outside, had they become -1, would show at the border."""
+    x, weight, b = torch.full((1, 3, 4, 5), 0.5).double(), normal(6, 3, 3, 3).double(), normal(6).double()
+    assert torch.equal(conv_in_reference(x, weight, b, center=True), b[:, None, None].expand(1, 6, 4, 5))
 
 
 @pytest.mark.parametrize("padding", [0, 1])
-def test_downsample_reference_is_the_network_s(padding):
+def test_conv_downsample_reference_is_the_network_s(padding):
     x, weight, b = normal(2, 4, 6, 10).double(), normal(6, 4, 3, 3).double(), normal(6).double()
-    assert torch.equal(downsample_reference(x, weight, b, padding), plain_downsample(x, weight, b, padding))
+    assert torch.equal(conv_downsample_reference(x, weight, b, padding), plain_downsample(x, weight, b, padding))
 
 
 def test_quantise():

@@ -71,8 +71,8 @@ def with_history(args):
     old = torch.randn_like(x_t)
     old[table[row.long(), COLUMNS.index("mean_old")] == 0] = float("nan")  # what no step has written is not read
     z = N.noise_reference(seed, image, row, N.REVERSE, x_t.shape[1:])
-    got, kept = x_t.clone(memory_format=torch.preserve_format), old.clone(memory_format=torch.preserve_format)
-    ddpm_step(got, out, table, row, seed, image, learned, kept)
+    got, x_0 = x_t.clone(memory_format=torch.preserve_format), old.clone(memory_format=torch.preserve_format)
+    ddpm_step(got, out, table, row, seed, image, learned, x_0)
     plain, exact = (
         (
             ddpm_step_reference(x_t.to(d), out.to(d), z.to(d), table.to(d), row, learned, old.to(d)),
@@ -80,7 +80,7 @@ def with_history(args):
         )
         for d in (torch.float32, torch.float64)
     )
-    return (got, kept), plain, exact
+    return (got, x_0), plain, exact
 
 
 @pytest.mark.kernel
@@ -174,16 +174,16 @@ def test_last_step_adds_no_noise_however_large_the_learned_variance():
         (dict(out=torch.zeros(2, 6, 4, 4)), r"expected floating \(2, 3, 4, 4\)"),
         (dict(learned=True), r"expected floating \(2, 6, 4, 4\) on cpu \(mean and variance\)"),
         (dict(table=torch.zeros(20, 5)), "table is"),
-        (dict(row=torch.zeros(1, dtype=torch.int32)), r"row is .*\[2\]"),
+        (dict(step=torch.zeros(1, dtype=torch.int32)), r"step is .*\[2\]"),
         (dict(image=torch.zeros(2)), "image is"),
         (dict(old=torch.zeros(2, 3, 4, 4)), "old is .*expected a tensor like x_t"),  # channels-first beside channels-last
     ],
 )
 def test_refuses(change, message):
-    names = ("x_t", "out", "table", "row", "seed", "image", "learned")
-    given = dict(zip(names, case((2, 3, 4, 4)), strict=True)) | change
+    names = ("x_t", "out", "table", "step", "seed", "image", "learned")
+    kwargs = dict(zip(names, case((2, 3, 4, 4)), strict=True)) | change
     with pytest.raises(ValueError, match=message):
-        ddpm_step(**given)
+        ddpm_step(**kwargs)
 
 
 @pytest.mark.kernel

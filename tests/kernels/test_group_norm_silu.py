@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from ddpm_fast.kernels._gemm import E4M3_MAX, Target
+from ddpm_fast.kernels._group_norm_kernels import HELD, TILE, WIDEST, Blocks
 from ddpm_fast.kernels._triton import INTERPRETED
-from ddpm_fast.kernels.group_norm_silu import HELD, TILE, WIDEST, Blocks, GroupNormSiLU, group_norm_silu_reference
+from ddpm_fast.kernels.group_norm_silu import GroupNormSiLU, group_norm_silu_reference
 from ddpm_fast.testing import (
     DAMAGES,
     Damaged,
@@ -61,7 +62,7 @@ class Case:
         maps = dict(zip(("x", "x2"), map(map_of, parts), strict=False))
         count = self.op.scratch_elements(maps["x"])
         scratch = poisoned(1, 1, 1, count, torch.float32, x.device, bordered=False) if count else None
-        return maps | dict(table=self.table, row=None if self.row is None else self.row[images], scratch=scratch)
+        return maps | dict(table=self.table, time_row=None if self.row is None else self.row[images], scratch=scratch)
 
     def out(self, images=5, dtype=None):
         n, c, h, w = self.x.shape
@@ -275,10 +276,10 @@ def test_what_saturates_is_counted(shape, device):
         assert counted(fits, by)[1] == 0, by
         assert counted(over, by)[1] == 2 * pixels, by
         case.x[-1, 3, 1, 2] = float("nan")  # a group of one image
-        out, found = counted(over, by)
+        out, count = counted(over, by)
         nan = len(case.op.gamma) // case.op.groups * case.x[0, 0].numel()
         others = 2 * pixels - sum(i // case.op.width == 3 // case.op.width for i in (3, 10)) * case.x[0, 0].numel()
-        assert found == others + nan, by
+        assert count == others + nan, by
         assert int(out.pixels.float().isnan().sum()) == nan or (INTERPRETED and by == "run"), by
         case.x[-1, 3, 1, 2] = 0.0
 
@@ -340,10 +341,14 @@ def test_fault_is_seen(fault, dtype, device):
 @pytest.mark.parametrize("fault", ["rows of other images", "maps exchanged"])
 def test_wrong_argument_is_seen(fault, device):
     case = Case(2, 24, 24, 4, 5, 7, torch.float32, device, time="add")
-    given = case.arguments()
-    given |= dict(row=given["row"].flip(0)) if fault == "rows of other images" else dict(x=given["x2"], x2=given["x"])
+    arguments = case.arguments()
+    arguments |= (
+        dict(time_row=arguments["time_row"].flip(0))
+        if fault == "rows of other images"
+        else dict(x=arguments["x2"], x2=arguments["x"])
+    )
     with pytest.raises(AssertionError, match="max error"):
-        assert_operation(case.op, case.out(), case.reference, **given)
+        assert_operation(case.op, case.out(), case.reference, **arguments)
 
 
 @pytest.mark.kernel

@@ -106,7 +106,7 @@ def test_million_words_and_normals_to_the_bit(device, figure, monkeypatch):
 
 @triton.jit
 def _philox_kernel(words_ptr, given_ptr):
-    """given: four counter words and two key words for each program."""
+    """inputs: four counter words and two key words for each program."""
     n = tl.program_id(0)
     p = given_ptr + 6 * n
     c0, c1, c2 = tl.load(p).to(tl.uint32), tl.load(p + 1).to(tl.uint32), tl.load(p + 2).to(tl.uint32)
@@ -120,9 +120,9 @@ def _philox_kernel(words_ptr, given_ptr):
 
 @pytest.mark.kernel
 def test_kernel_known_answers(device):
-    given = torch.tensor([[*counter, *key] for counter, key, _ in KNOWN], device=device)
+    inputs = torch.tensor([[*counter, *key] for counter, key, _ in KNOWN], device=device)
     words = torch.empty(len(KNOWN), 4, dtype=torch.int64, device=device)
-    _philox_kernel[(len(KNOWN),)](words, given)
+    _philox_kernel[(len(KNOWN),)](words, inputs)
     assert [tuple(w) for w in words.tolist()] == [w for _, _, w in KNOWN]
 
 

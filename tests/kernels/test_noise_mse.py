@@ -117,10 +117,10 @@ def test_targets_are_those_of_the_papers():
     torch.manual_seed(1)
     eps, x_0, t = *torch.randn(2, 4, 1, 2, 2, dtype=torch.float64), torch.tensor([0, 10, 500, 999])
     bar = torch.tensor(SCHEDULE.alpha_bar[t.numpy()])[:, None, None, None]
-    wanted = {"eps": eps, "x_0": x_0, "v": bar.sqrt() * eps - (1 - bar).sqrt() * x_0}
-    for prediction, want in wanted.items():
+    targets = {"eps": eps, "x_0": x_0, "v": bar.sqrt() * eps - (1 - bar).sqrt() * x_0}
+    for prediction, target in targets.items():
         got = target_reference(eps, x_0, target_table(SCHEDULE, prediction).double(), t)
-        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(got, target, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_targets_are_those_of_the_papers():
     ],
 )
 def test_refuses(change, message):
-    names = ("out", "x_0", "coef", "t", "row", "seed", "image")
-    given = dict(zip(names, case((2, 3, 4, 4)), strict=True)) | change
+    names = ("out", "x_0", "coef", "t", "noise_row", "seed", "image")
+    kwargs = dict(zip(names, case((2, 3, 4, 4)), strict=True)) | change
     with pytest.raises(ValueError, match=message):
-        noise_mse(**given)
+        noise_mse(**kwargs)

@@ -77,7 +77,7 @@ def test_reference_op_against_fp64(layout):
     ],
 )
 def test_refuses(change, message):
-    names = ("x_0", "coef", "t", "row", "seed", "image")
-    given = dict(zip(names, case((2, 3, 4, 4), torch.float32, "channels-first", "cpu"), strict=True)) | change
+    names = ("x_0", "coef", "t", "noise_row", "seed", "image")
+    kwargs = dict(zip(names, case((2, 3, 4, 4), torch.float32, "channels-first", "cpu"), strict=True)) | change
     with pytest.raises(ValueError, match=message):
-        q_sample(**given)
+        q_sample(**kwargs)

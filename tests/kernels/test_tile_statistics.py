@@ -10,9 +10,10 @@ from ddpm_fast.kernels._feature_map import FeatureMap
 from ddpm_fast.kernels._gemm import Target, cut, quantise
 from ddpm_fast.kernels._tile_statistics import Tiling, channel_statistics, tile_statistics
 from ddpm_fast.kernels._triton import INTERPRETED
-from ddpm_fast.kernels.conv2d_pointers import DownsampleConv, FirstConv
 from ddpm_fast.kernels.conv3x3 import Conv3x3
-from ddpm_fast.kernels.conv_upsample import UpsampleConv
+from ddpm_fast.kernels.conv_downsample import ConvDownsample
+from ddpm_fast.kernels.conv_in import ConvIn
+from ddpm_fast.kernels.conv_upsample import ConvUpsample
 from ddpm_fast.kernels.group_norm_silu import GroupNormSiLU, group_norm_silu_reference
 from ddpm_fast.testing import (
     assert_as_accurate,
@@ -48,18 +49,18 @@ class Case:
         if tma and target.sm < 90:
             pytest.skip("no TMA before sm_90")
         operand, c = operand or dtype, 3 if kind == "first" else c
-        step = FirstConv.step(c) if kind == "first" else c
-        t = replace(cut(target, operand, step, k, 1, tma=tma, warps=4), bm=64)
+        step = ConvIn.block_k(c) if kind == "first" else c
+        t = replace(cut(target, operand, step, k, 1, tma=tma, warps=4), block_m=64)
         size = int(h * KINDS[kind]), int(w * KINDS[kind])
         x, weight = normal(n, c, *size, dtype=torch.float32, device=device), normal(k, c, 3, 3, seed=1, scale=(9 * c) ** -0.5)
         weight, b = weight.to(device), (bias + 0.3 * normal(k, seed=2)).to(device)
         self.x, self.residual = x, normal(n, k, h, w, seed=3, dtype=dtype, device=device) if "residual" in kind else None
         if kind == "first":
-            self.op = FirstConv.of(weight, b, dtype, replace(t, bk=step))
+            self.op = ConvIn.of(weight, b, dtype, replace(t, block_k=step))
         elif kind == "downsample":
-            self.op = DownsampleConv.of(weight, b, 0, dtype, t)
+            self.op = ConvDownsample.of(weight, b, 0, dtype, t)
         elif kind.startswith("upsample"):
-            self.op = UpsampleConv.of(weight, b, dtype, t)
+            self.op = ConvUpsample.of(weight, b, dtype, t)
         else:
             self.op = Conv3x3.of(weight, b, operand, t, residual_scale=0.7)
         self.operand = torch.float32 if kind == "first" else operand
@@ -89,28 +90,28 @@ def one_by_one(out, tiling, dtype=torch.float64, border=False, neighbours=False)
     """[N, entries, 2, C] of what stands in `out`, tile by tile as its rows lie in memory, computed in `dtype`. border, neighbours:
     faults, rows that are no pixels and rows of the next image.
     """
-    found, side = [], 2 if tiling.parts == 4 else 1
-    wide = tiling.width + 1
-    count = (tiling.height + 1) * wide
+    entries, side = [], 2 if tiling.parts == 4 else 1
+    width = tiling.width + 1
+    count = (tiling.height + 1) * width
     for n in range(out.images):
         for begin in range(0, count, tiling.rows):
             for part in range(tiling.parts):
                 rows, image = range(begin, min(begin + tiling.rows, count)), out.pixels[n].to(dtype)
-                at = [(r // wide - 1, r % wide - 1) for r in rows]
+                at = [(r // width - 1, r % width - 1) for r in rows]
                 values = [image[:, y * side + part // 2, x * side + part % 2] for y, x in at if y >= 0 and x >= 0]
                 values += [torch.zeros_like(image[:, 0, 0]) for y, x in at if border and (y < 0 or x < 0)]
                 if neighbours and n + 1 < out.images:
-                    values += [out.pixels[n + 1].to(dtype)[:, 0, x] for x in range(max(0, begin + tiling.rows - count - wide - 1))]
+                    values += [out.pixels[n + 1].to(dtype)[:, 0, x] for x in range(max(0, begin + tiling.rows - count - width - 1))]
                 v = torch.stack(values) if values else torch.zeros_like(image[None, :, 0, 0])
-                found.append(torch.stack([v.mean(0), (v - v.mean(0)).square().sum(0)]))
-    return torch.stack(found).unflatten(0, (out.images, tiling.entries))
+                entries.append(torch.stack([v.mean(0), (v - v.mean(0)).square().sum(0)]))
+    return torch.stack(entries).unflatten(0, (out.images, tiling.entries))
 
 
 def check(stats, out, tiling, **fault):
     """Means and squared deviations each against fp64, at most twice as far off as plain PyTorch in fp32."""
     exact, plain = one_by_one(out, tiling, **fault), one_by_one(out, tiling, torch.float32, **fault)
-    for found, p, e in zip(stats.grid.unbind(2), plain.unbind(2), exact.unbind(2), strict=True):
-        assert_as_accurate(found, p, e)
+    for value, p, e in zip(stats.grid.unbind(2), plain.unbind(2), exact.unbind(2), strict=True):
+        assert_as_accurate(value, p, e)
 
 
 @pytest.mark.kernel
@@ -190,7 +191,7 @@ def test_maps_of_another_shape_are_refused():
 # ---- norms
 
 
-def kept_of(x, tiling):
+def statistics_of(x, tiling):
     """What a convolution keeps of x [N, C, H, W], as a map."""
     stats = poisoned(len(x), tiling.entries, 2, x.shape[1], torch.float32, x.device, bordered=False)
     stats.rows.copy_(tile_statistics(x.double(), tiling).flatten(0, 2))
@@ -215,10 +216,10 @@ class Norm:
         x = self.x[images]
         parts = x.split(self.channels, dim=1)
         maps = dict(zip(("x", "x2"), map(map_of, parts), strict=False))
-        maps |= dict(zip(("stats", "stats2"), map(kept_of, parts, self.op.tilings), strict=False))
+        maps |= dict(zip(("stats", "stats2"), map(statistics_of, parts, self.op.tilings), strict=False))
         scratch = poisoned(1, 1, 1, self.op.scratch_elements(maps["x"]), torch.float32, x.device, bordered=False)
-        row = None if self.entries is None else torch.arange(len(self.x), device=x.device)[images]
-        return maps | dict(scratch=scratch, table=self.entries, row=row)
+        time_row = None if self.entries is None else torch.arange(len(self.x), device=x.device)[images]
+        return maps | dict(scratch=scratch, table=self.entries, time_row=time_row)
 
     def out(self, images=None):
         n, c, h, w = self.x.shape
@@ -264,18 +265,18 @@ def test_norm_from_statistics(name, dtype, device, two_passes):
 @pytest.mark.parametrize("fault", ["of the other image", "of the other map", "tiles exchanged", "other tiles"])
 def test_wrong_statistics_are_seen(fault, device, two_passes):
     norm = Norm(2, (16, 16), 4, 13, 7, torch.float32, device, time="add")
-    given = norm.arguments()
+    arguments = norm.arguments()
     if fault == "other tiles":
         norm.op = replace(norm.op, tilings=(Tiling(7, 13, 64),) * 2)
         changed = {}
     elif fault == "of the other map":
-        changed = dict(stats=given["stats2"], stats2=given["stats"])
+        changed = dict(stats=arguments["stats2"], stats2=arguments["stats"])
     else:
         by = 1 if fault == "of the other image" else 0
-        rows = given["stats"].grid.flip(1 - by).reshape(given["stats"].rows.shape)
-        changed = dict(stats=replace(given["stats"], rows=rows))
+        rows = arguments["stats"].grid.flip(1 - by).reshape(arguments["stats"].rows.shape)
+        changed = dict(stats=replace(arguments["stats"], rows=rows))
     with pytest.raises(AssertionError, match="max error"):
-        norm.check(**(given | changed))
+        norm.check(**(arguments | changed))
 
 
 @pytest.mark.kernel
@@ -292,13 +293,13 @@ def test_norm_has_the_same_bits_in_any_batch(device, two_passes):
 
 def test_statistics_that_do_not_belong_to_the_maps_are_refused(two_passes):
     norm = Norm(2, (16, 16), 4, 13, 7, torch.float32, "cpu")
-    given = norm.arguments()
+    arguments = norm.arguments()
     for changed, message in (
         (dict(stats2=None), "1 maps of statistics and 2 tilings for 2 maps"),
-        (dict(stats2=kept_of(norm.x[:, :16], Tiling(13, 7, 32))), r"stats is \(2, 4, 2, 16\)"),
+        (dict(stats2=statistics_of(norm.x[:, :16], Tiling(13, 7, 32))), r"stats is \(2, 4, 2, 16\)"),
     ):
         with pytest.raises(ValueError, match=message):
-            norm.op.run(out=norm.out(), **(given | changed))
+            norm.op.run(out=norm.out(), **(arguments | changed))
 
 
 # ---- tilings: plain PyTorch

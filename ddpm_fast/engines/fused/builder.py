@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from ...kernels._feature_map import FeatureMap
 from ...kernels._gemm import E4M3_MAX, Tiles, divisor
 from ...kernels._tile_statistics import KeepsStatistics, Tiling
-from ...kernels.attention import Attention, FoldedAttention, fold
-from ...kernels.conv1x1 import Pointwise
-from ...kernels.conv2d_pointers import DownsampleConv, FirstConv
+from ...kernels.attention import FoldedAttention, MultiHeadAttention, fold
+from ...kernels.conv1x1 import Conv1x1
 from ...kernels.conv3x3 import Conv3x3
-from ...kernels.conv_upsample import UpsampleConv
+from ...kernels.conv_downsample import ConvDownsample
+from ...kernels.conv_in import ConvIn
+from ...kernels.conv_upsample import ConvUpsample
 from ...kernels.group_norm_silu import GroupNormSiLU
 from ...kernels.resample import Resample
 from ...models.unet import Attention as AttentionLayer
@@ -146,7 +147,7 @@ class Walk:
         weight, bias = (torch.cat([getattr(p, which) for p in projections]) for which in ("weight", "bias"))
         qkv = self.pointwise(f"{name}.qkv", weight, bias, a)
         mixed = self.emit(
-            f"{name}.attention", Attention(layer.heads, net.target), self.like(f"{name}.mixed", x, x.channels), qkv=qkv
+            f"{name}.attention", MultiHeadAttention(layer.heads, net.target), self.like(f"{name}.mixed", x, x.channels), qkv=qkv
         )
         last = cast(nn.Linear, layer.to_out[0])
         return self.pointwise(f"{name}.to_out", last.weight, last.bias, mixed, residual=x, scale=scale)
@@ -161,9 +162,9 @@ class Walk:
     def first_conv(self, conv: nn.Conv2d) -> Buffer:
         net, k = self.net, conv.out_channels
         out = self.like("conv_in.out", self.x, k)
-        step = FirstConv.step(conv.in_channels)
-        tiles = replace(net.cut("first_conv", step, k, out.rows, *_size(self.x), tma=False), bk=step)
-        make = lambda: FirstConv.of(net.weight(conv.weight), net.weight(conv.bias), net.act, tiles, net.config.center_input)
+        step = ConvIn.block_k(conv.in_channels)
+        tiles = replace(net.cut("conv_in", step, k, out.rows, *_size(self.x), tma=False), block_k=step)
+        make = lambda: ConvIn.of(net.weight(conv.weight), net.weight(conv.bias), net.act, tiles, net.config.center_input)
         return self.emit("conv_in", replace(net.once("conv_in", make), tiles=tiles), out, x=self.x)
 
     def operand_of(self, conv: nn.Conv2d | None) -> torch.dtype:
@@ -195,19 +196,19 @@ class Walk:
 
     def upsample(self, name: str, conv: nn.Conv2d, x: Buffer, bias: bool = True) -> Buffer:
         net, out = self.net, self.like(f"{name}.out", x, conv.out_channels, scale=2)
-        tiles = self.cut(out, "upsample_conv", x.channels, conv.out_channels, 4 * x.rows, *_size(x), tma=True)
+        tiles = self.cut(out, "conv_upsample", x.channels, conv.out_channels, 4 * x.rows, *_size(x), tma=True)
 
-        def make() -> UpsampleConv:
+        def make() -> ConvUpsample:
             b = net.weight(conv.bias)
-            return UpsampleConv.of(net.weight(conv.weight), b if bias else torch.zeros_like(b), net.act, tiles)
+            return ConvUpsample.of(net.weight(conv.weight), b if bias else torch.zeros_like(b), net.act, tiles)
 
         return self.emit(name, replace(net.once(name, make), tiles=tiles), out, x=x)
 
     def downsample(self, name: str, conv: nn.Conv2d, x: Buffer) -> Buffer:
         net, out = self.net, self.like(f"{name}.out", x, conv.out_channels, scale=0.5)
-        tiles = self.cut(out, "downsample_conv", x.channels, out.channels, out.rows, *_size(x), tma=False)
+        tiles = self.cut(out, "conv_downsample", x.channels, out.channels, out.rows, *_size(x), tma=False)
         padding = net.config.downsample_padding
-        make = lambda: DownsampleConv.of(net.weight(conv.weight), net.weight(conv.bias), padding, net.act, tiles)
+        make = lambda: ConvDownsample.of(net.weight(conv.weight), net.weight(conv.bias), padding, net.act, tiles)
         return self.emit(name, replace(net.once(name, make), tiles=tiles), out, x=x)
 
     def pointwise(
@@ -222,8 +223,8 @@ class Walk:
     ) -> Buffer:
         net, out = self.net, self.like(f"{name}.out", x, len(weight), bordered=x.bordered)
         least = x.channels if x2 is None else min(divisor(x.channels, 64), divisor(x2.channels, 64))
-        tiles = net.cut("pointwise", least, len(weight), x.rows, *_size(x), tma=False)
-        make = lambda: Pointwise.of(scale * net.weight(weight), scale * net.weight(bias), net.act, tiles, scale)
+        tiles = net.cut("conv1x1", least, len(weight), x.rows, *_size(x), tma=False)
+        make = lambda: Conv1x1.of(scale * net.weight(weight), scale * net.weight(bias), net.act, tiles, scale)
         return self.emit(name, replace(net.once(name, make), tiles=tiles), out, x=x, x2=x2, residual=residual)
 
     def resampled(self, name: str, x: Buffer, to: str, bordered: bool = True) -> Buffer:
@@ -261,7 +262,7 @@ class Walk:
             op = replace(op, tilings=tilings)
         elements = op.scratch_elements(x.empty("meta"))
         scratch = Buffer(f"{name}.scratch", 1, 1, elements, 1, torch.float32, bordered=False) if elements else None
-        tensors = {} if block is None else dict(table=i.table, row=i.row)
+        tensors = {} if block is None else dict(table=i.table, time_row=i.row)
         if conv is not None and dtype == E4M3 and net.counting:
             tensors["saturated"] = net.saturated[net.narrow.index(net.names[conv])].view(1, 1)  # not [1]: it belongs to no image
         kept = dict(zip(("stats", "stats2"), stats, strict=False))

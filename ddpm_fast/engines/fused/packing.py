@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...kernels._gemm import Target, Tiles, cut
-from ...kernels.time_embedding import TimeRows
+from ...kernels.time_embedding import TimeEmbeddingProjection
 from ...models.unet import ResBlock, UNet
 from .calibration import e4m3_convolutions
 
@@ -33,7 +33,7 @@ class Inputs:
     label: Tensor
     row: Tensor
     table: Tensor
-    rows_of: TimeRows | None
+    rows_of: TimeEmbeddingProjection | None
 
 
 class Network:
@@ -104,15 +104,15 @@ class Network:
         weight = torch.cat([self.weight(b.time_emb_proj.weight) for b in blocks])
         # without scale-shift the row is added before the norm, and the first convolution's bias with it
         bias = torch.cat([self.weight(b.time_emb_proj.bias) + (0 if b.scale_shift else self.weight(b.conv1.bias)) for b in blocks])
-        self.rows_of: TimeRows | None = None
+        self.rows_of: TimeEmbeddingProjection | None = None
         if timesteps * len(classes) * self.row_width * 4 <= LARGEST_TABLE:
             both = F.silu(time[:, None] + classes).flatten(0, 1)
             self.table = F.linear(both, weight, bias).float()
             return
         pad = (0, -c.time_dim % 64)  # whole steps of the product
-        tiles = self.cut("time_rows", 64, self.row_width, 64, 1, 1, tma=False)
+        tiles = self.cut("time_embedding", 64, self.row_width, 64, 1, 1, tma=False)
         time, classes = (F.pad(v, pad).float().contiguous() for v in (time, classes))
-        self.rows_of = TimeRows(time, classes, F.pad(weight, pad).to(self.act).contiguous(), bias.float(), tiles)
+        self.rows_of = TimeEmbeddingProjection(time, classes, F.pad(weight, pad).to(self.act).contiguous(), bias.float(), tiles)
 
     def inputs(self, batch: int) -> Inputs:
         t, label, row = (torch.zeros(batch, dtype=torch.int64, device=self.device) for _ in range(3))
@@ -148,7 +148,7 @@ def tile_key(kind: str, target: Target, dtype: torch.dtype, c: int, k: int, h: i
     return f"{kind} sm{target.sm} {str(dtype).removeprefix('torch.')} {c}->{k} {h}x{w}"
 
 
-KINDS = ("conv3x3", "upsample_conv", "downsample_conv", "pointwise", "first_conv", "time_rows")
+KINDS = ("conv3x3", "conv_upsample", "conv_downsample", "conv1x1", "conv_in", "time_embedding")
 
 
 def check_tiles(tiles: Mapping[str, Mapping[str, Any]]) -> None:

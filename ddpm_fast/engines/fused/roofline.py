@@ -92,7 +92,7 @@ def _product(launch: Launch, gpu: Gpu, rate: float) -> float:
     maps = {k: b.empty("meta") for k, b in launch.buffers.items()}
     weight = launch.op.weight  # type: ignore[attr-defined]
     rounds = math.ceil(launch.op.grid(**maps) / gpu.target.processors)  # type: ignore[attr-defined]
-    arithmetic = 2 * tiles.bm * tiles.bo / (rate / gpu.target.processors)
+    arithmetic = 2 * tiles.block_m * tiles.block_n / (rate / gpu.target.processors)
     # the flat convolution's tiles, 128 by 128, multiply as fast as they are fed; smaller ones wait for (bm + bo) operands a channel
-    feed = 2 * 128 * 128 / (rate / gpu.target.processors) * (tiles.bm + tiles.bo) / 256
+    feed = 2 * 128 * 128 / (rate / gpu.target.processors) * (tiles.block_m + tiles.block_n) / 256
     return rounds * weight.shape[1] * max(arithmetic, feed)

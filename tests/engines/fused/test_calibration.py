@@ -261,7 +261,7 @@ def test_accumulation_reaches_the_launch(accumulation):
     plan = FusedUNet(network().to("meta"), 3, "fp8", "meta", accumulation=accumulation).plan()
     with testing.record_launches() as launches:
         plan.run()
-    bounds = {(a["IMPRECISE"], a["BK"]) for a in (launch.args for launch in launches) if a.get("SCALED")}
+    bounds = {(a["IMPRECISE"], a["BLOCK_K"]) for a in (launch.args for launch in launches) if a.get("SCALED")}
     assert bounds == ({(32, 32), (64, 64)} if accumulation == "bounded" else {(None, 32), (None, 64)})
 
 

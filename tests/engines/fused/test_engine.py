@@ -368,9 +368,9 @@ def test_advance(device):
 
 def test_advance_refuses():
     row, other = torch.zeros(2, dtype=torch.int32), torch.zeros(2, dtype=torch.int64)
-    for options in (dict(t=other[:1]), dict(row=other), dict(t_of=other.float()), dict(label=row)):
+    for options in (dict(t=other[:1]), dict(step=other), dict(t_of=other.float()), dict(label=row)):
         with pytest.raises(ValueError, match="expected int"):
-            advance(**dict(row=row, t_of=other, t=other, entry=other, label=other, classes=1) | options)
+            advance(**dict(step=row, t_of=other, t=other, time_row=other, label=other, classes=1) | options)
 
 
 # ---- a wrong kernel

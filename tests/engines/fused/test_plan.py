@@ -153,8 +153,8 @@ def test_the_rule_for_tiles():
         for dtype in (torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float32):
             for c in (32, 48, 64, 96, 128, 384):
                 cuts = [cut(Target(sm, 132), dtype, c, 128, rows, tma=True, warps=4) for rows in (16, 1000, 10**4, 10**6)]
-                assert len({(t.bk, t.bo, t.tma) for t in cuts}) == 1
-                assert all(t.bm >= 64 and c % t.bk == 0 and t.tma == (sm >= 90) for t in cuts)
+                assert len({(t.block_k, t.block_n, t.tma) for t in cuts}) == 1
+                assert all(t.block_m >= 64 and c % t.block_k == 0 and t.tma == (sm >= 90) for t in cuts)
     assert [outputs_of(k) for k in (1, 3, 6, 16, 32, 48, 64, 96, 128, 192, 256, 320)] == [
         16,
         16,
@@ -173,7 +173,7 @@ def test_the_rule_for_tiles():
 
 def test_a_tile_can_be_overridden():
     key = "conv3x3 sm90 bfloat16 128->128 32x32"
-    plan = planned(UNetConfig(), 4, tiles={key: dict(bm=64, warps=8)}).plan()
+    plan = planned(UNetConfig(), 4, tiles={key: dict(block_m=64, warps=8)}).plan()
     tiles = {launch.name: launch.op.tiles for launch in plan if launch.op.name == "conv3x3"}
-    assert (tiles["down_blocks.0.resnets.0.conv1"].bm, tiles["down_blocks.0.resnets.0.conv1"].warps) == (64, 8)
+    assert (tiles["down_blocks.0.resnets.0.conv1"].block_m, tiles["down_blocks.0.resnets.0.conv1"].warps) == (64, 8)
     assert tiles["down_blocks.1.resnets.1.conv2"].warps == 4

@@ -24,9 +24,10 @@ PLANTED = """
 import json, os, sys, time
 from ddpm_fast import self_check
 from ddpm_fast.kernels.conv3x3 import Conv3x3
-from ddpm_fast.kernels.conv2d_pointers import DownsampleConv, FirstConv
-from ddpm_fast.kernels.conv1x1 import Pointwise
-from ddpm_fast.kernels.conv_upsample import UpsampleConv
+from ddpm_fast.kernels.conv_downsample import ConvDownsample
+from ddpm_fast.kernels.conv_in import ConvIn
+from ddpm_fast.kernels.conv1x1 import Conv1x1
+from ddpm_fast.kernels.conv_upsample import ConvUpsample
 from ddpm_fast.kernels.group_norm_silu import GroupNormSiLU
 
 def plant(op, fault):
@@ -96,14 +97,14 @@ def test_planted_faults_are_found_and_count_against_their_launch():
     """All in one plan: whatever a launch does to its process, those behind it are judged."""
     network = fused()
     faults = {
-        "FirstConv": ("crashes", "ended with code -6", ["conv_in"]),
-        "DownsampleConv": ("wrong_pixel", "relative error|worst pixel", ["down_blocks.0.downsamplers.0.conv"]),
-        "UpsampleConv": ("does_not_compile", "SyntaxError: no such instruction", ["up_blocks.0.upsamplers.0.conv"]),
-        "Pointwise": ("border", "border is not zero", [n.name for n in network.plan() if n.op.name == "pointwise"]),
+        "ConvIn": ("crashes", "ended with code -6", ["conv_in"]),
+        "ConvDownsample": ("wrong_pixel", "relative error|worst pixel", ["down_blocks.0.downsamplers.0.conv"]),
+        "ConvUpsample": ("does_not_compile", "SyntaxError: no such instruction", ["up_blocks.0.upsamplers.0.conv"]),
+        "Conv1x1": ("border", "border is not zero", [n.name for n in network.plan() if n.op.name == "conv1x1"]),
         "GroupNormSiLU": (
             "differs",
             "two runs differ",
-            [n.name for n in network.plan() if "x2" in n.reads and n.op.name != "pointwise"],
+            [n.name for n in network.plan() if "x2" in n.reads and n.op.name != "conv1x1"],
         ),
         "Conv3x3": ("never_returns", "no answer for 12 s", ["conv_out"]),
     }
@@ -121,7 +122,7 @@ def test_planted_faults_are_found_and_count_against_their_launch():
 @pytest.mark.kernel
 def test_what_failed_runs_by_its_fallback_and_the_images_are_right(monkeypatch):
     """Verdicts are found once, kept, and obeyed; the warning names the launch."""
-    monkeypatch.setattr(verdicts, "COMMAND", planted("[(DownsampleConv, wrong_pixel)]"))
+    monkeypatch.setattr(verdicts, "COMMAND", planted("[(ConvDownsample, wrong_pixel)]"))
     torch.manual_seed(0)
     unet = UNet(TINY).eval().requires_grad_(False)
     with pytest.warns(UserWarning, match=r"1 of \d+ failed .* down_blocks\.0\.downsamplers\.0\.conv \(relative"):
@@ -148,7 +149,7 @@ def test_statistics_are_checked_beside_the_map(monkeypatch, device):
         if "stats" in launch.writes and launch.op.name not in found:
             found[launch.op.name] = check_launch(plan, launch)
         plan.run_one(launch)
-    assert set(found) == {"first_conv", "conv3x3", "downsample_conv", "upsample_conv"}
+    assert set(found) == {"conv_in", "conv3x3", "conv_downsample", "conv_upsample"}
     assert all(v.passed for v in found.values()), found
     launch = plan.launches[0]
     for fault, says in (
