@@ -9,9 +9,9 @@ import os
 import tempfile
 from pathlib import Path
 
-VERDICTS = "verdicts"  # of self-checks
-CPU = "cpu"  # what the CPU engine compiled
-FOLDERS = (VERDICTS, CPU)  # nothing else in the folder is ours: it may be one that somebody uses for more
+CHECKS = "checks"  # results of self-checks
+CPU = "cpu"  # machine code of the CPU engine
+FOLDERS = (CHECKS, CPU)  # nothing else in the folder is ours: it may be one that somebody uses for more
 
 
 def cache_dir() -> Path:

@@ -264,9 +264,9 @@ def vector_width() -> int:
 
 
 def compile_cached(build: Callable[[], str], sources: Sequence[str]) -> tuple[Any, bool]:
-    """(engine that holds the functions, was it found in the cache): `build` writes the module, if it must be written.
+    """(engine that holds the functions, whether the code comes from the cache): `build` writes the module, if it must be written.
 
-    The object code is kept under (CPU, package and LLVM versions, `sources`), with its checksum; what is damaged is made again.
+    The object code is cached under (CPU, package and LLVM versions, `sources`), with its checksum; a damaged file is compiled again.
     """
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
@@ -276,8 +276,8 @@ def compile_cached(build: Callable[[], str], sources: Sequence[str]) -> tuple[An
     target = llvm.Target.from_default_triple()
     machine = target.create_target_machine(cpu, features, opt=3, reloc="default", codemodel="jitdefault")
     engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
-    code = _kept(path)
-    found = code is not None
+    code = _cached(path)
+    from_cache = code is not None
     if code is None:
         module = llvm.parse_assembly(build())
         module.verify()
@@ -289,10 +289,10 @@ def compile_cached(build: Callable[[], str], sources: Sequence[str]) -> tuple[An
         _keep(path, code)
     engine.add_object_file(llvm.object_file.ObjectFileRef.from_data(code))
     engine.finalize_object()
-    return engine, found
+    return engine, from_cache
 
 
-def _kept(path: Any) -> bytes | None:
+def _cached(path: Any) -> bytes | None:
     try:
         content = path.read_bytes()
     except OSError:

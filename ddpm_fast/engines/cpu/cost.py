@@ -14,13 +14,13 @@ EXP = 10  # FLOP of an exponential, about
 
 def costs(program: Program) -> list[tuple[str, int, int]]:
     """(instruction, FLOP, bytes) of every row of a program, in order."""
-    found = []
+    result = []
     for number, *values in program.instructions:
         name = NAMES[int(number)]  # type: ignore[arg-type]
         arguments = dict(zip(INSTRUCTIONS[name][1], values, strict=True))
         flops, floats = COSTS[name](program, **arguments)
-        found.append((name, int(flops), 4 * int(floats)))
-    return found
+        result.append((name, int(flops), 4 * int(floats)))
+    return result
 
 
 def _gemm(p: Program, **a: Any) -> tuple[int, int]:

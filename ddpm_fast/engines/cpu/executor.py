@@ -1,4 +1,4 @@
-"""Runs a native program for the images of a batch: every core takes images of its own, the last ones they share."""
+"""Execution of a native program for the images of a batch: one image per core, the last ones by all cores together."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 import weakref
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor, wait
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,12 +18,10 @@ from torch import Tensor
 from ...diffusion.solvers import StepTable
 from ...models.time_table import TimeTable
 from ...models.unet import UNet
+from ..base import SamplingState
 from .codegen import vector_width
-from .lowering import Network
+from .lowering import UNetProgram
 from .runtime import ITEM, JOB, compile_kernels
-
-if TYPE_CHECKING:
-    from ..select import State
 
 COLUMN = {name: k for k, name in enumerate(ITEM)}
 
@@ -33,8 +31,8 @@ class NativeExecutor:
 
     def __init__(self, unet: UNet, shape: tuple[int, int, int], timesteps: int, threads: int) -> None:
         self.threads, self.out_channels = threads, unet.config.out_channels
-        self._work, self._engine, self.found_in_cache = compile_kernels()
-        self.program = Network(unet, shape, vector_width())
+        self._work, self._engine, self.from_cache = compile_kernels()
+        self.program = UNetProgram(unet, shape, vector_width())
         self.times = TimeTable(unet, *self.program.projection, timesteps)
         # one a thread, and one for images that they share, which may begin while a thread still has one of its own
         self._memory = [_aligned_zeros(self.program.size) for _ in range(threads + (threads > 1))]
@@ -42,10 +40,10 @@ class NativeExecutor:
         self._job = np.zeros(JOB.index("claims") + threads, dtype=np.int64)
         self._job[JOB.index("yield_to_others")] = _yield_to_others()
         self._begin_threads()
-        own = weakref.ref(self)
+        reference = weakref.ref(self)
 
         def in_child() -> None:  # which has none of its parent's threads
-            alive = own()
+            alive = reference()
             if alive is not None:
                 alive._begin_threads()
 
@@ -70,12 +68,12 @@ class NativeExecutor:
         items = _items(len(x))
         rows = self.times.rows(t, labels)
         _point(items, x=x, out=out)
-        items[:, COLUMN["row"]] = rows.addresses
+        items[:, COLUMN["time_row"]] = rows.addresses
         self._run(items, x, out, rows)
         return out
 
-    def steps(self, state: State, table: StepTable) -> Generator[int, None, None]:
-        """Takes the state through the table; yields how many steps are done, after every step."""
+    def steps(self, state: SamplingState, table: StepTable) -> Generator[int, None, None]:
+        """See `Engine.steps`; yields after every step."""
         t, coef = table.padded(len(table) + 1)
         x = state.x.contiguous(memory_format=torch.channels_last)
         old = None if state.x_0 is None else state.x_0.contiguous(memory_format=torch.channels_last)
@@ -85,13 +83,13 @@ class NativeExecutor:
             items[:, COLUMN[name]] = values.numpy()
         items[:, COLUMN["learned"]] = table.learned
         for i in range(len(table)):
-            at = state.row.long()
+            at = state.step_index.long()
             rows = self.times.rows(t[at], state.labels)
-            items[:, COLUMN["row"]] = rows.addresses
+            items[:, COLUMN["time_row"]] = rows.addresses
             items[:, COLUMN["coef"]] = coef.data_ptr() + at.numpy() * coef.stride(0) * 4
             items[:, COLUMN["step"]] = at.numpy()
             self._run(items, x, old, rows, coef)
-            state.row.add_(1).clamp_(max=len(table))
+            state.step_index.add_(1).clamp_(max=len(table))
             if x is not state.x:
                 state.x.copy_(x)
             if old is not None and old is not state.x_0:
@@ -121,8 +119,8 @@ class NativeExecutor:
             part.result()
 
     def _part(self, thread: int, threads: int) -> None:
-        own, shared = self._programs[thread], self._programs[-1]
-        self._work(self._job.ctypes.data, own.ctypes.data, shared.ctypes.data, len(own), thread, threads)
+        alone, shared = self._programs[thread], self._programs[-1]
+        self._work(self._job.ctypes.data, alone.ctypes.data, shared.ctypes.data, len(alone), thread, threads)
 
 
 def _items(count: int) -> NDArray[np.int64]:

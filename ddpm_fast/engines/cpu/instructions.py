@@ -217,9 +217,9 @@ def _totals(f: Function, a: dict[str, Value]) -> None:
         f.store(f.load(a["totals"], g, F32) + f.load(a["sums"], c, F32), a["totals"], g)
 
 
-@instruction("sums channels group groups totals count means eps gamma beta row factors offsets")
+@instruction("sums channels group groups totals count means eps gamma beta time_row factors offsets")
 def norm_factors(f: Function, part: Value, parts: Value, **a: Value) -> None:
-    """norm(x) = factors x + offsets; where row is not 0, (1 + row[c]) norm(x) + row[channels + c] instead."""
+    """norm(x) = factors x + offsets; where time_row is not 0, (1 + time_row[c]) norm(x) + time_row[channels + c] instead."""
     with f.when(part.is_("==", 0)):
         _totals(f, a)
         with f.loop(0, a["channels"]) as c:
@@ -227,10 +227,10 @@ def norm_factors(f: Function, part: Value, parts: Value, **a: Value) -> None:
             sigma = f.intrinsic("llvm.sqrt", variance + _float(f, a["eps"]))
             factor = f.variable(f.load(a["gamma"], c, F32) / sigma)
             offset = f.variable(f.load(a["beta"], c, F32) - f.load(a["means"], c, F32) * factor.get())
-            with f.when(a["row"].is_("!=", 0)):
-                scale = f.load(a["row"], c, F32) + 1
+            with f.when(a["time_row"].is_("!=", 0)):
+                scale = f.load(a["time_row"], c, F32) + 1
                 factor.set(factor.get() * scale)
-                offset.set(offset.get() * scale + f.load(a["row"], a["channels"] + c, F32))
+                offset.set(offset.get() * scale + f.load(a["time_row"], a["channels"] + c, F32))
             f.store(factor.get(), a["factors"], c)
             f.store(offset.get(), a["offsets"], c)
 

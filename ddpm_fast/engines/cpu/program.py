@@ -74,7 +74,7 @@ class Map:
 
     @property
     def kind(self) -> tuple[int, ...]:
-        """Maps of one kind may take each other's memory: borders stay zero, since nobody writes there."""
+        """Maps of one kind may take each other's memory: borders stay zero, since no instruction writes there."""
         floats = (self.height + 2 * self.bordered) * self.row
         return (floats, self.height, self.width, self.channels) if self.bordered else (floats,)
 
@@ -91,13 +91,13 @@ class Program:
         self.header: dict[str, Argument] = {}
         self.instructions: list[list[Argument]] = []
         self.segments: list[Segment] = []
-        self._kept: list[Tensor] = []  # what the rows point to
+        self._weights: list[Tensor] = []  # what the instructions point to
         self._free: dict[tuple[object, ...], list[Place]] = defaultdict(list)
 
     # ---- memory
 
     def take(self, floats: int, *kind: object) -> Place:
-        """Memory that nobody uses; of one kind only what was of that kind before."""
+        """Allocates memory; reuses what was given back under the same key."""
         key = (floats, *kind)
         if self._free[key]:
             return self._free[key].pop()
@@ -121,7 +121,7 @@ class Program:
 
     @property
     def weight_bytes(self) -> int:
-        return sum(t.nbytes for t in self._kept)
+        return sum(t.nbytes for t in self._weights)
 
     def padded(self, channels: int) -> int:
         return -(-channels // self.vector) * self.vector
@@ -135,10 +135,10 @@ class Program:
         return torch.cat([F.pad(part, [*behind, 0, self.padded(real) - real]) for part, real in parts], dim)
 
     def keep(self, t: Tensor) -> Tensor:
-        kept = torch.empty(t.shape, dtype=torch.float32 if t.is_floating_point() else t.dtype)
-        kept.copy_(t)  # never the network's own memory
-        self._kept.append(kept)
-        return kept
+        copied = torch.empty(t.shape, dtype=torch.float32 if t.is_floating_point() else t.dtype)
+        copied.copy_(t)  # never the network's own memory
+        self._weights.append(copied)
+        return copied
 
     def vector_of(self, values: Tensor, blocks: Sequence[int] | None = None) -> Tensor:
         """[C] -> [padded]"""
@@ -167,8 +167,8 @@ class Program:
         block = 2 * self.vector
         whole: dict[str, Any] = dict(batch=1, a_batch=0, u_batch=0, u_block=sum(s.channels for s in segments) * block, u_row=block)
         whole |= dict(bias=0, residual=0, residual_scale=1.0, out_batch=0, out_y=0, height=1)
-        own = dict(segments=table, segment_count=len(segments), u=u, out=out, vectors=vectors)
-        self.emit("gemm", **{**whole, **arguments, **own})
+        of_product = dict(segments=table, segment_count=len(segments), u=u, out=out, vectors=vectors)
+        self.emit("gemm", **{**whole, **arguments, **of_product})
 
     # ---- finished
 
@@ -185,8 +185,8 @@ class Program:
         memory[self._table_at.offset :][: flat.nbytes] = flat.view(np.uint8)
         every = [[self.header[name] for name in HEADER], *self.instructions]
         program = np.zeros((len(every), WIDTH), dtype=np.int64)
-        for row, values in zip(program, every, strict=True):
-            row[: len(values)] = [self._integer(v, base) for v in values]
+        for line, values in zip(program, every, strict=True):
+            line[: len(values)] = [self._integer(v, base) for v in values]
         return program
 
     def _integer(self, value: Argument, base: int) -> int:

@@ -1,4 +1,4 @@
-"""Runs programs: takes images from a list, each through the network's instructions and the step behind them."""
+"""Machine code that runs programs: for each image of a list, the network's instructions, then the reverse step."""
 
 from __future__ import annotations
 
@@ -14,8 +14,19 @@ from .instructions import INSTRUCTIONS
 from .reverse_step import reverse_step
 
 WIDTH = 20  # integers in a row of a program
-HEADER = ("x", "elements", "row", "row_length", "out", "out_elements", "eps", "variance", "z", "old")  # a program's first row
-ITEM = ("x", "out", "row", "coef", "old", "learned", "seed", "image", "step")  # what is wanted of one image
+HEADER = (
+    "x",
+    "elements",
+    "time_row",
+    "time_row_length",
+    "out",
+    "out_elements",
+    "eps",
+    "variance",
+    "z",
+    "old",
+)  # a program's first row
+ITEM = ("x", "out", "time_row", "coef", "old", "learned", "seed", "image", "step")  # the work for one image
 JOB = ("next", "alone", "all", "items", "done", "yield_to_others", "claims")  # claims: as many integers as there are parts
 ALIGN = 8
 OWN = 100  # tries in which a part is left to the thread whose part it was before, and who has it in its cache
@@ -67,7 +78,7 @@ def _turn(module: ir.Module, width: int, instructions: list[ir.Function]) -> ir.
             with f.b.if_else(i.is_("==", 0).v) as (begin, finish):
                 with begin:
                     _copy(f, item["x"], header["x"], header["elements"])
-                    _copy(f, item["row"], header["row"], header["row_length"])
+                    _copy(f, item["time_row"], header["time_row"], header["time_row_length"])
                 with finish:
                     _hand_out(f, header, item)
     f.end()
@@ -142,11 +153,11 @@ def _module(width: int) -> str:
 
 
 def compile_kernels() -> tuple[Callable[..., None], Any, bool]:
-    """(work, the engine that must live as long, was it found in the cache)."""
+    """Returns (work, the LLVM engine that must live as long, whether the code comes from the cache)."""
     width = vector_width()
     here, kernels = Path(__file__).parent, Path(noise.__file__).parent
     files = [here / f"{name}.py" for name in ("codegen", "instructions", "reverse_step", "runtime")]
     files += [kernels / f"{name}.py" for name in ("noise", "ddpm_step")]
     sources = [str(width), *(path.read_text() for path in files)]
-    engine, found = compile_cached(lambda: _module(width), sources)
-    return entry(engine, "work", 6), engine, found
+    engine, from_cache = compile_cached(lambda: _module(width), sources)
+    return entry(engine, "work", 6), engine, from_cache

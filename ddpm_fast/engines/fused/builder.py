@@ -1,4 +1,4 @@
-"""The walk through a `fused_network.Network` that lists its launches for a batch and an image size."""
+"""List of the launches of a `PackedUNet` for a batch size and an image size."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from ...kernels.group_norm_silu import GroupNormSiLU
 from ...kernels.resample import Resample
 from ...models.unet import Attention as AttentionLayer
 from ...models.unet import Downsample, Level, ResBlock, UNet, Upsample
-from .packing import DEVIATIONS, E4M3, Inputs, Network
+from .packing import DEVIATIONS, E4M3, Inputs, PackedUNet
 from .plan import Buffer, Launch, Op
 
 
-class Walk:
-    """One forward pass through a `Network`, launch by launch."""
+class PlanBuilder:
+    """Lists the launches of one forward pass, in the order of the reference."""
 
-    def __init__(self, net: Network, inputs: Inputs, batch: int, size: tuple[int, int]) -> None:
+    def __init__(self, net: PackedUNet, inputs: Inputs, batch: int, size: tuple[int, int]) -> None:
         self.net, self.inputs, self.batch = net, inputs, batch
         self.launches: list[Launch] = []
-        self.units: dict[Buffer, float] = {}  # what a unit of an e4m3 map is worth
-        self.given: dict[Buffer, FeatureMap] = {}  # buffers whose memory is there before the plan
+        self.units: dict[Buffer, float] = {}  # the value of a stored 1 of an e4m3 map
+        self.external: dict[Buffer, FeatureMap] = {}  # buffers with memory that is allocated before the plan
         self.writers: dict[Buffer, int] = {}  # the launch that writes a map
-        self.fixed: dict[Buffer, Tiles] = {}  # tiles that do not follow the batch, for launches whose own do
+        self.fixed: dict[Buffer, Tiles] = {}  # tiles that do not depend on the batch, for launches whose tiles do
         c = net.config
         self.x = Buffer("x_t", batch, *size, c.in_channels, torch.float32, bordered=False, external=True)
         self.out = Buffer("out", batch, *size, c.out_channels, torch.float32, bordered=False, external=True)
-        self._network(net.unet)
+        self._build(net.unet)
 
     def emit(
         self,
@@ -58,16 +58,18 @@ class Walk:
     def like(
         self, name: str, x: Buffer, channels: int, dtype: torch.dtype | None = None, scale: float = 1, bordered: bool = True
     ) -> Buffer:
-        return Buffer(name, self.batch, int(x.height * scale), int(x.width * scale), channels, dtype or self.net.act, bordered)
+        return Buffer(
+            name, self.batch, int(x.height * scale), int(x.width * scale), channels, dtype or self.net.activations, bordered
+        )
 
     # ---- the network, in the reference's order
 
-    def _network(self, unet: UNet) -> None:
+    def _build(self, unet: UNet) -> None:
         net, i = self.net, self.inputs
-        if i.rows_of is not None:
-            rows = Buffer("time_rows", self.batch, 1, 1, net.row_width, torch.float32, bordered=False, external=True)
-            self.given[rows] = FeatureMap(i.table, self.batch, 1, 1, bordered=False)
-            self.emit("time_rows", i.rows_of, rows, tensors=dict(t=i.t, label=i.label))
+        if i.time_rows is not None:
+            time_rows = Buffer("time_rows", self.batch, 1, 1, net.time_row_width, torch.float32, bordered=False, external=True)
+            self.external[time_rows] = FeatureMap(i.table, self.batch, 1, 1, bordered=False)
+            self.emit("time_rows", i.time_rows, time_rows, tensors=dict(t=i.t, label=i.label))
         x = self.first_conv(unet.conv_in)
         skips = [x]
         for level in cast("list[Level]", unet.down_blocks):
@@ -137,10 +139,10 @@ class Walk:
                     for p in (layer.to_q, layer.to_k, layer.to_v, cast(nn.Linear, layer.to_out[0]))
                 )
             )
-            pairs = net.once(f"{name}.fold", folded)
+            pairs = net.cached(f"{name}.fold", folded)
             q = self.pointwise(f"{name}.q", *pairs[0], a)
             weight, bias = (scale * v for v in pairs[1])
-            op = net.once(name, lambda: FoldedAttention.of(weight, bias, net.act, net.target, scale))
+            op = net.cached(name, lambda: FoldedAttention.of(weight, bias, net.activations, net.target, scale))
             return self.emit(f"{name}.attention", op, out, q=q, x=a, residual=x)
         projections = (layer.to_q, layer.to_k, layer.to_v)
         weight, bias = (torch.cat([getattr(p, which) for p in projections]) for which in ("weight", "bias"))
@@ -154,7 +156,7 @@ class Walk:
     # ---- layers
 
     def cut(self, out: Buffer, kind: str, *args: Any, **options: Any) -> Tiles:
-        """Tiles that follow the batch; those that do not are kept for the case that the launch keeps statistics."""
+        """Tiles that depend on the batch; those that do not are recorded, for a launch that keeps statistics uses them."""
         self.fixed[out] = self.net.cut(kind, *args, **options)
         return self.net.cut(kind, *args, **options, shrinks=2 if kind == "conv3x3" else 0.2)
 
@@ -163,14 +165,14 @@ class Walk:
         out = self.like("conv_in.out", self.x, k)
         step = FirstConv.step(conv.in_channels)
         tiles = replace(net.cut("first_conv", step, k, out.rows, *_size(self.x), tma=False), bk=step)
-        make = lambda: FirstConv.of(net.weight(conv.weight), net.weight(conv.bias), net.act, tiles, net.config.center_input)
-        return self.emit("conv_in", replace(net.once("conv_in", make), tiles=tiles), out, x=self.x)
+        make = lambda: FirstConv.of(net.weight(conv.weight), net.weight(conv.bias), net.activations, tiles, net.config.center_input)
+        return self.emit("conv_in", replace(net.cached("conv_in", make), tiles=tiles), out, x=self.x)
 
     def operand_of(self, conv: nn.Conv2d | None) -> torch.dtype:
-        """e4m3 where that was asked for, the product can take it, and its range is known beforehand."""
+        """The type of a convolution's operands: e4m3 if it takes that, and its range is known beforehand."""
         net = self.net
-        known = net.rows_of is None or not net.config.scale_shift
-        return E4M3 if conv is not None and net.names[conv] in net.narrow and known else net.act
+        range_known = net.time_rows is None or not net.config.scale_shift
+        return E4M3 if conv is not None and net.names[conv] in net.e4m3_convolutions and range_known else net.activations
 
     def conv3x3(
         self,
@@ -191,7 +193,7 @@ class Walk:
             weight, b = scale * net.weight(conv.weight), scale * net.weight(conv.bias) if bias else None
             return Conv3x3.of(weight, b, x.dtype, tiles, self.units.get(x, 1.0), scale, net.bounded)
 
-        return self.emit(name, replace(net.once(name, make), tiles=tiles), out, x=x, residual=residual)
+        return self.emit(name, replace(net.cached(name, make), tiles=tiles), out, x=x, residual=residual)
 
     def upsample(self, name: str, conv: nn.Conv2d, x: Buffer, bias: bool = True) -> Buffer:
         net, out = self.net, self.like(f"{name}.out", x, conv.out_channels, scale=2)
@@ -199,16 +201,16 @@ class Walk:
 
         def make() -> UpsampleConv:
             b = net.weight(conv.bias)
-            return UpsampleConv.of(net.weight(conv.weight), b if bias else torch.zeros_like(b), net.act, tiles)
+            return UpsampleConv.of(net.weight(conv.weight), b if bias else torch.zeros_like(b), net.activations, tiles)
 
-        return self.emit(name, replace(net.once(name, make), tiles=tiles), out, x=x)
+        return self.emit(name, replace(net.cached(name, make), tiles=tiles), out, x=x)
 
     def downsample(self, name: str, conv: nn.Conv2d, x: Buffer) -> Buffer:
         net, out = self.net, self.like(f"{name}.out", x, conv.out_channels, scale=0.5)
         tiles = self.cut(out, "downsample_conv", x.channels, out.channels, out.rows, *_size(x), tma=False)
         padding = net.config.downsample_padding
-        make = lambda: DownsampleConv.of(net.weight(conv.weight), net.weight(conv.bias), padding, net.act, tiles)
-        return self.emit(name, replace(net.once(name, make), tiles=tiles), out, x=x)
+        make = lambda: DownsampleConv.of(net.weight(conv.weight), net.weight(conv.bias), padding, net.activations, tiles)
+        return self.emit(name, replace(net.cached(name, make), tiles=tiles), out, x=x)
 
     def pointwise(
         self,
@@ -223,8 +225,8 @@ class Walk:
         net, out = self.net, self.like(f"{name}.out", x, len(weight), bordered=x.bordered)
         least = x.channels if x2 is None else min(divisor(x.channels, 64), divisor(x2.channels, 64))
         tiles = net.cut("pointwise", least, len(weight), x.rows, *_size(x), tma=False)
-        make = lambda: Pointwise.of(scale * net.weight(weight), scale * net.weight(bias), net.act, tiles, scale)
-        return self.emit(name, replace(net.once(name, make), tiles=tiles), out, x=x, x2=x2, residual=residual)
+        make = lambda: Pointwise.of(scale * net.weight(weight), scale * net.weight(bias), net.activations, tiles, scale)
+        return self.emit(name, replace(net.cached(name, make), tiles=tiles), out, x=x, x2=x2, residual=residual)
 
     def resampled(self, name: str, x: Buffer, to: str, bordered: bool = True) -> Buffer:
         scale = {"half": 0.5, "same": 1, "double": 2}[to]
@@ -245,14 +247,14 @@ class Walk:
         net, i = self.net, self.inputs
         dtype = self.operand_of(conv)
         time = None if block is None else "scale_shift" if block.scale_shift else "add"
-        column = 0 if block is None else net.columns[net.names[block]]
+        column = 0 if block is None else net.time_columns[net.names[block]]
 
         def make() -> GroupNormSiLU:
             gamma, beta = net.weight(layer.weight).float(), net.weight(layer.bias).float()
             unit = 1.0 if conv is None or dtype != E4M3 else self._unit(net.names[conv], gamma, beta, time, column)
             return GroupNormSiLU(gamma, beta, layer.num_groups, layer.eps, silu, time, column, unit)
 
-        op = net.once(name, make)
+        op = net.cached(name, make)
         out = self.like(f"{name}.out", x, layer.num_channels, dtype, bordered=bordered)
         self.units[out] = op.unit
         stats: list[Buffer] = []
@@ -261,14 +263,16 @@ class Walk:
             op = replace(op, tilings=tilings)
         elements = op.scratch_elements(x.empty("meta"))
         scratch = Buffer(f"{name}.scratch", 1, 1, elements, 1, torch.float32, bordered=False) if elements else None
-        tensors = {} if block is None else dict(table=i.table, row=i.row)
-        if conv is not None and dtype == E4M3 and net.counting:
-            tensors["saturated"] = net.saturated[net.narrow.index(net.names[conv])].view(1, 1)  # not [1]: it belongs to no image
-        kept = dict(zip(("stats", "stats2"), stats, strict=False))
-        return self.emit(name, op, out, scratch=scratch, tensors=tensors, x=x, x2=x2, **kept)
+        tensors = {} if block is None else dict(table=i.table, row=i.time_row)
+        if conv is not None and dtype == E4M3 and net.count_saturated:
+            tensors["saturated"] = net.saturated[net.e4m3_convolutions.index(net.names[conv])].view(
+                1, 1
+            )  # not [1], which would be one value per image
+        of_stats = dict(zip(("stats", "stats2"), stats, strict=False))
+        return self.emit(name, op, out, scratch=scratch, tensors=tensors, x=x, x2=x2, **of_stats)
 
     def statistics(self, maps: list[Buffer]) -> tuple[list[Buffer], tuple[Tiling, ...]]:
-        """The statistics of `maps`, which from now on the launches that write them keep; nothing where one of them cannot."""
+        """The statistics of `maps`, which the launches that write them keep from now on; empty if one of them cannot."""
         writers = [self.launches[self.writers[b]] for b in maps]
         if not all(isinstance(launch.op, KeepsStatistics) for launch in writers):
             return [], ()
@@ -276,16 +280,16 @@ class Walk:
         for b, launch in zip(maps, writers, strict=True):
             op: Any = replace(cast(Any, launch.op), tiles=self.fixed.get(b, cast(Any, launch.op).tiles))
             tiling = op.tiling(b.empty("meta"))
-            kept = launch.writes.get("stats") or Buffer(
+            stored = launch.writes.get("stats") or Buffer(
                 f"{b.name}.stats", self.batch, tiling.entries, 2, b.channels, torch.float32, bordered=False
             )
-            self.launches[self.writers[b]] = replace(launch, op=op, writes={**launch.writes, "stats": kept})
-            stats.append(kept)
+            self.launches[self.writers[b]] = replace(launch, op=op, writes={**launch.writes, "stats": stored})
+            stats.append(stored)
             tilings.append(tiling)
         return stats, tuple(tilings)
 
     def _unit(self, conv: str, gamma: Tensor, beta: Tensor, time: str | None, column: int) -> float:
-        """What a stored 1 of an e4m3 activation is worth: as calibrated, or so that values some deviations from the mean fit."""
+        """The value of a stored 1 of an e4m3 activation: as calibrated, or so that values some deviations from the mean fit."""
         if conv in self.net.units:
             return self.net.units[conv]
         if gamma.is_meta:

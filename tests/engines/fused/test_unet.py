@@ -311,7 +311,7 @@ def test_resized_shares_the_weights():
     network, x, labels = FusedUNet(model, 2, "fp32"), torch.randn(5, 1, 28, 28), torch.arange(5)
     more = network.resized(5)
     t = torch.arange(5) * 200
-    assert more.batch_size == 5 and network.batch_size == 2 and more._network is network._network
+    assert more.batch_size == 5 and network.batch_size == 2 and more._packed is network._packed
     assert relative_error(more(x, t, labels), model(x, t, labels).detach()) < 3e-6
     assert relative_error(network(x[:2], t[:2], labels[:2]), model(x[:2], t[:2], labels[:2]).detach()) < 3e-6
     with pytest.raises(ValueError, match="batch_size = 0"):
