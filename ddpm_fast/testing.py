@@ -16,7 +16,9 @@ from .utils.numerics import relative_error
 
 
 def assert_as_accurate(fused: Tensor, plain: Tensor, exact: Tensor, slack: float = 2.0) -> None:
-    """`fused` may be at most `slack` times as far from the fp64 truth `exact` as plain PyTorch is, plus one last-place unit."""
+    """`fused` may be at most `slack` times as far from the fp64 truth `exact` as plain PyTorch is,
+    plus one last-place unit.
+    """
     ulp = torch.finfo(fused.dtype).eps * exact.abs().max()
     error = (fused.double() - exact).abs().max()
     allowed = slack * (plain.double() - exact).abs().max() + ulp
@@ -29,13 +31,19 @@ GUARD = 256  # rows on either side of a map that belong to nobody
 
 
 def operand_types() -> list[torch.dtype]:
-    """What activations may be here. The interpreter multiplies bf16 wrongly and truncates where it should round to it."""
-    return [torch.float32, torch.float16, *[torch.bfloat16] * (torch.cuda.is_available() and not INTERPRETED)]
+    """What activations may be here. The interpreter multiplies bf16 wrongly and truncates where it
+    should round to it.
+    """
+    return [
+        torch.float32,
+        torch.float16,
+        *[torch.bfloat16] * (torch.cuda.is_available() and not INTERPRETED),
+    ]
 
 
 def spread(*axes: Iterable[Any]) -> list[tuple[Any, ...]]:
-    """Every combination of values of the axes, with every one of `operand_types`; or, as the interpreter takes its time, with one,
-    in turn along every axis.
+    """Every combination of values of the axes, with every one of `operand_types`; or, as the
+    interpreter takes its time, with one, in turn along every axis.
     """
     types = operand_types()
     points = [list(zip(*point, strict=True)) for point in itertools.product(*map(enumerate, axes))]
@@ -43,11 +51,22 @@ def spread(*axes: Iterable[Any]) -> list[tuple[Any, ...]]:
 
 
 def poisoned(
-    images: int, height: int, width: int, channels: int, dtype: torch.dtype, device: Any, bordered: bool = True
+    images: int,
+    height: int,
+    width: int,
+    channels: int,
+    dtype: torch.dtype,
+    device: Any,
+    bordered: bool = True,
 ) -> FeatureMap:
     """A map full of NaN with NaN around it: what is left unwritten, or read from outside, shows."""
     fm = FeatureMap.empty(images, height, width, channels, dtype, "meta", bordered)
-    memory = torch.full((len(fm.rows) + 2 * GUARD, channels * dtype.itemsize), 0xFF, dtype=torch.uint8, device=device)
+    memory = torch.full(
+        (len(fm.rows) + 2 * GUARD, channels * dtype.itemsize),
+        0xFF,
+        dtype=torch.uint8,
+        device=device,
+    )
     return replace(fm, rows=memory.view(dtype)[GUARD:-GUARD])  # 0xFF is NaN in every type
 
 
@@ -60,7 +79,9 @@ def map_of(x: Tensor, dtype: torch.dtype | None = None, bordered: bool = True) -
 
 
 def assert_written(out: FeatureMap) -> None:
-    """No NaN is left in a map that was `poisoned`, its border is zero, and nothing around it was touched."""
+    """No NaN is left in a map that was `poisoned`, its border is zero, and nothing around it was
+    touched.
+    """
     rows, guard = out.rows.double(), GUARD * out.channels * out.rows.element_size()
     memory = torch.empty(0, dtype=torch.uint8, device=rows.device).set_(out.rows.untyped_storage())
     assert not rows.isnan().any(), f"NaN in {int(rows.isnan().any(1).sum())} of {len(rows)} rows"
@@ -73,8 +94,18 @@ def assert_same_bits(x: Tensor, y: Tensor, what: str) -> None:
 
 
 def run_twice(op: Any, out: FeatureMap, **arguments: Any) -> None:
-    """Runs the kernel into `out`, which is `poisoned`, and into another such map: all is written, with the same bits."""
-    again = poisoned(out.images, out.height, out.width, out.channels, out.rows.dtype, out.rows.device, out.bordered)
+    """Runs the kernel into `out`, which is `poisoned`, and into another such map: all is written,
+    with the same bits.
+    """
+    again = poisoned(
+        out.images,
+        out.height,
+        out.width,
+        out.channels,
+        out.rows.dtype,
+        out.rows.device,
+        out.bordered,
+    )
     for fm in (out, again):
         op.run(out=fm, **arguments)
         assert_written(fm)
@@ -89,22 +120,39 @@ def assert_operation(
     fallback: float = 1e-11,
     **arguments: Any,
 ) -> None:
-    """Kernel and fallback against `reference`, which computes in the type that it is given: fp64 is the truth, the type of `out`
-    the yardstick. The fallback, in fp64, may be off by `fallback` of the largest value.
+    """Kernel and fallback against `reference`, which computes in the type that it is given: fp64 is
+    the truth, the type of `out` the yardstick. The fallback, in fp64, may be off by `fallback` of
+    the largest value.
     """
     exact, plain = reference(torch.float64), reference(out.rows.dtype)
     run_twice(op, out, **arguments)
     assert_as_accurate(out.pixels, plain, exact, slack)
     error, allowed = relative_error(out.pixels, exact), slack * relative_error(plain, exact)
     assert error <= allowed, f"relative error {error:.3g} > {allowed:.3g} = {slack} x plain PyTorch"
-    wide = poisoned(out.images, out.height, out.width, out.channels, torch.float64, out.rows.device, out.bordered)
+    wide = poisoned(
+        out.images,
+        out.height,
+        out.width,
+        out.channels,
+        torch.float64,
+        out.rows.device,
+        out.bordered,
+    )
     op.fallback(out=wide, compute=torch.float64, **arguments)
     assert_written(wide)
-    torch.testing.assert_close(wide.pixels, exact, rtol=0, atol=fallback * float(exact.abs().max()), msg=lambda m: f"fallback: {m}")
+    torch.testing.assert_close(
+        wide.pixels,
+        exact,
+        rtol=0,
+        atol=fallback * float(exact.abs().max()),
+        msg=lambda m: f"fallback: {m}",
+    )
 
 
 def assert_same_in_any_batch(run: Callable[[list[int]], FeatureMap]) -> None:
-    """`run` gives the map of the images it is told (of 0 ... 4): image 2 has the same bits wherever and with whom it stands."""
+    """`run` gives the map of the images it is told (of 0 ... 4): image 2 has the same bits wherever
+    and with whom it stands.
+    """
     alone = run([2]).grid[0]
     for batch in ([2, 0, 1], [1, 0, 2], [2, 4, 1, 3, 0], [4, 3, 1, 0, 2]):
         assert_same_bits(run(batch).grid[batch.index(2)], alone, f"image 2 in the batch {batch}")
@@ -119,13 +167,22 @@ DAMAGES: dict[str, tuple[Callable[[FeatureMap], Any], str]] = {
     "one pixel left out": (_leave(lambda out: out.pixels[0, :, 1, 2], float("nan")), "NaN"),
     "one pixel is zero": (_leave(lambda out: out.pixels[-1, :, 2, 1], 0.0), "error"),
     "one image is another": (lambda out: out.pixels[0].copy_(out.pixels[-1].clone()), "error"),
-    "rows and columns swapped": (lambda out: out.pixels[0, :, :3, :3].copy_(out.pixels[0, :, :3, :3].mT.clone()), "error"),
+    "rows and columns swapped": (
+        lambda out: out.pixels[0, :, :3, :3].copy_(out.pixels[0, :, :3, :3].mT.clone()),
+        "error",
+    ),
     "top border left out": (_leave(lambda out: out.grid[0, 0, 1:], float("nan")), "NaN"),
     "left border left out": (_leave(lambda out: out.grid[-1, 1:, 0], float("nan")), "NaN"),
     "border of ones": (_leave(lambda out: out.grid[0, 0, -1, :1], 1.0), "border"),
-    "a row before the first": (_leave(lambda out: out.rows.as_strided((1,), (1,), out.rows.storage_offset() - 1), 0.0), "outside"),
+    "a row before the first": (
+        _leave(lambda out: out.rows.as_strided((1,), (1,), out.rows.storage_offset() - 1), 0.0),
+        "outside",
+    ),
     "a row behind the last": (
-        _leave(lambda out: out.rows.as_strided((1,), (1,), out.rows.storage_offset() + out.rows.numel()), 0.0),
+        _leave(
+            lambda out: out.rows.as_strided((1,), (1,), out.rows.storage_offset() + out.rows.numel()),
+            0.0,
+        ),
         "outside",
     ),
     "chance": (lambda out: out.pixels[0, 0, 0, 0].copy_(torch.rand(())), "other bits"),

@@ -1,4 +1,6 @@
-"""What every engine is: the state of a batch, the interface that a sampler calls, and the number formats by name."""
+"""What every engine is: the state of a batch, the interface that a sampler calls, and the number
+formats by name.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ from ..diffusion.solvers import StepTable
 
 
 class DType(NamedTuple):
-    """Number formats of a network: of its activations, and of the operands of its 3x3 convolutions."""
+    """Number formats of a network: of its activations, and of the operands of 3x3 convolutions."""
 
     activations: torch.dtype
     operands: torch.dtype
@@ -73,8 +75,8 @@ class Engine(Protocol):
     def steps(self, state: SamplingState, table: StepTable, every_step: bool = True) -> Generator[int, None, None]:
         """Takes the state through the table in place and yields how many steps are done in total.
 
-        An image at the table's end does not change. Nothing here waits for the device. After the last step, or when the generator
-        is closed, the state's tensors belong to the caller.
+        An image at the table's end does not change. Nothing here waits for the device. After the
+        last step, or when the generator is closed, the state's tensors belong to the caller.
 
         Args:
             every_step: Yield after every step; False allows several steps between two yields.
@@ -87,7 +89,7 @@ class Engine(Protocol):
 
 
 def mean_of(out: Tensor, channels: int, learned: bool) -> Tensor:
-    """The output [B, C, H, W] that predicts the mean. A network that also predicts its variance gives 2C channels: a solver that
-    sets the variance reads the first half.
+    """The output [B, C, H, W] that predicts the mean. A network that also predicts its variance
+    gives 2C channels: a solver that sets the variance reads the first half.
     """
     return out[:, :channels] if not learned and out.shape[1] == 2 * channels else out

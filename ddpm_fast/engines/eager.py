@@ -24,12 +24,19 @@ class EagerEngine:
         model: The network.
         dtype: The type of its input x_t.
         reason: Why this engine was chosen.
-        compile: Call torch.compile of the network, which is compared with the network at the first batch of each shape.
+        compile: Call torch.compile of the network, which is compared with the network at the first
+            batch of each shape.
     """
 
     invariant = False  # libraries choose their order of summation by the batch
 
-    def __init__(self, model: Callable[..., Tensor], dtype: torch.dtype, reason: str = "", compile: bool = False) -> None:
+    def __init__(
+        self,
+        model: Callable[..., Tensor],
+        dtype: torch.dtype,
+        reason: str = "",
+        compile: bool = False,
+    ) -> None:
         self.model, self.dtype, self.reason = model, dtype, reason
         self.name = "compile" if compile else "reference"
         self.call = compiled(model) if compile else model
@@ -48,7 +55,8 @@ class EagerEngine:
             yield i + 1
 
     def step(self, state: SamplingState, t: Tensor, coef: Tensor, learned: bool) -> None:
-        """x_t -> x_{t-1} for every image, at its own row of the padded table. The host reads no value of the device.
+        """x_t -> x_{t-1} for every image, at its own row of the padded table. The host reads no
+        value of the device.
 
         Raises:
             ValueError: The model returns no tensor, or changes its input.
@@ -71,7 +79,8 @@ class EagerEngine:
 
 
 def compiled(model: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """torch.compile of a network, compared with the network itself at the first batch of each shape.
+    """torch.compile of a network, compared with the network itself at the first batch of each
+    shape.
 
     The returned function raises RuntimeError if the results differ by more than rounding.
     """

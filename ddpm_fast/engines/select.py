@@ -105,4 +105,9 @@ def _cpu(request: EngineRequest, reason: str) -> Engine:
     return CPUEngine(r.model, r.shape, r.timesteps)
 
 
-_MAKERS: dict[str, Maker] = {"fused": _fused, "cpu": _cpu, "compile": _compiled, "reference": _reference}
+_MAKERS: dict[str, Maker] = {
+    "fused": _fused,
+    "cpu": _cpu,
+    "compile": _compiled,
+    "reference": _reference,
+}

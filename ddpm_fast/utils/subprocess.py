@@ -1,6 +1,7 @@
 """Worker processes that exchange lines of JSON with the process that started them.
 
-The parent holds a `JsonWorker`. The worker module calls `json_stdio` first, reads requests and writes messages.
+The parent holds a `JsonWorker`. The worker module calls `json_stdio` first, reads requests and
+writes messages.
 """
 
 from __future__ import annotations
@@ -40,23 +41,30 @@ class WorkerEnded(RuntimeError):
 
 
 def module_command(module: str) -> list[str]:
-    """The command that runs `python -m module` with this very package, whatever the current folder and the installed packages."""
+    """The command that runs `python -m module` with this very package, whatever the current folder
+    and the installed packages.
+    """
     # last in sys.path, so that the folder's other modules hide none of the standard library
-    package = f"import sys; sys.path.insert(0, {HOME!r}); import ddpm_fast; sys.path.append(sys.path.pop(0))"
+    package = f"import sys; sys.path.insert(0, {HOME!r}); import ddpm_fast"
+    last = "sys.path.append(sys.path.pop(0))"
     start = f"import runpy; runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
-    return [sys.executable, "-c", f"{package}; {start}"]
+    return [sys.executable, "-c", f"{package}; {last}; {start}"]
 
 
 def worker_environment(variables: Mapping[str, str] | None = None) -> dict[str, str]:
-    """This process's environment with `variables`. From Python 3.11 on, no module is imported from the current folder."""
+    """This process's environment with `variables`. From Python 3.11 on, no module is imported from
+    the current folder.
+    """
     return {**os.environ, "PYTHONSAFEPATH": "1", **(variables or {})}
 
 
 class JsonWorker:
-    """A Python process that receives requests as lines of JSON on stdin and sends messages as lines of JSON on stdout.
+    """A Python process that receives requests as lines of JSON on stdin and sends messages as lines
+    of JSON on stdout.
 
-    Every message is an object; lines of stdout that do not begin with "{" are dropped. A worker serves one request or many: it
-    should end when its stdin is closed. Leaving the `with` block kills a worker that still runs.
+    Every message is an object; lines of stdout that do not begin with "{" are dropped. A worker
+    serves one request or many: it should end when its stdin is closed. Leaving the `with` block
+    kills a worker that still runs.
 
     Args:
         module: The module that the worker runs as `__main__`.
@@ -139,14 +147,18 @@ class JsonWorker:
         return self.receive(timeout)
 
     def wait(self, timeout: float | None = None) -> int:
-        """Waits until the worker ends and returns its exit code. Raises WorkerTimeout if it does not end in time."""
+        """Waits until the worker ends and returns its exit code. Raises WorkerTimeout if it does
+        not end in time.
+        """
         try:
             return self._process.wait(timeout)
         except subprocess.TimeoutExpired:
             raise WorkerTimeout(f"the process did not end within {timeout:g} s") from None
 
     def close(self, timeout: float = 10.0) -> int:
-        """Closes the worker's stdin, waits `timeout` seconds for its end, then kills it. Returns the exit code."""
+        """Closes the worker's stdin, waits `timeout` seconds for its end, then kills it. Returns
+        the exit code.
+        """
         self.finish()
         with suppress(WorkerTimeout):
             self.wait(timeout)
@@ -188,8 +200,8 @@ class JsonWorker:
 def json_stdio() -> tuple[Iterator[Message], Callable[[Mapping[str, Any]], None]]:
     """The worker's side: the requests of its parent, and the function that sends a message.
 
-    From here on stdout goes to stderr, so what libraries print is not taken for a message. Processes that the worker starts do
-    not inherit the messages' pipe.
+    From here on stdout goes to stderr, so what libraries print is not taken for a message.
+    Processes that the worker starts do not inherit the messages' pipe.
     """
     sys.stdout.flush()
     messages = os.fdopen(os.dup(1), "w")

@@ -1,4 +1,6 @@
-"""Tools around Triton's compiler: recording launches, and compiling them for a GPU that is not here."""
+"""Tools around Triton's compiler: recording launches, and compiling them for a GPU that is not
+here.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ class RecordedLaunch:
 
 @contextmanager
 def record_launches() -> Iterator[list[RecordedLaunch]]:
-    """Context that records Triton launches instead of running them. Launchers need no GPU then: meta tensors do."""
+    """Context that records Triton launches instead of running them. Launchers need no GPU then:
+    meta tensors do.
+    """
     from triton.runtime.jit import JITFunction
 
     launches: list[RecordedLaunch] = []
@@ -71,7 +75,7 @@ class Compiled:
     shared: int  # bytes
     ptx: str
     sass: list[str]  # instructions in order, without the idle loop after EXIT
-    step: int  # instructions of the shortest loop around a matrix product; 0: there is none, it is unrolled
+    step: int  # instructions of the shortest loop around a matrix product; 0: it is unrolled
 
     def count(self, opcode: str) -> int:
         return sum(line.startswith(opcode) for line in self.sass)
@@ -89,7 +93,9 @@ _POINTERS = {
 
 
 def compile_launch(launch: RecordedLaunch, sm: int) -> Compiled:
-    """Compiles a recorded launch for compute capability `sm` (80, 90, 100) as Triton would at run time. Needs no GPU."""
+    """Compiles a recorded launch for compute capability `sm` (80, 90, 100) as Triton would at run
+    time. Needs no GPU.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -103,7 +109,10 @@ def compile_launch(launch: RecordedLaunch, sm: int) -> Compiled:
         if parameter.is_constexpr or (type(value) is int and value == 1 and specialised):
             signature[name], constants[name] = "constexpr", value
         elif isinstance(value, Tensor):
-            signature[name], aligned = _POINTERS[value.dtype], value.storage_offset() * value.element_size() % 16 == 0
+            signature[name], aligned = (
+                _POINTERS[value.dtype],
+                value.storage_offset() * value.element_size() % 16 == 0,
+            )
             attributes |= {(i,): [["tt.divisibility", 16]]} if aligned else {}
         elif isinstance(value, int):
             signature[name] = "i32" if abs(value) < 2**31 else "i64"
@@ -115,18 +124,29 @@ def compile_launch(launch: RecordedLaunch, sm: int) -> Compiled:
             signature[name] = f"tensordesc<{_POINTERS[value.base.dtype][1:]}[{shape}]>"
     source = ASTSource(launch.kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=launch.options)
-    usage, listing = _cuobjdump(compiled.asm["cubin"], "-res-usage"), _cuobjdump(compiled.asm["cubin"], "-sass")
+    usage, listing = (
+        _cuobjdump(compiled.asm["cubin"], "-res-usage"),
+        _cuobjdump(compiled.asm["cubin"], "-sass"),
+    )
     registers = re.search(r"REG:(\d+)", usage)
     assert registers, usage
     numbered = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][^;]*);", listing, re.MULTILINE)
     numbered = numbered[: len(numbered) - next((i for i, line in enumerate(reversed(numbered)) if line[2].startswith("EXIT")), 0)]
     sass = [line for _, _, line in numbered]
     spills = sum(line.startswith(("LDL", "STL")) for line in sass)
-    return Compiled(int(registers[1]), spills, compiled.metadata.shared, compiled.asm["ptx"], sass, _shortest_loop(numbered))
+    return Compiled(
+        int(registers[1]),
+        spills,
+        compiled.metadata.shared,
+        compiled.asm["ptx"],
+        sass,
+        _shortest_loop(numbered),
+    )
 
 
 def _shortest_loop(numbered: list[tuple[str, str, str]]) -> int:
-    """Instructions of the shortest loop around a matrix product; an epilogue that is jumped over does not count.
+    """Instructions of the shortest loop around a matrix product; an epilogue that is jumped over
+    does not count.
 
     numbered: (address, predicate, instruction)
     """

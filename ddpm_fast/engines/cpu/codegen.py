@@ -1,7 +1,9 @@
-"""Machine code for this CPU, written down as loops over vectors: a thin layer over LLVM's builder, and the cache of what it made.
+"""Machine code for this CPU, written down as loops over vectors: a thin layer over LLVM's builder,
+and the cache of what it made.
 
-llvmlite carries LLVM as a wheel, so no compiler need be installed. A `Function` is filled by ordinary Python: numbers are `Value`s
-with operators, `loop` and `when` are `with` blocks. Addresses are integers, in bytes; indices count 4-byte elements.
+llvmlite carries LLVM as a wheel, so no compiler need be installed. A `Function` is filled by
+ordinary Python: numbers are `Value`s with operators, `loop` and `when` are `with` blocks. Addresses
+are integers, in bytes; indices count 4-byte elements.
 """
 
 from __future__ import annotations
@@ -96,7 +98,9 @@ class Value:
         return self._binary(o, None, "ashr")
 
     def is_(self, comparison: str, o: Any) -> Value:
-        """A truth value: "==", "!=", "<", "<=", ">", ">="; integers are signed, NaN compares as false."""
+        """A truth value: "==", "!=", "<", "<=", ">", ">="; integers are signed, NaN compares as
+        false.
+        """
         compare = self.b.fcmp_ordered if self.floating else self.b.icmp_signed
         return Value(self.b, compare(comparison, self.v, self.lift(o)))
 
@@ -264,9 +268,11 @@ def vector_width() -> int:
 
 
 def compile_cached(build: Callable[[], str], sources: Sequence[str]) -> tuple[Any, bool]:
-    """(engine that holds the functions, whether the code comes from the cache): `build` writes the module, if it must be written.
+    """(engine that holds the functions, whether the code comes from the cache): `build` writes the
+    module, if it must be written.
 
-    The object code is cached under (CPU, package and LLVM versions, `sources`), with its checksum; a damaged file is compiled again.
+    The object code is cached under (CPU, package and LLVM versions, `sources`), with its checksum;
+    a damaged file is compiled again.
     """
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()

@@ -1,7 +1,7 @@
 """CPU engine: the function of an fp32 `UNet` and a solver's steps, one image per core at a time.
 
-It runs machine code that LLVM compiles on this machine (`runtime`) and needs llvmlite (`pip install ddpm-fast[cpu]`). It is
-batch-invariant: no reduction depends on the number of images or of threads.
+It runs machine code that LLVM compiles on this machine (`runtime`) and needs llvmlite (`pip install
+ddpm-fast[cpu]`). It is batch-invariant: no reduction depends on the number of images or of threads.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class CPUEngine:
         threads: Number of cores; default: as many as PyTorch uses.
 
     Raises:
-        ValueError: The weights are not fp32 on the CPU, the network does not take the shape, llvmlite is missing, or LLVM does not
-            support this machine.
+        ValueError: The weights are not fp32 on the CPU, the network does not take the shape,
+            llvmlite is missing, or LLVM does not support this machine.
     """
 
     name = "cpu"
@@ -55,7 +55,9 @@ class CPUEngine:
 
     @property
     def memory(self) -> int:
-        """Bytes of packed weights, time table and the threads' feature maps; independent of the batch size."""
+        """Bytes of packed weights, time table and the threads' feature maps; independent of the
+        batch size.
+        """
         return self._executor.memory
 
     @torch.no_grad()
@@ -93,7 +95,8 @@ class CPUEngine:
         """See `Engine.steps`; yields after every step.
 
         Raises:
-            ValueError: The state has another shape, or the table does not fit the network. Raised before the first step.
+            ValueError: The state has another shape, or the table does not fit the network. Raised
+                before the first step.
         """
         c, out = self.shape[0], self.config.out_channels
         shape = ", ".join(map(str, self.shape))

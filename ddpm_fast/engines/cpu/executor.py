@@ -1,4 +1,6 @@
-"""Execution of a native program for the images of a batch: one image per core, the last ones by all cores together."""
+"""Execution of a native program for the images of a batch: one image per core, the last ones by all
+cores together.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,8 @@ class NativeExecutor:
         self._work, self._engine, self.from_cache = compile_kernels()
         self.program = UNetProgram(unet, shape, vector_width())
         self.times = TimeTable(unet, *self.program.projection, timesteps)
-        # one a thread, and one for images that they share, which may begin while a thread still has one of its own
+        # one a thread, and one for images that they share, which may begin while a thread still has
+        # one of its own
         self._memory = [_aligned_zeros(self.program.size) for _ in range(threads + (threads > 1))]
         self._programs = [self.program.rows(m) for m in self._memory]
         self._job = np.zeros(JOB.index("claims") + threads, dtype=np.int64)
@@ -57,7 +60,8 @@ class NativeExecutor:
         return self.program.weight_bytes + self.times.nbytes + sum(m.nbytes for m in self._memory)
 
     def _begin_threads(self) -> None:
-        # a thread waits for parts that others have claimed, so one that Ctrl-C does not reach begins them all, batch after batch
+        # a thread waits for parts that others have claimed, so one that Ctrl-C does not reach
+        # begins them all, batch after batch
         self._lead, self._helpers = (ThreadPoolExecutor(max(1, n), "ddpm-fast") for n in (1, self.threads - 1))
         for pool in (self._lead, self._helpers):
             weakref.finalize(self, pool.shutdown, wait=False)
@@ -97,9 +101,11 @@ class NativeExecutor:
             yield i + 1
 
     def _run(self, items: NDArray[np.int64], *used: Any) -> None:
-        """All images: whole rounds one per thread; what is left over by all threads together, unless that is nearly a round.
+        """All images: whole rounds one per thread; what is left over by all threads together,
+        unless that is nearly a round.
 
-        used: what the items point into; it lives as long as they are computed, even if the caller is interrupted.
+        used: what the items point into; it lives as long as they are computed, even if the caller
+        is interrupted.
         """
         lead = self._lead.submit(self._parts, items, used)
         try:
@@ -120,7 +126,14 @@ class NativeExecutor:
 
     def _part(self, thread: int, threads: int) -> None:
         alone, shared = self._programs[thread], self._programs[-1]
-        self._work(self._job.ctypes.data, alone.ctypes.data, shared.ctypes.data, len(alone), thread, threads)
+        self._work(
+            self._job.ctypes.data,
+            alone.ctypes.data,
+            shared.ctypes.data,
+            len(alone),
+            thread,
+            threads,
+        )
 
 
 def _items(count: int) -> NDArray[np.int64]:

@@ -1,27 +1,24 @@
 """Lowering of a `UNet` to a program for one image.
 
-Exact algebra, as in `fused.model`: the time embedding's projections are rows of a table, single-head attention is folded, and
-3x3 convolutions of stride 1 take Winograd's F(2x2, 3x3) where the map is large enough to pay for its transforms.
+Exact algebra, as in `fused.model`: the time embedding's projections are rows of a table,
+single-head attention is folded, and 3x3 convolutions of stride 1 take Winograd's F(2x2, 3x3) where
+the map is large enough to pay for its transforms.
 """
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels.attention import fold
 from ...models.unet import Attention, Level, ResBlock, UNet, Upsample
-from .program import Map, Place, Program, Segment
-
-FEWEST_TILES = 16  # of 2x2 pixels, below which Winograd's larger weights cost more to read than its products save
-TRANSFORMED = 4 * 2**20  # bytes that transformed tiles may take at once: they should stay in the cache
-_G = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], dtype=torch.float64)
+from .layers import LayerProgram
+from .program import Map, Place, Segment
 
 
-class UNetProgram(Program):
+class UNetProgram(LayerProgram):
     """The program of a forward pass of a `UNet`.
 
     Args:
@@ -51,7 +48,9 @@ class UNetProgram(Program):
         self.time_column = {}  # the network itself is no longer needed
 
     def _project(self, blocks: list[ResBlock]) -> tuple[Tensor, Tensor]:
-        """(weight [time_row_length, time_dim], bias): from SiLU(embedding) to what the residual blocks add, padded as they read it."""
+        """(weight [time_row_length, time_dim], bias): from SiLU(embedding) to what the residual
+        blocks add, padded as they read it.
+        """
         weights, biases = [], []
         for m in blocks:
             projected, c = m.time_emb_proj.bias.detach(), m.conv1.out_channels
@@ -83,7 +82,13 @@ class UNetProgram(Program):
         channels, height, width = shape
         x = self.map(height, width, channels, bordered=True, channels=channels)
         where = dict(channels=channels, width=width, out=x.inside, out_y=x.row)
-        self.emit("place", x=state["x"], elements=channels * height * width, center=int(unet.config.center_input), **where)
+        self.emit(
+            "place",
+            x=state["x"],
+            elements=channels * height * width,
+            center=int(unet.config.center_input),
+            **where,
+        )
         return x
 
     def _end(self, unet: UNet, channels: int, state: dict[str, Place], y: Map) -> None:
@@ -148,115 +153,6 @@ class UNetProgram(Program):
             self.give(source)
         return out
 
-    # ---- norms and moving pixels
-
-    def norm(self, sources: list[Map], m: nn.GroupNorm, silu: bool, bordered: bool = True, time_row: Place | None = None) -> Map:
-        """time_row: scale and shift after the norm."""
-        s, a = self._scratch, sources[0]
-        b = sources[1] if len(sources) > 1 else Map(a.at, a.height, a.width, 0, 0)
-        real, channels, blocks = a.real + b.real, a.channels + b.channels, [n.real for n in sources]
-        per_group = real // m.num_groups
-        group = torch.full((channels,), m.num_groups)
-        group[: a.real] = torch.arange(a.real) // per_group
-        group[a.channels : a.channels + b.real] = torch.arange(a.real, real) // per_group
-        two = dict(x=a.at, x_channels=a.channels, y=b.at, y_channels=b.channels)
-        groups: dict[str, Any] = dict(channels=channels, group=self.keep(group), groups=m.num_groups, totals=s["totals"])
-        groups |= dict(means=s["means"], count=1 / (a.pixels * per_group))
-        self.emit("channel_sums", **two, pixels=a.pixels, means=0, sums=s["sums"])
-        self.emit("group_means", sums=s["sums"], **groups)
-        self.emit("channel_sums", **two, pixels=a.pixels, means=s["means"], sums=s["deviations"])
-        affine = dict(gamma=self.vector_of(m.weight, blocks), beta=self.vector_of(m.bias, blocks), eps=float(m.eps))
-        factors = dict(factors=s["factors"], offsets=s["offsets"])
-        self.emit("norm_factors", sums=s["deviations"], time_row=0 if time_row is None else time_row, **groups, **affine, **factors)
-        out = self.map(a.height, a.width, real, bordered, channels)
-        where = dict(height=a.height, width=a.width, out=out.inside, out_y=out.row, out_x=channels)
-        self.emit("normalise", **two, **factors, silu=int(silu), **where)
-        return out
-
-    def move(self, x: Map, resample: str | None, bordered: bool = False) -> Map:
-        """x copied, "up" (each pixel as 2x2) or "down" (means of 2x2)."""
-        repeat, divide = 1 + (resample == "up"), 1 + (resample == "down")
-        height, width = x.height * repeat // divide, x.width * repeat // divide
-        out = self.map(height, width, x.real, bordered, x.channels)
-        where = dict(height=height, width=width, out=out.inside, out_y=out.row, out_x=out.channels)
-        self.emit("resample", x=x.at, channels=x.channels, divide=divide, repeat=repeat, **where)
-        return out
-
-    # ---- convolutions
-
-    def convolve(
-        self,
-        x: Map,
-        m: nn.Conv2d,
-        time_row: Place | None = None,
-        residual: Map | None = None,
-        scale: float = 1.0,
-        blocks: list[int] | None = None,
-    ) -> Map:
-        """scale (conv(x) + residual), 3x3, of a bordered map, which is free afterwards.
-
-        time_row: added instead of the bias, which it contains; blocks: the channels of x are concatenated from.
-        """
-        stride, blocks = m.stride[0], blocks or [x.real]
-        weight = m.weight.detach().double() * scale  # [K, C, 3, 3]
-        if x.channels != x.real:
-            weight = self.pad(weight, blocks, 1)
-        out = self.map(x.height // stride, x.width // stride, m.out_channels)
-        behind: dict[str, Any] = dict(bias=self.vector_of(cast(Tensor, m.bias) * scale) if time_row is None else time_row)
-        behind |= dict(residual=residual.at if residual else 0, residual_scale=float(scale))
-        even = x.height % 2 == x.width % 2 == 0 and x.channels % self.vector == 0
-        if stride == 1 and even and x.pixels >= 4 * FEWEST_TILES:
-            self._winograd(x, weight, out, behind)
-        else:
-            self._direct(x, weight, out, behind, stride, 1 - int(m.padding[0]))
-        self.give(x)
-        return out
-
-    def _direct(self, x: Map, weight: Tensor, out: Map, behind: dict[str, Any], stride: int, first: int) -> None:
-        """Nine products summed in registers. first: 1 where the window begins inside the border, for want of padding."""
-        starts = [x.at + (i + first) * x.row + (j + first) * x.channels for i in range(3) for j in range(3)]
-        segments = [Segment(at, x.channels, stride * x.row, stride * x.channels) for at in starts]
-        where = dict(height=out.height, width=out.width, out_y=out.row, out_x=out.channels)
-        u = self.pack(weight.permute(0, 2, 3, 1).flatten(1))
-        self.product(segments, u, out.at, out.channels // self.vector, **where, **behind)
-
-    def _winograd(self, x: Map, weight: Tensor, out: Map, behind: dict[str, Any]) -> None:
-        """2x2 outputs from 4x4 inputs by 16 products instead of 36 (Winograd 1980; Lavin & Gray 2016)."""
-        transformed = torch.kron(_G, _G) @ weight.permute(2, 3, 0, 1).reshape(9, -1)  # [16, K C]
-        u = self.pack(transformed.view(16, *weight.shape[:2]))
-        tiles_x, tile_rows = x.width // 2, x.height // 2
-        rows = max(1, min(tile_rows, TRANSFORMED // (64 * (x.channels + out.channels) * tiles_x)))
-        sizes = [16 * rows * tiles_x * c for c in (x.channels, out.channels)]
-        v, m = (self.take(size, "tiles") for size in sizes)
-        for first in range(0, tile_rows, rows):
-            tiles = min(rows, tile_rows - first) * tiles_x
-            where = dict(tiles_x=tiles_x, first=first * tiles_x, tiles=tiles)
-            self.emit("winograd_in", x=x.at, width=x.width + 2, channels=x.channels, v=v, **where)
-            batch = dict(batch=16, a_batch=tiles * x.channels, u_batch=u[0].numel(), out_batch=tiles * out.channels)
-            segment = Segment(v, x.channels, 0, x.channels)
-            self.product([segment], u, m, out.channels // self.vector, width=tiles, out_x=out.channels, **batch)
-            self.emit("winograd_out", m=m, channels=out.channels, out=out.at, width=out.width, **where, **behind)
-        for place, size in zip((v, m), sizes, strict=True):
-            self.give_back(place, size, "tiles")
-
-    def pointwise(self, sources: list[Map], m: nn.Conv2d) -> Map:
-        """A 1x1 convolution of the sources' channels, one behind the other."""
-        out = self.map(sources[0].height, sources[0].width, m.out_channels)
-        u = self.pack(self.pad(m.weight.detach().double().flatten(1), [s.real for s in sources], 1))
-        segments = [Segment(s.at, s.channels, 0, s.channels) for s in sources]
-        where = dict(width=out.pixels, out_x=out.channels, bias=self.vector_of(cast(Tensor, m.bias)))
-        self.product(segments, u, out.at, out.channels // self.vector, **where)
-        return out
-
-    def linear(self, x: Map, weight: Tensor, bias: Tensor, residual: Map | None = None, scale: float = 1.0) -> Map:
-        """weight x + bias + scale residual for every pixel."""
-        out = self.map(x.height, x.width, len(weight))
-        u = self.pack(F.pad(weight.double(), (0, x.channels - weight.shape[1])))
-        behind = dict(bias=self.vector_of(bias), residual=residual.at if residual else 0, residual_scale=scale)
-        segment = Segment(x.at, x.channels, 0, x.channels)
-        self.product([segment], u, out.at, out.channels // self.vector, width=x.pixels, out_x=out.channels, **behind)
-        return out
-
     # ---- attention
 
     def attention(self, m: Attention, x: Map) -> Map:
@@ -268,7 +164,9 @@ class UNetProgram(Program):
         return out
 
     def _folded(self, m: Attention, n: Map) -> tuple[Map, tuple[Tensor, Tensor]]:
-        """One head: keys and values are n itself (`kernels.attention.fold`). Returns what was mixed, and its projection."""
+        """One head: keys and values are n itself (`kernels.attention.fold`). Returns what was
+        mixed, and its projection.
+        """
         layers = (m.to_q, m.to_k, m.to_v, cast(nn.Linear, m.to_out[0]))
         (weight, bias), out = fold(*((layer.weight.detach(), layer.bias.detach()) for layer in layers))
         q = self.linear(n, weight * n.real**-0.5, bias * n.real**-0.5)
@@ -284,23 +182,63 @@ class UNetProgram(Program):
         weight = torch.cat([self.pad(layer.weight.detach().double() * by, each, 0) for layer, by in scaled])
         bias = torch.cat([self.pad(layer.bias.detach().double() * by, each, 0) for layer, by in scaled])
         qkv, columns = self.linear(n, weight, bias), m.heads * inner
-        mixed = self._mix(qkv.at, qkv.at + columns, qkv.at + 2 * columns, qkv.channels, qkv.channels, m.heads, inner, n)
+        mixed = self._mix(
+            qkv.at,
+            qkv.at + columns,
+            qkv.at + 2 * columns,
+            qkv.channels,
+            qkv.channels,
+            m.heads,
+            inner,
+            n,
+        )
         self.give(qkv)
         last = cast(nn.Linear, m.to_out[0])
-        return mixed, (self.pad(last.weight.detach().double(), each, 1), last.bias.detach().double())
+        return mixed, (
+            self.pad(last.weight.detach().double(), each, 1),
+            last.bias.detach().double(),
+        )
 
-    def _mix(self, q: Place, k: Place, v: Place, q_stride: int, stride: int, heads: int, inner: int, x: Map) -> Map:
-        """softmax(q k^T) v of each head over the pixels of x, q scaled already: [pixel][head][inner]."""
+    def _mix(
+        self,
+        q: Place,
+        k: Place,
+        v: Place,
+        q_stride: int,
+        stride: int,
+        heads: int,
+        inner: int,
+        x: Map,
+    ) -> Map:
+        """softmax(q k^T) v of each head over the pixels of x, q scaled already:
+        [pixel][head][inner].
+        """
         pixels, padded, block = x.pixels, self.padded(x.pixels), 2 * self.vector
         of_keys = -(-pixels // block) * inner * block
         keys, scores = self.take(heads * of_keys), self.take(heads * pixels * padded)
-        self.emit("transpose", x=k, stride=stride, heads=heads, head=inner, pixels=pixels, channels=inner, out=keys)
+        self.emit(
+            "transpose",
+            x=k,
+            stride=stride,
+            heads=heads,
+            head=inner,
+            pixels=pixels,
+            channels=inner,
+            out=keys,
+        )
         batch = dict(batch=heads, a_batch=inner, u_batch=of_keys, out_batch=pixels * padded)
         segment = Segment(q, inner, 0, q_stride)
         self.product([segment], keys, scores, padded // self.vector, width=pixels, out_x=padded, **batch)
         self.emit("softmax", x=scores, rows=heads * pixels, stride=padded, count=pixels)
         out = self.map(x.height, x.width, heads * inner)
-        batch = dict(batch=heads, a_batch=pixels * padded, u_batch=inner, out_batch=inner, u_block=block, u_row=stride)
+        batch = dict(
+            batch=heads,
+            a_batch=pixels * padded,
+            u_batch=inner,
+            out_batch=inner,
+            u_block=block,
+            u_row=stride,
+        )
         segment = Segment(scores, pixels, 0, padded)
         self.product([segment], v, out.at, inner // self.vector, width=pixels, out_x=out.channels, **batch)
         self.give_back(keys, heads * of_keys)

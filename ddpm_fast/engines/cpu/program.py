@@ -1,4 +1,6 @@
-"""A program under construction: its instructions, the memory they work in, and the weights as they read them."""
+"""A program under construction: its instructions, the memory they work in, and the weights as they
+read them.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ class Place:
 
 @dataclass(frozen=True)
 class Segment:
-    """What a product sums over: `channels` floats at `at` + y stride_y + x stride_x, for every output pixel (y, x)."""
+    """What a product sums over: `channels` floats at `at` + y stride_y + x stride_x, for every
+    output pixel (y, x).
+    """
 
     at: Place
     channels: int
@@ -74,7 +78,9 @@ class Map:
 
     @property
     def kind(self) -> tuple[int, ...]:
-        """Maps of one kind may take each other's memory: borders stay zero, since no instruction writes there."""
+        """Maps of one kind may take each other's memory: borders stay zero, since no instruction
+        writes there.
+        """
         floats = (self.height + 2 * self.bordered) * self.row
         return (floats, self.height, self.width, self.channels) if self.bordered else (floats,)
 
@@ -161,11 +167,19 @@ class Program:
         self.instructions.append([NUMBERS[name], *(arguments[n] for n in names)])
 
     def product(self, segments: list[Segment], u: Tensor | Place, out: Place, vectors: int, **arguments: Any) -> None:
-        """`instructions.gemm`, its second operand packed and its output one row of pixels unless the arguments say otherwise."""
+        """`instructions.gemm`, its second operand packed and its output one row of pixels unless
+        the arguments say otherwise.
+        """
         table = Segments(len(self.segments))
         self.segments += segments
         block = 2 * self.vector
-        whole: dict[str, Any] = dict(batch=1, a_batch=0, u_batch=0, u_block=sum(s.channels for s in segments) * block, u_row=block)
+        whole: dict[str, Any] = dict(
+            batch=1,
+            a_batch=0,
+            u_batch=0,
+            u_block=sum(s.channels for s in segments) * block,
+            u_row=block,
+        )
         whole |= dict(bias=0, residual=0, residual_scale=1.0, out_batch=0, out_y=0, height=1)
         of_product = dict(segments=table, segment_count=len(segments), u=u, out=out, vectors=vectors)
         self.emit("gemm", **{**whole, **arguments, **of_product})
@@ -178,7 +192,9 @@ class Program:
         self.size += 4 * LINE  # the last vector may be stored whole
 
     def rows(self, memory: NDArray[np.uint8]) -> NDArray[np.int64]:
-        """The program for a worker whose memory, `size` bytes of zeros, this is; its table of segments is written there."""
+        """The program for a worker whose memory, `size` bytes of zeros, this is; its table of
+        segments is written there.
+        """
         base = memory.ctypes.data
         table = [(base + s.at.offset, s.channels, s.stride_y, s.stride_x) for s in self.segments]
         flat = np.array(table, dtype=np.int64).reshape(-1)

@@ -1,9 +1,11 @@
-"""Calibration of e4m3 convolutions: activation ranges of one network, and the layers that stay in bf16 (`calibration.json`).
+"""Calibration of e4m3 convolutions: activation ranges of one network, and the layers that stay in
+bf16 (`calibration.json`).
 
-An e4m3 number has 3 bits after its leading one and lies between 2^-9 and 448, so the value of a stored 1 (a unit) must be chosen
-beforehand for every layer. `ddpm-fast calibrate` records the activations of real sampling runs (`calibrate.calibrate`): the
-largest of each layer, and the error of that layer's product in e4m3. They depend on the weights, so the file lies in the weights'
-folder and contains their digest.
+An e4m3 number has 3 bits after its leading one and lies between 2^-9 and 448, so the value of a
+stored 1 (a unit) must be chosen beforehand for every layer. `ddpm-fast calibrate` records the
+activations of real sampling runs (`calibrate.calibrate`): the largest of each layer, and the error
+of that layer's product in e4m3. They depend on the weights, so the file lies in the weights' folder
+and contains their digest.
 """
 
 from __future__ import annotations
@@ -25,12 +27,14 @@ from ...utils.validation import is_number
 
 FILE = "calibration.json"
 FORMAT = 1
-# A unit is chosen so that the largest activation that was seen, and a quarter more, just fits. It costs next to nothing: e4m3 is
-# as precise for large numbers as for small ones, until they fall below 2^-6 units.
+# A unit is chosen so that the largest activation that was seen, and a quarter more, just fits. It
+# costs next to nothing: e4m3 is as precise for large numbers as for small ones, until they fall
+# below 2^-6 units.
 MARGIN = 1.25
-# Rounding both operands of a product to 3 bits leaves it off by 0.0375 if its terms are independent, whatever the layer. What is a
-# third above that, and twice what the layers of this network typically lose, loses to something else: a range too wide for one
-# unit, or sums that cancel.
+# Rounding both operands of a product to 3 bits leaves it off by 0.0375 if its terms are
+# independent, whatever the layer. What is a third above that, and twice what the layers of this
+# network typically lose, loses to something else: a range too wide for one unit, or sums that
+# cancel.
 FLOOR = 0.05
 TIMES_MEDIAN = 2.0
 
@@ -65,10 +69,20 @@ class Calibration:
     layers: Mapping[str, Layer]
 
     @classmethod
-    def of(cls, unet: UNet, made: Mapping[str, Any], amax: Mapping[str, float], error: Mapping[str, float]) -> Calibration:
-        """From the measured ranges and errors; `allowed_error` decides which layers stay in bf16."""
+    def of(
+        cls,
+        unet: UNet,
+        made: Mapping[str, Any],
+        amax: Mapping[str, float],
+        error: Mapping[str, float],
+    ) -> Calibration:
+        """From measured ranges and errors; `allowed_error` decides which layers stay in bf16."""
         limit = allowed_error(error)
-        return cls(digest_of(unet), made, {name: Layer(amax[name], error[name], not error[name] <= limit) for name in amax})
+        return cls(
+            digest_of(unet),
+            made,
+            {name: Layer(amax[name], error[name], not error[name] <= limit) for name in amax},
+        )
 
     @property
     def units(self) -> dict[str, float]:
@@ -86,12 +100,15 @@ class Calibration:
         return allowed_error({name: layer.error for name, layer in self.layers.items()})
 
     def expect(self, unet: UNet, source: str = "the calibration") -> None:
-        """Raises ValueError if it belongs to other weights. The weights of a network on the meta device are not compared."""
+        """Raises ValueError if it belongs to other weights. The weights of a network on the meta
+        device are not compared.
+        """
         if set(self.layers) != set(e4m3_convolutions(unet)):
             raise ValueError(f"{source} is of another network: its layers differ; {_AGAIN}")
         if not unet.conv_in.weight.is_meta and digest_of(unet) != self.weights:
             raise ValueError(
-                f"{source} is of other weights ({self.weights[:12]}...; these are {digest_of(unet)[:12]}...), "
+                f"{source} is of other weights ({self.weights[:12]}...; these are "
+                f"{digest_of(unet)[:12]}...), "
                 f"with which e4m3 would saturate or be coarse; {_AGAIN}"
             )
 
@@ -100,7 +117,7 @@ class Calibration:
 
     @classmethod
     def from_json(cls, content: bytes, source: str) -> Calibration:
-        """Reads what `to_json` writes. Raises ValueError, which names `source`, for other content."""
+        """Reads what `to_json` writes. For other content raises ValueError, naming `source`."""
         try:
             fields = json.loads(content)
             if not isinstance(fields, dict) or fields.get("format") != FORMAT:
@@ -122,10 +139,12 @@ _AGAIN = "make it again by ddpm-fast calibrate, or remove it"
 
 
 def load_calibration(directory: str | Path, unet: UNet) -> Calibration | None:
-    """Returns the calibration in a checkpoint's folder, or None if there is none. Only fp8 reads it.
+    """Returns the calibration in a checkpoint's folder, or None if there is none. Only fp8 reads
+    it.
 
     Raises:
-        ValueError: The file is damaged or belongs to other weights. It is not ignored, since the images would differ.
+        ValueError: The file is damaged or belongs to other weights. It is not ignored, since the
+            images would differ.
     """
     path = Path(directory) / FILE
     if not path.is_file():
@@ -136,19 +155,23 @@ def load_calibration(directory: str | Path, unet: UNet) -> Calibration | None:
 
 
 def unit_of(amax: float) -> float:
-    """The value of a stored 1 for which `MARGIN` times amax is stored as the largest e4m3; 1 for a layer that is never used."""
+    """The value of a stored 1 for which `MARGIN` times amax is stored as the largest e4m3; 1 for a
+    layer that is never used.
+    """
     return MARGIN * amax / E4M3_MAX or 1.0
 
 
 def allowed_error(errors: Mapping[str, float]) -> float:
-    """The largest error in e4m3 that a layer may have: twice the median of the layers, at least `FLOOR`. NaN counts as large."""
+    """The largest error in e4m3 that a layer may have: twice the median of the layers, at least
+    `FLOOR`. NaN counts as large.
+    """
     finite = [e for e in errors.values() if e == e]
     return max(FLOOR, TIMES_MEDIAN * statistics.median(finite)) if finite else FLOOR
 
 
 def e4m3_convolutions(unet: UNet) -> dict[str, nn.Conv2d]:
-    """The 3x3 convolutions that can take e4m3: those of residual blocks without resampling before them, with a multiple of 32
-    input channels, which is the K of one tensor-core instruction.
+    """The 3x3 convolutions that can take e4m3: those of residual blocks without resampling before
+    them, with a multiple of 32 input channels, which is the K of one tensor-core instruction.
     """
     convolutions: dict[str, nn.Conv2d] = {}
     for name, block in unet.named_modules():
@@ -159,7 +182,9 @@ def e4m3_convolutions(unet: UNet) -> dict[str, nn.Conv2d]:
 
 
 def digest_of(unet: UNet) -> str:
-    """SHA-256 of names, shapes and fp32 values of all parameters, independent of how they are stored."""
+    """SHA-256 of names, shapes and fp32 values of all parameters, independent of how they are
+    stored.
+    """
     digest = hashlib.sha256()
     for name, value in sorted(unet.state_dict().items()):
         digest.update(f"{name} {tuple(value.shape)}\n".encode())

@@ -1,19 +1,22 @@
-"""Comparison of each launch of a plan with its fallback: the criterion, and the worker process that applies it.
+"""Comparison of each launch of a plan with its fallback: the criterion, and the worker process that
+applies it.
 
-An illegal access poisons the process that made it, and a deadlock never returns. So this runs in a worker process, which
-`verification` starts: it checks launch by launch and reports before each which one runs next.
+An illegal access poisons the process that made it, and a deadlock never returns. So this runs in a
+worker process, which `verification` starts: it checks launch by launch and reports before each
+which one runs next.
 
-The criterion, on the first, the middle and the last image of a batch, with the output full of NaN before:
+The criterion, on the first, the middle and the last image of a batch, with the output full of NaN
+before:
 
-- relative L2 error at most twice that of the same operation by plain PyTorch in the launch's own precision
-  (or one unit in the last place)
-- no pixel that is off by more than twice what plain PyTorch's worst pixel is, and one unit in the last place of the output's
-  largest value: a GPU's exp and rsqrt are off by as much
+- relative L2 error at most twice that of the same operation by plain PyTorch in the launch's own
+  precision (or one unit in the last place)
+- no pixel that is off by more than twice what plain PyTorch's worst pixel is, and one unit in the
+  last place of the output's largest value: a GPU's exp and rsqrt are off by as much
 - a border of exact zeros, and the same bits in a second run
 - where it keeps statistics: those of what it stored, to `STATISTICS`
 
-The truth is the fallback in fp32, or fp64 where the plan is fp32. Then the whole forward pass is compared with the reference
-network.
+The truth is the fallback in fp32, or fp64 where the plan is fp32. Then the whole forward pass is
+compared with the reference network.
 """
 
 from __future__ import annotations
@@ -70,7 +73,9 @@ class CheckResult:
 
 
 def compare(kernel: FeatureMap, exact: FeatureMap, plain: FeatureMap) -> CheckResult:
-    """Applies the criterion to three maps of the same images; exact in fp32 or fp64, plain in the kernel's type."""
+    """Applies the criterion to three maps of the same images; exact in fp32 or fp64, plain in the
+    kernel's type.
+    """
     ulp = torch.finfo(kernel.rows.dtype).eps
     if not bool((kernel.border.double() == 0).all()):
         return CheckResult("the border is not zero")
@@ -79,7 +84,10 @@ def compare(kernel: FeatureMap, exact: FeatureMap, plain: FeatureMap) -> CheckRe
     for fm in (kernel, plain):
         off = fm.pixels.double() - truth
         errors.append(
-            (float(off.norm() / truth.norm().clamp(min=1e-30)), float(off.abs().max() / truth.abs().max().clamp(min=1e-30)))
+            (
+                float(off.norm() / truth.norm().clamp(min=1e-30)),
+                float(off.abs().max() / truth.abs().max().clamp(min=1e-30)),
+            )
         )
     (error, pixel), (plain_error, plain_pixel) = errors
     allowed, pixel_allowed = max(2 * plain_error, ulp), 2 * plain_pixel + ulp
@@ -103,7 +111,9 @@ def compare_statistics(stats: FeatureMap, out: FeatureMap, tiling: Tiling) -> Ch
 
 
 def check_launch(plan: Plan, launch: Launch) -> CheckResult:
-    """Runs a launch by its kernel, twice, on what its inputs hold, and by its fallback on three images."""
+    """Runs a launch by its kernel, twice, on what its inputs hold, and by its fallback on three
+    images.
+    """
     arguments, out = plan.arguments(launch), plan.maps[launch.out]
     outputs = {name: plan.maps[b] for name, b in launch.writes.items() if name != "scratch"}
     images = sorted({0, out.images // 2, out.images - 1})
@@ -148,14 +158,20 @@ def _like(fm: FeatureMap, dtype: torch.dtype) -> FeatureMap:
 
 def check_noise(device: torch.device) -> CheckResult:
     """Compares noise by its kernel with the reference: bit-exact."""
-    vectors = (torch.tensor([-1, 5], device=device), torch.tensor([2**40, 0], device=device), torch.tensor([0, 999], device=device))
+    vectors = (
+        torch.tensor([-1, 5], device=device),
+        torch.tensor([2**40, 0], device=device),
+        torch.tensor([0, 999], device=device),
+    )
     z = noise.noise(*vectors, noise.X_T, 3, 33, 65)
     expected = noise.noise_reference(*vectors, noise.X_T, (3, 33, 65))
     return CheckResult("" if torch.equal(z.view(torch.int32), expected.view(torch.int32)) else "the noise is not the reference's")
 
 
 def check_ddpm_step(device: torch.device) -> CheckResult:
-    """Compares one reverse step by its kernel with the reference: bit-exact, for neither fuses a multiplication and an addition."""
+    """Compares one reverse step by its kernel with the reference: bit-exact, for neither fuses a
+    multiplication and an addition.
+    """
     generator = torch.Generator().manual_seed(0)
     x, out = torch.randn(2, 2, 3, 16, 16, generator=generator).to(device)
     table = torch.rand(4, len(COLUMNS), generator=generator).to(device)
@@ -169,7 +185,10 @@ def check_ddpm_step(device: torch.device) -> CheckResult:
 
 def check_advance(device: torch.device) -> CheckResult:
     """Compares the step counters by their kernel with the reference: whole numbers, so equal."""
-    step_index, t_of = torch.arange(300, dtype=torch.int32, device=device) % 7, torch.arange(6, device=device) * 11
+    step_index, t_of = (
+        torch.arange(300, dtype=torch.int32, device=device) % 7,
+        torch.arange(6, device=device) * 11,
+    )
     label = torch.arange(300, device=device) % 10
     expected = advance_reference(step_index, t_of, label, 10, 1)
     t, time_row = torch.zeros_like(label), torch.zeros_like(label)
@@ -186,7 +205,9 @@ STEP_CHECKS: dict[str, Callable[[torch.device], CheckResult]] = {  # what a step
 
 
 def check_forward(network: PlannedUNet, unet: UNet) -> CheckResult:
-    """Compares the whole network with the reference in fp32: at most twice the error of the reference in the plan's precision."""
+    """Compares the whole network with the reference in fp32: at most twice the error of the
+    reference in the plan's precision.
+    """
     x, t, labels = inputs_of(network)
     few = sorted({0, len(x) // 2, len(x) - 1})
     inputs = (x[few], t[few], None if labels is None else labels[few])
@@ -196,17 +217,23 @@ def check_forward(network: PlannedUNet, unet: UNet) -> CheckResult:
     plain = unet.to(dtype)(*inputs)
     error, plain_error = (float((v.double() - exact).norm() / exact.norm()) for v in (network(x, t, labels)[few], plain))
     allowed = max(2 * plain_error, FP8_FORWARD if network.dtype == "fp8" else torch.finfo(dtype).eps)
-    return CheckResult("" if error <= allowed else f"relative error {error:.1e}, {allowed:.1e} allowed", error, allowed)
+    return CheckResult(
+        "" if error <= allowed else f"relative error {error:.1e}, {allowed:.1e} allowed",
+        error,
+        allowed,
+    )
 
 
 # ---- the worker
 
 
 def main() -> None:
-    """The worker: runs every check of the plan that its one request describes, but for those with a known result.
+    """The worker: runs every check of the plan that its one request describes, but for those with a
+    known result.
 
     Request: {"spec": of `PlanSpec`, "passed": {check: bool} of the known results}.
-    Messages: {"started": check}, {"finished": check, "result": of `CheckResult`}, {"out_of_memory": reason}.
+    Messages: {"started": check}, {"finished": check, "result": of `CheckResult`}, {"out_of_memory":
+    reason}.
     """
     requests, send = json_stdio()
     request = next(requests)
@@ -232,7 +259,7 @@ def main() -> None:
 
 
 def _report(name: str, check: Callable[[], CheckResult], send: Send) -> CheckResult:
-    """Runs a check and sends its result. Ends the process where no later result could be trusted."""
+    """Runs a check and sends its result. Ends the process if no later result could be trusted."""
     send(dict(started=name))
     broken = False
     try:
@@ -267,7 +294,11 @@ def inputs_of(network: PlannedUNet) -> tuple[Tensor, Tensor, Tensor | None]:
     b, c, device = network.batch_size, network.config, network.device
     x = torch.randn(b, c.in_channels, *network.size, generator=generator).to(device)
     t = torch.randint(network.timesteps, (b,), generator=generator).to(device)
-    return x, t, torch.randint(c.num_classes, (b,), generator=generator).to(device) if c.num_classes else None
+    return (
+        x,
+        t,
+        torch.randint(c.num_classes, (b,), generator=generator).to(device) if c.num_classes else None,
+    )
 
 
 if __name__ == "__main__":

@@ -14,25 +14,35 @@ import torch
 class Graphed:
     """CUDA graph of `repeats` calls of a step. A call replays it.
 
-    A replay reads and writes the tensors of the capture at their addresses: keep them, and copy new values into them. The step runs
-    twice before it is captured (kernels compile, libraries choose), so its buffers are written before the first replay. During this
-    warm-up no other thread may wait for a device.
+    A replay reads and writes the tensors of the capture at their addresses: keep them, and copy new
+    values into them. The step runs twice before it is captured (kernels compile, libraries choose),
+    so its buffers are written before the first replay. During this warm-up no other thread may wait
+    for a device.
 
     Args:
         step: A function without arguments.
         repeats: Calls per replay.
-        pool: As of `torch.cuda.graph_pool_handle()`, shared by graphs that never run at once; None: a new pool.
+        pool: As of `torch.cuda.graph_pool_handle()`, shared by graphs that never run at once; None:
+            a new pool.
         device: Whose graph it is; default: the current one.
 
     Raises:
-        RuntimeError: The step cannot be captured: it waits for the device, or allocates without memory. The message names the line.
+        RuntimeError: The step cannot be captured: it waits for the device, or allocates without
+            memory. The message names the line.
         OutOfMemoryError: As raised by the step.
     """
 
     def __init__(
-        self, step: Callable[[], Any], repeats: int = 1, pool: Any = None, device: torch.device | str | None = None
+        self,
+        step: Callable[[], Any],
+        repeats: int = 1,
+        pool: Any = None,
+        device: torch.device | str | None = None,
     ) -> None:
-        self.repeats, self.device = repeats, torch.device("cuda", torch.cuda.current_device()) if device is None else device
+        self.repeats, self.device = (
+            repeats,
+            torch.device("cuda", torch.cuda.current_device()) if device is None else device,
+        )
         with torch.cuda.device(self.device):
             self._graph: torch.cuda.CUDAGraph | None = torch.cuda.CUDAGraph()
             _warm_up(step)
@@ -57,7 +67,9 @@ class Graphed:
 
 
 def _warm_up(step: Callable[[], Any]) -> None:
-    """Runs the step twice on a side stream: once to compile and choose, once to see that nothing waits for the device."""
+    """Runs the step twice on a side stream: once to compile and choose, once to see that nothing
+    waits for the device.
+    """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):

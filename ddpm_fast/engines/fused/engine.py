@@ -1,7 +1,10 @@
-"""Fused engine for GPUs: network, noise, update and step counter as one CUDA graph over static buffers.
+"""Fused engine for GPUs: network, noise, update and step counter as one CUDA graph over static
+buffers.
 
-t, coefficients, time embeddings and noise are looked up on the device, so one graph serves every solver, seed and number of steps.
-Elsewhere the same step runs uncaptured: by Triton's interpreter, or by the fallbacks of its launches.
+t, coefficients, time embeddings and noise are looked up on the device, so one graph serves every
+solver, seed and number of steps.
+Elsewhere the same step runs uncaptured: by Triton's interpreter, or by the fallbacks of its
+launches.
 """
 
 from __future__ import annotations
@@ -37,7 +40,8 @@ class StaticBuffers:
         x, x_0: [B, C, H, W] fp32, the state, and the prediction of x_0 in the step before.
         step_index: [B] int32.
         seed, image: [B] int64.
-        t_of, coef: The step table, one row more than the chain has steps: [T + 1] int64, [T + 1, 10] fp32.
+        t_of, coef: The step table, one row more than the chain has steps: [T + 1] int64, [T + 1,
+            10] fp32.
         graphs: Whether the variance is learned -> captured steps, the longest first.
         busy: Whether a batch is using the buffers.
     """
@@ -73,16 +77,31 @@ class StaticBuffers:
         for buffer, values in zip((self.t_of, self.coef), table.padded(len(self.t_of)), strict=True):
             buffer.copy_(values)
         self.x[n:], self.x_0[n:], self.step_index[n:] = 0, 0, len(self.t_of) - 1
-        self.x[:n], self.step_index[:n], self.seed[:n], self.image[:n] = state.x, state.step_index, state.seed, state.image
+        self.x[:n], self.step_index[:n], self.seed[:n], self.image[:n] = (
+            state.x,
+            state.step_index,
+            state.seed,
+            state.image,
+        )
         self.x_0[:n] = 0 if state.x_0 is None else state.x_0
         label = self.network.inputs.label
         label[:n], label[n:] = 0 if state.labels is None else state.labels, 0
         self.advance(by=0)
 
     def advance(self, by: int = 1) -> None:
-        """Moves every image on by `by` rows of the step table, and looks up what the network reads there."""
+        """Moves every image on by `by` rows of the step table, and looks up what the network reads
+        there.
+        """
         i = self.network.inputs
-        advance(self.step_index, self.t_of, i.t, i.time_row, i.label, self.network.config.num_classes or 1, by)
+        advance(
+            self.step_index,
+            self.t_of,
+            i.t,
+            i.time_row,
+            i.label,
+            self.network.config.num_classes or 1,
+            by,
+        )
 
     def show(self, state: SamplingState, with_x_0: bool) -> None:
         """Makes the state's tensors those that the graph writes."""
@@ -97,7 +116,7 @@ class StaticBuffers:
         self.graphs.clear()
 
     def step(self, learned: bool) -> None:
-        """x_t -> x_{t-1} for every image at its own row of the step table, and on to the next row."""
+        """x_t -> x_{t-1} for every image at its own row of the step table; then the next row."""
         plan = self.network.plan()
         plan.run()
         out = mean_of(plan.maps[plan.out].pixels, self.x.shape[1], learned)
@@ -106,7 +125,8 @@ class StaticBuffers:
 
 
 class FusedEngine:
-    """`FusedUNet` and the rest of the step, captured once for each batch size (a power of two) and kind of variance.
+    """`FusedUNet` and the rest of the step, captured once for each batch size (a power of two) and
+    kind of variance.
 
     Args:
         unet: The network. Its weights are copied.
@@ -115,7 +135,8 @@ class FusedEngine:
         device: Where the state lies.
         timesteps: Length of the noise schedule.
         reason: Why this engine was chosen.
-        graph: Captures a step, as `Graphed` does; default: `Graphed` on a GPU, no capture elsewhere.
+        graph: Captures a step, as `Graphed` does; default: `Graphed` on a GPU, no capture
+            elsewhere.
         options: Of `FusedUNet`.
 
     Raises:
@@ -148,7 +169,7 @@ class FusedEngine:
 
     @torch.no_grad()
     def steps(self, state: SamplingState, table: StepTable, every_step: bool = True) -> Generator[int, None, None]:
-        """See `Engine.steps`. While it runs, the state's tensors are views of the static buffers."""
+        """See `Engine.steps`. While it runs, the state's tensors are the static buffers."""
         buffers = self._free_buffers(len(state.x))
         buffers.busy, done = True, 0
         try:
@@ -168,7 +189,9 @@ class FusedEngine:
             buffers.busy = False
 
     def prepare(self, batch_size: int) -> None:
-        """Allocates buffers for `batch_size` images, unless free ones hold as many and less than twice as many."""
+        """Allocates buffers for `batch_size` images, unless free ones hold as many and less than
+        twice as many.
+        """
         if any(batch_size <= b.capacity < 2 * batch_size and not b.busy for b in self._buffers):
             return
         capacity = batch_size
@@ -182,13 +205,20 @@ class FusedEngine:
         return self._buffers[0].network.resized(batch_size) if self._buffers else self._make(batch_size)
 
     def _free_buffers(self, batch_size: int) -> StaticBuffers:
-        """The smallest free buffers that suffice. Busy ones are left alone: several batches may be sampled in turns."""
+        """The smallest free buffers that suffice. Busy ones are left alone: several batches may be
+        sampled in turns.
+        """
         if not any(batch_size <= b.capacity and not b.busy for b in self._buffers):
             self.prepare(batch_size)
-        return min((b for b in self._buffers if batch_size <= b.capacity and not b.busy), key=lambda b: b.capacity)
+        return min(
+            (b for b in self._buffers if batch_size <= b.capacity and not b.busy),
+            key=lambda b: b.capacity,
+        )
 
     def graphs(self, buffers: StaticBuffers, learned: bool, every_step: bool) -> list[Any]:
-        """The captured step; before it several steps in one graph, if that is faster and not every step is observed."""
+        """The captured step; before it several steps in one graph, if that is faster and not every
+        step is observed.
+        """
         step = lambda: buffers.step(learned)
         if self.graph is None:
             return [_Uncaptured(step)]
@@ -216,7 +246,10 @@ class FusedEngine:
 
 def _detach(state: SamplingState) -> None:
     """Copies the state out of the static buffers, which the next batch overwrites."""
-    state.x, state.step_index = state.x.clone(memory_format=torch.channels_last), state.step_index.clone()
+    state.x, state.step_index = (
+        state.x.clone(memory_format=torch.channels_last),
+        state.step_index.clone(),
+    )
     state.x_0 = None if state.x_0 is None else state.x_0.clone(memory_format=torch.channels_last)
 
 
@@ -235,7 +268,9 @@ class _Uncaptured:
 
 
 def _is_faster(several: Any, single: Any, device: torch.device, rounds: int = 5) -> bool:
-    """Whether several steps per graph take less than 98 % of the time. Compares the best of some rounds, after a warm-up."""
+    """Whether several steps per graph take less than 98 % of the time. Compares the best of some
+    rounds, after a warm-up.
+    """
     best = [float("inf")] * 2
     for _ in range(rounds + 1):
         for i, graph in enumerate((several, single)):

@@ -1,11 +1,15 @@
-"""Planned UNet: the function of a `UNet` as a fixed list of kernel launches over weights that are packed once.
+"""Planned UNet: the function of a `UNet` as a fixed list of kernel launches over weights that are
+packed once.
 
 What it does differently from the reference, all of it exact but for rounding:
 
-- the time embedding, its projections for every block and the first convolutions' biases are rows of one table
-- GroupNorm, SiLU, the skip's concatenation and the time embedding's addition are one pass over memory
+- the time embedding, its projections for every block and the first convolutions' biases are rows of
+  one table
+- GroupNorm, SiLU, the skip's concatenation and the time embedding's addition are one pass over
+  memory
 - bias, residual and the division by `mid_scale` are part of the convolutions
-- nearest 2x and 3x3 are four 2x2 convolutions; single-head attention is folded (`kernels.attention`)
+- nearest 2x and 3x3 are four 2x2 convolutions; single-head attention is folded
+  (`kernels.attention`)
 """
 
 from __future__ import annotations
@@ -25,41 +29,47 @@ from ...models.unet import UNet
 from ...utils.validation import is_count
 from ..base import DTYPES, dtype_name
 from .builder import PlanBuilder
-from .calibration import Calibration, e4m3_convolutions
+from .calibration import Calibration
 from .packing import PackedUNet, check_tiles
 from .plan import Plan, exactly
-
-ACCUMULATIONS = ("bounded", "unbounded")
+from .requirements import check_call, check_fp8, check_network
 
 
 class PlannedUNet:
-    """eps_theta(x_t, t) of a trained `UNet` by kernels that are not verified; `FusedUNet` verifies them first.
+    """eps_theta(x_t, t) of a trained `UNet` by kernels that are not verified; `FusedUNet` verifies
+    them first.
 
-    `plan()` is the list of launches for an image size. On a GPU, or by Triton's interpreter, they run by their kernels,
-    elsewhere by their fallbacks (`plan.fallbacks` names them). Memory is allocated once for each image size.
+    `plan()` is the list of launches for an image size. On a GPU, or by Triton's interpreter, they
+    run by their kernels, elsewhere by their fallbacks (`plan.fallbacks` names them). Memory is
+    allocated once for each image size.
 
     Args:
         unet: The network. Its weights are copied.
         batch_size: The most images that one call takes.
-        dtype: "fp32", "fp16", "bf16" (or the torch dtype), or "fp8": e4m3 operands in 3x3 convolutions, bf16 elsewhere.
+        dtype: "fp32", "fp16", "bf16" (or the torch dtype), or "fp8": e4m3 operands in 3x3
+            convolutions, bf16 elsewhere.
         device: Default: the network's; "meta" plans without memory.
-        size: (H, W); default: the configuration's. Images of another size are planned for at the first call.
+        size: (H, W); default: the configuration's. Images of another size are planned for at the
+            first call.
         timesteps: t runs from 0 to timesteps - 1.
         target: The GPU to configure launches for; default: the device's own.
         tiles: Overrides of launch configurations, by `packing.tile_key`.
-        overlap: Launches begin while those before them finish (`kernels._launch`; sm_90 and newer), for small batches.
-            Not yet run on a GPU.
-        calibration: For fp8, this network's (`load_calibration`): the ranges of its activations, and the convolutions that stay in
-            bf16. Default: ranges follow from the norms' parameters, eight deviations.
+        overlap: Launches begin while those before them finish (`kernels._launch`; sm_90 and newer),
+            for small batches. Not yet run on a GPU.
+        calibration: For fp8, this network's (`load_calibration`): the ranges of its activations,
+            and the convolutions that stay in bf16. Default: ranges follow from the norms'
+            parameters, eight deviations.
         keep_bf16: For fp8, names of further convolutions that stay in bf16.
-        accumulation: For fp8. "bounded": sm_90's tensor cores, which add fp8 products with fewer bits than fp32 has, hand a sum
-            over after every step; "unbounded": only at the end, which may be faster and is less exact.
-        count_saturated: For fp8, count activations that do not fit (`saturated`); adds a tenth to the instructions of the norms
-            before e4m3.
+        accumulation: For fp8. "bounded": sm_90's tensor cores, which add fp8 products with fewer
+            bits than fp32 has, hand a sum over after every step; "unbounded": only at the end,
+            which may be faster and is less exact.
+        count_saturated: For fp8, count activations that do not fit (`saturated`); adds a tenth to
+            the instructions of the norms before e4m3.
 
     Raises:
-        ValueError: No launch supports it: channels that are no multiples of 16, or e4m3 on a GPU without it. Or tiles name unknown
-            launches, the calibration has other weights, or `keep_bf16` names no convolutions.
+        ValueError: No launch supports it: channels that are no multiples of 16, or e4m3 on a GPU
+            without it. Or tiles name unknown launches, the calibration has other weights, or
+            `keep_bf16` names no convolutions.
     """
 
     def __init__(
@@ -85,9 +95,9 @@ class PlannedUNet:
             device = torch.device("cuda", torch.cuda.current_device())
         target = target or Target.of(device)
         dtype = dtype_name(dtype)
-        _check(self.config, batch_size, timesteps, dtype, target, overlap)
+        check_network(self.config, batch_size, timesteps, dtype, target, overlap)
         check_tiles(tiles or {})
-        _check_fp8(unet, calibration, keep_bf16, accumulation)
+        check_fp8(unet, calibration, keep_bf16, accumulation)
         self.dtype, self.device, self.target, self.tiles = dtype, device, target, tiles or {}
         self.activations, operands = DTYPES[dtype]
         self.overlap = overlap
@@ -118,7 +128,9 @@ class PlannedUNet:
         self._packed.keep_structure(copy.deepcopy(unet).to("meta"))
 
     def resized(self, batch_size: int) -> PlannedUNet:
-        """The same packed weights for another batch size. Raises ValueError unless it is at least 1."""
+        """The same packed weights for another batch size. Raises ValueError unless it is at least
+        1.
+        """
         if not is_count(batch_size):
             raise ValueError(f"batch_size = {batch_size}; expected an integer of at least 1")
         other = copy.copy(self)
@@ -131,7 +143,7 @@ class PlannedUNet:
     @staticmethod
     def check_config(config: UNetConfig, dtype: str | torch.dtype, device: torch.device) -> None:
         """Raises ValueError for what no launch on `device` supports."""
-        _check(config, 1, 1, dtype_name(dtype), Target.of(device))
+        check_network(config, 1, 1, dtype_name(dtype), Target.of(device))
 
     def plan(self, size: tuple[int, int] | None = None) -> Plan:
         """The launches for images of `size` (H, W), by default `self.size`."""
@@ -150,7 +162,9 @@ class PlannedUNet:
         return plan
 
     def spec(self, size: tuple[int, int] | None = None, plan: Plan | None = None) -> PlanSpec:
-        """Description of a plan, by default the one for `self.size`, from which another process makes the same plan."""
+        """Description of a plan, by default the one for `self.size`, from which another process
+        makes the same plan.
+        """
         options = dict(
             batch_size=self.batch_size,
             dtype=self.dtype,
@@ -168,13 +182,17 @@ class PlannedUNet:
 
     @property
     def invariant(self) -> bool:
-        """Whether an image has the same bits in every batch. Not if a fallback runs: libraries choose by batch size."""
+        """Whether an image has the same bits in every batch. Not if a fallback runs: libraries
+        choose by batch size.
+        """
         return not any(plan.fallbacks for plan in self._plans.values())
 
     def saturated(self, clear: bool = False) -> dict[str, int]:
-        """Convolution -> number of values of its e4m3 input that were clamped or NaN, since the last `clear`.
+        """Convolution -> number of values of its e4m3 input that were clamped or NaN, since the
+        last `clear`.
 
-        Convolutions whose values all fitted are not listed. Unused places of a batch count as well. Waits for the device.
+        Convolutions whose values all fitted are not listed. Unused places of a batch count as well.
+        Waits for the device.
 
         Raises:
             ValueError: Nothing is counted.
@@ -207,8 +225,10 @@ class PlannedUNet:
 
     @torch.no_grad()
     def load(self, x_t: Tensor, t: Tensor | int, labels: Tensor | None = None) -> Plan:
-        """Checks a call's arguments, copies them to where the plan reads them, and returns that plan."""
-        b, t, labels = self._check_call(x_t, t, labels)
+        """Checks a call's arguments, copies them to where the plan reads them, and returns that
+        plan.
+        """
+        b, t, labels = check_call(self.config, self.batch_size, self.timesteps, self.device, x_t, t, labels)
         plan = self.plan((int(x_t.shape[2]), int(x_t.shape[3])))
         plan.maps[plan.x].pixels[:b].copy_(x_t)
         i = self.inputs
@@ -222,32 +242,6 @@ class PlannedUNet:
         if not isinstance(size, (tuple, list)) or len(size) != 2 or any(not is_count(n) or n % coarsest for n in size):
             raise ValueError(f"size {size!r}; expected (H, W), both divisible by {coarsest}")
         return int(size[0]), int(size[1])
-
-    def _check_call(self, x_t: Tensor, t: Tensor | int, labels: Tensor | None) -> tuple[int, Tensor, Tensor]:
-        c, coarsest = self.config, 2 ** (len(self.config.channels) - 1)
-        if x_t.ndim != 4 or x_t.shape[1] != c.in_channels or x_t.shape[2] % coarsest or x_t.shape[3] % coarsest:
-            raise ValueError(
-                f"x_t has shape {tuple(x_t.shape)}; expected [B, {c.in_channels}, H, W] with H and W divisible by {coarsest}"
-            )
-        b = len(x_t)
-        if not 1 <= b <= self.batch_size:
-            raise ValueError(f"x_t has {b} images; expected 1 to {self.batch_size}: give a larger batch_size at construction")
-        if (labels is None) != (c.num_classes is None):
-            expected = (
-                "no labels: the network is unconditional" if c.num_classes is None else f"labels [B] in 0..{c.num_classes - 1}"
-            )
-            raise ValueError(f"labels {'missing' if labels is None else 'given'}; expected {expected}")
-        t = torch.as_tensor(t, device=self.device)
-        vectors = {"t": (t.expand(b) if t.ndim == 0 else t, self.timesteps)}
-        vectors["labels"] = (
-            torch.zeros(b, dtype=torch.int64, device=self.device) if labels is None else labels,
-            c.num_classes or 1,
-        )
-        for name, (v, most) in vectors.items():
-            if v.shape != (b,) or v.is_floating_point() or v.is_complex() or bool(((v < 0) | (v.long() >= most)).any()):
-                values = f"{v.min()}..{v.max()}" if v.numel() else "nothing"
-                raise ValueError(f"{name} is {v.dtype} {tuple(v.shape)} of {values}; expected integers [{b}] in 0..{most - 1}")
-        return b, vectors["t"][0].long(), vectors["labels"][0].long().to(self.device)
 
 
 @dataclass(frozen=True)
@@ -279,33 +273,3 @@ class PlanSpec:
     def network(self, unet: UNet, **changes: Any) -> PlannedUNet:
         """The network with the weights of `unet`; changes: of the options."""
         return PlannedUNet(unet, **(dict(self.options) | dict(target=self.target) | changes))
-
-
-def _check_fp8(unet: UNet, calibration: Calibration | None, keep_bf16: Collection[str], accumulation: str) -> None:
-    if accumulation not in ACCUMULATIONS:
-        raise ValueError(f"accumulation {accumulation!r}; expected one of {', '.join(ACCUMULATIONS)}")
-    candidates = e4m3_convolutions(unet)
-    unknown = keep_bf16 if isinstance(keep_bf16, str) else [name for name in keep_bf16 if name not in candidates]
-    if unknown:
-        raise ValueError(
-            f"keep_bf16 is {unknown!r}; expected a list of convolutions' names, of {', '.join(list(candidates)[:3])} ..."
-        )
-    if calibration is not None:
-        calibration.expect(unet)
-
-
-def _check(c: UNetConfig, batch_size: int, timesteps: int, dtype: str, target: Target, overlap: bool = False) -> None:
-    if not (is_count(batch_size) and is_count(timesteps)):
-        raise ValueError(f"batch_size = {batch_size}, timesteps = {timesteps}; expected integers of at least 1")
-    if target.sm < 80:
-        raise ValueError(f"the kernels need compute capability 8.0 or newer; this GPU has {target.sm / 10}: run the reference UNet")
-    if overlap and target.sm < 90:
-        raise ValueError(f"overlap needs a GPU of compute capability 9.0 or newer; this one has {target.sm / 10}")
-    if dtype == "fp8" and target.sm < 89:
-        raise ValueError(f"fp8 needs a GPU of compute capability 8.9 or newer; this one has {target.sm / 10}: use bf16")
-    odd = [n for n in c.channels if n % 16]
-    if odd:
-        raise ValueError(f"levels of {odd} channels; the kernels take multiples of 16: run the reference UNet")
-    heads = [level.channels // level.heads for level, attends in zip(c.levels, c.attends, strict=True) if attends]
-    if max(heads, default=0) > 512:
-        raise ValueError(f"attention heads of {max(heads)} channels; the kernels take up to 512: run the reference UNet")

@@ -1,4 +1,6 @@
-"""A `UNet` packed for the kernels: every layer as an operation, and the tiles of each. `builder` lists its launches."""
+"""A `UNet` packed for the kernels: every layer as an operation, and the tiles of each. `builder`
+lists its launches.
+"""
 
 from __future__ import annotations
 
@@ -46,11 +48,13 @@ class PackedUNet:
     Args:
         unet: The network. Weights are copied.
         device: Where the packed weights lie.
-        activations, operands: Number formats of activations, and of the operands of 3x3 convolutions.
+        activations, operands: Number formats of activations, and of the operands of 3x3
+            convolutions.
         target: The GPU that tiles are chosen for.
         timesteps: t runs from 0 to timesteps - 1.
         tiles: Overrides of the tiles of single launches, by `tile_key`.
-        units: 3x3 convolution -> the value of a stored 1 of its e4m3 input; others follow from the norms.
+        units: 3x3 convolution -> the value of a stored 1 of its e4m3 input; others follow from the
+            norms.
         keep_bf16: 3x3 convolutions with operands of type `activations`, whatever `operands` is.
         bounded: See `Conv3x3`.
         count_saturated: Count values that are clamped or NaN.
@@ -110,7 +114,9 @@ class PackedUNet:
 
     @torch.no_grad()
     def _pack_time(self, blocks: list[ResBlock], timesteps: int) -> None:
-        """Packs the table of all that residual blocks read of (t, class), or the operation that makes its rows step by step."""
+        """Packs the table of all that residual blocks read of (t, class), or the operation that
+        makes its rows step by step.
+        """
         c = self.config
         on_host = "meta" if self.device.type == "meta" else self.unet.conv_in.weight.device
         embedded = self.unet.embed(torch.arange(timesteps, device=on_host), None)
@@ -119,7 +125,8 @@ class PackedUNet:
         )
         time = self.weight(embedded)
         weight = torch.cat([self.weight(b.time_emb_proj.weight) for b in blocks])
-        # without scale-shift the row is added before the norm, and the first convolution's bias with it
+        # without scale-shift the row is added before the norm, and the first convolution's bias
+        # with it
         bias = torch.cat([self.weight(b.time_emb_proj.bias) + (0 if b.scale_shift else self.weight(b.conv1.bias)) for b in blocks])
         self.time_rows: TimeRows | None = None
         if timesteps * len(classes) * self.time_row_width * 4 <= LARGEST_TABLE:
@@ -154,7 +161,9 @@ class PackedUNet:
         dtype: torch.dtype | None = None,
         shrinks: float = 0,
     ) -> Tiles:
-        """The tiles of a launch: the override for its key, or by rule. The batch is not part of the key."""
+        """The tiles of a launch: the override for its key, or by rule. The batch is not part of the
+        key.
+        """
         dtype = dtype or self.activations
         warps = 4 if kind == "conv3x3" and dtype != E4M3 else 8
         by_rule = cut(self.target, dtype, c, k, rows, tma=tma, warps=warps, shrinks=shrinks)
@@ -162,7 +171,9 @@ class PackedUNet:
 
 
 def tile_key(kind: str, target: Target, dtype: torch.dtype, c: int, k: int, h: int, w: int) -> str:
-    """Key of a launch in `tiles`: operation, architecture, operands' type, channels in and out, size of the input."""
+    """Key of a launch in `tiles`: operation, architecture, operands' type, channels in and out,
+    size of the input.
+    """
     return f"{kind} sm{target.sm} {str(dtype).removeprefix('torch.')} {c}->{k} {h}x{w}"
 
 
@@ -170,7 +181,9 @@ KINDS = ("conv3x3", "upsample_conv", "downsample_conv", "pointwise", "first_conv
 
 
 def check_tiles(tiles: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raises ValueError for a key that `tile_key` does not return, or a field that `Tiles` has not. Keys for other GPUs are allowed."""
+    """Raises ValueError for a key that `tile_key` does not return, or a field that `Tiles` has not.
+    Keys for other GPUs are allowed.
+    """
     known = [f.name for f in fields(Tiles)]
     for key, changes in tiles.items():
         if not re.fullmatch(rf"({'|'.join(KINDS)}) sm\d+ \w+ \d+->\d+ \d+x\d+", key):

@@ -1,8 +1,9 @@
 """A network as a fixed list of launches over buffers in one arena.
 
-A launch is an operation of `kernels` with the buffers it reads and writes. Each can run in two ways: by its Triton kernel, or by
-its fallback, the same function in plain PyTorch over the same buffers. So everything but the kernels themselves (packing, algebra,
-arena, wiring) is tested on any machine by the fallbacks, and a kernel that is not trusted is replaced by its fallback.
+A launch is an operation of `kernels` with the buffers it reads and writes. Each can run in two
+ways: by its Triton kernel, or by its fallback, the same function in plain PyTorch over the same
+buffers. So everything but the kernels themselves (packing, algebra, arena, wiring) is tested on any
+machine by the fallbacks, and a kernel that is not trusted is replaced by its fallback.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ class Op(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Buffer:
-    """A feature map that has no memory yet. external: its memory is not the arena's, and outlives a run."""
+    """A feature map that has no memory yet. external: its memory is not the arena's, and outlives a
+    run.
+    """
 
     name: str
     images: int
@@ -68,7 +71,9 @@ class Buffer:
 
 @dataclass(frozen=True, eq=False)
 class Launch:
-    """reads, writes: the operation's parameters -> buffers; tensors: those that are whole tensors from outside the plan."""
+    """reads, writes: the operation's parameters -> buffers; tensors: those that are whole tensors
+    from outside the plan.
+    """
 
     name: str
     op: Op
@@ -99,7 +104,7 @@ class Arena:
 
     @classmethod
     def of(cls, launches: list[Launch]) -> Arena:
-        """Places buffers largest first, each at the lowest offset that is free during its lifetime."""
+        """Places buffers largest first, at the lowest offset that is free during their lifetime."""
         life = lifetimes(launches)
         placed: list[tuple[int, int, Buffer]] = []
         for b in sorted(life, key=lambda b: -b.nbytes):
@@ -116,14 +121,23 @@ class Arena:
 
 @contextmanager
 def exactly(device: torch.device) -> Iterator[None]:
-    """Context in which PyTorch computes in the types of its operands and makes ordinary tensors, whatever the caller has enabled."""
+    """Context in which PyTorch computes in the types of its operands and makes ordinary tensors,
+    whatever the caller has enabled.
+    """
     kind = "cpu" if device.type == "meta" else device.type
-    with torch.inference_mode(False), torch.no_grad(), torch.autocast(kind, enabled=False), full_fp32():
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        torch.autocast(kind, enabled=False),
+        full_fp32(),
+    ):
         yield
 
 
 def lifetimes(launches: list[Launch]) -> dict[Buffer, tuple[int, int]]:
-    """Buffer -> the launches (first, last) between which it holds something; external ones are not listed."""
+    """Buffer -> the launches (first, last) between which it holds something; external ones are not
+    listed.
+    """
     life: dict[Buffer, tuple[int, int]] = {}
     for i, launch in enumerate(launches):
         for b in launch.buffers.values():
@@ -165,7 +179,9 @@ class Plan:
 
     @cached_property
     def memory(self) -> Tensor:
-        """The arena, allocated when it is first needed: not while another process checks the plan on the same GPU."""
+        """The arena, allocated when it is first needed: not while another process checks the plan
+        on the same GPU.
+        """
         with exactly(self.device):
             return torch.empty(self.arena.size, dtype=torch.uint8, device=self.device)
 

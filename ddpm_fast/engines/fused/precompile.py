@@ -1,7 +1,9 @@
-"""Compilation of a plan's kernels in parallel processes, into Triton's own cache, where the plan finds them.
+"""Compilation of a plan's kernels in parallel processes, into Triton's own cache, where the plan
+finds them.
 
-Triton compiles under Python's lock, so threads would wait for one another. The workers need no GPU: they plan on the meta device
-for the GPU that the parent names, and compile the launches that the plan would make without making them.
+Triton compiles under Python's lock, so threads would wait for one another. The workers need no GPU:
+they plan on the meta device for the GPU that the parent names, and compile the launches that the
+plan would make without making them.
 """
 
 from __future__ import annotations
@@ -67,7 +69,9 @@ class _Device:
 
 
 def compile_share(spec: PlanSpec, share: tuple[int, int]) -> int:
-    """Compiles every share[1]-th distinct launch from share[0] on and returns their number. This process must use no GPU."""
+    """Compiles every share[1]-th distinct launch from share[0] on and returns their number. This
+    process must use no GPU.
+    """
     from triton.runtime import driver
 
     driver.set_active(_Device(spec.target))

@@ -19,7 +19,8 @@ from .verification import cached_results, fallbacks_of, verify
 class FusedUNet(PlannedUNet):
     """eps_theta(x_t, t) of a trained `UNet`, for batches of up to `batch_size`.
 
-    Before a plan is used, each launch is compared with its fallback; launches that fail run by their fallbacks, with one warning.
+    Before a plan is used, each launch is compared with its fallback; launches that fail run by
+    their fallbacks, with one warning.
 
     Args:
         check: Whether to verify; default: on a GPU.

@@ -1,7 +1,8 @@
 """Verification of a plan's kernels in worker processes with a timeout; the results are cached.
 
-If a worker dies or does not answer, the launch in progress failed, and another worker continues after it. Launches that fail run
-by their fallbacks. Results are cached per GPU, software, sources and plan.
+If a worker dies or does not answer, the launch in progress failed, and another worker continues
+after it. Launches that fail run by their fallbacks. Results are cached per GPU, software, sources
+and plan.
 """
 
 from __future__ import annotations
@@ -76,7 +77,9 @@ def _run_worker(
     progress: Callable[[str], object],
     results: dict[str, CheckResult],
 ) -> str:
-    """Adds to `results` what one worker sends, and a launch that ended it. Returns how the worker ended."""
+    """Adds to `results` what one worker sends, and a launch that ended it. Returns how the worker
+    ended.
+    """
     running: str | None = None
     with JsonWorker("ddpm_fast.engines.fused.checks", command=command) as worker:
         worker.send(dict(spec=spec.to_json(), passed={name: r.passed for name, r in results.items()}))
@@ -105,8 +108,8 @@ def _run_worker(
 def fallbacks_of(results: Mapping[str, CheckResult]) -> set[str]:
     """The launches that must run by their fallbacks; warns once if there are any.
 
-    If noise, step or step counter failed, they run their references in this process from now on. If every launch passed but the
-    whole network did not, all launches run by their fallbacks.
+    If noise, step or step counter failed, they run their references in this process from now on. If
+    every launch passed but the whole network did not, all launches run by their fallbacks.
     """
     failed = {name: r for name, r in results.items() if not r.passed}
     if not failed:
@@ -117,7 +120,8 @@ def fallbacks_of(results: Mapping[str, CheckResult]) -> set[str]:
     _triton.UNTRUSTED.update(set(failed) & set(STEP_CHECKS))
     what = "the whole network runs" if FORWARD in failed else "what failed runs"
     warnings.warn(
-        f"{len(failed)} of {len(results)} failed in the self-check of the kernels; {what} in plain PyTorch, which is slower: {named}",
+        f"{len(failed)} of {len(results)} failed in the self-check of the kernels; {what} in "
+        f"plain PyTorch, which is slower: {named}",
         stacklevel=3,
     )
     return fallbacks
@@ -158,7 +162,10 @@ def _cache(path: Path, results: Mapping[str, CheckResult]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps({k: asdict(v) for k, v in results.items()}, indent=1).encode())
     except OSError as error:
-        warnings.warn(f"the results of the self-check cannot be cached; it runs again next time: {error}", stacklevel=4)
+        warnings.warn(
+            f"the results of the self-check cannot be cached; it runs again next time: {error}",
+            stacklevel=4,
+        )
 
 
 def driver() -> str:

@@ -1,4 +1,4 @@
-"""FusedUNet is the reference UNet: by fallbacks at full size, by kernels through the interpreter, whatever is in the arena before."""
+"""FusedUNet is the reference UNet: by fallbacks at full size, by kernels in the interpreter, whatever the arena held before."""
 
 from dataclasses import replace
 from pathlib import Path
