@@ -27,7 +27,7 @@ def assert_as_accurate(fused: Tensor, plain: Tensor, exact: Tensor, slack: float
 
 # ---- operations on feature maps
 
-GUARD = 256  # rows on either side of a map that belong to nobody
+GUARD = 256  # rows on either side of a map, in no map
 
 
 def operand_types() -> list[torch.dtype]:
@@ -162,7 +162,7 @@ def _leave(part: Callable[[FeatureMap], Tensor], value: float) -> Callable[[Feat
     return lambda out: part(out).fill_(value)
 
 
-# what a broken kernel could leave behind -> what the checks above then say
+# effect of a broken kernel -> what the assertion reports
 DAMAGES: dict[str, tuple[Callable[[FeatureMap], Any], str]] = {
     "one pixel left out": (_leave(lambda out: out.pixels[0, :, 1, 2], float("nan")), "NaN"),
     "one pixel is zero": (_leave(lambda out: out.pixels[-1, :, 2, 1], 0.0), "error"),
@@ -178,7 +178,7 @@ DAMAGES: dict[str, tuple[Callable[[FeatureMap], Any], str]] = {
         _leave(lambda out: out.rows.as_strided((1,), (1,), out.rows.storage_offset() - 1), 0.0),
         "outside",
     ),
-    "a row behind the last": (
+    "a row after the last": (
         _leave(
             lambda out: out.rows.as_strided((1,), (1,), out.rows.storage_offset() + out.rows.numel()),
             0.0,
@@ -191,7 +191,7 @@ DAMAGES: dict[str, tuple[Callable[[FeatureMap], Any], str]] = {
 
 @dataclass(frozen=True, eq=False)
 class Damaged:
-    """An operation whose kernel leaves a damage behind."""
+    """An operation whose kernel damages its output."""
 
     op: Any
     damage: Callable[[FeatureMap], Any]

@@ -1,7 +1,7 @@
-"""Machine code for this CPU, written down as loops over vectors: a thin layer over LLVM's builder,
-and the cache of what it made.
+"""Machine code for this CPU, written as loops over vectors: a thin layer over LLVM's builder, and
+the cache of object code.
 
-llvmlite carries LLVM as a wheel, so no compiler need be installed. A `Function` is filled by
+llvmlite contains LLVM, so no compiler needs to be installed. A `Function` is filled by
 ordinary Python: numbers are `Value`s with operators, `loop` and `when` are `with` blocks. Addresses
 are integers, in bytes; indices count 4-byte elements.
 """

@@ -29,15 +29,15 @@ COLUMN = {name: k for k, name in enumerate(ITEM)}
 
 
 class NativeExecutor:
-    """Machine code made on this machine by LLVM. An image's bits depend on the CPU alone."""
+    """Executor of machine code that LLVM compiles on this machine. Images are bit-equal on one kind of CPU."""
 
     def __init__(self, unet: UNet, shape: tuple[int, int, int], timesteps: int, threads: int) -> None:
         self.threads, self.out_channels = threads, unet.config.out_channels
         self._work, self._engine, self.from_cache = compile_kernels()
         self.program = UNetProgram(unet, shape, vector_width())
         self.times = TimeTable(unet, *self.program.projection, timesteps)
-        # one a thread, and one for images that they share, which may begin while a thread still has
-        # one of its own
+        # one per thread, and one for shared images, which may begin while a thread still computes
+        # an image alone
         self._memory = [_aligned_zeros(self.program.size) for _ in range(threads + (threads > 1))]
         self._programs = [self.program.rows(m) for m in self._memory]
         self._job = np.zeros(JOB.index("claims") + threads, dtype=np.int64)
@@ -52,7 +52,7 @@ class NativeExecutor:
 
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=in_child)
-        self.reason = f"machine code for this CPU, {vector_width()} floats a vector, on {threads} threads"
+        self.reason = f"machine code for this CPU, {vector_width()} floats per vector, on {threads} threads"
 
     @property
     def memory(self) -> int:

@@ -24,7 +24,7 @@ __all__ = ["INSTRUCTIONS", "exponential"]
 
 @instruction("x x_channels y y_channels pixels means sums")
 def channel_sums(f: Function, part: Value, parts: Value, **a: Value) -> None:
-    """sums[c] = the sum over pixels of x (and behind it y), or where means is not 0 of (x -
+    """sums[c] = the sum over pixels of x (and after it y), or where means is not 0 of (x -
     means[c])^2.
     """
     first, every = a["x_channels"] // f.width, (a["x_channels"] + a["y_channels"]) // f.width
@@ -59,8 +59,8 @@ def _sum_pixels(f: Function, source: Value, stride: Value, pixels: Value, out: V
 
 @instruction("sums channels group groups totals count means")
 def group_means(f: Function, part: Value, parts: Value, **a: Value) -> None:
-    """means[c] = the mean of the group that channel c belongs to; padding has a group of its own
-    behind the others.
+    """means[c] = the mean of the group that channel c belongs to; padding has a separate group
+    after the others.
     """
     with f.when(part.is_("==", 0)):
         _totals(f, a)
@@ -99,16 +99,16 @@ def norm_factors(f: Function, part: Value, parts: Value, **a: Value) -> None:
 
 @instruction("x x_channels y y_channels factors offsets silu height width out out_y out_x")
 def normalise(f: Function, part: Value, parts: Value, **a: Value) -> None:
-    """out = factors x + offsets (then SiLU) of x and, in the channels behind it, y."""
+    """out = factors x + offsets (then SiLU) of x and, in the channels after it, y."""
     with f.loop(*f.share(a["height"], part, parts)) as row, f.loop(0, a["width"]) as column:
         pixel = row * a["width"] + column
         out = a["out"] + (row * a["out_y"] + column * a["out_x"]) * 4
-        for source, channels, behind in (
+        for source, channels, first_channel in (
             ("x", a["x_channels"], f.integer(0)),
             ("y", a["y_channels"], a["x_channels"]),
         ):
-            from_, to = a[source] + pixel * channels * 4, out + behind * 4
-            factors, offsets = a["factors"] + behind * 4, a["offsets"] + behind * 4
+            from_, to = a[source] + pixel * channels * 4, out + first_channel * 4
+            factors, offsets = a["factors"] + first_channel * 4, a["offsets"] + first_channel * 4
             for silu in (True, False):
                 with (
                     f.when(a["silu"].is_("==", int(silu))),
@@ -184,7 +184,7 @@ def resample(f: Function, part: Value, parts: Value, **a: Value) -> None:
 @instruction("x stride heads head pixels channels out")
 def transpose(f: Function, part: Value, parts: Value, **a: Value) -> None:
     """Keys [pixel][head][channel] as a product's second operand [head][block][channel][2 vectors of
-    pixels], zeros behind them.
+    pixels], zeros after them.
     """
     block_width = 2 * f.width
     blocks = (a["pixels"] + (block_width - 1)) // block_width
@@ -201,7 +201,7 @@ def transpose(f: Function, part: Value, parts: Value, **a: Value) -> None:
 
 @instruction("x rows stride count")
 def softmax(f: Function, part: Value, parts: Value, **a: Value) -> None:
-    """Each row's first `count` numbers, in place; zeros in the padding behind them."""
+    """Each row's first `count` numbers, in place; zeros in the padding after them."""
     with f.loop(*f.share(a["rows"], part, parts)) as i:
         row = a["x"] + i * a["stride"] * 4
         lane = f.lanes(I64)

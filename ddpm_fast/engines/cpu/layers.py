@@ -99,17 +99,17 @@ class LayerProgram(Program):
         if x.channels != x.real:
             weight = self.pad(weight, blocks, 1)
         out = self.map(x.height // stride, x.width // stride, m.out_channels)
-        behind: dict[str, Any] = dict(bias=self.vector_of(cast(Tensor, m.bias) * scale) if time_row is None else time_row)
-        behind |= dict(residual=residual.at if residual else 0, residual_scale=float(scale))
+        epilogue: dict[str, Any] = dict(bias=self.vector_of(cast(Tensor, m.bias) * scale) if time_row is None else time_row)
+        epilogue |= dict(residual=residual.at if residual else 0, residual_scale=float(scale))
         even = x.height % 2 == x.width % 2 == 0 and x.channels % self.vector == 0
         if stride == 1 and even and x.pixels >= 4 * FEWEST_TILES:
-            self._winograd(x, weight, out, behind)
+            self._winograd(x, weight, out, epilogue)
         else:
-            self._direct(x, weight, out, behind, stride, 1 - int(m.padding[0]))
+            self._direct(x, weight, out, epilogue, stride, 1 - int(m.padding[0]))
         self.give(x)
         return out
 
-    def _direct(self, x: Map, weight: Tensor, out: Map, behind: dict[str, Any], stride: int, first: int) -> None:
+    def _direct(self, x: Map, weight: Tensor, out: Map, epilogue: dict[str, Any], stride: int, first: int) -> None:
         """Nine products summed in registers. first: 1 where the window begins inside the border,
         for want of padding.
         """
@@ -117,9 +117,9 @@ class LayerProgram(Program):
         segments = [Segment(at, x.channels, stride * x.row, stride * x.channels) for at in starts]
         where = dict(height=out.height, width=out.width, out_y=out.row, out_x=out.channels)
         u = self.pack(weight.permute(0, 2, 3, 1).flatten(1))
-        self.product(segments, u, out.at, out.channels // self.vector, **where, **behind)
+        self.product(segments, u, out.at, out.channels // self.vector, **where, **epilogue)
 
-    def _winograd(self, x: Map, weight: Tensor, out: Map, behind: dict[str, Any]) -> None:
+    def _winograd(self, x: Map, weight: Tensor, out: Map, epilogue: dict[str, Any]) -> None:
         """2x2 outputs from 4x4 inputs by 16 products instead of 36 (Winograd 1980; Lavin & Gray
         2016).
         """
@@ -156,13 +156,13 @@ class LayerProgram(Program):
                 out=out.at,
                 width=out.width,
                 **where,
-                **behind,
+                **epilogue,
             )
         for place, size in zip((v, m), sizes, strict=True):
             self.give_back(place, size, "tiles")
 
     def pointwise(self, sources: list[Map], m: nn.Conv2d) -> Map:
-        """A 1x1 convolution of the sources' channels, one behind the other."""
+        """A 1x1 convolution of the sources' channels, concatenated."""
         out = self.map(sources[0].height, sources[0].width, m.out_channels)
         u = self.pack(self.pad(m.weight.detach().double().flatten(1), [s.real for s in sources], 1))
         segments = [Segment(s.at, s.channels, 0, s.channels) for s in sources]
@@ -174,7 +174,7 @@ class LayerProgram(Program):
         """weight x + bias + scale residual for every pixel."""
         out = self.map(x.height, x.width, len(weight))
         u = self.pack(F.pad(weight.double(), (0, x.channels - weight.shape[1])))
-        behind = dict(bias=self.vector_of(bias), residual=residual.at if residual else 0, residual_scale=scale)
+        epilogue = dict(bias=self.vector_of(bias), residual=residual.at if residual else 0, residual_scale=scale)
         segment = Segment(x.at, x.channels, 0, x.channels)
         self.product(
             [segment],
@@ -183,6 +183,6 @@ class LayerProgram(Program):
             out.channels // self.vector,
             width=x.pixels,
             out_x=out.channels,
-            **behind,
+            **epilogue,
         )
         return out

@@ -136,7 +136,7 @@ class UNetProgram(LayerProgram):
         return self.convolve(y, cast(nn.Conv2d, layer.conv))
 
     def residual(self, m: ResBlock, sources: list[Map], keep: bool = False) -> Map:
-        """sources: one map, or two whose channels stand one behind the other."""
+        """sources: one map, or two whose channels are concatenated."""
         x, time_row = sources[0], self._time_row + self.time_column[m]
         h = self.norm(sources, m.norm1, silu=True, bordered=m.resample is None)
         if m.resample is not None:

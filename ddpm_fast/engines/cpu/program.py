@@ -89,7 +89,7 @@ Argument = int | float | Place | Segments | Tensor
 
 
 class Program:
-    """Rows of integers for `machine`. Weights are copied, so what they come from may change."""
+    """A program under construction: rows of integers for `runtime`. Weights are copied."""
 
     def __init__(self, vector: int) -> None:
         self.vector = vector
@@ -116,7 +116,7 @@ class Program:
         self._free[key].append(place)
 
     def map(self, height: int, width: int, real: int, bordered: bool = False, channels: int = 0) -> Map:
-        """A new map; its channels, if not said, are `real` padded to whole vectors."""
+        """A new map; default for channels: `real` padded to whole vectors."""
         m = Map(Place(0), height, width, channels or self.padded(real), real, bordered)
         return Map(self.take(*m.kind), height, width, m.channels, real, bordered)
 
@@ -136,9 +136,9 @@ class Program:
         """w with the channels of each of `blocks` along `dim` padded with zeros on their own."""
         if all(real == self.padded(real) for real in blocks):
             return w
-        behind = [0, 0] * (w.ndim - 1 - dim)
+        padding = [0, 0] * (w.ndim - 1 - dim)
         parts = zip(w.split(list(blocks), dim), blocks, strict=True)
-        return torch.cat([F.pad(part, [*behind, 0, self.padded(real) - real]) for part, real in parts], dim)
+        return torch.cat([F.pad(part, [*padding, 0, self.padded(real) - real]) for part, real in parts], dim)
 
     def keep(self, t: Tensor) -> Tensor:
         copied = torch.empty(t.shape, dtype=torch.float32 if t.is_floating_point() else t.dtype)

@@ -76,7 +76,7 @@ def _instructions(module: ir.Module, width: int) -> list[ir.Function]:
 
 def _turn(module: ir.Module, width: int, instructions: list[ir.Function]) -> ir.Function:
     """turn(program, rows, item, i, part, parts): row i of a forward pass. Row 0 takes the image in;
-    row `rows` hands the output out, and makes the step behind it if there are coefficients.
+    row `rows` copies the output out, and computes the reverse step if there are coefficients.
     """
     f = Function(module, "turn", 6, width)
     program, rows, at, i, part, parts = f.arguments
@@ -151,8 +151,8 @@ def _share(
     """The images from `alone` on, by all threads: a row's parts are claimed, and no row begins
     before all of the last are done.
 
-    Turns count through all rows of all these images. Nobody waits for a thread that is not running,
-    unless it has claimed a part: whoever is there takes over what nobody claims.
+    Turns count through all rows of all these images. No thread waits for one that is not running,
+    unless that one has claimed a part: running threads take over unclaimed parts.
     """
     turns = (j["all"] - j["alone"]) * (rows + 1)
     done = f.b.inttoptr((job + 8 * JOB.index("done")).v, I64.as_pointer())

@@ -1,8 +1,8 @@
-"""What a plan should take on a GPU: no launch is faster than its arithmetic at the chip's peak, or
-its bytes at the memory's.
+"""Roofline of a plan on a GPU: no launch is faster than its arithmetic at the chip's peak rate, or
+its bytes at the memory's bandwidth.
 
-`floor` is that bound, launch by launch. `predicted` is what to expect of our kernels, from rates
-that were measured on an H100: whole rounds of tiles (the last one may be half empty) with their
+`floor` is that bound per launch. `predicted` is the expected time of the kernels, from rates that
+were measured on an H100: whole rounds of tiles (the last one may be half empty) with their
 borders and padding, at the rate of the flat convolution, and of tiles smaller than its own as fast
 as that convolution was fed; bytes at the rate of a device copy; and a gap between launches in a
 CUDA graph. It is a prediction until it has been measured.
@@ -21,8 +21,12 @@ from .plan import Launch
 
 @dataclass(frozen=True)
 class Gpu:
-    """FLOP/s and bytes/s. half, fp8, bandwidth: as its maker says, dense. product, product_fp8,
-    copy: sustained.
+    """Rates of a GPU, in FLOP/s and bytes/s.
+
+    Attributes:
+        half, fp8, bandwidth: Peaks of the data sheet, dense.
+        product, product_fp8, copy: Sustained rates.
+        measured: Whether the sustained rates were measured.
     """
 
     name: str
@@ -37,9 +41,7 @@ class Gpu:
 
     @classmethod
     def scaled(cls, name: str, target: Target, half: float, fp8: float, bandwidth: float) -> Gpu:
-        """A GPU on which nothing was measured, taken to sustain the shares of its peaks that the
-        H100 does.
-        """
+        """A GPU without measurements: it sustains the same shares of its peaks as the H100."""
         h = GPUS["h100"]
         return cls(
             name,

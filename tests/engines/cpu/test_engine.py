@@ -125,7 +125,7 @@ def test_an_image_is_the_same_to_the_bit_in_every_batch(name):
             assert torch.equal(other(*(v[part] for v in given)), every[part]), (threads, part)
 
 
-def test_nobody_waits_for_a_thread_that_does_not_come():
+def test_no_thread_waits_for_one_that_does_not_run():
     """As on a machine whose other cores are busy: the one that is there takes over, and the bits are the same."""
     from concurrent.futures import Future
 
@@ -134,13 +134,13 @@ def test_nobody_waits_for_a_thread_that_does_not_come():
     here = engine(unet, threads=3)
     every = here(*given)
 
-    class NobodyCame:
+    class NotRunning:
         def submit(self, *_):
             done = Future()
             done.set_result(None)
             return done
 
-    here._executor._helpers = NobodyCame()
+    here._executor._helpers = NotRunning()
     assert torch.equal(here(*given), every)
     assert torch.equal(here(*(v[:1] for v in given)), every[:1])
 
@@ -231,10 +231,10 @@ def test_steps_are_the_reference_loop(which):
         exact = start(s, table)
         reference.run(exact, table)
         for e in engines:
-            ours = start(s, table)
-            assert list(e.steps(ours, table)) == list(range(1, len(table) + 1))
-            assert torch.equal(ours.step_index, exact.step_index)
-            for mine, true in [(ours.x, exact.x), (ours.x_0, exact.x_0)][: 1 + table.multistep]:
+            state = start(s, table)
+            assert list(e.steps(state, table)) == list(range(1, len(table) + 1))
+            assert torch.equal(state.step_index, exact.step_index)
+            for mine, true in [(state.x, exact.x), (state.x_0, exact.x_0)][: 1 + table.multistep]:
                 assert (mine - true).abs().max() < 1e-4 * max(1, float(true.abs().max())), name
 
 
@@ -252,7 +252,7 @@ def test_loops_do_not_depend_on_the_batch_and_show_every_step():
         assert torch.equal(alone.x[0], seen[i - 1])
 
 
-def test_images_may_be_at_rows_of_their_own_rest_behind_the_last_and_lie_in_another_layout():
+def test_images_may_be_at_different_rows_stay_after_the_last_and_lie_in_another_layout():
     unet = network()
     s, e = sampler(unet), engine(unet)
     table = s.table("ddpm", 4)

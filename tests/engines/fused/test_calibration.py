@@ -160,7 +160,7 @@ DAMAGES = {
 
 @pytest.mark.parametrize("message", DAMAGES)
 def test_a_damaged_file_is_refused(message, folder, run, found):
-    """By whoever would read it, in one line; what does not read it goes on."""
+    """By all that read it, in one line; fp32 does not read it."""
     (folder / FILE).write_text(json.dumps(DAMAGES[message](json.loads(found.to_json()))))
     with pytest.raises(ValueError, match=f"calibration.json .*{message}"):
         FusedUNet.from_pretrained(folder, 1, "fp8", check=False)

@@ -152,7 +152,7 @@ def test_between_the_first_and_the_last_step_the_host_only_replays(graphed):
     assert single.replays == 20
 
 
-def test_several_steps_a_graph_where_nobody_watches(graphed):
+def test_several_steps_per_graph_without_a_callback(graphed):
     s, want = graphed(), sampler("reference")
     options = dict(seed=1, steps=STEPS_PER_GRAPH + 3, output="float")
     torch.testing.assert_close(s.sample(3, **options), want.sample(3, **options), rtol=0, atol=1e-4)

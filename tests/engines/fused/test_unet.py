@@ -167,7 +167,7 @@ def test_an_image_is_the_same_alone_first_last_and_in_a_ragged_batch(name, dtype
 @torch.no_grad()
 @pytest.mark.kernel
 def test_an_image_is_the_same_in_every_batch_where_its_norms_read_statistics(device, monkeypatch):
-    """No map fits one pass, so whoever writes one keeps statistics of it, unless it is an attention layer."""
+    """No map fits one pass, so the launch that writes one keeps statistics of it, unless it is an attention layer."""
     monkeypatch.setattr(group_norm_silu, "HELD", 1)
     config = UNetConfig((6, 10), channels=(16, 16), attention=(True, False), mid_attention=False, norm_groups=4, **SMALL)
     unet = of(config).to(device)
@@ -245,6 +245,14 @@ def test_samples_like_the_reference():
     fused = FusedUNet(unet, 2, "fp32", check=False)
     got = Sampler(fused, schedule, shape, device="cpu").sample(3, steps=5, output="float", batch_size=2)
     torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
+
+
+def test_torch_dtypes_name_the_same_networks():
+    unet = of(NETS["not square"]).to("meta")
+    for name, dtype in (("fp32", torch.float32), ("fp16", torch.float16), ("bf16", torch.bfloat16)):
+        assert FusedUNet(unet, 1, dtype, "meta").spec() == FusedUNet(unet, 1, name, "meta").spec()
+    with pytest.raises(ValueError, match=r"dtype torch\.float64; expected one of fp32"):
+        FusedUNet(unet, 1, torch.float64, "meta")
 
 
 def test_bad_input_is_said():

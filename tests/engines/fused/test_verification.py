@@ -89,7 +89,7 @@ def test_right_kernels_pass():
 
 @pytest.mark.kernel
 def test_planted_faults_are_found_and_count_against_their_launch():
-    """All in one plan: whatever a launch does to its process, those behind it are judged."""
+    """All in one plan: whatever a launch does to its process, the launches after it are checked."""
     network = fused()
     faults = {
         "FirstConv": ("crashes", "ended with code -6", ["conv_in"]),
@@ -136,7 +136,7 @@ def test_what_failed_runs_by_its_fallback_and_the_images_are_right(monkeypatch):
 
 @torch.no_grad()
 @pytest.mark.kernel
-def test_statistics_are_checked_beside_the_map(monkeypatch, device):
+def test_statistics_are_checked_in_addition_to_the_map(monkeypatch, device):
     monkeypatch.setattr(group_norm_silu, "HELD", 1)  # one pass holds nothing
     network = FusedUNet(UNet(TINY).to(device), 3, "fp16", check=False)
     plan = network.load(torch.randn(3, 1, 8, 8, device=device), 500)
@@ -236,7 +236,7 @@ def test_a_result_that_cannot_be_cached_still_counts(monkeypatch, tmp_path):
         assert verification.verify(fused().spec()) == {"conv_in": CheckResult()}
 
 
-def test_only_what_is_ours_is_cleared(monkeypatch, tmp_path):
+def test_other_files_in_the_cache_folder_stay(monkeypatch, tmp_path):
     monkeypatch.setenv("DDPM_FAST_CACHE", str(tmp_path))
     (tmp_path / "checks").mkdir()
     (tmp_path / "checks" / "a.json").touch()
