@@ -27,7 +27,7 @@ from bench.networks import NETWORKS
 from ddpm_fast import UNet
 from ddpm_fast.engines.fused.unet import FusedUNet
 from ddpm_fast.kernels._gemm import Target
-from ddpm_fast.testing import Compiled, Launch, compile_launch, launch_key, record_launches
+from ddpm_fast.utils.triton_tools import Compiled, RecordedLaunch, compile_launch, launch_key, record_launches
 
 PROCESSORS = {80: 108, 89: 128, 90: 132, 100: 148, 120: 170}
 SHARED = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB that a program may take
@@ -47,7 +47,7 @@ class Case:
 
     sm: int
     where: str
-    launch: Launch
+    launch: RecordedLaunch
 
     @property
     def kernel(self) -> str:
@@ -58,7 +58,7 @@ class Case:
         return self.launch.args.get("PRECISION") == "ieee"
 
 
-def launches_of(net: str, batch: int, dtype: str, sm: int, overlap: bool = False) -> Iterator[tuple[str, Launch]]:
+def launches_of(net: str, batch: int, dtype: str, sm: int, overlap: bool = False) -> Iterator[tuple[str, RecordedLaunch]]:
     """(name, launch) for every kernel that a forward pass starts."""
     with torch.device("meta"):
         unet = UNet(NETWORKS[net])

@@ -55,7 +55,7 @@ def of_plan(name: str, batch: int, dtype: str) -> Row:
         arena_kb=round(plan.arena.size / 1e3),
     )
     if _triton.PRESENT:
-        found["compilations"] = len(distinct_launches(unet.config, fused.subject(fused.size, plan).options))
+        found["compilations"] = len(distinct_launches(fused.spec()))
     return found
 
 

@@ -19,7 +19,7 @@ from ddpm_fast.checkpoints.checkpoint import Checkpoint
 from ddpm_fast.engines.fused.checks import FORWARD
 from ddpm_fast.engines.fused.roofline import GPUS, estimate
 from ddpm_fast.engines.fused.unet import FusedUNet
-from ddpm_fast.engines.fused.verification import verdicts
+from ddpm_fast.engines.fused.verification import verify
 from ddpm_fast.testing import relative_error
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def self_check(bench: Bench) -> Iterator[Row]:
                 yield dict(what="self-check", dtype=dtype, batch=batch, launches=len(fused.plan()), summary="fallbacks only")
                 continue
             began = time.monotonic()
-            found = verdicts(fused.subject(fused.size, fused.plan()))
+            found = verify(fused.spec())
             wrong = {k: v.reason for k, v in found.items() if not v.passed}
             yield dict(
                 what="self-check",

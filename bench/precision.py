@@ -99,7 +99,7 @@ class Bench:
         call = (torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)), torch.tensor([900, 100]))
         calibration = calibrate(Checkpoint(unet, NoiseSchedule.linear()), images=2, steps=3) if row == "fp8" else None
         fused, exact = FusedUNet(unet, 2, ROWS[row], "cpu", calibration=calibration), unet(*call)
-        return dict(error=relative_error(fused(*call), exact), wide=fused.wide)
+        return dict(error=relative_error(fused(*call), exact), wide=fused.keep_bf16)
 
     def ddpm(self, row: str) -> dict[str, Any]:
         """PSNR of whole images, of [-1, 1] after clipping, against the same images by the reference in fp32."""

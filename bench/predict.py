@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ddpm_fast.kernels import ddpm_step, noise, noise_mse, q_sample
-from ddpm_fast.testing import Compiled, Launch, compile_launch, record_launches
+from ddpm_fast.utils.triton_tools import Compiled, RecordedLaunch, compile_launch, record_launches
 
 COPY_RATE = 3.02e12  # bytes read + written per second, measured on one H100 SXM
 ISSUE_RATE = 132 * 4 * 32 * 1.7e9  # lanes x instructions per second: processors x schedulers x lanes x clock
@@ -67,7 +67,7 @@ class Prediction:
         return memory / (memory + issue), memory / max(memory, issue)
 
 
-def launch_of(op: str, dtype: torch.dtype, shape: tuple[int, ...], channels_last: bool, learned: bool) -> Launch:
+def launch_of(op: str, dtype: torch.dtype, shape: tuple[int, ...], channels_last: bool, learned: bool) -> RecordedLaunch:
     """The launch an operation makes, recorded on the meta device."""
     b, c, h, w = shape
     layout = torch.channels_last if channels_last else torch.contiguous_format

@@ -36,7 +36,7 @@ class Subject:
     """What all engines run.
 
     checkpoint  its network in fp32, on the device
-    dtype       of the network's arithmetic, a name in `engine.PRECISIONS`
+    dtype       of the network's arithmetic, a key of `engines.base.DTYPES`
     folder      where an engine may keep what it makes once
     size        (H, W); default: as trained
     calibration of fp8 layers

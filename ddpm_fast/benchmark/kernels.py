@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..engines.base import Engine
 from ..engines.cpu.engine import CPUEngine
 from ..engines.fused.plan import Launch
-from ..engines.select import Engine
 from .baselines import Subject
 from .timer import measure
 
@@ -100,7 +100,7 @@ def instructions(engine: CPUEngine, subject: Subject) -> list[Point]:
     program = executor._programs[-1]
     rows = executor.times.rows(t, labels[0] if labels else None)
     item = np.zeros((1, len(ITEM)), dtype=np.int64)
-    item[:, COLUMN["x"]], item[:, COLUMN["row"]] = x.data_ptr(), rows.addresses
+    item[:, COLUMN["x"]], item[:, COLUMN["time_row"]] = x.data_ptr(), rows.addresses
     job = executor._job.copy()
 
     def seconds(repeated: np.ndarray[Any, Any]) -> float:

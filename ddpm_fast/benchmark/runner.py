@@ -24,8 +24,8 @@ from typing import IO, Any
 
 import torch
 
-from ..testing import relative_error
 from ..utils.environment import environment
+from ..utils.numerics import relative_error
 from .baselines import Subject
 from .worker import Setting
 

@@ -17,7 +17,7 @@ from ..benchmark.figures import draw
 from ..benchmark.kernels import ceilings, points
 from ..benchmark.runner import Effort, case_of, race
 from ..benchmark.worker import Setting
-from ..engines.select import PRECISIONS
+from ..engines.base import DTYPES
 from ..plotting.style import check_out
 from .common import PATH, parse_size, pick_device, report_of
 
@@ -57,7 +57,7 @@ def bench() -> None:
     """
 
 
-_DTYPE = click.option("--dtype", type=click.Choice(list(PRECISIONS)), help="[default: bf16 on a GPU, else fp32]")
+_DTYPE = click.option("--dtype", type=click.Choice(list(DTYPES)), help="[default: bf16 on a GPU, else fp32]")
 
 
 @bench.command()
@@ -81,7 +81,7 @@ def throughput(batch_size: int, dtype: str | None, **how: Any) -> None:
 @bench.command()
 @_options
 @click.option("--batch-sizes", default="1,4,16,64", show_default=True)
-@click.option("--dtypes", help=f"Some of {', '.join(PRECISIONS)}.  [default: bf16,fp8 on a GPU, else fp32]")
+@click.option("--dtypes", help=f"Some of {', '.join(DTYPES)}.  [default: bf16,fp8 on a GPU, else fp32]")
 def sweep(batch_sizes: str, dtypes: str | None, **how: Any) -> None:
     """Several batch sizes and types."""
     try:
@@ -91,8 +91,8 @@ def sweep(batch_sizes: str, dtypes: str | None, **how: Any) -> None:
     if not batches or min(batches) < 1:
         raise ValueError(f"--batch-sizes {batch_sizes}: expected numbers of images such as 1,4,16")
     kinds: list[str | None] = [None] if dtypes is None else list(dtypes.split(","))
-    if wrong := [d for d in kinds if d not in (None, *PRECISIONS)]:
-        raise ValueError(f"--dtypes {dtypes}: unknown type {wrong[0]}; expected some of {', '.join(PRECISIONS)}")
+    if wrong := [d for d in kinds if d not in (None, *DTYPES)]:
+        raise ValueError(f"--dtypes {dtypes}: unknown type {wrong[0]}; expected some of {', '.join(DTYPES)}")
     _run(batches, kinds, several=True, **how)
 
 

@@ -38,7 +38,7 @@ def calibrate_command(
     began = time.perf_counter()
     found = calibrate(checkpoint, images, steps, seed, pick_device(device))
     write_atomically(target, found.to_json())
-    report = dict(out=str(target), allowed=found.allowed, seconds=round(time.perf_counter() - began, 1), wide=found.wide)
+    report = dict(out=str(target), allowed=found.allowed, seconds=round(time.perf_counter() - began, 1), keep_bf16=found.keep_bf16)
     report |= dict(layers={name: asdict(layer) for name, layer in found.layers.items()}, **found.made)
     report_of(report, as_json, "\n".join(_lines(found, report)))
 
@@ -58,8 +58,8 @@ def _check_target(path: Path) -> Path:
 def _lines(c: Calibration, report: dict[str, Any]) -> list[str]:
     lines = [f"{'convolution':46} {'largest input':>13} {'error in e4m3':>13}"]
     for name, layer in c.layers.items():
-        lines.append(f"{name:46} {layer.amax:13.4g} {layer.error:13.4f}{'  stays wide' if layer.wide else ''}")
+        lines.append(f"{name:46} {layer.amax:13.4g} {layer.error:13.4f}{'  stays bf16' if layer.keep_bf16 else ''}")
     rule = f"{c.allowed:.4f} is allowed, the larger of {TIMES_MEDIAN:g} times the median and {FLOOR:g}"
-    lines.append(f"{len(c.wide) or 'none'} of {len(c.layers)} stay wide: {rule}")
+    lines.append(f"{len(c.keep_bf16) or 'none'} of {len(c.layers)} stay bf16: {rule}")
     drawn = f"{report['images']} images of seed {report['seed']} in {report['steps']} {report['solver']} steps"
     return [*lines, f"{drawn}, twice, {report['seconds']} s -> {report['out']}"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,13 @@ import torch
 from click.core import ParameterSource
 
 from ..checkpoints.checkpoint import Checkpoint, load_pretrained
+from ..engines.base import DTYPES
 from ..engines.fused.calibration import Calibration, load_calibration
-from ..engines.fused.checks import Verdict
+from ..engines.fused.checks import CheckResult
+from ..engines.fused.model import PlannedUNet
 from ..engines.fused.plan import Buffer, Launch
 from ..engines.fused.roofline import GPUS, Estimate, Gpu, estimate
-from ..engines.fused.unet import DTYPES, FusedUNet
+from ..engines.fused.verification import cached_results
 from ..kernels._gemm import Target
 from ..models.flops import unet_cost
 from ..utils.cache import cache_dir, cached_files, clear_cache
@@ -120,13 +123,13 @@ def _plan(
     calibration: Calibration | None,
     as_json: bool,
 ) -> None:
-    """Planned on the meta device for the GPU that was named; the verdict is of this machine's, if it has one."""
+    """Planned on the meta device for the GPU that was named; the check results are this machine's, if it has any."""
     steps = len(c.schedule)
-    fused = FusedUNet(c.unet.to("meta"), batch, dtype, "meta", size, steps, gpu.target, calibration=calibration)
+    fused = PlannedUNet(c.unet.to("meta"), batch, dtype, "meta", size, steps, target=gpu.target, calibration=calibration)
     plan = fused.plan()
     estimates = [estimate(launch, gpu) for launch in plan]
-    verdicts = _kept(c, fused)
-    rows = [_row(launch, e, verdicts.get(launch.name), fused.wide) for launch, e in zip(plan, estimates, strict=True)]
+    results = _cached_results(fused)
+    rows = [_row(launch, e, results.get(launch.name), fused.keep_bf16) for launch, e in zip(plan, estimates, strict=True)]
     floor, predicted = sum(e.floor for e in estimates), sum(e.predicted for e in estimates)
     flops, moved = sum(e.flops for e in estimates), sum(e.bytes for e in estimates)
     totals = dict(
@@ -140,15 +143,15 @@ def _plan(
         arena_bytes=plan.arena.size,
         floor_ms=round(1e3 * floor, 4),
         predicted_ms=round(1e3 * predicted, 4),
-        verdict=_verdict_of(verdicts),
+        checks=_summary_of(results),
     )
     if dtype == "fp8":
-        totals["calibrated"], totals["wide"] = calibration is not None, fused.wide
+        totals["calibrated"], totals["keep_bf16"] = calibration is not None, fused.keep_bf16
     lines = [_columns(*HEADER), *map(_line, rows), ""]
     lines += _about_fp8(fused, calibration) if dtype == "fp8" else []
     lines += [
         f"{len(plan)} launches, {totals['gflop_per_image']} GFLOP and {moved / batch / 1e6:.1f} MB an image (weights included), "
-        f"arena {megabytes(plan.arena.size)}; self-check: {totals['verdict']}",
+        f"arena {megabytes(plan.arena.size)}; self-check: {totals['checks']}",
         f"{gpu.name}, batch {batch}, {dtype}: no faster than {1e3 * floor:.3f} ms; "
         f"predicted {1e3 * predicted:.3f} ms a forward pass, {batch / predicted:,.0f} images a second and step"
         + ("" if gpu.measured else " (nothing was measured on this GPU: an H100's shares of its peaks)"),
@@ -156,26 +159,25 @@ def _plan(
     report_of(dict(**totals, plan=rows), as_json, "\n".join(lines))
 
 
-def _kept(c: Checkpoint, fused: FusedUNet) -> dict[str, Verdict]:
+def _cached_results(fused: PlannedUNet) -> dict[str, CheckResult]:
     if not torch.cuda.is_available():
         return {}
-    device = torch.device("cuda")
-    subject = fused.subject(fused.size, fused.plan())
-    options = dict(subject.options) | dict(device="cuda", target=vars(Target.of(device)))
-    return type(subject)(subject.config, options, subject.launches).kept() or {}
+    spec = fused.spec()
+    options = dict(spec.options) | dict(device="cuda", target=vars(Target.of(torch.device("cuda"))))
+    return cached_results(replace(spec, options=options)) or {}
 
 
-def _about_fp8(fused: FusedUNet, calibration: Calibration | None) -> list[str]:
-    """Where the units come from, and what stays wide and why."""
+def _about_fp8(fused: PlannedUNet, calibration: Calibration | None) -> list[str]:
+    """Where the units come from, which layers stay in bf16, and why."""
     narrow = sum(_operands(launch) == "e4m3" for launch in fused.plan())
     if calibration is None:
         return [f"{narrow} convolutions in e4m3, with ranges by rule: ddpm-fast calibrate would look at the activations themselves"]
-    lines = [f"{narrow} convolutions in e4m3, with ranges as calibrated, {len(fused.wide) or 'none'} kept wide"]
-    wide = ((name, calibration.layers[name].error) for name in fused.wide)
-    return lines + [f"  {name} stays wide: off by {error:.4f} in e4m3, {calibration.allowed:.4f} allowed" for name, error in wide]
+    lines = [f"{narrow} convolutions in e4m3, with ranges as calibrated, {len(fused.keep_bf16) or 'none'} kept in bf16"]
+    errors = ((name, calibration.layers[name].error) for name in fused.keep_bf16)
+    return lines + [f"  {name} stays bf16: off by {error:.4f} in e4m3, {calibration.allowed:.4f} allowed" for name, error in errors]
 
 
-def _row(launch: Launch, e: Estimate, verdict: Verdict | None, wide: list[str]) -> dict[str, Any]:
+def _row(launch: Launch, e: Estimate, result: CheckResult | None, keep_bf16: list[str]) -> dict[str, Any]:
     t = getattr(launch.op, "tiles", None)
     first = launch.reads.get("x") or launch.reads.get("qkv") or launch.out
     second = launch.reads.get("x2")
@@ -185,14 +187,14 @@ def _row(launch: Launch, e: Estimate, verdict: Verdict | None, wide: list[str]) 
         reads=_shape(first) + (f"+{second.channels}" if second is not None else ""),
         writes=_shape(launch.out),
         operands=_operands(launch),
-        wide=launch.name in wide,
+        keep_bf16=launch.name in keep_bf16,
         tile=None if t is None else f"{t.block_m}x{t.block_n}x{t.block_k} w{t.warps}",
         flops=e.flops,
         bytes=e.bytes,
         floor_us=round(1e6 * e.floor, 2),
         predicted_us=round(1e6 * e.predicted, 2),
         bound=e.bound,
-        verdict=None if verdict is None else verdict.reason or "passed",
+        check=None if result is None else result.reason or "passed",
     )
 
 
@@ -208,8 +210,8 @@ def _shape(b: Buffer) -> str:
 
 def _line(r: dict[str, Any]) -> str:
     figures = (f"{r['flops'] / 1e9:.2f}", f"{r['bytes'] / 1e6:.2f}", f"{r['floor_us']:.2f}", f"{r['predicted_us']:.2f}")
-    operands = f"{r['operands'] or ''}{' wide' if r['wide'] else ''}"
-    failed = "" if r["verdict"] in (None, "passed") else f"  FAILED: {r['verdict']}"
+    operands = f"{r['operands'] or ''}{' kept' if r['keep_bf16'] else ''}"
+    failed = "" if r["check"] in (None, "passed") else f"  FAILED: {r['check']}"
     return _columns(r["launch"], r["kernel"], r["reads"], r["writes"], operands, r["tile"] or "", *figures, r["bound"] + failed)
 
 
@@ -217,6 +219,6 @@ def _columns(*c: str) -> str:
     return f"{c[0]:46} {c[1]:16} {c[2]:>16} {c[3]:>14} {c[4]:>9} {c[5]:>16} {c[6]:>8} {c[7]:>8} {c[8]:>8} {c[9]:>9}  {c[10]}"
 
 
-def _verdict_of(verdicts: dict[str, Verdict]) -> str:
-    passed = sum(v.passed for v in verdicts.values())
-    return f"{passed} of {len(verdicts)} passed" if verdicts else "not checked on this machine"
+def _summary_of(results: dict[str, CheckResult]) -> str:
+    passed = sum(r.passed for r in results.values())
+    return f"{passed} of {len(results)} passed" if results else "not checked on this machine"

@@ -14,7 +14,8 @@ import torch
 from .. import __version__
 from ..data import image_io as pictures
 from ..data.pixels import image_indices
-from ..engines.select import ENGINES, PRECISIONS
+from ..engines.base import DTYPES
+from ..engines.select import ENGINES
 from ..sampling.sampler import Sampler
 from ..utils.environment import environment, peak_memory
 from ..utils.signals import stop_on_signals
@@ -53,7 +54,7 @@ def cli() -> None:
 @click.option("--device", help="cpu, cuda, cuda:1 ...  [default: the GPU if there is one]")
 @click.option(
     "--dtype",
-    type=click.Choice(list(PRECISIONS)),
+    type=click.Choice(list(DTYPES)),
     default="fp32",
     show_default=True,
     help="Of the network; the state is always fp32. fp8: with our own kernels.",

@@ -26,7 +26,7 @@ from ..diffusion.presets import preset_of
 from ..diffusion.schedule import Array
 from ..diffusion.timesteps import Steps
 from ..diffusion.vlb import Bound
-from ..engines.select import inference
+from ..engines.eager import inference
 from ..kernels.q_sample import q_sample
 from ..sampling.sampler import Sampler
 from ..utils.validation import integer

@@ -24,8 +24,10 @@ from ..diffusion.presets import preset_of
 from ..diffusion.schedule import NoiseSchedule
 from ..diffusion.solvers import LEARNED, VARIANCES, StepTable, ddim_inversion_table
 from ..diffusion.timesteps import Steps, choose_timesteps
+from ..engines.base import DTYPES, Engine, SamplingState, dtype_name
+from ..engines.eager import EagerEngine
 from ..engines.fused.calibration import Calibration, load_calibration
-from ..engines.select import PRECISIONS, Engine, ModelEngine, State, Wanted, choose
+from ..engines.select import EngineRequest, choose
 from ..kernels import noise
 from ..kernels.q_sample import q_sample
 from ..models.unet import UNet, channels_last
@@ -107,16 +109,16 @@ class Sampler:
         parameter = next((p for p in model.parameters() if p.is_floating_point()), None) if isinstance(model, nn.Module) else None
         self.device = torch.device(device if device is not None else parameter.device if parameter is not None else "cpu")
         own = parameter.dtype if parameter is not None and parameter.dtype.itemsize == 2 else torch.float32
-        self.precision = _precision(own if dtype is None else dtype)
-        if PRECISIONS[self.precision] != own and not isinstance(model, UNet):
+        self.precision = dtype_name(own if dtype is None else dtype)
+        if DTYPES[self.precision].activations != own and not isinstance(model, UNet):
             raise ValueError(f"dtype {self.precision} with a model of {own}: only a UNet is cast; cast the model yourself")
         self._engine_name, self._given, self._calibration = engine, model, calibration
         self._choose()
 
     def _choose(self) -> None:
-        wanted = Wanted(self._given, self.shape, self.precision, self.device, len(self.schedule), self._calibration)
-        self.engine: Engine = choose(self._engine_name, wanted)
-        plain = self.engine if isinstance(self.engine, ModelEngine) else None
+        request = EngineRequest(self._given, self.shape, self.precision, self.device, len(self.schedule), self._calibration)
+        self.engine: Engine = choose(self._engine_name, request)
+        plain = self.engine if isinstance(self.engine, EagerEngine) else None
         self.model = plain.model if plain is not None else self._given
         self.dtype = plain.dtype if plain is not None else torch.float32
         self._weights = _fingerprint(self._given) if self._copied else b""
@@ -124,7 +126,7 @@ class Sampler:
     @property
     def _copied(self) -> bool:
         """Does the engine compute with weights of its own?"""
-        return isinstance(self._given, nn.Module) and not (isinstance(self.engine, ModelEngine) and self.model is self._given)
+        return isinstance(self._given, nn.Module) and not (isinstance(self.engine, EagerEngine) and self.model is self._given)
 
     @classmethod
     def from_pretrained(
@@ -237,10 +239,10 @@ class Sampler:
                     try:
                         self.engine.prepare(size)
                         state = self.begin(image, bits, _at(wanted, place), _at(x_start, place))
-                        left = len(table)
-                        for done in self._steps(state, table, of_first(count, callback), stop):
-                            left -= done
-                            bar.update(count * done)
+                        done = 0
+                        for completed in self._steps(state, table, of_first(count, callback), stop):
+                            bar.update(count * (completed - done))
+                            done = completed
                             yield from arrived(sent)
                     except torch.OutOfMemoryError:
                         if size == 1:
@@ -249,7 +251,7 @@ class Sampler:
                     if tight:  # by now the error holds nothing any more
                         size = self._smaller(size)
                         continue
-                    if left:
+                    if done < len(table):
                         break  # told to stop
                     sent.append(Outbox.send(state.x[:count], image[:count], output, preset, self.precision))
                     yield from arrived(sent)
@@ -279,7 +281,7 @@ class Sampler:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def begin(self, image: Tensor, seed: int, labels: Tensor | None = None, x: Tensor | None = None) -> State:
+    def begin(self, image: Tensor, seed: int, labels: Tensor | None = None, x: Tensor | None = None) -> SamplingState:
         """The state before the first step: x, or x_T drawn from the images' own noise; labels, or each image's own."""
         c, h, w = self.shape
         image = image.to(self.device)
@@ -291,9 +293,9 @@ class Sampler:
             x = noise.noise(seeds, image, row, noise.X_T, c, h, w)
         else:
             x = x.to(self.device, torch.float32, copy=True).contiguous(memory_format=torch.channels_last)
-        return State(x, row, seeds, image, None if labels is None else labels.to(self.device))
+        return SamplingState(x, row, seeds, image, None if labels is None else labels.to(self.device))
 
-    def run(self, state: State, table: StepTable, callback: Callback | None = None) -> None:
+    def run(self, state: SamplingState, table: StepTable, callback: Callback | None = None) -> None:
         """Takes the state through the whole table, in place."""
         self._refresh()
         self.engine.prepare(len(state.x))
@@ -301,18 +303,16 @@ class Sampler:
             pass
 
     def _steps(
-        self, state: State, table: StepTable, callback: Callback | None = None, stop: Callable[[], bool] | None = None
+        self, state: SamplingState, table: StepTable, callback: Callback | None = None, stop: Callable[[], bool] | None = None
     ) -> Iterator[int]:
-        """How many steps were done since the last time, again and again, until `stop` says so."""
-        before = 0
-        with closing(self.engine.steps(state, table, watched=callback is not None)) as steps:
+        """Yields the number of steps completed so far; ends early if `stop()` returns True."""
+        with closing(self.engine.steps(state, table, every_step=callback is not None)) as steps:
             for done in steps:
                 if callback is not None:
                     callback(done - 1, int(table.t[done - 1]), state.x)
-                yield done - before
+                yield done
                 if stop is not None and done < len(table) and stop():
                     return
-                before = done
 
     def _refresh(self) -> None:
         """Chooses the engine anew where it computes with weights that are no longer the model's: it was trained on meanwhile."""
@@ -386,14 +386,6 @@ class Sampler:
 
 def _at(per_image: Tensor | None, chosen: Tensor) -> Tensor | None:
     return None if per_image is None else per_image[chosen.to(per_image.device)]
-
-
-def _precision(dtype: str | torch.dtype) -> str:
-    """Its name in `PRECISIONS`. ValueError for any other."""
-    name = dtype if isinstance(dtype, str) else next((k for k, v in PRECISIONS.items() if v == dtype), str(dtype))
-    if name not in PRECISIONS:
-        raise ValueError(f"dtype {dtype!r}; expected one of {', '.join(PRECISIONS)}")
-    return name
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The folder where the package keeps what it need not find out twice.
+"""Cache folder for results of self-checks and compiled machine code.
 
 `DDPM_FAST_CACHE` names it, by default ~/.cache/ddpm_fast. Compiled kernels are Triton's to keep, in its own cache.
 """
@@ -9,9 +9,9 @@ import os
 import tempfile
 from pathlib import Path
 
-VERDICTS = "verdicts"  # of self-checks
-CPU = "cpu"  # what the CPU engine compiled
-FOLDERS = (VERDICTS, CPU)  # nothing else in the folder is ours: it may be one that somebody uses for more
+CHECKS = "checks"  # results of self-checks
+CPU = "cpu"  # machine code of the CPU engine
+FOLDERS = (CHECKS, CPU)  # other files in the folder are left alone: it may serve more than this package
 
 
 def cache_dir() -> Path:

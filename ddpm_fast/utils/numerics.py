@@ -1,4 +1,4 @@
-"""Whatever a program has allowed: fp32 that is computed as fp32."""
+"""Numerics: fp32 that is computed as fp32, and the error of a result."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 @contextmanager
@@ -29,3 +30,8 @@ def full_fp32() -> Iterator[None]:
     finally:
         for place, value in zip(places, before, strict=True):
             setattr(place, name, value)
+
+
+def relative_error(x: Tensor, exact: Tensor) -> float:
+    """||x - exact|| / ||exact|| in fp64."""
+    return float((x.double() - exact.double()).norm() / exact.double().norm())

@@ -7,7 +7,7 @@ import pytest
 
 from bench import counters
 from ddpm_fast.engines.fused import engine as fused_engine
-from ddpm_fast.engines.fused.builder import Walk
+from ddpm_fast.engines.fused.builder import PlanBuilder
 from ddpm_fast.kernels import _triton
 
 
@@ -22,13 +22,13 @@ def test_nothing_got_worse(pinned):
 
 
 def test_a_doubled_launch_is_found(pinned, monkeypatch):
-    network = Walk._network
+    build = PlanBuilder._build
 
     def doubled(self, unet):
-        network(self, unet)
+        build(self, unet)
         self.launches.append(replace(self.launches[1], name="again"))
 
-    monkeypatch.setattr(Walk, "_network", doubled)
+    monkeypatch.setattr(PlanBuilder, "_build", doubled)
     name = "cifar10, batch 256, bf16"
     lines = counters.worse({name: counters.of_plan("cifar10", 256, "bf16")}, {name: pinned[name]})
     assert {line.split(": ")[1].split()[0] for line in lines} == {"arena_kb", "kb_per_image", "launches"}
@@ -37,8 +37,8 @@ def test_a_doubled_launch_is_found(pinned, monkeypatch):
 def test_an_extra_copy_a_step_is_found(pinned, monkeypatch):
     steps = fused_engine.FusedEngine.steps
 
-    def copying(self, state, table, watched=True):
-        for done in steps(self, state, table, watched):
+    def copying(self, state, table, every_step=True):
+        for done in steps(self, state, table, every_step):
             state.x.clone()
             yield done
 

@@ -72,10 +72,10 @@ def test_plan_of_another_gpu_type_and_size(run):
 def test_cache(run, tmp_path, monkeypatch):
     monkeypatch.setenv("DDPM_FAST_CACHE", str(tmp_path / "cache"))
     assert run("info", "--cache")[1].endswith("cache: 0 files, 0.0 MiB\n")
-    (tmp_path / "cache" / "verdicts").mkdir(parents=True)
-    (tmp_path / "cache" / "verdicts" / "a.json").write_text("{}")
+    (tmp_path / "cache" / "checks").mkdir(parents=True)
+    (tmp_path / "cache" / "checks" / "a.json").write_text("{}")
     code, out, _ = run("info", "--cache", "--json")
-    assert code == 0 and json.loads(out)["files"] == ["verdicts/a.json"]
+    assert code == 0 and json.loads(out)["files"] == ["checks/a.json"]
     assert "1 files, 0.0 MiB, removed" in run("info", "--cache", "--clear")[1] and not cached_files()
     for arguments, message in ((("--clear",), "--cache"), ((), "--cache"), ((WEIGHTS, "--gpu", "h100"), "--gpu goes with --plan")):
         code, _, err = run("info", *arguments)

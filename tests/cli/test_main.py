@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ddpm_fast import NoiseSchedule, Sampler, UNet, UNetConfig, save_pretrained
-from ddpm_fast.engines.select import ModelEngine
+from ddpm_fast.engines.eager import EagerEngine
 
 pytest.importorskip("click")
 pytest.importorskip("safetensors")
@@ -75,21 +75,21 @@ def test_sample_says_which_engine_and_why(run, weights, tmp_path):
     arguments = ("--weights", weights, "--images", 2, "--steps", 2, "--out", tmp_path / "a.npy")
     code, out, _ = run("sample", *arguments, "--engine", "reference", "--json")
     report = json.loads(out)
-    assert code == 0 and (report["engine"], report["reason"], report["invariant"]) == ("reference", "as asked for", False)
+    assert code == 0 and (report["engine"], report["reason"], report["invariant"]) == ("reference", "as requested", False)
     assert report["peak_memory_bytes"] > 10**7
     _, out, _ = run("sample", *arguments, "--engine", "reference")
-    assert "engine reference (as asked for), bits that depend on the batch, peak memory" in out
+    assert "engine reference (as requested), bits that depend on the batch, peak memory" in out
     code, _, err = run("sample", *arguments, "--engine", "fused")
     assert code == 2 and "levels of [8] channels; the kernels take multiples of 16" in err
     code, _, err = run("sample", *arguments, "--dtype", "fp8")
-    assert code == 2 and "fp8 is for our own kernels" in err and len(err.splitlines()) == 1
+    assert code == 2 and "fp8 needs engine 'fused'" in err and len(err.splitlines()) == 1
 
 
 @pytest.mark.parametrize("out", ["grid.png", "many.npz", "pictures"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_run_keeps_what_is_finished(run, weights, tmp_path, monkeypatch, out, number):
     """Told to stop in the second batch of five."""
-    steps, step = [], ModelEngine.step
+    steps, step = [], EagerEngine.step
 
     def counted(self, *arguments):
         steps.append(1)
@@ -97,7 +97,7 @@ def test_a_stopped_run_keeps_what_is_finished(run, weights, tmp_path, monkeypatc
             os.kill(os.getpid(), number)
         return step(self, *arguments)
 
-    monkeypatch.setattr(ModelEngine, "step", counted)
+    monkeypatch.setattr(EagerEngine, "step", counted)
     arguments = ("--images", 10, "--batch-size", 2, "--steps", 3, "--engine", "reference")
     code, said, err = run("sample", "--weights", weights, *arguments, "--out", tmp_path / out)
     assert code == 128 + number and err == "ddpm-fast: stopped after 2 of 10 images\n" and said.startswith("2 images of seed 0")

@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 from bench.predict import CASES, launch_of, predict
-from ddpm_fast.testing import compile_launch
+from ddpm_fast.utils.triton_tools import compile_launch
 
 pytestmark = pytest.mark.compile
 NAMES = ["-".join(map(str, (op, dtype, *shape, "last" * last, "learned" * learned))) for op, dtype, shape, last, learned in CASES]

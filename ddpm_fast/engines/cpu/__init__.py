@@ -1,1 +1,3 @@
-"""The fp32 network on a CPU as machine code made there by LLVM: `executor.NativeExecutor`. Needs llvmlite."""
+"""The fp32 network on a CPU as machine code made there by LLVM: `executor.NativeExecutor`. Needs
+llvmlite.
+"""

@@ -1,7 +1,9 @@
-"""Machine code for this CPU, written down as loops over vectors: a thin layer over LLVM's builder, and the cache of what it made.
+"""Machine code for this CPU, written as loops over vectors: a thin layer over LLVM's builder, and
+the cache of object code.
 
-llvmlite carries LLVM as a wheel, so no compiler need be installed. A `Function` is filled by ordinary Python: numbers are `Value`s
-with operators, `loop` and `when` are `with` blocks. Addresses are integers, in bytes; indices count 4-byte elements.
+llvmlite contains LLVM, so no compiler needs to be installed. A `Function` is filled by
+ordinary Python: numbers are `Value`s with operators, `loop` and `when` are `with` blocks. Addresses
+are integers, in bytes; indices count 4-byte elements.
 """
 
 from __future__ import annotations
@@ -96,7 +98,9 @@ class Value:
         return self._binary(o, None, "ashr")
 
     def is_(self, comparison: str, o: Any) -> Value:
-        """A truth value: "==", "!=", "<", "<=", ">", ">="; integers are signed, NaN compares as false."""
+        """A truth value: "==", "!=", "<", "<=", ">", ">="; integers are signed, NaN compares as
+        false.
+        """
         compare = self.b.fcmp_ordered if self.floating else self.b.icmp_signed
         return Value(self.b, compare(comparison, self.v, self.lift(o)))
 
@@ -264,9 +268,11 @@ def vector_width() -> int:
 
 
 def compile_cached(build: Callable[[], str], sources: Sequence[str]) -> tuple[Any, bool]:
-    """(engine that holds the functions, was it found in the cache): `build` writes the module, if it must be written.
+    """(engine that holds the functions, whether the code comes from the cache): `build` writes the
+    module, if it must be written.
 
-    The object code is kept under (CPU, package and LLVM versions, `sources`), with its checksum; what is damaged is made again.
+    The object code is cached under (CPU, package and LLVM versions, `sources`), with its checksum;
+    a damaged file is compiled again.
     """
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
@@ -276,8 +282,8 @@ def compile_cached(build: Callable[[], str], sources: Sequence[str]) -> tuple[An
     target = llvm.Target.from_default_triple()
     machine = target.create_target_machine(cpu, features, opt=3, reloc="default", codemodel="jitdefault")
     engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
-    code = _kept(path)
-    found = code is not None
+    code = _cached(path)
+    from_cache = code is not None
     if code is None:
         module = llvm.parse_assembly(build())
         module.verify()
@@ -289,10 +295,10 @@ def compile_cached(build: Callable[[], str], sources: Sequence[str]) -> tuple[An
         _keep(path, code)
     engine.add_object_file(llvm.object_file.ObjectFileRef.from_data(code))
     engine.finalize_object()
-    return engine, found
+    return engine, from_cache
 
 
-def _kept(path: Any) -> bytes | None:
+def _cached(path: Any) -> bytes | None:
     try:
         content = path.read_bytes()
     except OSError:

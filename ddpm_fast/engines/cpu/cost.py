@@ -1,4 +1,6 @@
-"""What an instruction computes and moves: (FLOP, bytes), each operand counted once, whatever cache it comes from."""
+"""What an instruction computes and moves: (FLOP, bytes), each operand counted once, whatever cache
+it comes from.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +16,13 @@ EXP = 10  # FLOP of an exponential, about
 
 def costs(program: Program) -> list[tuple[str, int, int]]:
     """(instruction, FLOP, bytes) of every row of a program, in order."""
-    found = []
+    result = []
     for number, *values in program.instructions:
         name = NAMES[int(number)]  # type: ignore[arg-type]
         arguments = dict(zip(INSTRUCTIONS[name][1], values, strict=True))
         flops, floats = COSTS[name](program, **arguments)
-        found.append((name, int(flops), 4 * int(floats)))
-    return found
+        result.append((name, int(flops), 4 * int(floats)))
+    return result
 
 
 def _gemm(p: Program, **a: Any) -> tuple[int, int]:
@@ -56,7 +58,10 @@ def _resample(p: Program, **a: Any) -> tuple[int, int]:
 
 COSTS: dict[str, Callable[..., tuple[int, int]]] = {
     "gemm": _gemm,
-    "winograd_in": lambda p, **a: (32 * a["tiles"] * a["channels"], 20 * a["tiles"] * a["channels"]),
+    "winograd_in": lambda p, **a: (
+        32 * a["tiles"] * a["channels"],
+        20 * a["tiles"] * a["channels"],
+    ),
     "winograd_out": _winograd_out,
     "channel_sums": _channel_sums,
     "group_means": lambda p, **a: (a["channels"], 2 * a["channels"]),

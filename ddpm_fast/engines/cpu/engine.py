@@ -1,7 +1,7 @@
-"""The CPU as an engine: the function of an fp32 `UNet` and a solver's steps, one image per core at a time.
+"""CPU engine: the function of an fp32 `UNet` and a solver's steps, one image per core at a time.
 
-By machine code of its own (`native`), for which it needs llvmlite (`pip install ddpm-fast[cpu]`). An image is the same to the bit
-in every batch and at every place: no reduction knows how many images there are, or how many threads.
+It runs machine code that LLVM compiles on this machine (`runtime`) and needs llvmlite (`pip install
+ddpm-fast[cpu]`). It is batch-invariant: no reduction depends on the number of images or of threads.
 """
 
 from __future__ import annotations
@@ -15,22 +15,26 @@ from torch import Tensor
 from ...diffusion.solvers import StepTable
 from ...models.unet import UNet
 from ...utils.validation import is_count
+from ..base import SamplingState
 
 if TYPE_CHECKING:
-    from ..select import State
     from .executor import NativeExecutor
 
-INSTALL = "llvmlite is missing; twice as fast, and the same bits in every batch, after: pip install ddpm-fast[cpu]"
+INSTALL = "llvmlite is missing; for twice the speed and the same bits in every batch: pip install ddpm-fast[cpu]"
 
 
 class CPUEngine:
-    """eps_theta(x_t, t) of a trained fp32 `UNet`, and whole steps with it, for images of one shape (C, H, W).
+    """eps_theta(x_t, t) of a trained fp32 `UNet`, and whole steps with it, for images of one shape.
 
-    timesteps  t runs from 0 to timesteps - 1
-    threads    how many cores take images; default: as many as PyTorch would use
+    Args:
+        unet: The network. Its weights are copied: training may go on.
+        shape: (C, H, W).
+        timesteps: t runs from 0 to timesteps - 1.
+        threads: Number of cores; default: as many as PyTorch uses.
 
-    The weights are copied: training may go on. ValueError for weights that are not fp32 on the CPU, for a shape that the network
-    does not take, and where llvmlite is missing or LLVM does not serve this machine.
+    Raises:
+        ValueError: The weights are not fp32 on the CPU, the network does not take the shape,
+            llvmlite is missing, or LLVM does not support this machine.
     """
 
     name = "cpu"
@@ -51,17 +55,29 @@ class CPUEngine:
 
     @property
     def memory(self) -> int:
-        """Bytes of packed weights, time table and the threads' feature maps, whatever the batch."""
+        """Bytes of packed weights, time table and the threads' feature maps; independent of the
+        batch size.
+        """
         return self._executor.memory
 
     @torch.no_grad()
     def __call__(self, x_t: Tensor, t: Tensor | int, labels: Tensor | None = None) -> Tensor:
-        """x_t [B, C, H, W] floating, t int or integer [B], labels integer [B] where there are classes ->
-        fp32 [B, C_out, H, W], channels-last in memory. ValueError for wrong shapes, and for a t or a label out of range.
+        """Computes the network's output.
+
+        Args:
+            x_t: [B, C, H, W] floating.
+            t: int, or integer [B].
+            labels: Integer [B] if the network has classes.
+
+        Returns:
+            [B, C_out, H, W] fp32, channels-last.
+
+        Raises:
+            ValueError: A shape is wrong, or a t or label out of range.
         """
         if x_t.ndim != 4 or tuple(x_t.shape[1:]) != self.shape or not x_t.is_floating_point() or x_t.device.type != "cpu":
-            seen, wanted = f"{x_t.dtype} {tuple(x_t.shape)} on {x_t.device}", ", ".join(map(str, self.shape))
-            raise ValueError(f"x_t is {seen}; expected floating [B, {wanted}] on cpu")
+            shape = ", ".join(map(str, self.shape))
+            raise ValueError(f"x_t is {x_t.dtype} {tuple(x_t.shape)} on {x_t.device}; expected floating [B, {shape}] on cpu")
         t = torch.as_tensor(t, device="cpu")
         t = self._integers("t", t.expand(len(x_t)) if t.ndim == 0 else t, len(x_t), self.timesteps)
         labels = self._labels(labels, len(x_t))
@@ -69,45 +85,46 @@ class CPUEngine:
             return x_t.new_empty((0, self.config.out_channels, *self.shape[1:]), dtype=torch.float32)
         return self._executor.forward(x_t, t, labels)
 
-    def prepare(self, images: int) -> None:
-        """Nothing: memory is taken for one image a thread, whatever the batch."""
+    def prepare(self, batch_size: int) -> None:
+        """Does nothing: memory is allocated for one image per thread."""
 
     def free(self) -> None:
-        """Nothing: the memory goes with the engine."""
+        """Does nothing: the memory is released with the engine."""
 
-    def steps(self, state: State, table: StepTable, watched: bool = True) -> Generator[int, None, None]:
-        """Takes the state through the table, in place; yields how many steps are done, after every step, the state whole.
+    def steps(self, state: SamplingState, table: StepTable, every_step: bool = True) -> Generator[int, None, None]:
+        """See `Engine.steps`; yields after every step.
 
-        An image whose row is behind the table's last rests. ValueError, before the first step, for a state of another shape and for
-        a table that this network cannot serve.
+        Raises:
+            ValueError: The state has another shape, or the table does not fit the network. Raised
+                before the first step.
         """
         c, out = self.shape[0], self.config.out_channels
-        wanted = ", ".join(map(str, self.shape))
+        shape = ", ".join(map(str, self.shape))
         if state.x.dtype != torch.float32 or state.x.ndim != 4 or tuple(state.x.shape[1:]) != self.shape:
-            raise ValueError(f"the state is {state.x.dtype} {tuple(state.x.shape)}; expected float32 [B, {wanted}]")
+            raise ValueError(f"the state is {state.x.dtype} {tuple(state.x.shape)}; expected float32 [B, {shape}]")
         if out not in (c, 2 * c) or (table.learned and out != 2 * c):
-            wanted = f"{2 * c} (mean and variance)" if table.learned else f"{c} or {2 * c}"
-            raise ValueError(f"the network gives {out} channels; a step needs {wanted}")
+            expected = f"{2 * c} (mean and variance)" if table.learned else f"{c} or {2 * c}"
+            raise ValueError(f"the network gives {out} channels; a step needs {expected}")
         if table.multistep and state.x_0 is None:
             state.x_0 = torch.zeros_like(state.x)
         count = len(state.x)
         self._integers("t of the table", torch.from_numpy(table.t), len(table), self.timesteps)
-        self._integers("row", state.row, count, len(table) + 1)
+        self._integers("step_index", state.step_index, count, len(table) + 1)
         self._labels(state.labels, count)
         return self._executor.steps(state, table) if count else (i for i in range(0))
 
     def _labels(self, labels: Tensor | None, count: int) -> Tensor | None:
         classes = self.config.num_classes
         if (labels is None) != (classes is None):
-            wanted = "no labels: the network is unconditional" if classes is None else f"labels [B] in 0..{classes - 1}"
-            raise ValueError(f"labels {'missing' if labels is None else 'given'}; expected {wanted}")
+            expected = "no labels: the network is unconditional" if classes is None else f"labels [B] in 0..{classes - 1}"
+            raise ValueError(f"labels {'missing' if labels is None else 'given'}; expected {expected}")
         return None if labels is None else self._integers("labels", labels, count, int(classes or 1))
 
     def _integers(self, name: str, v: Tensor, count: int, most: int) -> Tensor:
         wrong = v.shape != (count,) or v.is_floating_point() or v.is_complex() or v.dtype == torch.bool
         if wrong or bool(((v < 0) | (v >= most)).any()):
-            seen = "" if wrong or not count else f" of {v.min()}..{v.max()}"
-            raise ValueError(f"{name}: {v.dtype} {tuple(v.shape)}{seen}; expected integers [{count}] in 0..{most - 1}")
+            values = "" if wrong or not count else f" of {v.min()}..{v.max()}"
+            raise ValueError(f"{name}: {v.dtype} {tuple(v.shape)}{values}; expected integers [{count}] in 0..{most - 1}")
         return v.long()
 
 
@@ -132,4 +149,4 @@ def _executor(unet: UNet, shape: tuple[int, int, int], timesteps: int, threads: 
     except ImportError:
         raise ValueError(INSTALL) from None
     except (OSError, RuntimeError) as error:
-        raise ValueError(f"LLVM does not serve this machine ({error})") from None
+        raise ValueError(f"LLVM does not support this machine ({error})") from None

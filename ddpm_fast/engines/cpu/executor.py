@@ -1,4 +1,6 @@
-"""Runs a native program for the images of a batch: every core takes images of its own, the last ones they share."""
+"""Execution of a native program for the images of a batch: one image per core, the last ones by all
+cores together.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ import sys
 import weakref
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor, wait
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,40 +20,39 @@ from torch import Tensor
 from ...diffusion.solvers import StepTable
 from ...models.time_table import TimeTable
 from ...models.unet import UNet
+from ..base import SamplingState
 from .codegen import vector_width
-from .lowering import Network
+from .lowering import UNetProgram
 from .runtime import ITEM, JOB, compile_kernels
-
-if TYPE_CHECKING:
-    from ..select import State
 
 COLUMN = {name: k for k, name in enumerate(ITEM)}
 
 
 class NativeExecutor:
-    """Machine code made on this machine by LLVM. An image's bits depend on the CPU alone."""
+    """Executor of machine code that LLVM compiles on this machine. Images are bit-equal on one kind of CPU."""
 
     def __init__(self, unet: UNet, shape: tuple[int, int, int], timesteps: int, threads: int) -> None:
         self.threads, self.out_channels = threads, unet.config.out_channels
-        self._work, self._engine, self.found_in_cache = compile_kernels()
-        self.program = Network(unet, shape, vector_width())
+        self._work, self._engine, self.from_cache = compile_kernels()
+        self.program = UNetProgram(unet, shape, vector_width())
         self.times = TimeTable(unet, *self.program.projection, timesteps)
-        # one a thread, and one for images that they share, which may begin while a thread still has one of its own
+        # one per thread, and one for shared images, which may begin while a thread still computes
+        # an image alone
         self._memory = [_aligned_zeros(self.program.size) for _ in range(threads + (threads > 1))]
         self._programs = [self.program.rows(m) for m in self._memory]
         self._job = np.zeros(JOB.index("claims") + threads, dtype=np.int64)
         self._job[JOB.index("yield_to_others")] = _yield_to_others()
         self._begin_threads()
-        own = weakref.ref(self)
+        reference = weakref.ref(self)
 
         def in_child() -> None:  # which has none of its parent's threads
-            alive = own()
+            alive = reference()
             if alive is not None:
                 alive._begin_threads()
 
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=in_child)
-        self.reason = f"machine code for this CPU, {vector_width()} floats a vector, on {threads} threads"
+        self.reason = f"machine code for this CPU, {vector_width()} floats per vector, on {threads} threads"
 
     @property
     def memory(self) -> int:
@@ -59,7 +60,8 @@ class NativeExecutor:
         return self.program.weight_bytes + self.times.nbytes + sum(m.nbytes for m in self._memory)
 
     def _begin_threads(self) -> None:
-        # a thread waits for parts that others have claimed, so one that Ctrl-C does not reach begins them all, batch after batch
+        # a thread waits for parts that others have claimed, so one that Ctrl-C does not reach
+        # begins them all, batch after batch
         self._lead, self._helpers = (ThreadPoolExecutor(max(1, n), "ddpm-fast") for n in (1, self.threads - 1))
         for pool in (self._lead, self._helpers):
             weakref.finalize(self, pool.shutdown, wait=False)
@@ -70,12 +72,12 @@ class NativeExecutor:
         items = _items(len(x))
         rows = self.times.rows(t, labels)
         _point(items, x=x, out=out)
-        items[:, COLUMN["row"]] = rows.addresses
+        items[:, COLUMN["time_row"]] = rows.addresses
         self._run(items, x, out, rows)
         return out
 
-    def steps(self, state: State, table: StepTable) -> Generator[int, None, None]:
-        """Takes the state through the table; yields how many steps are done, after every step."""
+    def steps(self, state: SamplingState, table: StepTable) -> Generator[int, None, None]:
+        """See `Engine.steps`; yields after every step."""
         t, coef = table.padded(len(table) + 1)
         x = state.x.contiguous(memory_format=torch.channels_last)
         old = None if state.x_0 is None else state.x_0.contiguous(memory_format=torch.channels_last)
@@ -85,13 +87,13 @@ class NativeExecutor:
             items[:, COLUMN[name]] = values.numpy()
         items[:, COLUMN["learned"]] = table.learned
         for i in range(len(table)):
-            at = state.row.long()
+            at = state.step_index.long()
             rows = self.times.rows(t[at], state.labels)
-            items[:, COLUMN["row"]] = rows.addresses
+            items[:, COLUMN["time_row"]] = rows.addresses
             items[:, COLUMN["coef"]] = coef.data_ptr() + at.numpy() * coef.stride(0) * 4
             items[:, COLUMN["step"]] = at.numpy()
             self._run(items, x, old, rows, coef)
-            state.row.add_(1).clamp_(max=len(table))
+            state.step_index.add_(1).clamp_(max=len(table))
             if x is not state.x:
                 state.x.copy_(x)
             if old is not None and old is not state.x_0:
@@ -99,9 +101,11 @@ class NativeExecutor:
             yield i + 1
 
     def _run(self, items: NDArray[np.int64], *used: Any) -> None:
-        """All images: whole rounds one per thread; what is left over by all threads together, unless that is nearly a round.
+        """All images: whole rounds one per thread; what is left over by all threads together,
+        unless that is nearly a round.
 
-        used: what the items point into; it lives as long as they are computed, even if the caller is interrupted.
+        used: what the items point into; it lives as long as they are computed, even if the caller
+        is interrupted.
         """
         lead = self._lead.submit(self._parts, items, used)
         try:
@@ -121,8 +125,15 @@ class NativeExecutor:
             part.result()
 
     def _part(self, thread: int, threads: int) -> None:
-        own, shared = self._programs[thread], self._programs[-1]
-        self._work(self._job.ctypes.data, own.ctypes.data, shared.ctypes.data, len(own), thread, threads)
+        alone, shared = self._programs[thread], self._programs[-1]
+        self._work(
+            self._job.ctypes.data,
+            alone.ctypes.data,
+            shared.ctypes.data,
+            len(alone),
+            thread,
+            threads,
+        )
 
 
 def _items(count: int) -> NDArray[np.int64]:

@@ -1,166 +1,22 @@
-"""What the native engine can do, each as machine code for this CPU's vectors: a small instruction set for one image.
+"""What the native engine can do, each as machine code for this CPU's vectors: a small instruction
+set for one image.
 
-A program (`program.Program`) is rows of integers: an instruction's number and its arguments; addresses in bytes, strides in floats.
-Feature maps are [pixel][channel], channels padded to whole vectors with zeros. "Bordered" maps have a zero pixel around them, so
-that a 3x3 convolution is nine products whose first operand begins at nine places. Threads that share an image share each
+A program (`program.Program`) is rows of integers: an instruction's number and its arguments;
+addresses in bytes, strides in floats. Feature maps are [pixel][channel], channels padded to whole
+vectors with zeros. "Bordered" maps have a zero pixel around them, so that a 3x3 convolution is nine
+products whose first operand begins at nine places. Threads that share an image share each
 instruction's rows or channels, never a sum: so the bits do not depend on how many they are.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from itertools import product
 from typing import Any
 
 from .codegen import F32, I32, I64, Function, Value
+from .products import INSTRUCTIONS, as_float, instruction
 
-# 2x2 outputs from 4x4 inputs by 16 products instead of 36 (Winograd 1980; Lavin & Gray 2016, F(2x2, 3x3))
-Instruction = Callable[..., None]
-INSTRUCTIONS: dict[str, tuple[Instruction, list[str]]] = {}
-
-
-def instruction(arguments: str) -> Callable[[Instruction], Instruction]:
-    def register(emit: Instruction) -> Instruction:
-        INSTRUCTIONS[emit.__name__] = (emit, arguments.split())
-        return emit
-
-    return register
-
-
-def tile_rows(width: int) -> int:
-    """Pixels that one pass of a product holds in registers, beside two vectors of output channels."""
-    return 6 if width == 8 else 8  # AVX2 has 16 registers, the others 32
-
-
-# ---- products
-
-
-@instruction(
-    "batch a_batch segments segment_count u u_batch u_block u_row bias residual residual_scale "
-    "out out_batch out_y out_x height width vectors"
-)
-def gemm(f: Function, part: Value, parts: Value, **a: Value) -> None:
-    """out[y, x] = bias + residual_scale residual[y, x] + sum over segments s, c of a_s[y, x, c] u[s, c].
-
-    A segment is (address, channels, stride of y, stride of x): a tap of a convolution, or one of two concatenated sources.
-    u [block][s, c][2 vectors] with strides u_block, u_row; bias and residual may be 0. The innermost loop is one row of u against
-    some pixels: every sum runs over s, then c, whatever the tile.
-    """
-    a["residual_scale"] = _float(f, a["residual_scale"])
-    blocks = (a["vectors"] + 1) // 2
-    rows = a["batch"] * blocks * a["height"]
-    size = tile_rows(f.width)
-    # pixels are shared where there are enough: then each thread goes on with what it wrote itself, in its own cache
-    by_pixel = _units(f, a["width"]).is_(">=", parts)
-    pixels = [
-        by_pixel.pick(mine, all_)
-        for mine, all_ in zip(_share_pixels(f, a["width"], part, parts), (f.integer(0), a["width"]), strict=True)
-    ]
-    mine = [by_pixel.pick(all_, own) for all_, own in zip((f.integer(0), rows), f.share(rows, part, parts), strict=True)]
-    with f.loop(mine[0], mine[1]) as i:
-        y, rest = i % a["height"], i // a["height"]
-        block, batch = rest % blocks, rest // blocks
-        half = (block * 2 + 1).is_("==", a["vectors"])
-        for vectors, condition in ((2, half.is_("==", 0)), (1, half)):
-            with f.when(condition):
-                first, stop = pixels
-                with f.loop(0, (stop - first) // size) as j:
-                    _tile(f, a, batch, block, y, first + j * size, size, vectors)
-                left = (stop - first) % size
-                for count in range(1, size):
-                    with f.when(left.is_("==", count)):
-                        _tile(f, a, batch, block, y, stop - left, count, vectors)
-
-
-def _units(f: Function, pixels: Value) -> Value:
-    return (pixels + (tile_rows(f.width) - 1)) // tile_rows(f.width)
-
-
-def _share_pixels(f: Function, pixels: Value, part: Value, parts: Value) -> tuple[Value, Value]:
-    """As `Function.share`, by whole tiles of a product; the last may be cut short."""
-    first, stop = (v * tile_rows(f.width) for v in f.share(_units(f, pixels), part, parts))
-    return first, stop.is_(">", pixels).pick(pixels, stop)
-
-
-def _tile(f: Function, a: dict[str, Value], batch: Value, block: Value, y: Value, x: Value, count: int, vectors: int) -> None:
-    sums = [[f.variable(f.vector(0)) for _ in range(vectors)] for _ in range(count)]
-    u = f.variable(a["u"] + (batch * a["u_batch"] + block * a["u_block"]) * 4)
-    with f.loop(0, a["segment_count"]) as s:
-        address, channels, of_y, of_x = (f.load(a["segments"], s * 8 + 2 * k, I64) for k in range(4))
-        first = address + (batch * a["a_batch"] + y * of_y + x * of_x) * 4
-        pixels = [first + of_x * (4 * k) for k in range(count)]
-        with f.loop(0, channels) as c:
-            row = u.get()
-            weights = [f.load(row, k * f.width) for k in range(vectors)]
-            for pixel, of_pixel in zip(pixels, sums, strict=True):
-                value = f.splat(f.load(pixel, c, F32))
-                for weight, total in zip(weights, of_pixel, strict=True):
-                    total.set(f.fma(value, weight, total.get()))
-            u.set(row + a["u_row"] * 4)
-    at = batch * a["out_batch"] + y * a["out_y"] + x * a["out_x"] + block * (2 * f.width)
-    places = [[at + a["out_x"] * p + v * f.width for v in range(vectors)] for p in range(count)]
-    with f.when(a["bias"].is_("!=", 0)):
-        biases = [f.load(a["bias"], (block * 2 + v) * f.width) for v in range(vectors)]
-        for of_pixel in sums:
-            for total, bias in zip(of_pixel, biases, strict=True):
-                total.set(total.get() + bias)
-    with f.when(a["residual"].is_("!=", 0)):
-        scale = f.splat(a["residual_scale"])
-        for of_pixel, of_place in zip(sums, places, strict=True):
-            for total, place in zip(of_pixel, of_place, strict=True):
-                total.set(f.fma(f.load(a["residual"], place), scale, total.get()))
-    for of_pixel, of_place in zip(sums, places, strict=True):
-        for total, place in zip(of_pixel, of_place, strict=True):
-            f.store(total.get(), a["out"], place)
-
-
-def _float(f: Function, bits: Value) -> Value:
-    return bits.cast("trunc", I32).cast("bitcast", F32)
-
-
-@instruction("x width channels tiles_x first tiles v")
-def winograd_in(f: Function, part: Value, parts: Value, **a: Value) -> None:
-    """v[16][tile][channel] = B^T d B of the 4x4 pixels d at every second place of a bordered map `width` pixels wide."""
-    with f.loop(*_share_pixels(f, a["tiles"], part, parts)) as t:
-        tile = a["first"] + t
-        corner = ((tile // a["tiles_x"]) * 2 * a["width"] + (tile % a["tiles_x"]) * 2) * a["channels"]
-        with f.loop(0, a["channels"] // f.width) as vector:
-            c = vector * f.width
-            d = [[f.load(a["x"], corner + (a["width"] * i + j) * a["channels"] + c) for j in range(4)] for i in range(4)]
-            columns = [_b(*(d[i][j] for i in range(4))) for j in range(4)]
-            for i in range(4):
-                for j, value in enumerate(_b(*(columns[k][i] for k in range(4)))):
-                    f.store(value, a["v"], ((a["tiles"] * (4 * i + j)) + t) * a["channels"] + c)
-
-
-def _b(d0: Value, d1: Value, d2: Value, d3: Value) -> tuple[Value, Value, Value, Value]:
-    return d0 - d2, d1 + d2, d2 - d1, d1 - d3
-
-
-@instruction("m channels tiles_x first tiles bias residual residual_scale out width")
-def winograd_out(f: Function, part: Value, parts: Value, **a: Value) -> None:
-    """out[2x2 pixels] = bias + residual_scale residual + A^T m A of m[16][tile][channel], into a dense map `width` pixels wide."""
-    scale = f.splat(_float(f, a["residual_scale"]))
-    with f.loop(*_share_pixels(f, a["tiles"], part, parts)) as t:
-        tile = a["first"] + t
-        corner = ((tile // a["tiles_x"]) * 2 * a["width"] + (tile % a["tiles_x"]) * 2) * a["channels"]
-        with f.loop(0, a["channels"] // f.width) as vector:
-            c = vector * f.width
-            m = [[f.load(a["m"], ((a["tiles"] * (4 * i + j)) + t) * a["channels"] + c) for j in range(4)] for i in range(4)]
-            columns = [_a(*(m[i][j] for i in range(4))) for j in range(4)]
-            bias = f.load(a["bias"], c)
-            rows = [_a(*(columns[k][i] for k in range(4))) for i in range(2)]
-            for i, j in product(range(2), range(2)):
-                place = corner + (a["width"] * i + j) * a["channels"] + c
-                value = f.variable(rows[i][j] + bias)
-                with f.when(a["residual"].is_("!=", 0)):
-                    value.set(f.fma(f.load(a["residual"], place), scale, value.get()))
-                f.store(value.get(), a["out"], place)
-
-
-def _a(m0: Value, m1: Value, m2: Value, m3: Value) -> tuple[Value, Value]:
-    return m0 + m1 + m2, m1 - m2 - m3
+__all__ = ["INSTRUCTIONS", "exponential"]
 
 
 # ---- group norm: mean first, then squared deviations, each channel's sum in one thread
@@ -168,7 +24,9 @@ def _a(m0: Value, m1: Value, m2: Value, m3: Value) -> tuple[Value, Value]:
 
 @instruction("x x_channels y y_channels pixels means sums")
 def channel_sums(f: Function, part: Value, parts: Value, **a: Value) -> None:
-    """sums[c] = the sum over pixels of x (and behind it y), or where means is not 0 of (x - means[c])^2."""
+    """sums[c] = the sum over pixels of x (and after it y), or where means is not 0 of (x -
+    means[c])^2.
+    """
     first, every = a["x_channels"] // f.width, (a["x_channels"] + a["y_channels"]) // f.width
     with f.loop(*f.share(every, part, parts)) as vector:
         c = vector * f.width
@@ -201,12 +59,14 @@ def _sum_pixels(f: Function, source: Value, stride: Value, pixels: Value, out: V
 
 @instruction("sums channels group groups totals count means")
 def group_means(f: Function, part: Value, parts: Value, **a: Value) -> None:
-    """means[c] = the mean of the group that channel c belongs to; padding has a group of its own behind the others."""
+    """means[c] = the mean of the group that channel c belongs to; padding has a separate group
+    after the others.
+    """
     with f.when(part.is_("==", 0)):
         _totals(f, a)
         with f.loop(0, a["channels"]) as c:
             total = f.load(a["totals"], f.load(a["group"], c * 2, I64), F32)
-            f.store(total * _float(f, a["count"]), a["means"], c)
+            f.store(total * as_float(f, a["count"]), a["means"], c)
 
 
 def _totals(f: Function, a: dict[str, Value]) -> None:
@@ -217,35 +77,43 @@ def _totals(f: Function, a: dict[str, Value]) -> None:
         f.store(f.load(a["totals"], g, F32) + f.load(a["sums"], c, F32), a["totals"], g)
 
 
-@instruction("sums channels group groups totals count means eps gamma beta row factors offsets")
+@instruction("sums channels group groups totals count means eps gamma beta time_row factors offsets")
 def norm_factors(f: Function, part: Value, parts: Value, **a: Value) -> None:
-    """norm(x) = factors x + offsets; where row is not 0, (1 + row[c]) norm(x) + row[channels + c] instead."""
+    """norm(x) = factors x + offsets; where time_row is not 0, (1 + time_row[c]) norm(x) +
+    time_row[channels + c] instead.
+    """
     with f.when(part.is_("==", 0)):
         _totals(f, a)
         with f.loop(0, a["channels"]) as c:
-            variance = f.load(a["totals"], f.load(a["group"], c * 2, I64), F32) * _float(f, a["count"])
-            sigma = f.intrinsic("llvm.sqrt", variance + _float(f, a["eps"]))
+            variance = f.load(a["totals"], f.load(a["group"], c * 2, I64), F32) * as_float(f, a["count"])
+            sigma = f.intrinsic("llvm.sqrt", variance + as_float(f, a["eps"]))
             factor = f.variable(f.load(a["gamma"], c, F32) / sigma)
             offset = f.variable(f.load(a["beta"], c, F32) - f.load(a["means"], c, F32) * factor.get())
-            with f.when(a["row"].is_("!=", 0)):
-                scale = f.load(a["row"], c, F32) + 1
+            with f.when(a["time_row"].is_("!=", 0)):
+                scale = f.load(a["time_row"], c, F32) + 1
                 factor.set(factor.get() * scale)
-                offset.set(offset.get() * scale + f.load(a["row"], a["channels"] + c, F32))
+                offset.set(offset.get() * scale + f.load(a["time_row"], a["channels"] + c, F32))
             f.store(factor.get(), a["factors"], c)
             f.store(offset.get(), a["offsets"], c)
 
 
 @instruction("x x_channels y y_channels factors offsets silu height width out out_y out_x")
 def normalise(f: Function, part: Value, parts: Value, **a: Value) -> None:
-    """out = factors x + offsets (then SiLU) of x and, in the channels behind it, y."""
+    """out = factors x + offsets (then SiLU) of x and, in the channels after it, y."""
     with f.loop(*f.share(a["height"], part, parts)) as row, f.loop(0, a["width"]) as column:
         pixel = row * a["width"] + column
         out = a["out"] + (row * a["out_y"] + column * a["out_x"]) * 4
-        for source, channels, behind in (("x", a["x_channels"], f.integer(0)), ("y", a["y_channels"], a["x_channels"])):
-            from_, to = a[source] + pixel * channels * 4, out + behind * 4
-            factors, offsets = a["factors"] + behind * 4, a["offsets"] + behind * 4
+        for source, channels, first_channel in (
+            ("x", a["x_channels"], f.integer(0)),
+            ("y", a["y_channels"], a["x_channels"]),
+        ):
+            from_, to = a[source] + pixel * channels * 4, out + first_channel * 4
+            factors, offsets = a["factors"] + first_channel * 4, a["offsets"] + first_channel * 4
             for silu in (True, False):
-                with f.when(a["silu"].is_("==", int(silu))), f.loop(0, channels // f.width) as vector:
+                with (
+                    f.when(a["silu"].is_("==", int(silu))),
+                    f.loop(0, channels // f.width) as vector,
+                ):
                     c = vector * f.width
                     value = f.fma(f.load(from_, c), f.load(factors, c), f.load(offsets, c))
                     f.store(value / (exponential(f, 0 - value) + 1) if silu else value, to, c)
@@ -271,7 +139,9 @@ def exponential(f: Function, x: Value) -> Value:
 
 @instruction("x elements channels width out out_y center")
 def place(f: Function, part: Value, parts: Value, **a: Value) -> None:
-    """x_t [pixel][channel], without padding, into a bordered map; 2 x - 1 where the network wants it so."""
+    """x_t [pixel][channel], without padding, into a bordered map; 2 x - 1 where the network wants
+    it so.
+    """
     row_length = a["width"] * a["channels"]
     with f.when(part.is_("==", 0)), f.loop(0, a["elements"]) as i:
         value = f.load(a["x"], i, F32)
@@ -283,13 +153,17 @@ def place(f: Function, part: Value, parts: Value, **a: Value) -> None:
 def take(f: Function, part: Value, parts: Value, **a: Value) -> None:
     """out [pixel][channel] = `channels` channels of x, from `first`, without padding."""
     with f.when(part.is_("==", 0)), f.loop(0, a["pixels"]) as pixel, f.loop(0, a["channels"]) as c:
-        f.store(f.load(a["x"], pixel * a["x_channels"] + a["first"] + c, F32), a["out"], pixel * a["channels"] + c)
+        f.store(
+            f.load(a["x"], pixel * a["x_channels"] + a["first"] + c, F32),
+            a["out"],
+            pixel * a["channels"] + c,
+        )
 
 
 @instruction("x channels height width divide repeat out out_y out_x")
 def resample(f: Function, part: Value, parts: Value, **a: Value) -> None:
-    """Dense x into out of height x width: its pixels where divide and repeat are 1; each as 2x2 with repeat 2; means of 2x2 with
-    divide 2.
+    """Dense x into out of height x width: its pixels where divide and repeat are 1; each as 2x2
+    with repeat 2; means of 2x2 with divide 2.
     """
     x_row = a["width"] * a["divide"] // a["repeat"] * a["channels"]
     with f.loop(*f.share(a["height"], part, parts)) as row, f.loop(0, a["width"]) as column:
@@ -309,7 +183,9 @@ def resample(f: Function, part: Value, parts: Value, **a: Value) -> None:
 
 @instruction("x stride heads head pixels channels out")
 def transpose(f: Function, part: Value, parts: Value, **a: Value) -> None:
-    """Keys [pixel][head][channel] as a product's second operand [head][block][channel][2 vectors of pixels], zeros behind them."""
+    """Keys [pixel][head][channel] as a product's second operand [head][block][channel][2 vectors of
+    pixels], zeros after them.
+    """
     block_width = 2 * f.width
     blocks = (a["pixels"] + (block_width - 1)) // block_width
     with f.loop(*f.share(a["heads"] * blocks, part, parts)) as i:
@@ -325,7 +201,7 @@ def transpose(f: Function, part: Value, parts: Value, **a: Value) -> None:
 
 @instruction("x rows stride count")
 def softmax(f: Function, part: Value, parts: Value, **a: Value) -> None:
-    """Each row's first `count` numbers, in place; zeros in the padding behind them."""
+    """Each row's first `count` numbers, in place; zeros in the padding after them."""
     with f.loop(*f.share(a["rows"], part, parts)) as i:
         row = a["x"] + i * a["stride"] * 4
         lane = f.lanes(I64)

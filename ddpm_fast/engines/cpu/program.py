@@ -1,4 +1,6 @@
-"""A program under construction: its instructions, the memory they work in, and the weights as they read them."""
+"""A program under construction: its instructions, the memory they work in, and the weights as they
+read them.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ class Place:
 
 @dataclass(frozen=True)
 class Segment:
-    """What a product sums over: `channels` floats at `at` + y stride_y + x stride_x, for every output pixel (y, x)."""
+    """What a product sums over: `channels` floats at `at` + y stride_y + x stride_x, for every
+    output pixel (y, x).
+    """
 
     at: Place
     channels: int
@@ -74,7 +78,9 @@ class Map:
 
     @property
     def kind(self) -> tuple[int, ...]:
-        """Maps of one kind may take each other's memory: borders stay zero, since nobody writes there."""
+        """Maps of one kind may take each other's memory: borders stay zero, since no instruction
+        writes there.
+        """
         floats = (self.height + 2 * self.bordered) * self.row
         return (floats, self.height, self.width, self.channels) if self.bordered else (floats,)
 
@@ -83,7 +89,7 @@ Argument = int | float | Place | Segments | Tensor
 
 
 class Program:
-    """Rows of integers for `machine`. Weights are copied, so what they come from may change."""
+    """A program under construction: rows of integers for `runtime`. Weights are copied."""
 
     def __init__(self, vector: int) -> None:
         self.vector = vector
@@ -91,13 +97,13 @@ class Program:
         self.header: dict[str, Argument] = {}
         self.instructions: list[list[Argument]] = []
         self.segments: list[Segment] = []
-        self._kept: list[Tensor] = []  # what the rows point to
+        self._weights: list[Tensor] = []  # what the instructions point to
         self._free: dict[tuple[object, ...], list[Place]] = defaultdict(list)
 
     # ---- memory
 
     def take(self, floats: int, *kind: object) -> Place:
-        """Memory that nobody uses; of one kind only what was of that kind before."""
+        """Allocates memory; reuses what was given back under the same key."""
         key = (floats, *kind)
         if self._free[key]:
             return self._free[key].pop()
@@ -110,7 +116,7 @@ class Program:
         self._free[key].append(place)
 
     def map(self, height: int, width: int, real: int, bordered: bool = False, channels: int = 0) -> Map:
-        """A new map; its channels, if not said, are `real` padded to whole vectors."""
+        """A new map; default for channels: `real` padded to whole vectors."""
         m = Map(Place(0), height, width, channels or self.padded(real), real, bordered)
         return Map(self.take(*m.kind), height, width, m.channels, real, bordered)
 
@@ -121,7 +127,7 @@ class Program:
 
     @property
     def weight_bytes(self) -> int:
-        return sum(t.nbytes for t in self._kept)
+        return sum(t.nbytes for t in self._weights)
 
     def padded(self, channels: int) -> int:
         return -(-channels // self.vector) * self.vector
@@ -130,15 +136,15 @@ class Program:
         """w with the channels of each of `blocks` along `dim` padded with zeros on their own."""
         if all(real == self.padded(real) for real in blocks):
             return w
-        behind = [0, 0] * (w.ndim - 1 - dim)
+        padding = [0, 0] * (w.ndim - 1 - dim)
         parts = zip(w.split(list(blocks), dim), blocks, strict=True)
-        return torch.cat([F.pad(part, [*behind, 0, self.padded(real) - real]) for part, real in parts], dim)
+        return torch.cat([F.pad(part, [*padding, 0, self.padded(real) - real]) for part, real in parts], dim)
 
     def keep(self, t: Tensor) -> Tensor:
-        kept = torch.empty(t.shape, dtype=torch.float32 if t.is_floating_point() else t.dtype)
-        kept.copy_(t)  # never the network's own memory
-        self._kept.append(kept)
-        return kept
+        copied = torch.empty(t.shape, dtype=torch.float32 if t.is_floating_point() else t.dtype)
+        copied.copy_(t)  # never the network's own memory
+        self._weights.append(copied)
+        return copied
 
     def vector_of(self, values: Tensor, blocks: Sequence[int] | None = None) -> Tensor:
         """[C] -> [padded]"""
@@ -161,14 +167,22 @@ class Program:
         self.instructions.append([NUMBERS[name], *(arguments[n] for n in names)])
 
     def product(self, segments: list[Segment], u: Tensor | Place, out: Place, vectors: int, **arguments: Any) -> None:
-        """`instructions.gemm`, its second operand packed and its output one row of pixels unless the arguments say otherwise."""
+        """`instructions.gemm`, its second operand packed and its output one row of pixels unless
+        the arguments say otherwise.
+        """
         table = Segments(len(self.segments))
         self.segments += segments
         block = 2 * self.vector
-        whole: dict[str, Any] = dict(batch=1, a_batch=0, u_batch=0, u_block=sum(s.channels for s in segments) * block, u_row=block)
+        whole: dict[str, Any] = dict(
+            batch=1,
+            a_batch=0,
+            u_batch=0,
+            u_block=sum(s.channels for s in segments) * block,
+            u_row=block,
+        )
         whole |= dict(bias=0, residual=0, residual_scale=1.0, out_batch=0, out_y=0, height=1)
-        own = dict(segments=table, segment_count=len(segments), u=u, out=out, vectors=vectors)
-        self.emit("gemm", **{**whole, **arguments, **own})
+        of_product = dict(segments=table, segment_count=len(segments), u=u, out=out, vectors=vectors)
+        self.emit("gemm", **{**whole, **arguments, **of_product})
 
     # ---- finished
 
@@ -178,15 +192,17 @@ class Program:
         self.size += 4 * LINE  # the last vector may be stored whole
 
     def rows(self, memory: NDArray[np.uint8]) -> NDArray[np.int64]:
-        """The program for a worker whose memory, `size` bytes of zeros, this is; its table of segments is written there."""
+        """The program for a worker whose memory, `size` bytes of zeros, this is; its table of
+        segments is written there.
+        """
         base = memory.ctypes.data
         table = [(base + s.at.offset, s.channels, s.stride_y, s.stride_x) for s in self.segments]
         flat = np.array(table, dtype=np.int64).reshape(-1)
         memory[self._table_at.offset :][: flat.nbytes] = flat.view(np.uint8)
         every = [[self.header[name] for name in HEADER], *self.instructions]
         program = np.zeros((len(every), WIDTH), dtype=np.int64)
-        for row, values in zip(program, every, strict=True):
-            row[: len(values)] = [self._integer(v, base) for v in values]
+        for line, values in zip(program, every, strict=True):
+            line[: len(values)] = [self._integer(v, base) for v in values]
         return program
 
     def _integer(self, value: Argument, base: int) -> int:

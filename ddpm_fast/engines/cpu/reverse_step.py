@@ -1,4 +1,6 @@
-"""x_t -> x_{t-1} and the noise in it, as machine code: `kernels.ddpm_step` and, bit for bit, `kernels.noise`."""
+"""x_t -> x_{t-1} and the noise in it, as machine code: `kernels.ddpm_step` and, bit for bit,
+`kernels.noise`.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,9 @@ from .instructions import exponential
 
 
 def _normals(f: Function, item: dict[str, Value], z: Value, elements: Value) -> None:
-    """z = the image's noise of this step, bit for bit `kernels.noise`: no product here is fused with a sum."""
+    """z = the image's noise of this step, bit for bit `kernels.noise`: no product here is fused
+    with a sum.
+    """
     word = f.integer(0xFFFFFFFF)
     half = lambda v: f.splat(v.cast("trunc", I32))
     key = half(item["seed"] & word), half(item["seed"] >> 32)
@@ -30,7 +34,12 @@ def _philox(f: Function, counter: tuple[Value, ...], key: tuple[Value, Value]) -
     for _ in range(10):
         p0, p1 = (c.cast("zext", I64) * m.value for c, m in ((c0, noise.PHILOX_M0), (c2, noise.PHILOX_M1)))
         high0, high1 = ((p >> 32).cast("trunc", I32) for p in (p0, p1))
-        c0, c1, c2, c3 = high1 ^ c1 ^ k0, p1.cast("trunc", I32), high0 ^ c3 ^ k1, p0.cast("trunc", I32)
+        c0, c1, c2, c3 = (
+            high1 ^ c1 ^ k0,
+            p1.cast("trunc", I32),
+            high0 ^ c3 ^ k1,
+            p0.cast("trunc", I32),
+        )
         k0, k1 = k0 + noise.PHILOX_W0.value, k1 + noise.PHILOX_W1.value
     return c0, c1, c2, c3
 
@@ -57,7 +66,9 @@ def _horner(x: Value, coefficients: tuple[float, ...]) -> Value:
 
 
 def reverse_step(f: Function, header: dict[str, Value], item: dict[str, Value]) -> None:
-    """`ddpm_step_reference`, x_t -> x_{t-1} and the x_0 of this step into `old`, over buffers padded to whole vectors."""
+    """`ddpm_step_reference`, x_t -> x_{t-1} and the x_0 of this step into `old`, over buffers
+    padded to whole vectors.
+    """
     of = {name: f.load(item["coef"], k, F32) for k, name in enumerate(COLUMNS)}
     noisy = of["sigma"].is_("!=", 0.0)
     with f.when(noisy):

@@ -1,4 +1,6 @@
-"""Runs programs: takes images from a list, each through the network's instructions and the step behind them."""
+"""Machine code that runs programs: for each image of a list, the network's instructions, then the
+reverse step.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +16,41 @@ from .instructions import INSTRUCTIONS
 from .reverse_step import reverse_step
 
 WIDTH = 20  # integers in a row of a program
-HEADER = ("x", "elements", "row", "row_length", "out", "out_elements", "eps", "variance", "z", "old")  # a program's first row
-ITEM = ("x", "out", "row", "coef", "old", "learned", "seed", "image", "step")  # what is wanted of one image
-JOB = ("next", "alone", "all", "items", "done", "yield_to_others", "claims")  # claims: as many integers as there are parts
+HEADER = (
+    "x",
+    "elements",
+    "time_row",
+    "time_row_length",
+    "out",
+    "out_elements",
+    "eps",
+    "variance",
+    "z",
+    "old",
+)  # a program's first row
+ITEM = (
+    "x",
+    "out",
+    "time_row",
+    "coef",
+    "old",
+    "learned",
+    "seed",
+    "image",
+    "step",
+)  # the work for one image
+JOB = (
+    "next",
+    "alone",
+    "all",
+    "items",
+    "done",
+    "yield_to_others",
+    "claims",
+)  # claims: as many integers as there are parts
 ALIGN = 8
-OWN = 100  # tries in which a part is left to the thread whose part it was before, and who has it in its cache
+# tries in which a part is left to the thread that computed it before, and has it in its cache
+OWN = 100
 HURRY = 2000  # tries before a thread lets others run: they may want this core
 
 
@@ -43,8 +75,8 @@ def _instructions(module: ir.Module, width: int) -> list[ir.Function]:
 
 
 def _turn(module: ir.Module, width: int, instructions: list[ir.Function]) -> ir.Function:
-    """turn(program, rows, item, i, part, parts): row i of a forward pass. Row 0 takes the image in; row `rows` hands the output
-    out, and makes the step behind it if there are coefficients.
+    """turn(program, rows, item, i, part, parts): row i of a forward pass. Row 0 takes the image in;
+    row `rows` copies the output out, and computes the reverse step if there are coefficients.
     """
     f = Function(module, "turn", 6, width)
     program, rows, at, i, part, parts = f.arguments
@@ -67,7 +99,7 @@ def _turn(module: ir.Module, width: int, instructions: list[ir.Function]) -> ir.
             with f.b.if_else(i.is_("==", 0).v) as (begin, finish):
                 with begin:
                     _copy(f, item["x"], header["x"], header["elements"])
-                    _copy(f, item["row"], header["row"], header["row_length"])
+                    _copy(f, item["time_row"], header["time_row"], header["time_row_length"])
                 with finish:
                     _hand_out(f, header, item)
     f.end()
@@ -87,7 +119,9 @@ def _hand_out(f: Function, header: dict[str, Value], item: dict[str, Value]) -> 
 
 
 def _work(module: ir.Module, width: int, turn: ir.Function) -> None:
-    """work(job, own program, shared program, rows, part, parts): images for this thread alone while there are any, then shared."""
+    """work(job, own program, shared program, rows, part, parts): images for this thread alone while
+    there are any, then shared.
+    """
     f = Function(module, "work", 6, width)
     job, own, shared, rows, part, parts = f.arguments
     j = _fields(f, job, JOB)
@@ -96,18 +130,29 @@ def _work(module: ir.Module, width: int, turn: ir.Function) -> None:
         i = Value(f.b, f.b.atomic_rmw("add", f.pointer(job), f.integer(1).v, "acq_rel"))
         leave_if(i.is_(">=", j["alone"]))
         with f.loop(0, rows + 1) as k:
-            f.b.call(turn, [own.v, rows.v, (j["items"] + i * size).v, k.v, f.integer(0).v, f.integer(1).v])
+            f.b.call(
+                turn,
+                [own.v, rows.v, (j["items"] + i * size).v, k.v, f.integer(0).v, f.integer(1).v],
+            )
     _share(f, turn, job, j, shared, rows, part, parts)
     f.end()
 
 
 def _share(
-    f: Function, turn: ir.Function, job: Value, j: dict[str, Value], program: Value, rows: Value, part: Value, parts: Value
+    f: Function,
+    turn: ir.Function,
+    job: Value,
+    j: dict[str, Value],
+    program: Value,
+    rows: Value,
+    part: Value,
+    parts: Value,
 ) -> None:
-    """The images from `alone` on, by all threads: a row's parts are claimed, and no row begins before all of the last are done.
+    """The images from `alone` on, by all threads: a row's parts are claimed, and no row begins
+    before all of the last are done.
 
-    Turns count through all rows of all these images. Nobody waits for a thread that is not running, unless it has claimed a part:
-    whoever is there takes over what nobody claims.
+    Turns count through all rows of all these images. No thread waits for one that is not running,
+    unless that one has claimed a part: running threads take over unclaimed parts.
     """
     turns = (j["all"] - j["alone"]) * (rows + 1)
     done = f.b.inttoptr((job + 8 * JOB.index("done")).v, I64.as_pointer())
@@ -142,11 +187,13 @@ def _module(width: int) -> str:
 
 
 def compile_kernels() -> tuple[Callable[..., None], Any, bool]:
-    """(work, the engine that must live as long, was it found in the cache)."""
+    """Returns (work, the LLVM engine that must live as long, whether the code comes from the
+    cache).
+    """
     width = vector_width()
     here, kernels = Path(__file__).parent, Path(noise.__file__).parent
-    files = [here / f"{name}.py" for name in ("codegen", "instructions", "reverse_step", "runtime")]
+    files = [here / f"{name}.py" for name in ("codegen", "products", "instructions", "reverse_step", "runtime")]
     files += [kernels / f"{name}.py" for name in ("noise", "ddpm_step")]
     sources = [str(width), *(path.read_text() for path in files)]
-    engine, found = compile_cached(lambda: _module(width), sources)
-    return entry(engine, "work", 6), engine, found
+    engine, from_cache = compile_cached(lambda: _module(width), sources)
+    return entry(engine, "work", 6), engine, from_cache

@@ -1,4 +1,4 @@
-"""A step captured once as a CUDA graph, then replayed: one launch by the host instead of a hundred."""
+"""CUDA graph of a step, captured once and replayed: one launch by the host instead of a hundred."""
 
 from __future__ import annotations
 
@@ -12,28 +12,42 @@ import torch
 
 
 class Graphed:
-    """`step`, a function without arguments, captured `repeats` times in a row; a call replays it.
+    """CUDA graph of `repeats` calls of a step. A call replays it.
 
-    What the step reads and writes are tensors of the caller's: a replay finds them at the addresses that they had at capture,
-    so they must stay, and new values are copied into them. The step runs twice before it is captured (kernels compile, libraries
-    choose), so its buffers are written into before the first replay.
+    A replay reads and writes the tensors of the capture at their addresses: keep them, and copy new
+    values into them. The step runs twice before it is captured (kernels compile, libraries choose),
+    so its buffers are written before the first replay. During this warm-up no other thread may wait
+    for a device.
 
-    device    whose graph it is; default: the current one
-    pool      as of `torch.cuda.graph_pool_handle()`, shared by graphs that never run at once; None: a pool of its own
+    Args:
+        step: A function without arguments.
+        repeats: Calls per replay.
+        pool: As of `torch.cuda.graph_pool_handle()`, shared by graphs that never run at once; None:
+            a new pool.
+        device: Whose graph it is; default: the current one.
 
-    RuntimeError where the step cannot be captured: it waits for the device, or allocates what there is no memory for; the message
-    names the line. OutOfMemoryError as it comes. While the step warms up, no other thread may wait for a device.
+    Raises:
+        RuntimeError: The step cannot be captured: it waits for the device, or allocates without
+            memory. The message names the line.
+        OutOfMemoryError: As raised by the step.
     """
 
     def __init__(
-        self, step: Callable[[], Any], repeats: int = 1, pool: Any = None, device: torch.device | str | None = None
+        self,
+        step: Callable[[], Any],
+        repeats: int = 1,
+        pool: Any = None,
+        device: torch.device | str | None = None,
     ) -> None:
-        self.repeats, self.device = repeats, torch.device("cuda", torch.cuda.current_device()) if device is None else device
+        self.repeats, self.device = (
+            repeats,
+            torch.device("cuda", torch.cuda.current_device()) if device is None else device,
+        )
         with torch.cuda.device(self.device):
             self._graph: torch.cuda.CUDAGraph | None = torch.cuda.CUDAGraph()
             _warm_up(step)
-            how = dict(pool=pool, stream=torch.cuda.Stream(), capture_error_mode="thread_local")
-            with _named("could not be captured"), torch.cuda.graph(self._graph, **how):
+            options = dict(pool=pool, stream=torch.cuda.Stream(), capture_error_mode="thread_local")
+            with _named("could not be captured"), torch.cuda.graph(self._graph, **options):
                 for _ in range(repeats):
                     step()
 
@@ -45,7 +59,7 @@ class Graphed:
             self._graph.replay()
 
     def free(self) -> None:
-        """Gives back what the graph holds. The caller's buffers are untouched."""
+        """Releases the graph's memory. The caller's buffers stay."""
         if self._graph is not None:
             torch.cuda.synchronize(self.device)
             self._graph.reset()
@@ -53,7 +67,9 @@ class Graphed:
 
 
 def _warm_up(step: Callable[[], Any]) -> None:
-    """Twice on a stream of its own: once to compile and choose, once to see that nothing waits for the device."""
+    """Runs the step twice on a side stream: once to compile and choose, once to see that nothing
+    waits for the device.
+    """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -70,17 +86,17 @@ def _warm_up(step: Callable[[], Any]) -> None:
 
 @contextmanager
 def _named(what: str) -> Iterator[None]:
-    """An error of the driver's or of torch's, with the line of ours that it came from."""
+    """Adds to an error of the driver or of torch the line of the step that it came from."""
     try:
         yield
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        raise RuntimeError(f"the step {what}, at {_culprit(error)}: {str(error).splitlines()[0]}") from error
+        raise RuntimeError(f"the step {what}, at {_origin(error)}: {str(error).splitlines()[0]}") from error
 
 
-def _culprit(error: BaseException) -> str:
-    """The innermost line that is not torch's own."""
+def _origin(error: BaseException) -> str:
+    """The innermost line outside of torch."""
     torch_home = str(Path(torch.__file__).parent)
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(torch_home)]
     return f"{frames[-1].filename}:{frames[-1].lineno}, {frames[-1].line}" if frames else "an unknown line"

@@ -1,4 +1,6 @@
-"""A `UNet` packed for our kernels: every layer as an operation, and the tiles of each. `fused_walk` lists its launches."""
+"""A `UNet` packed for the kernels: every layer as an operation, and the tiles of each. `builder`
+lists its launches.
+"""
 
 from __future__ import annotations
 
@@ -18,82 +20,103 @@ from .calibration import e4m3_convolutions
 
 LARGEST_TABLE = 256 * 2**20  # bytes that the table of time embeddings may take
 E4M3 = torch.float8_e4m3fn
-DEVIATIONS = 8.0  # from the mean, that an e4m3 activation holds without saturating, where no calibration says what comes
+DEVIATIONS = 8.0  # from the mean that an e4m3 activation holds without saturating, without a calibration
 AnyOp = TypeVar("AnyOp")
 
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """What a forward pass reads besides x_t, all [B] integer: t, label, and row, the row of `table` that they name.
+    """What a forward pass reads besides x_t.
 
-    table   [R, S] fp32, written once; or rows_of, which writes the [B, S] rows of this step
+    Attributes:
+        t, label: [B] int64.
+        time_row: [B] int64, the rows of `table` for (t, label).
+        table: [R, S] fp32, written once; or [B, S], written in every forward pass by `time_rows`.
+        time_rows: The operation that writes `table`, or None.
     """
 
     t: Tensor
     label: Tensor
-    row: Tensor
+    time_row: Tensor
     table: Tensor
-    rows_of: TimeEmbeddingProjection | None
+    time_rows: TimeEmbeddingProjection | None
 
 
-class Network:
-    """Every layer as an operation, packed when it is first asked for.
+class PackedUNet:
+    """The layers of a `UNet` as operations, packed when they are first used.
 
-    act, operand   types of activations, and of what 3x3 convolutions multiply
-    tiles          overrides of single launches' tiles, by `tile_key`
-    units          3x3 convolution -> what a 1 of its e4m3 input is worth; those that are not named follow the rule
-    wide           3x3 convolutions that multiply in `act`, whatever `operand` is
-    bounded        see `Conv3x3`
-    saturated      [convolutions that take e4m3] int64: values of their inputs that were clamped or NaN, where `counting`
+    Args:
+        unet: The network. Weights are copied.
+        device: Where the packed weights lie.
+        activations, operands: Number formats of activations, and of the operands of 3x3
+            convolutions.
+        target: The GPU that tiles are chosen for.
+        timesteps: t runs from 0 to timesteps - 1.
+        tiles: Overrides of the tiles of single launches, by `tile_key`.
+        units: 3x3 convolution -> the value of a stored 1 of its e4m3 input; others follow from the
+            norms.
+        keep_bf16: 3x3 convolutions with operands of type `activations`, whatever `operands` is.
+        bounded: See `Conv3x3`.
+        count_saturated: Count values that are clamped or NaN.
+
+    Attributes:
+        e4m3_convolutions: Names of the convolutions that take e4m3.
+        saturated: [e4m3_convolutions] int64, the counts.
     """
 
     def __init__(
         self,
         unet: UNet,
         device: torch.device,
-        act: torch.dtype,
-        operand: torch.dtype,
+        activations: torch.dtype,
+        operands: torch.dtype,
         target: Target,
         timesteps: int,
         tiles: Mapping[str, Mapping[str, Any]],
+        *,
         units: Mapping[str, float],
-        wide: Collection[str],
+        keep_bf16: Collection[str],
         bounded: bool,
-        counting: bool,
+        count_saturated: bool,
     ) -> None:
-        self.config, self.wide = unet.config, torch.float64 if unet.dtype == torch.float64 else torch.float32
-        self.device, self.act, self.operand, self.target, self.tiles = device, act, operand, target, tiles
-        self.units, self.bounded, self.counting = units, bounded, counting
-        may = list(e4m3_convolutions(unet)) if operand == E4M3 else []
-        self.narrow = [name for name in may if name not in wide]
-        self.saturated = torch.zeros(len(self.narrow), dtype=torch.int64, device=device)
-        self._ops: dict[str, Any] = {}
+        self.config, self.device, self.target, self.tiles = unet.config, device, target, tiles
+        self.activations, self.operands = activations, operands
+        self.weight_dtype = torch.float64 if unet.dtype == torch.float64 else torch.float32  # before they are packed
+        self.units, self.bounded, self.count_saturated = units, bounded, count_saturated
+        candidates = list(e4m3_convolutions(unet)) if operands == E4M3 else []
+        self.e4m3_convolutions = [name for name in candidates if name not in keep_bf16]
+        self.saturated = torch.zeros(len(self.e4m3_convolutions), dtype=torch.int64, device=device)
+        self._operations: dict[str, Any] = {}
         self.keep_structure(unet)
         blocks = [m for m in unet.modules() if isinstance(m, ResBlock)]
         widths = [b.time_emb_proj.out_features for b in blocks]
-        self.columns = dict(zip((self.names[b] for b in blocks), _starts(widths), strict=True))  # in a row of the table
-        self.row_width = sum(widths)
+        self.time_columns = dict(zip((self.names[b] for b in blocks), _starts(widths), strict=True))
+        self.time_row_width = sum(widths)
         self._pack_time(blocks, timesteps)
 
     def keep_structure(self, unet: UNet) -> None:
-        """From now on the network is read from `unet`."""
+        """Reads the network's structure from `unet` from now on."""
         self.unet = unet
         self.names = {module: name for name, module in unet.named_modules()}
 
     def weight(self, p: Tensor | None) -> Tensor:
+        """A copy of a parameter in the type that packing computes in."""
         assert p is not None
-        return p.detach().to(self.device, self.wide, copy=True)  # the caller may go on training
+        return p.detach().to(self.device, self.weight_dtype, copy=True)  # the caller may go on training
 
-    def once(self, name: str, make: Callable[[], AnyOp]) -> AnyOp:
-        if name not in self._ops:
-            self._ops[name] = make()
-        return self._ops[name]
+    def cached(self, name: str, make: Callable[[], AnyOp]) -> AnyOp:
+        """The operation `name`, made at the first call."""
+        if name not in self._operations:
+            self._operations[name] = make()
+        return self._operations[name]
 
     # ---- time
 
     @torch.no_grad()
     def _pack_time(self, blocks: list[ResBlock], timesteps: int) -> None:
-        """The table of everything that the residual blocks get to know of (t, class), or what makes its rows step by step."""
+        """Packs the table of all that residual blocks read of (t, class), or the operation that
+        makes its rows step by step.
+        """
         c = self.config
         on_host = "meta" if self.device.type == "meta" else self.unet.conv_in.weight.device
         embedded = self.unet.embed(torch.arange(timesteps, device=on_host), None)
@@ -102,24 +125,28 @@ class Network:
         )
         time = self.weight(embedded)
         weight = torch.cat([self.weight(b.time_emb_proj.weight) for b in blocks])
-        # without scale-shift the row is added before the norm, and the first convolution's bias with it
+        # without scale-shift the row is added before the norm, and the first convolution's bias
+        # with it
         bias = torch.cat([self.weight(b.time_emb_proj.bias) + (0 if b.scale_shift else self.weight(b.conv1.bias)) for b in blocks])
-        self.rows_of: TimeEmbeddingProjection | None = None
-        if timesteps * len(classes) * self.row_width * 4 <= LARGEST_TABLE:
+        self.time_rows: TimeEmbeddingProjection | None = None
+        if timesteps * len(classes) * self.time_row_width * 4 <= LARGEST_TABLE:
             both = F.silu(time[:, None] + classes).flatten(0, 1)
             self.table = F.linear(both, weight, bias).float()
             return
         pad = (0, -c.time_dim % 64)  # whole steps of the product
-        tiles = self.cut("time_embedding", 64, self.row_width, 64, 1, 1, tma=False)
+        tiles = self.cut("time_embedding", 64, self.time_row_width, 64, 1, 1, tma=False)
         time, classes = (F.pad(v, pad).float().contiguous() for v in (time, classes))
-        self.rows_of = TimeEmbeddingProjection(time, classes, F.pad(weight, pad).to(self.act).contiguous(), bias.float(), tiles)
+        self.time_rows = TimeEmbeddingProjection(
+            time, classes, F.pad(weight, pad).to(self.activations).contiguous(), bias.float(), tiles
+        )
 
     def inputs(self, batch: int) -> Inputs:
-        t, label, row = (torch.zeros(batch, dtype=torch.int64, device=self.device) for _ in range(3))
-        if self.rows_of is None:
-            return Inputs(t, label, row, self.table, None)
-        rows = torch.zeros(batch, self.row_width, device=self.device)
-        return Inputs(t, label, torch.arange(batch, device=self.device), rows, self.rows_of)
+        """Buffers for the inputs of a batch."""
+        t, label, time_row = (torch.zeros(batch, dtype=torch.int64, device=self.device) for _ in range(3))
+        if self.time_rows is None:
+            return Inputs(t, label, time_row, self.table, None)
+        table = torch.zeros(batch, self.time_row_width, device=self.device)
+        return Inputs(t, label, torch.arange(batch, device=self.device), table, self.time_rows)
 
     # ---- tiles
 
@@ -136,15 +163,19 @@ class Network:
         dtype: torch.dtype | None = None,
         shrinks: float = 0,
     ) -> Tiles:
-        """The tiles of a launch by rule, or as `tiles` says for its key; the batch is no part of the key."""
-        dtype = dtype or self.act
+        """The tiles of a launch: the override for its key, or by rule. The batch is not part of the
+        key.
+        """
+        dtype = dtype or self.activations
         warps = 4 if kind == "conv3x3" and dtype != E4M3 else 8
         by_rule = cut(self.target, dtype, c, k, rows, tma=tma, warps=warps, shrinks=shrinks)
         return replace(by_rule, **self.tiles.get(tile_key(kind, self.target, dtype, c, k, h, w), {}))
 
 
 def tile_key(kind: str, target: Target, dtype: torch.dtype, c: int, k: int, h: int, w: int) -> str:
-    """Which launch an override is for: operation, architecture, operands' type, channels in and out, size of its input."""
+    """Key of a launch in `tiles`: operation, architecture, operands' type, channels in and out,
+    size of the input.
+    """
     return f"{kind} sm{target.sm} {str(dtype).removeprefix('torch.')} {c}->{k} {h}x{w}"
 
 
@@ -152,7 +183,9 @@ KINDS = ("conv3x3", "conv_upsample", "conv_downsample", "conv1x1", "conv_in", "t
 
 
 def check_tiles(tiles: Mapping[str, Mapping[str, Any]]) -> None:
-    """ValueError for a key that no `tile_key` can be, or a field that `Tiles` has not. Keys for other GPUs may be there."""
+    """Raises ValueError for a key that `tile_key` does not return, or a field that `Tiles` has not.
+    Keys for other GPUs are allowed.
+    """
     known = [f.name for f in fields(Tiles)]
     for key, changes in tiles.items():
         if not re.fullmatch(rf"({'|'.join(KINDS)}) sm\d+ \w+ \d+->\d+ \d+x\d+", key):

@@ -1,8 +1,9 @@
 """A network as a fixed list of launches over buffers in one arena.
 
-A launch is an operation of `kernels` with the buffers it reads and writes. Each can run in two ways: by its Triton kernel, or by
-its fallback, the same function in plain PyTorch over the same buffers. So everything but the kernels themselves (packing, algebra,
-arena, wiring) is proven on any machine by the fallbacks, and a kernel that is not trusted is replaced by its fallback.
+A launch is an operation of `kernels` with the buffers it reads and writes. Each can run in two
+ways: by its Triton kernel, or by its fallback, the same function in plain PyTorch over the same
+buffers. So everything but the kernels themselves (packing, algebra, arena, wiring) is tested on any
+machine by the fallbacks, and a kernel that is not trusted is replaced by its fallback.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ class Op(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Buffer:
-    """A feature map that has no memory yet. external: its memory is not the arena's, and outlives a run."""
+    """A feature map that has no memory yet. external: its memory is not the arena's, and outlives a
+    run.
+    """
 
     name: str
     images: int
@@ -68,7 +71,9 @@ class Buffer:
 
 @dataclass(frozen=True, eq=False)
 class Launch:
-    """reads, writes: the operation's parameters -> buffers; tensors: those that are whole tensors from outside the plan."""
+    """reads, writes: the operation's parameters -> buffers; tensors: those that are whole tensors
+    from outside the plan.
+    """
 
     name: str
     op: Op
@@ -92,21 +97,21 @@ class Launch:
 
 @dataclass(frozen=True, eq=False)
 class Arena:
-    """Where each buffer begins, in bytes, so that no two that are alive at once overlap."""
+    """Byte offsets that assign non-overlapping memory to buffers with overlapping lifetimes."""
 
     offsets: Mapping[Buffer, int]
     size: int
 
     @classmethod
     def of(cls, launches: list[Launch]) -> Arena:
-        """Largest first, each at the lowest place that is free for as long as it lives."""
+        """Places buffers largest first, at the lowest offset that is free during their lifetime."""
         life = lifetimes(launches)
         placed: list[tuple[int, int, Buffer]] = []
         for b in sorted(life, key=lambda b: -b.nbytes):
             first, last = life[b]
-            rivals = sorted((at, end) for at, end, other in placed if life[other][0] <= last and first <= life[other][1])
+            neighbours = sorted((at, end) for at, end, other in placed if life[other][0] <= last and first <= life[other][1])
             at = 0
-            for begin, end in rivals:
+            for begin, end in neighbours:
                 if at + b.nbytes <= begin:
                     break
                 at = max(at, end)
@@ -116,14 +121,23 @@ class Arena:
 
 @contextmanager
 def exactly(device: torch.device) -> Iterator[None]:
-    """Whatever the caller has switched on, PyTorch computes in the types that it is given here, and makes ordinary tensors."""
+    """Context in which PyTorch computes in the types of its operands and makes ordinary tensors,
+    whatever the caller has enabled.
+    """
     kind = "cpu" if device.type == "meta" else device.type
-    with torch.inference_mode(False), torch.no_grad(), torch.autocast(kind, enabled=False), full_fp32():
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        torch.autocast(kind, enabled=False),
+        full_fp32(),
+    ):
         yield
 
 
 def lifetimes(launches: list[Launch]) -> dict[Buffer, tuple[int, int]]:
-    """Buffer -> the launches (first, last) between which it holds something; external ones are not listed."""
+    """Buffer -> the launches (first, last) between which it holds something; external ones are not
+    listed.
+    """
     life: dict[Buffer, tuple[int, int]] = {}
     for i, launch in enumerate(launches):
         for b in launch.buffers.values():
@@ -135,26 +149,39 @@ def lifetimes(launches: list[Launch]) -> dict[Buffer, tuple[int, int]]:
 class Plan:
     """Launches bound to memory.
 
-    x, out     the external buffers that a run reads from and writes to
-    given      memory of external buffers that is there already
-    fallbacks      names of the launches that run by their fallbacks
-    compute    what fallbacks compute in: a dtype, or None for each buffer's own; on a CPU fp32
+    Args:
+        launches: In the order in which they run.
+        device: Of the memory.
+        x, out: The external buffers that a run reads from and writes to.
+        external: Memory of external buffers that is allocated already.
+
+    Attributes:
+        fallbacks: Names of the launches that run by their fallbacks.
+        compute: The type that fallbacks compute in; None for each buffer's own. fp32 on a CPU.
+        overlap: Launches begin while those before them finish.
     """
 
     def __init__(
-        self, launches: list[Launch], device: torch.device, x: Buffer, out: Buffer, given: Mapping[Buffer, FeatureMap] | None = None
+        self,
+        launches: list[Launch],
+        device: torch.device,
+        x: Buffer,
+        out: Buffer,
+        external: Mapping[Buffer, FeatureMap] | None = None,
     ) -> None:
         names = [launch.name for launch in launches]
         assert len(set(names)) == len(names)
         self.launches, self.device, self.x, self.out = launches, device, x, out
         self.compute = torch.float32 if device.type == "cpu" else None
-        self.arena, self._given = Arena.of(launches), dict(given or {})
+        self.arena, self._external = Arena.of(launches), dict(external or {})
         self.fallbacks: set[str] = set()
         self.overlap = False
 
     @cached_property
     def memory(self) -> Tensor:
-        """The arena, taken when it is first needed: not while another process checks the plan on the same GPU."""
+        """The arena, allocated when it is first needed: not while another process checks the plan
+        on the same GPU.
+        """
         with exactly(self.device):
             return torch.empty(self.arena.size, dtype=torch.uint8, device=self.device)
 
@@ -162,7 +189,7 @@ class Plan:
     def maps(self) -> dict[Buffer, FeatureMap]:
         """Every buffer's memory."""
         with exactly(self.device):
-            maps = {b: b.on(self.memory[at:]) for b, at in self.arena.offsets.items()} | self._given
+            maps = {b: b.on(self.memory[at:]) for b, at in self.arena.offsets.items()} | self._external
             for launch in self.launches:
                 for b in launch.buffers.values():
                     if b.external and b not in maps:

@@ -1,67 +1,54 @@
-"""Compiles a plan's kernels beforehand, in processes side by side, into Triton's own cache; the plan then finds them there.
+"""Compilation of a plan's kernels in parallel processes, into Triton's own cache, where the plan
+finds them.
 
-Triton compiles under Python's lock, so threads would wait for one another. The children need no GPU: they plan on the meta device
-for the GPU that the parent names, and compile the launches that the plan would make without making them.
+Triton compiles under Python's lock, so threads would wait for one another. The workers need no GPU:
+they plan on the meta device for the GPU that the parent names, and compile the launches that the
+plan would make without making them.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
-from collections.abc import Mapping
-from dataclasses import asdict
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 
 from ...kernels._gemm import Target
-from ...models.config import UNetConfig
 from ...models.unet import UNet
-from ...testing import Launch, launch_key, record_launches
-from .checks import config_of
-from .verification import child_environment, python
+from ...utils.subprocess import JsonWorker, json_stdio
+from ...utils.triton_tools import RecordedLaunch, launch_key, record_launches
+from .model import PlanSpec
 
-MOST = 8  # processes; each takes some seconds to begin
+MAX_PROCESSES = 8  # each takes some seconds to start
 
 
-def compile_in_parallel(config: UNetConfig, options: Mapping[str, Any], processes: int | None = None) -> list[int]:
-    """Compiles what `FusedUNet` with these options (`FusedUNet.subject`) launches; returns the processes' exit codes.
+def compile_in_parallel(spec: PlanSpec, processes: int | None = None) -> list[int]:
+    """Compiles what a plan launches and returns the processes' exit codes.
 
-    A process that fails leaves its share to be compiled when it is launched.
+    What a process that failed did not compile is compiled at its first launch.
     """
-    count = processes or max(1, min(MOST, (os.cpu_count() or 2) // 2))
-    children, command = [], python("ddpm_fast.engines.fused.precompile")
-    for i in range(count):
-        spec = dict(config=asdict(config), options=dict(options), share=[i, count])
-        child = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, env=child_environment())
-        assert child.stdin is not None
-        child.stdin.write(json.dumps(spec).encode())
-        child.stdin.close()
-        children.append(child)
-    try:
-        return [child.wait() for child in children]
-    finally:
-        for child in children:
-            child.kill()
+    count = processes or max(1, min(MAX_PROCESSES, (os.cpu_count() or 2) // 2))
+    with ExitStack() as stack:
+        workers = [stack.enter_context(JsonWorker("ddpm_fast.engines.fused.precompile")) for _ in range(count)]
+        for i, worker in enumerate(workers):
+            worker.send(dict(spec=spec.to_json(), share=[i, count]))
+            worker.finish()
+        return [worker.wait() for worker in workers]
 
 
-def distinct_launches(config: UNetConfig, options: Mapping[str, Any]) -> list[Launch]:
-    """Every launch that needs a compilation of its own, in the order of the plan."""
-    from .unet import FusedUNet
-
-    target = Target(**options["target"])
+def distinct_launches(spec: PlanSpec) -> list[RecordedLaunch]:
+    """The launches of a plan that are compiled separately, in the plan's order."""
     with torch.device("meta"):
-        unet = UNet(config)
-    fused = FusedUNet(unet, **(dict(options) | dict(device="meta", target=target, check=False)))
+        unet = UNet(spec.config)
+    plan = spec.network(unet, device="meta").plan()
     with record_launches() as launches:
-        fused.plan().run()
+        plan.run()
     return list({launch_key(launch): launch for launch in launches}.values())
 
 
 class _Device:
-    """Stands for a GPU that is not here, as far as Triton's compiler asks for one."""
+    """Stands for a GPU that is not here, for Triton's compiler."""
 
     def __init__(self, target: Target) -> None:
         from triton.backends.compiler import GPUTarget
@@ -81,17 +68,25 @@ class _Device:
         return True
 
 
-def compile_share(config: UNetConfig, options: Mapping[str, Any], share: tuple[int, int]) -> int:
-    """Compiles every share[1]-th distinct launch from share[0] on, in this process, which must have no GPU in use; how many."""
+def compile_share(spec: PlanSpec, share: tuple[int, int]) -> int:
+    """Compiles every share[1]-th distinct launch from share[0] on and returns their number. This
+    process must use no GPU.
+    """
     from triton.runtime import driver
 
-    driver.set_active(_Device(Target(**options["target"])))
-    mine = distinct_launches(config, options)[share[0] :: share[1]]
-    for launch in mine:
+    driver.set_active(_Device(spec.target))
+    launches = distinct_launches(spec)[share[0] :: share[1]]
+    for launch in launches:
         launch.kernel.warmup(**launch.args, grid=launch.grid, **launch.options)
-    return len(mine)
+    return len(launches)
+
+
+def main() -> None:
+    """The worker: compiles the share of one request."""
+    requests, send = json_stdio()
+    request = next(requests)
+    send(dict(compiled=compile_share(PlanSpec.from_json(request["spec"]), tuple(request["share"]))))
 
 
 if __name__ == "__main__":
-    given = json.load(sys.stdin)
-    compile_share(config_of(given["config"]), given["options"], tuple(given["share"]))
+    main()

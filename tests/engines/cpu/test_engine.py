@@ -13,8 +13,9 @@ import torch
 
 from ddpm_fast import NoiseSchedule, Sampler, UNet, UNetConfig
 from ddpm_fast.diffusion.solvers import StepTable
+from ddpm_fast.engines.base import SamplingState
 from ddpm_fast.engines.cpu.engine import CPUEngine
-from ddpm_fast.engines.select import ModelEngine, State
+from ddpm_fast.engines.eager import EagerEngine
 from ddpm_fast.kernels import noise
 from ddpm_fast.kernels.ddpm_step import COLUMNS
 from ddpm_fast.testing import relative_error
@@ -100,10 +101,10 @@ def test_winograd_and_direct_convolutions_are_both_used():
     from collections import Counter
 
     pytest.importorskip("llvmlite")
-    from ddpm_fast.engines.cpu.lowering import Network
+    from ddpm_fast.engines.cpu.lowering import UNetProgram
     from ddpm_fast.engines.cpu.program import NUMBERS
 
-    program = Network(network(), (3, 16, 16), 16)
+    program = UNetProgram(network(), (3, 16, 16), 16)
     count = Counter(row[0] for row in program.instructions)
     assert count[NUMBERS["winograd_in"]] > 5 and count[NUMBERS["gemm"]] > count[NUMBERS["winograd_in"]] + 5
 
@@ -125,7 +126,7 @@ def test_an_image_is_the_same_to_the_bit_in_every_batch(name):
             assert torch.equal(other(*(v[part] for v in given)), every[part]), (threads, part)
 
 
-def test_nobody_waits_for_a_thread_that_does_not_come():
+def test_no_thread_waits_for_one_that_does_not_run():
     """As on a machine whose other cores are busy: the one that is there takes over, and the bits are the same."""
     from concurrent.futures import Future
 
@@ -134,13 +135,13 @@ def test_nobody_waits_for_a_thread_that_does_not_come():
     here = engine(unet, threads=3)
     every = here(*given)
 
-    class NobodyCame:
+    class NotRunning:
         def submit(self, *_):
             done = Future()
             done.set_result(None)
             return done
 
-    here._executor._helpers = NobodyCame()
+    here._executor._helpers = NotRunning()
     assert torch.equal(here(*given), every)
     assert torch.equal(here(*(v[:1] for v in given)), every[:1])
 
@@ -161,7 +162,7 @@ def test_the_noise_is_that_of_the_reference_to_the_bit():
     coef = np.zeros((2, len(COLUMNS)))
     coef[:, COLUMNS.index("sigma")] = coef[:, COLUMNS.index("clip")] = 1  # x_{t-1} = z
     seed, image = torch.tensor([0, -5, 2**62, 9]), torch.tensor([0, 3, 2**40 + 5, 2**62])
-    state = State(torch.zeros(4, *shape_of(unet)), torch.zeros(4, dtype=torch.int32), seed, image, None)
+    state = SamplingState(torch.zeros(4, *shape_of(unet)), torch.zeros(4, dtype=torch.int32), seed, image, None)
     for i in engine(unet).steps(state, StepTable(np.array([3, 2]), coef)):
         z = noise.noise_reference(seed, image, torch.full((4,), i - 1), noise.REVERSE, shape_of(unet))
         assert torch.equal(state.x, z)
@@ -231,10 +232,10 @@ def test_steps_are_the_reference_loop(which):
         exact = start(s, table)
         reference.run(exact, table)
         for e in engines:
-            ours = start(s, table)
-            assert list(e.steps(ours, table)) == list(range(1, len(table) + 1))
-            assert torch.equal(ours.row, exact.row)
-            for mine, true in [(ours.x, exact.x), (ours.x_0, exact.x_0)][: 1 + table.multistep]:
+            state = start(s, table)
+            assert list(e.steps(state, table)) == list(range(1, len(table) + 1))
+            assert torch.equal(state.step_index, exact.step_index)
+            for mine, true in [(state.x, exact.x), (state.x_0, exact.x_0)][: 1 + table.multistep]:
                 assert (mine - true).abs().max() < 1e-4 * max(1, float(true.abs().max())), name
 
 
@@ -243,26 +244,26 @@ def test_loops_do_not_depend_on_the_batch_and_show_every_step():
     s, e = sampler(unet), engine(unet)
     table = s.table("dpm++2m-sde", 6)
     every, alone = start(s, table), start(s, table)
-    alone = State(*(v[4:] for v in (alone.x, alone.row, alone.seed, alone.image, alone.labels, alone.x_0)))
+    alone = SamplingState(*(v[4:] for v in (alone.x, alone.step_index, alone.seed, alone.image, alone.labels, alone.x_0)))
     seen = []
     for i in e.steps(every, table):
-        assert every.row.tolist() == [i] * 5
+        assert every.step_index.tolist() == [i] * 5
         seen.append(every.x[4].clone())
     for i in e.steps(alone, table):
         assert torch.equal(alone.x[0], seen[i - 1])
 
 
-def test_images_may_be_at_rows_of_their_own_rest_behind_the_last_and_lie_in_another_layout():
+def test_images_may_be_at_different_rows_stay_after_the_last_and_lie_in_another_layout():
     unet = network()
     s, e = sampler(unet), engine(unet)
     table = s.table("ddpm", 4)
     apart, together = start(s, table, layout=torch.contiguous_format), start(s, table)
     assert not apart.x.is_contiguous(memory_format=torch.channels_last)
     for state in (apart, together):
-        state.row[:] = torch.tensor([2, 0, 1, 4, 0])
+        state.step_index[:] = torch.tensor([2, 0, 1, 4, 0])
     at_rest = apart.x[3].clone()
-    assert list(e.steps(apart, table)) == list(ModelEngine(unet, torch.float32).steps(together, table))
-    assert torch.equal(apart.x[3], at_rest) and apart.row.tolist() == together.row.tolist() == [4] * 5
+    assert list(e.steps(apart, table)) == list(EagerEngine(unet, torch.float32).steps(together, table))
+    assert torch.equal(apart.x[3], at_rest) and apart.step_index.tolist() == together.step_index.tolist() == [4] * 5
     assert (apart.x - together.x).abs().max() < 1e-4
 
 
@@ -285,15 +286,15 @@ def test_the_code_is_kept_and_a_damaged_file_is_made_again(tmp_path, monkeypatch
     unet = network(channels=(8, 8), attention=False, mid_attention=False, sample_size=4)
     given = batch(unet, 2)
     first = engine(unet)
-    assert not first._executor.found_in_cache
+    assert not first._executor.from_cache
     [kept] = cached_files()  # nothing temporary beside it
     whole = kept.read_bytes()
     second = engine(unet)
-    assert second._executor.found_in_cache and torch.equal(second(*given), first(*given))
+    assert second._executor.from_cache and torch.equal(second(*given), first(*given))
     for damaged in (whole[: len(whole) // 2], whole[:-1] + bytes([whole[-1] ^ 1])):
         kept.write_bytes(damaged)
         again = engine(unet)
-        assert not again._executor.found_in_cache and torch.equal(again(*given), first(*given))
+        assert not again._executor.from_cache and torch.equal(again(*given), first(*given))
         assert kept.read_bytes() == whole and len(cached_files()) == 1
 
 
@@ -378,8 +379,8 @@ def test_states_and_tables_that_do_not_fit_are_refused():
     longer = Sampler(unet, NoiseSchedule.cosine(2 * T), s.shape)
     with pytest.raises(ValueError, match=f"0..{T - 1}"):
         e.steps(state, longer.table("ddpm", 5))
-    state.row += 6
-    with pytest.raises(ValueError, match="row"):
+    state.step_index += 6
+    with pytest.raises(ValueError, match="step_index"):
         e.steps(state, s.table("ddpm", 5))
 
 

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 
 from ddpm_fast import FusedUNet, NoiseSchedule, Sampler, UNet, UNetConfig, load_pretrained, save_pretrained
 from ddpm_fast.checkpoints.checkpoint import Checkpoint
-from ddpm_fast.engines.fused import unet as fused_unet
+from ddpm_fast.engines.base import DTYPES
 from ddpm_fast.engines.fused.calibration import FILE, FLOOR, MARGIN, Calibration, allowed_error, e4m3_convolutions, load_calibration
 from ddpm_fast.engines.fused.checks import check_launch
+from ddpm_fast.engines.fused.model import PlanSpec
 from ddpm_fast.kernels._triton import INTERPRETED
 from ddpm_fast.sampling.calibrate import calibrate
 from ddpm_fast.testing import relative_error
@@ -99,7 +100,7 @@ def test_what_is_found(found):
     wq = rounded(weight, weight.abs().amax((1, 2, 3), keepdim=True) / 448)
     exact, narrow = (F.conv2d(*v, padding=1) for v in ((x, weight), (rounded(x, MARGIN * layer.amax / 448), wq)))
     assert layer.error == pytest.approx(relative_error(narrow, exact), rel=1e-3)
-    assert set(found.layers) == set(e4m3_convolutions(c.unet)) and not found.wide
+    assert set(found.layers) == set(e4m3_convolutions(c.unet)) and not found.keep_bf16
     assert all(0.01 < v.error < FLOOR for v in found.layers.values())  # 0.0375 if all were independent
 
 
@@ -107,7 +108,7 @@ def test_the_rule():
     assert allowed_error(dict(a=0.01, b=0.02, c=0.9)) == FLOOR  # nothing below it is out of line
     assert allowed_error(dict(a=0.04, b=0.05, c=0.9)) == 0.1
     assert allowed_error(dict(a=0.04, b=float("nan"))) == 0.08
-    of = lambda **errors: Calibration.of(network(), {}, dict.fromkeys(errors, 1.0), errors).wide
+    of = lambda **errors: Calibration.of(network(), {}, dict.fromkeys(errors, 1.0), errors).keep_bf16
     assert of(a=0.02, b=0.04, c=0.05, d=0.06) == [] and of(a=0.02, b=0.02, c=0.06, d=float("nan")) == ["c", "d"]
 
 
@@ -126,9 +127,9 @@ def test_the_command_writes_the_same_bytes_twice(run, folder, tmp_path, found):
     options = ("calibrate", "--weights", folder, "--images", 3, "--steps", 4)
     code, out, _ = run(*options, "--json")
     report = json.loads(out)
-    assert code == 0 and report["wide"] == [] and report["out"] == str(folder / FILE) and len(report["layers"]) == 16
+    assert code == 0 and report["keep_bf16"] == [] and report["out"] == str(folder / FILE) and len(report["layers"]) == 16
     code, out, _ = run(*options, "--out", tmp_path / "again.json")
-    assert code == 0 and "none of 16 stay wide: 0.0" in out and PLANTED in out
+    assert code == 0 and "none of 16 stay bf16: 0.0" in out and PLANTED in out
     assert (folder / FILE).read_bytes() == (tmp_path / "again.json").read_bytes() == found.to_json()
     assert not [p for p in folder.iterdir() if p.name.startswith(".")]
     back = load_calibration(folder, load_pretrained(folder).unet)
@@ -148,8 +149,8 @@ DAMAGES = {
     "format 2; this version reads format 1": lambda c: c | dict(format=2),
     "format None": lambda c: {},
     "KeyError 'layers'": lambda c: {k: v for k, v in c.items() if k != "layers"},
-    "expected amax and error of 0 or more": lambda c: c | dict(layers={PLANTED: dict(amax=-1.0, error=0.1, wide=False)}),
-    "wide true or false": lambda c: c | dict(layers={PLANTED: dict(amax=1.0, error=0.1, wide="no")}),
+    "expected amax and error of 0 or more": lambda c: c | dict(layers={PLANTED: dict(amax=-1.0, error=0.1, keep_bf16=False)}),
+    "keep_bf16 true or false": lambda c: c | dict(layers={PLANTED: dict(amax=1.0, error=0.1, keep_bf16="no")}),
     "unexpected keyword": lambda c: c | dict(layers={PLANTED: dict(size=1.0)}),
     "has no attribute": lambda c: c | dict(layers=[1]),
     "expected weights, made and layers": lambda c: c | dict(made=None),
@@ -159,7 +160,7 @@ DAMAGES = {
 
 @pytest.mark.parametrize("message", DAMAGES)
 def test_a_damaged_file_is_refused(message, folder, run, found):
-    """By whoever would read it, in one line; what does not read it goes on."""
+    """By all that read it, in one line; fp32 does not read it."""
     (folder / FILE).write_text(json.dumps(DAMAGES[message](json.loads(found.to_json()))))
     with pytest.raises(ValueError, match=f"calibration.json .*{message}"):
         FusedUNet.from_pretrained(folder, 1, "fp8", check=False)
@@ -199,20 +200,19 @@ def test_units_are_the_calibrated_ones(found):
 
 
 @torch.no_grad()
-def test_a_layer_out_of_line_stays_wide(planted, figure):
+def test_a_layer_out_of_line_stays_in_bf16(planted, figure):
     unet, args = network(planted=True), inputs()
-    assert planted.wide == [PLANTED] and planted.layers[PLANTED].error > 0.5
+    assert planted.keep_bf16 == [PLANTED] and planted.layers[PLANTED].error > 0.5
     fused = FusedUNet(unet, 3, "fp8", "cpu", calibration=planted)
     types = {launch.name: launch.op.weight.dtype for launch in fused.plan() if launch.op.name == "conv3x3"}
     narrow = {name for name, dtype in types.items() if dtype == torch.float8_e4m3fn}
     assert types[PLANTED] == torch.bfloat16 and narrow == set(planted.layers) - {PLANTED}
     by_rule = relative_error(FusedUNet(unet, 3, "fp8", "cpu")(*args), unet(*args))
-    kept_wide = relative_error(fused(*args), unet(*args))
-    figure("a layer without bits: fp8 forward with all in e4m3, with that one wide", f"{by_rule:.2f}, {kept_wide:.3f}")
-    assert kept_wide < 0.6 * by_rule
-    # what a self-check's child is told gives the same launches, without the weights
-    subject = fused.subject(fused.size, fused.plan())
-    child = FusedUNet(network(seed=1), check=False, **(dict(subject.options) | dict(target=fused.target)))
+    in_bf16 = relative_error(fused(*args), unet(*args))
+    figure("a layer without bits: fp8 forward with all in e4m3, with that one in bf16", f"{by_rule:.2f}, {in_bf16:.3f}")
+    assert in_bf16 < 0.6 * by_rule
+    # the plan that a self-check's worker makes from the description has the same launches, with other weights
+    child = PlanSpec.from_json(json.loads(json.dumps(fused.spec().to_json()))).network(network(seed=1))
     assert [(n.name, n.out.dtype) for n in child.plan()] == [(n.name, n.out.dtype) for n in fused.plan()]
 
 
@@ -222,13 +222,13 @@ def test_the_plan_shows_it(run, folder, planted):
     save_pretrained(folder, network(planted=True), NoiseSchedule.linear(1e-4, 0.02, 100))
     (folder / FILE).write_bytes(planted.to_json())
     code, out, _ = run("info", folder, "--plan", "--dtype", "fp8", "--batch-size", 4)
-    why = f"{PLANTED} stays wide: off by {planted.layers[PLANTED].error:.4f} in e4m3, {planted.allowed:.4f} allowed"
-    assert code == 0 and "15 convolutions in e4m3, with ranges as calibrated, 1 kept wide" in out
+    why = f"{PLANTED} stays bf16: off by {planted.layers[PLANTED].error:.4f} in e4m3, {planted.allowed:.4f} allowed"
+    assert code == 0 and "15 convolutions in e4m3, with ranges as calibrated, 1 kept in bf16" in out
     assert why in out
-    assert [line.split()[0] for line in out.splitlines() if " bf16 wide " in line] == [PLANTED]
+    assert [line.split()[0] for line in out.splitlines() if " bf16 kept " in line] == [PLANTED]
     report = json.loads(run("info", folder, "--plan", "--dtype", "fp8", "--batch-size", 4, "--json")[1])
     operands = {row["launch"]: row["operands"] for row in report["plan"]}
-    assert report["calibrated"] and report["wide"] == [PLANTED]
+    assert report["calibrated"] and report["keep_bf16"] == [PLANTED]
     assert (operands[PLANTED], operands["conv_in"], operands["mid_block.resnets.0.conv1"]) == ("bf16", "bf16", "e4m3")
     assert operands["conv_norm_out"] is None
 
@@ -238,7 +238,7 @@ def test_the_one_that_ships(run):
     weights = import_module("bench.networks").ROOT / "weights" / "fashion-mnist-32"
     unet = load_pretrained(weights).unet
     calibration = load_calibration(weights, unet)
-    assert calibration is not None and not calibration.wide and len(calibration.layers) == 22
+    assert calibration is not None and not calibration.keep_bf16 and len(calibration.layers) == 22
     assert all(layer.error < FLOOR for layer in calibration.layers.values())
 
 
@@ -246,8 +246,8 @@ def test_bad_options_are_said():
     unet = network()
     for options, message in (
         (dict(accumulation="exact"), "accumulation 'exact'; expected one of bounded, unbounded"),
-        (dict(wide=["conv_out"]), r"wide = \['conv_out'\]; expected a list of convolutions' names, of down_blocks"),
-        (dict(wide=PLANTED), f"wide = '{PLANTED}'"),
+        (dict(keep_bf16=["conv_out"]), r"keep_bf16 is \['conv_out'\]; expected a list of convolutions' names, of down_blocks"),
+        (dict(keep_bf16=PLANTED), f"keep_bf16 is '{PLANTED}'"),
     ):
         with pytest.raises(ValueError, match=message):
             FusedUNet(unet, 1, "fp8", "cpu", **options)
@@ -257,9 +257,9 @@ def test_bad_options_are_said():
 
 @pytest.mark.parametrize("accumulation", ["bounded", "unbounded"])
 def test_accumulation_reaches_the_launch(accumulation):
-    testing = pytest.importorskip("triton") and import_module("ddpm_fast.testing")
+    triton_tools = pytest.importorskip("triton") and import_module("ddpm_fast.utils.triton_tools")
     plan = FusedUNet(network().to("meta"), 3, "fp8", "meta", accumulation=accumulation).plan()
-    with testing.record_launches() as launches:
+    with triton_tools.record_launches() as launches:
         plan.run()
     bounds = {(a["IMPRECISE"], a["BLOCK_K"]) for a in (launch.args for launch in launches) if a.get("SCALED")}
     assert bounds == ({(32, 32), (64, 64)} if accumulation == "bounded" else {(None, 32), (None, 64)})
@@ -284,7 +284,7 @@ def test_saturation_is_counted(found):
     claimed = scaled(found, 0.1)
     small = FusedUNet(unet, 3, "fp8", "cpu", calibration=claimed, count_saturated=True)
     small(*args)
-    exact = FusedUNet(unet, 3, "fp8", "cpu", wide=[name])
+    exact = FusedUNet(unet, 3, "fp8", "cpu", keep_bf16=[name])
     plan = exact.load(*args)
     for launch in plan:
         plan.run_one(launch)
@@ -321,7 +321,7 @@ def right_casts(monkeypatch):
 @pytest.mark.usefixtures("right_casts")
 def test_by_kernels_as_by_fallbacks(monkeypatch, device, figure, found):
     """End to end, in fp16 and e4m3, since the interpreter cannot multiply bf16."""
-    monkeypatch.setitem(fused_unet.DTYPES, "fp8", (torch.float16, torch.float8_e4m3fn))
+    monkeypatch.setitem(DTYPES, "fp8", (torch.float16, torch.float8_e4m3fn))
     unet = network().to(device)
     args = [v.to(device) for v in inputs()]
     exact, errors, counts = unet(*args), [], []

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -12,8 +13,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpm_fast import NoiseSchedule, Sampler, Trajectory, UNet, UNetConfig
+from ddpm_fast.engines.fused import verification
 from ddpm_fast.engines.fused.calibration import load_calibration
-from ddpm_fast.engines.fused.engine import SEVERAL, FusedEngine
+from ddpm_fast.engines.fused.engine import STEPS_PER_GRAPH, FusedEngine
 from ddpm_fast.kernels.step_index import advance, advance_reference
 from ddpm_fast.testing import relative_error
 from ddpm_fast.utils.signals import stop_on_signals
@@ -122,8 +124,8 @@ def test_images_at_different_steps_share_a_batch(engine):
     ahead, together = s.begin(torch.tensor([0]), 0), s.begin(torch.tensor([0, 1]), 0)
     run = s.engine.steps(ahead, table)
     assert [next(run), next(run)] == [1, 2]
-    together.x[0], together.row[0] = ahead.x[0], ahead.row[0]
-    assert together.row.tolist() == [2, 0]
+    together.x[0], together.step_index[0] = ahead.x[0], ahead.step_index[0]
+    assert together.step_index.tolist() == [2, 0]
     s.run(together, table)
     torch.testing.assert_close(together.x, alone, rtol=0, atol=1e-5)
 
@@ -150,28 +152,31 @@ def test_between_the_first_and_the_last_step_the_host_only_replays(graphed):
     assert single.replays == 20
 
 
-def test_several_steps_a_graph_where_nobody_watches(graphed):
+def test_several_steps_per_graph_without_a_callback(graphed):
     s, want = graphed(), sampler("reference")
-    options = dict(seed=1, steps=SEVERAL + 3, output="float")
+    options = dict(seed=1, steps=STEPS_PER_GRAPH + 3, output="float")
     torch.testing.assert_close(s.sample(3, **options), want.sample(3, **options), rtol=0, atol=1e-4)
-    assert {g.repeats: g.replays for g in Recorded.made} == {SEVERAL: 1, 1: 3}
+    assert {g.repeats: g.replays for g in Recorded.made} == {STEPS_PER_GRAPH: 1, 1: 3}
     seen = Trajectory()
     s.sample(3, **options, callback=seen)
-    assert len(seen.t) == SEVERAL + 3 and {g.repeats: g.replays for g in Recorded.made} == {SEVERAL: 1, 1: SEVERAL + 6}
+    assert len(seen.t) == STEPS_PER_GRAPH + 3 and {g.repeats: g.replays for g in Recorded.made} == {
+        STEPS_PER_GRAPH: 1,
+        1: STEPS_PER_GRAPH + 6,
+    }
 
 
 def test_a_tail_is_drawn_in_the_captured_size(graphed):
     s = graphed()
     images = s.sample(10, batch_size=4, steps=3, output="float")
-    assert [slots.places for slots in s.engine._slots] == [4] and len(Recorded.made) == 2
+    assert [b.capacity for b in s.engine._buffers] == [4] and len(Recorded.made) == 2
     torch.testing.assert_close(images, sampler("reference").sample(10, steps=3, output="float"), rtol=0, atol=1e-4)
     s.sample(3, steps=3)  # fits; a fourth place is idle
-    assert [slots.places for slots in s.engine._slots] == [4]
+    assert [b.capacity for b in s.engine._buffers] == [4]
     s.sample(1, steps=3)
-    assert [slots.places for slots in s.engine._slots] == [4, 1]
-    for images, places in ((17, [4, 1, 24]), (13, [4, 1, 24]), (25, [4, 1, 32])):  # 32 places replace the 24
+    assert [b.capacity for b in s.engine._buffers] == [4, 1]
+    for images, capacities in ((17, [4, 1, 24]), (13, [4, 1, 24]), (25, [4, 1, 32])):  # 32 replace the 24
         s.sample(images, steps=1)
-        assert [slots.places for slots in s.engine._slots] == places
+        assert [b.capacity for b in s.engine._buffers] == capacities
 
 
 def test_one_graph_serves_every_solver_and_number_of_steps(graphed):
@@ -311,7 +316,7 @@ def test_signals_ask_once_and_then_insist(number):
 
 
 def test_auto_says_why():
-    assert sampler("auto", lambda x, t: x).engine.reason == "the network is none of ours"
+    assert sampler("auto", lambda x, t: x).engine.reason == "the model is not a ddpm_fast UNet"
     half = sampler("auto", unet().bfloat16())
     assert (half.engine.name, half.precision) == ("reference", "bf16") and half.engine.reason == "bf16 on cpu"
     assert sampler("fused", dtype="fp8").engine.name == "fused"
@@ -323,8 +328,8 @@ def test_auto_says_why():
         (dict(engine="cuda"), "engine 'cuda'; expected one of auto, fused, compile, cpu, reference"),
         (dict(engine="fused", model=lambda x, t: x), "engine 'fused' takes a UNet; this model is function"),
         (dict(engine="cpu", model=lambda x, t: x), "engine 'cpu' takes a UNet in fp32 on a CPU"),
-        (dict(engine="reference", dtype="fp8"), "fp8 is for our own kernels, and they cannot be had: as asked for"),
-        (dict(engine="auto", dtype="fp8"), "fp8 is for our own kernels, and they cannot be had: fp8 on cpu"),
+        (dict(engine="reference", dtype="fp8"), r"fp8 needs engine 'fused'; this is engine 'reference' \(as requested\)"),
+        (dict(engine="auto", dtype="fp8"), r"fp8 needs engine 'fused'; this is engine 'reference' \(fp8 on cpu\)"),
         (dict(engine="auto", dtype="int8"), "dtype 'int8'; expected one of fp32, fp16, bf16, fp8"),
         (dict(engine="auto", dtype="bf16", model=lambda x, t: x), "only a UNet is cast"),
     ],
@@ -390,22 +395,21 @@ def test_a_wrong_kernel_is_caught_and_its_launch_runs_by_its_fallback(device, tm
             out.pixels[:, :, 2, 3] += 0.5
 
     monkeypatch.setattr(Conv3x3, "run", wrong)
-    monkeypatch.setattr("ddpm_fast.engines.fused.verification.COMMAND", planted(tmp_path))
+    monkeypatch.setattr(verification, "run_checks", partial(verification.run_checks, command=planted(tmp_path)))
     s = sampler("fused", model, dtype="fp32")
     s.engine = FusedEngine(model, s.shape, "fp32", s.device, len(SCHEDULE), graph=None, check=True)
     with pytest.warns(UserWarning, match="conv_out"):
         got = s.sample(2, steps=2, output="float")
-    (slots,) = s.engine._slots
-    assert "conv_out" in slots.fused.plan().fallbacks and not s.engine.invariant
+    (buffers,) = s.engine._buffers
+    assert "conv_out" in buffers.network.plan().fallbacks and not s.engine.invariant
     torch.testing.assert_close(got, sampler("reference", model).sample(2, steps=2, output="float"), rtol=0, atol=1e-4)
 
 
 def planted(folder):
-    """The self-check's child with the same fault."""
+    """The self-check's worker with the same fault."""
     script = folder / "child.py"
     script.write_text(
-        "import json, sys\n"
-        "from ddpm_fast import self_check\n"
+        "from ddpm_fast.engines.fused import checks\n"
         "from ddpm_fast.kernels.conv3x3 import Conv3x3\n"
         "run = Conv3x3.run\n"
         "def wrong(self, x, out, **more):\n"
@@ -413,7 +417,7 @@ def planted(folder):
         "    if out.channels == 1:\n"
         "        out.pixels[:, :, 2, 3] += 0.5\n"
         "Conv3x3.run = wrong\n"
-        "self_check.main(sys.stdin, lambda message: print(json.dumps(message), flush=True))\n"
+        "checks.main()\n"
     )
     return [sys.executable, str(script)]
 
@@ -423,9 +427,9 @@ def test_fp8_of_a_folder_takes_its_calibration():
     folder = Path(__file__).parents[3] / "weights" / "fashion-mnist-32"
     s = Sampler.from_pretrained(folder, "cpu", "fp8", engine="fused")
     s.engine.prepare(1)
-    (slots,) = s.engine._slots
+    (buffers,) = s.engine._buffers
     known = load_calibration(folder, s.model)
-    assert known is not None and slots.fused._network.units == known.units
+    assert known is not None and buffers.network._packed.units == known.units
     exact = Sampler.from_pretrained(folder, "cpu", engine="reference")
     got, want = (v.sample(1, solver="ddim", steps=3, output="float") for v in (s, exact))
     assert relative_error(got, want) < 0.15

@@ -93,8 +93,8 @@ def test_the_plan_counts_what_the_reference_counts(config, launches, gn_pass, fi
 
 @pytest.mark.parametrize("sm", [80, 90, 100])
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_whoever_writes_what_a_norm_would_read_twice_keeps_statistics(sm, dtype):
-    """By the same tiles for every batch, alive until the last norm that reads them; where one pass holds an image, nobody does."""
+def test_writers_of_what_a_norm_would_read_twice_keep_statistics(sm, dtype):
+    """By the same tiles for every batch, alive until the last norm that reads them; where one pass holds an image, none does."""
     assert not any("stats" in launch.buffers for launch in planned(UNetConfig(), 1, dtype, sm).plan())
     tilings = []
     for batch in (1, 2, 16):

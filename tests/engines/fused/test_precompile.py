@@ -9,7 +9,7 @@ import torch
 pytest.importorskip("triton")
 from bench.compile_check import Case, compile_all, distinct, faults, launches_of, with_fp32
 from bench.networks import NETWORKS
-from ddpm_fast.testing import _shortest_loop, compile_launch, launch_key
+from ddpm_fast.utils.triton_tools import _shortest_loop, compile_launch, launch_key
 
 pytestmark = pytest.mark.compile
 
@@ -93,12 +93,12 @@ def test_kernels_compiled_side_by_side_are_those_that_the_plan_launches(tmp_path
     config = NETWORKS["cifar10"]
     with torch.device("meta"):
         fused = FusedUNet(UNet(config), 256, "bf16", "meta", target=H100)
-    options = fused.subject(fused.size, fused.plan()).options
+    spec = fused.spec()
     began = time.perf_counter()
-    assert compile_in_parallel(config, options, 2) == [0, 0]
+    assert compile_in_parallel(spec, 2) == [0, 0]
     first, kept = time.perf_counter() - began, sorted(tmp_path.rglob("*.cubin"))
     began = time.perf_counter()
-    assert compile_in_parallel(config, options, 1) == [0]
+    assert compile_in_parallel(spec, 1) == [0]
     second = time.perf_counter() - began
-    assert sorted(tmp_path.rglob("*.cubin")) == kept and len(kept) == len(distinct_launches(config, options))
+    assert sorted(tmp_path.rglob("*.cubin")) == kept and len(kept) == len(distinct_launches(spec))
     figure(f"{len(kept)} kernels of the CIFAR-10 network: seconds in two processes, in a second run", f"{first:.1f}, {second:.1f}")

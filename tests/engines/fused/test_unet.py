@@ -1,4 +1,4 @@
-"""FusedUNet is the reference UNet: by fallbacks at full size, by kernels through the interpreter, whatever is in the arena before."""
+"""FusedUNet is the reference UNet: by fallbacks at full size, by kernels in the interpreter, whatever the arena held before."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -178,7 +178,7 @@ def test_an_image_is_the_same_alone_first_last_and_in_a_ragged_batch(name, dtype
 @torch.no_grad()
 @pytest.mark.kernel
 def test_an_image_is_the_same_in_every_batch_where_its_norms_read_statistics(device, monkeypatch):
-    """No map fits one pass, so whoever writes one keeps statistics of it, unless it is an attention layer."""
+    """No map fits one pass, so the launch that writes one keeps statistics of it, unless it is an attention layer."""
     monkeypatch.setattr(group_norm_silu, "HELD", 1)
     config = UNetConfig((6, 10), channels=(16, 16), attention=(True, False), mid_attention=False, norm_groups=4, **SMALL)
     unet = of(config).to(device)
@@ -258,6 +258,14 @@ def test_samples_like_the_reference():
     torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
 
 
+def test_torch_dtypes_name_the_same_networks():
+    unet = of(NETS["not square"]).to("meta")
+    for name, dtype in (("fp32", torch.float32), ("fp16", torch.float16), ("bf16", torch.bfloat16)):
+        assert FusedUNet(unet, 1, dtype, "meta").spec() == FusedUNet(unet, 1, name, "meta").spec()
+    with pytest.raises(ValueError, match=r"dtype torch\.float64; expected one of fp32"):
+        FusedUNet(unet, 1, torch.float64, "meta")
+
+
 def test_bad_input_is_said():
     unet = of(NETS["class-conditional, 28x28"])
     fused = FusedUNet(unet, 2, "fp32", check=False)
@@ -322,7 +330,7 @@ def test_resized_shares_the_weights():
     network, x, labels = FusedUNet(model, 2, "fp32"), torch.randn(5, 1, 28, 28), torch.arange(5)
     more = network.resized(5)
     t = torch.arange(5) * 200
-    assert more.batch_size == 5 and network.batch_size == 2 and more._network is network._network
+    assert more.batch_size == 5 and network.batch_size == 2 and more._packed is network._packed
     assert relative_error(more(x, t, labels), model(x, t, labels).detach()) < 3e-6
     assert relative_error(network(x[:2], t[:2], labels[:2]), model(x[:2], t[:2], labels[:2]).detach()) < 3e-6
     with pytest.raises(ValueError, match="batch_size = 0"):
@@ -332,8 +340,8 @@ def test_resized_shares_the_weights():
 @pytest.mark.parametrize(
     ("tiles", "message"),
     [
-        ({"conv": {"bm": 64}}, "tiles for 'conv'; expected a key such as"),
-        ({"conv3x3 sm90 bfloat16 128->128 32x32": {"rows": 64}}, "set rows; expected some of bm, bk, bo"),
+        ({"conv": {"block_m": 64}}, "tiles for 'conv'; expected a key such as"),
+        ({"conv3x3 sm90 bfloat16 128->128 32x32": {"rows": 64}}, "set rows; expected some of block_k, block_m, block_n"),
     ],
 )
 def test_refuses_tiles(tiles, message):

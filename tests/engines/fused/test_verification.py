@@ -1,17 +1,17 @@
 """The self-check passes what is right and finds what is wrong, whatever the launch does to its process."""
 
 import json
-import subprocess
 import sys
 import warnings
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
 from ddpm_fast import UNet, UNetConfig
-from ddpm_fast.engines.fused import verification as verdicts
-from ddpm_fast.engines.fused.checks import FORWARD, STEP_LAUNCHES, Verdict, check_launch, judge
+from ddpm_fast.engines.fused import verification
+from ddpm_fast.engines.fused.checks import FORWARD, STEP_CHECKS, CheckResult, check_launch, compare
 from ddpm_fast.engines.fused.unet import FusedUNet
 from ddpm_fast.kernels import _triton, group_norm_silu, noise
 from ddpm_fast.kernels._feature_map import FeatureMap
@@ -19,10 +19,10 @@ from ddpm_fast.testing import Damaged, relative_error
 from ddpm_fast.utils.cache import cache_dir, cached_files, clear_cache
 
 TINY = UNetConfig(8, 1, 1, channels=(16, 16), layers=1, attention=False, mid_attention=False, norm_groups=4)
-# what a child runs instead of `python -m ddpm_fast.engines.fused.checks`: the same, with faults planted in some launches
+# what a worker runs instead of `python -m ddpm_fast.engines.fused.checks`: the same, with faults planted in some launches
 PLANTED = """
-import json, os, sys, time
-from ddpm_fast import self_check
+import os, time
+from ddpm_fast.engines.fused import checks
 from ddpm_fast.kernels.conv3x3 import Conv3x3
 from ddpm_fast.kernels.conv_downsample import ConvDownsample
 from ddpm_fast.kernels.conv_in import ConvIn
@@ -60,7 +60,7 @@ def differs(out, state=[0]):
 
 for op, fault in FAULTS:
     plant(op, fault)
-self_check.main(sys.stdin, lambda message: print(json.dumps(message), flush=True))
+checks.main()
 """
 
 
@@ -74,10 +74,6 @@ def fused(config=TINY, batch=3, dtype="fp32"):
     return FusedUNet(UNet(config), batch, dtype, check=False)
 
 
-def subject_of(network):
-    return network.subject(network.size, network.plan())
-
-
 def planted(faults):
     return [sys.executable, "-c", PLANTED.replace("FAULTS", faults)]
 
@@ -85,16 +81,16 @@ def planted(faults):
 @pytest.mark.kernel
 def test_right_kernels_pass():
     network, seen = fused(dtype="fp16"), []
-    found = verdicts.check(subject_of(network), progress=seen.append)
-    names = [*STEP_LAUNCHES, *(launch.name for launch in network.plan()), FORWARD]
+    found = verification.run_checks(network.spec(), progress=seen.append)
+    names = [*STEP_CHECKS, *(launch.name for launch in network.plan()), FORWARD]
     assert list(found) == seen == names
     assert all(v.passed for v in found.values()), {k: v for k, v in found.items() if not v.passed}
-    assert all(v.allowed > 0 for k, v in found.items() if k not in STEP_LAUNCHES)
+    assert all(v.allowed > 0 for k, v in found.items() if k not in STEP_CHECKS)
 
 
 @pytest.mark.kernel
 def test_planted_faults_are_found_and_count_against_their_launch():
-    """All in one plan: whatever a launch does to its process, those behind it are judged."""
+    """All in one plan: whatever a launch does to its process, the launches after it are checked."""
     network = fused()
     faults = {
         "ConvIn": ("crashes", "ended with code -6", ["conv_in"]),
@@ -109,7 +105,7 @@ def test_planted_faults_are_found_and_count_against_their_launch():
         "Conv3x3": ("never_returns", "no answer for 12 s", ["conv_out"]),
     }
     command = planted("[" + ", ".join(f"({op}, {fault})" for op, (fault, _, _) in faults.items()) + "]")
-    found = verdicts.check(subject_of(network), command, timeout=12)
+    found = verification.run_checks(network.spec(), command, timeout=12)
     reasons = {k: v.reason for k, v in found.items() if not v.passed}
     assert set(reasons) == {name for _, _, names in faults.values() for name in names}
     for _, reason, names in faults.values():
@@ -121,8 +117,9 @@ def test_planted_faults_are_found_and_count_against_their_launch():
 
 @pytest.mark.kernel
 def test_what_failed_runs_by_its_fallback_and_the_images_are_right(monkeypatch):
-    """Verdicts are found once, kept, and obeyed; the warning names the launch."""
-    monkeypatch.setattr(verdicts, "COMMAND", planted("[(ConvDownsample, wrong_pixel)]"))
+    """Results are computed once, cached, and followed; the warning names the launch."""
+    command = planted("[(ConvDownsample, wrong_pixel)]")
+    monkeypatch.setattr(verification, "run_checks", partial(verification.run_checks, command=command))
     torch.manual_seed(0)
     unet = UNet(TINY).eval().requires_grad_(False)
     with pytest.warns(UserWarning, match=r"1 of \d+ failed .* down_blocks\.0\.downsamplers\.0\.conv \(relative"):
@@ -130,9 +127,9 @@ def test_what_failed_runs_by_its_fallback_and_the_images_are_right(monkeypatch):
     assert network.plan().fallbacks == {"down_blocks.0.downsamplers.0.conv"} and not network.invariant
     x = torch.randn(2, 1, 8, 8)
     assert relative_error(network(x, 500), unet(x, torch.tensor(500))) < 3e-6
-    kept = subject_of(network).kept()
-    assert len(cached_files()) == 1 and sum(not v.passed for v in kept.values()) == 1
-    monkeypatch.setattr(verdicts, "_child", lambda *_: pytest.fail("checked again"))
+    results = verification.cached_results(network.spec())
+    assert len(cached_files()) == 1 and sum(not v.passed for v in results.values()) == 1
+    monkeypatch.setattr(verification, "run_checks", lambda *_: pytest.fail("checked again"))
     with pytest.warns(UserWarning, match="downsamplers"):
         assert FusedUNet(unet, 2, "fp32", check=True).plan().fallbacks
     assert clear_cache() == 1 and not cached_files()
@@ -140,7 +137,7 @@ def test_what_failed_runs_by_its_fallback_and_the_images_are_right(monkeypatch):
 
 @torch.no_grad()
 @pytest.mark.kernel
-def test_statistics_are_checked_beside_the_map(monkeypatch, device):
+def test_statistics_are_checked_in_addition_to_the_map(monkeypatch, device):
     monkeypatch.setattr(group_norm_silu, "HELD", 1)  # one pass holds nothing
     network = FusedUNet(UNet(TINY).to(device), 3, "fp16", check=False)
     plan = network.load(torch.randn(3, 1, 8, 8, device=device), 500)
@@ -172,21 +169,21 @@ class DamagedStatistics(Damaged):
         self.damage(stats.grid)
 
 
-def test_what_follows_from_a_verdict(monkeypatch):
+def test_what_follows_from_a_result(monkeypatch):
     """A launch that failed runs by its fallback; noise and step, which are no launches of the plan, by their references."""
-    good, bad = Verdict(), Verdict("wrong")
-    names = [*STEP_LAUNCHES, "conv_in", "conv_out", FORWARD]
+    good, bad = CheckResult(), CheckResult("wrong")
+    names = [*STEP_CHECKS, "conv_in", "conv_out", FORWARD]
     monkeypatch.setattr(_triton, "UNTRUSTED", set())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert verdicts.fallbacks_of(dict.fromkeys(names, good)) == set()
-    with pytest.warns(UserWarning, match=r"1 of 6 failed .* what failed runs by plain PyTorch.*: conv_in \(wrong\)"):
-        assert verdicts.fallbacks_of(dict.fromkeys(names, good) | dict(conv_in=bad)) == {"conv_in"}
+        assert verification.fallbacks_of(dict.fromkeys(names, good)) == set()
+    with pytest.warns(UserWarning, match=r"1 of 6 failed .* what failed runs in plain PyTorch.*: conv_in \(wrong\)"):
+        assert verification.fallbacks_of(dict.fromkeys(names, good) | dict(conv_in=bad)) == {"conv_in"}
     with pytest.warns(UserWarning, match="the whole network runs"):
-        assert verdicts.fallbacks_of(dict.fromkeys(names, good) | {FORWARD: bad}) == {"conv_in", "conv_out"}
+        assert verification.fallbacks_of(dict.fromkeys(names, good) | {FORWARD: bad}) == {"conv_in", "conv_out"}
     assert not _triton.UNTRUSTED
     with pytest.warns(UserWarning, match="noise"):
-        assert verdicts.fallbacks_of(dict.fromkeys(names, good) | dict(noise=bad)) == set()
+        assert verification.fallbacks_of(dict.fromkeys(names, good) | dict(noise=bad)) == set()
     assert {"noise"} == _triton.UNTRUSTED
 
 
@@ -201,49 +198,49 @@ def test_an_untrusted_kernel_is_not_launched(monkeypatch, device):
     assert not _triton.launches_kernel(seed, "noise", "ddpm_step") and _triton.launches_kernel(seed, "ddpm_step")
 
 
-def test_a_child_that_cannot_begin_is_no_verdict():
+def test_a_worker_that_cannot_start_is_no_result():
     command = [sys.executable, "-c", "import sys; sys.exit('no torch here')"]
-    with pytest.raises(RuntimeError, match=r"could not begin .*no torch here"):
-        verdicts.verdicts(subject_of(fused()), command=command)
+    with pytest.raises(RuntimeError, match=r"could not start: .*no torch here"):
+        verification.verify(fused().spec(), command=command)
     assert not cached_files()
 
 
-def test_running_out_of_memory_is_no_verdict():
+def test_running_out_of_memory_is_no_result():
     command = [
         sys.executable,
         "-c",
-        "import json; print(json.dumps(dict(begin='noise'))); print(json.dumps(dict(memory='tried 80 GiB')))",
+        "import json; print(json.dumps(dict(started='noise'))); print(json.dumps(dict(out_of_memory='tried 80 GiB')))",
     ]
-    with pytest.raises(RuntimeError, match=r"ran out of memory: take a smaller batch_size .*80 GiB"):
-        verdicts.verdicts(subject_of(fused()), command=command)
+    with pytest.raises(RuntimeError, match=r"ran out of memory; use a smaller batch_size .*80 GiB"):
+        verification.verify(fused().spec(), command=command)
     assert not cached_files()
 
 
-def test_a_killed_child_and_a_late_answer_are_not_kept():
+def test_a_killed_worker_and_a_late_answer_are_not_kept():
     """The first is what happens when the host's memory runs out; the second may be a busy machine's fault, and counts this once."""
-    begin = "import json, os, time; print(json.dumps(dict(begin='noise')), flush=True); "
+    begin = "import json, os, time; print(json.dumps(dict(started='noise')), flush=True); "
     with pytest.raises(torch.OutOfMemoryError, match="killed"):
-        verdicts.verdicts(subject_of(fused()), command=[sys.executable, "-c", begin + "os.kill(os.getpid(), 9)"])
-    late = {"noise": Verdict("no answer for 1 s"), "conv_in": Verdict()}
-    subject = subject_of(fused())
+        verification.verify(fused().spec(), command=[sys.executable, "-c", begin + "os.kill(os.getpid(), 9)"])
+    late = {"noise": CheckResult("no answer for 1 s", timed_out=True), "conv_in": CheckResult()}
+    spec = fused().spec()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(verdicts, "check", lambda *_, **__: late)
-        assert verdicts.verdicts(subject) == late
+        patch.setattr(verification, "run_checks", lambda *_, **__: late)
+        assert verification.verify(spec) == late
     assert not cached_files()
 
 
-def test_a_verdict_that_cannot_be_kept_is_still_obeyed(monkeypatch, tmp_path):
+def test_a_result_that_cannot_be_cached_still_counts(monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     monkeypatch.setenv("DDPM_FAST_CACHE", str(tmp_path / "file"))
-    monkeypatch.setattr(verdicts, "check", lambda *_, **__: {"conv_in": Verdict()})
-    with pytest.warns(UserWarning, match="cannot be kept"):
-        assert verdicts.verdicts(subject_of(fused())) == {"conv_in": Verdict()}
+    monkeypatch.setattr(verification, "run_checks", lambda *_, **__: {"conv_in": CheckResult()})
+    with pytest.warns(UserWarning, match="cannot be cached"):
+        assert verification.verify(fused().spec()) == {"conv_in": CheckResult()}
 
 
-def test_only_what_is_ours_is_cleared(monkeypatch, tmp_path):
+def test_other_files_in_the_cache_folder_stay(monkeypatch, tmp_path):
     monkeypatch.setenv("DDPM_FAST_CACHE", str(tmp_path))
-    (tmp_path / "verdicts").mkdir()
-    (tmp_path / "verdicts" / "a.json").touch()
+    (tmp_path / "checks").mkdir()
+    (tmp_path / "checks" / "a.json").touch()
     (tmp_path / "thesis.tex").touch()
     assert clear_cache() == 1 and [p.name for p in tmp_path.rglob("*.*")] == ["thesis.tex"]
     monkeypatch.delenv("DDPM_FAST_CACHE")
@@ -252,18 +249,10 @@ def test_only_what_is_ours_is_cleared(monkeypatch, tmp_path):
     assert cache_dir().name.startswith("ddpm_fast-")
 
 
-def test_a_child_finds_this_package_and_nothing_else(monkeypatch, tmp_path):
-    (tmp_path / "queue.py").write_text("raise SystemExit('not the queue you wanted')")
-    monkeypatch.chdir(tmp_path)
-    command = verdicts.python("ddpm_fast.engines.fused.checks")
-    done = subprocess.run(command, input="{", capture_output=True, text=True, env=verdicts.child_environment())
-    assert "JSONDecodeError" in done.stderr and "queue you wanted" not in done.stderr
-
-
-def test_a_verdict_belongs_to_its_plan():
+def test_a_result_belongs_to_its_plan():
     """Another batch, type, size or network, other tiles: another key. A damaged file is as good as none."""
     keys = {
-        subject_of(n).key
+        verification.cache_key(n.spec())
         for n in (
             fused(),
             fused(batch=4),
@@ -272,28 +261,29 @@ def test_a_verdict_belongs_to_its_plan():
             fused(replace(TINY, sample_size=16)),
         )
     }
-    assert len(keys) == 5 and subject_of(fused()).key in keys
-    subject = subject_of(fused())
-    subject.path.parent.mkdir(parents=True)
+    assert len(keys) == 5 and verification.cache_key(fused().spec()) in keys
+    spec = fused().spec()
+    path = verification.cache_path(spec)
+    path.parent.mkdir(parents=True)
     for damage in ("", "[]", '{"noise": 3}', '{"noise": {"speed": 1}}'):
-        subject.path.write_text(damage)
-        assert not subject.kept()
-    subject.path.write_text(json.dumps({"noise": {"reason": "no"}}))
-    assert subject.kept() == {"noise": Verdict("no")}
+        path.write_text(damage)
+        assert verification.cached_results(spec) is None
+    path.write_text(json.dumps({"noise": {"reason": "no"}}))
+    assert verification.cached_results(spec) == {"noise": CheckResult("no")}
 
 
-def test_judge():
+def test_compare():
     torch.manual_seed(0)
     exact = FeatureMap.of(torch.randn(2, 16, 4, 4, dtype=torch.float64))
     plain = FeatureMap.of(exact.pixels.to(torch.float16))
-    assert judge(plain, exact, plain).passed
+    assert compare(plain, exact, plain).passed
     worse = FeatureMap.of(exact.pixels * (1 + 3e-3), torch.float16)
-    assert "relative error" in judge(worse, exact, plain).reason
+    assert "relative error" in compare(worse, exact, plain).reason
     pixel = FeatureMap.of(plain.pixels)
     pixel.pixels[1, :, 2, 2] += 5e-3
-    assert "worst pixel" in judge(pixel, exact, plain).reason  # L2 alone would let it pass
+    assert "worst pixel" in compare(pixel, exact, plain).reason  # L2 alone would let it pass
     pixel.pixels[1, :, 2, 2] = float("nan")
-    assert "relative error" in judge(pixel, exact, plain).reason
+    assert "relative error" in compare(pixel, exact, plain).reason
     pixel.rows.copy_(plain.rows)
     pixel.grid[0, 0, 0, 0] = float("nan")
-    assert "border" in judge(pixel, exact, plain).reason
+    assert "border" in compare(pixel, exact, plain).reason

@@ -1,0 +1,116 @@
+"""Eager engine: any network, called step by step. The reference, or torch.compile of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ..diffusion.solvers import StepTable
+from ..kernels.ddpm_step import ddpm_step
+from ..utils.numerics import full_fp32
+from .base import SamplingState, mean_of
+
+COMPILED_ERROR = 1e-5  # relative L2 error against the network in fp32 that torch.compile may have
+COMPILED_ULPS = 64  # the same in half precision, in units in the last place
+
+
+class EagerEngine:
+    """Engine for any network that is a function (x_t, t[, labels]) -> tensor.
+
+    Args:
+        model: The network.
+        dtype: The type of its input x_t.
+        reason: Why this engine was chosen.
+        compile: Call torch.compile of the network, which is compared with the network at the first
+            batch of each shape.
+    """
+
+    invariant = False  # libraries choose their order of summation by the batch
+
+    def __init__(
+        self,
+        model: Callable[..., Tensor],
+        dtype: torch.dtype,
+        reason: str = "",
+        compile: bool = False,
+    ) -> None:
+        self.model, self.dtype, self.reason = model, dtype, reason
+        self.name = "compile" if compile else "reference"
+        self.call = compiled(model) if compile else model
+
+    def prepare(self, batch_size: int) -> None:
+        """Does nothing: memory is allocated in every step."""
+
+    def steps(self, state: SamplingState, table: StepTable, every_step: bool = True) -> Generator[int, None, None]:
+        """See `Engine.steps`; yields after every step."""
+        t, coef = (v.to(state.x.device) for v in table.padded(len(table) + 1))
+        if table.multistep and state.x_0 is None:
+            state.x_0 = torch.zeros_like(state.x)
+        for i in range(len(table)):
+            with torch.inference_mode(False), torch.no_grad(), inference(self.model):
+                self.step(state, t, coef, table.learned)
+            yield i + 1
+
+    def step(self, state: SamplingState, t: Tensor, coef: Tensor, learned: bool) -> None:
+        """x_t -> x_{t-1} for every image, at its own row of the padded table. The host reads no
+        value of the device.
+
+        Raises:
+            ValueError: The model returns no tensor, or changes its input.
+        """
+        labels = () if state.labels is None else (state.labels,)
+        version, channels = state.x._version, state.x.shape[1]
+        out = self.call(state.x.to(self.dtype), t[state.step_index], *labels)
+        if not isinstance(out, Tensor):
+            raise ValueError(
+                f"the model returned {type(out).__name__}; expected a tensor: of diffusers' networks, return `.sample`"
+            )
+        if state.x._version != version:
+            raise ValueError("the model changed its input x_t in place; return a new tensor")
+        mean = mean_of(out, channels, learned)
+        ddpm_step(state.x, mean, coef, state.step_index, state.seed, state.image, learned, state.x_0)
+        state.step_index.add_(1).clamp_(max=len(coef) - 1)
+
+    def free(self) -> None:
+        """Does nothing: memory is released after every step."""
+
+
+def compiled(model: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """torch.compile of a network, compared with the network itself at the first batch of each
+    shape.
+
+    The returned function raises RuntimeError if the results differ by more than rounding.
+    """
+    on_gpu = isinstance(model, nn.Module) and any(p.is_cuda for p in model.parameters())
+    fast = torch.compile(model, mode="reduce-overhead" if on_gpu else None)
+    checked: set[torch.Size] = set()
+
+    def call(x: Tensor, *rest: Tensor) -> Tensor:
+        out = fast(x, *rest)
+        if x.shape not in checked:
+            expected = model(x, *rest).double()
+            error = float((out.double() - expected).norm() / expected.norm())
+            allowed = COMPILED_ULPS * torch.finfo(out.dtype).eps if out.dtype.itemsize == 2 else COMPILED_ERROR
+            if not error <= allowed:
+                raise RuntimeError(f"torch.compile gives another result, off by {error:.1e}; use another engine")
+            checked.add(x.shape)
+        return out
+
+    return call
+
+
+@contextmanager
+def inference(model: Callable[..., Tensor]) -> Iterator[None]:
+    """Context in which a module is in eval mode and fp32 is computed as fp32."""
+    training = model if isinstance(model, nn.Module) and model.training else None
+    if training is not None:
+        training.eval()
+    try:
+        with full_fp32():
+            yield
+    finally:
+        if training is not None:
+            training.train()
