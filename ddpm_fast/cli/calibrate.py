@@ -10,9 +10,10 @@ from typing import Any
 
 import click
 
-from ..checkpoints.checkpoint import load_pretrained, write_atomically
+from ..checkpoints.checkpoint import load_pretrained
 from ..engines.fused.calibration import FILE, FLOOR, TIMES_MEDIAN, Calibration
 from ..sampling.calibrate import calibrate
+from ..utils.files import write_atomically
 from .common import PATH, pick_device, report_of
 
 

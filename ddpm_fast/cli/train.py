@@ -14,7 +14,8 @@ from typing import Any
 import click
 import torch
 
-from ..checkpoints.checkpoint import Checkpoint, load_pretrained, schedule_of_diffusers
+from ..checkpoints.checkpoint import Checkpoint, load_pretrained
+from ..checkpoints.diffusers import schedule_of_diffusers
 from ..data.datasets import FITS, ImageData, has_test_split, load_dataset, load_images
 from ..diffusion.losses import LEARNING_VARIANCE, LOSSES
 from ..diffusion.prediction import PREDICTIONS

@@ -6,7 +6,7 @@ import io
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.checkpoint import write_atomically
+from ..utils.files import write_atomically
 from .image_io import Pixels
 
 KINDS = (".gif", ".mp4")

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import os
 import zlib
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -17,11 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..utils.validation import is_count
+from .resize import Pixels, channels_of, decode, fit_array, open_image
 
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 FITS = ("crop", "pad")
 MOST_CLASSES = 100_000  # more than any data set has; a label beyond is an identifier, not a class
-Pixels = NDArray[np.uint8]
 IntArray = NDArray[np.int64]
 
 
@@ -114,7 +111,7 @@ def load_images(
         images = images[..., None]
     elif images.shape[3] not in (1, 3) and images.shape[1] in (1, 3):
         images = images.transpose(0, 2, 3, 1)
-    return ImageData(_fit_array(images, resolution, fit, channels), labels)
+    return ImageData(fit_array(images, resolution, fit, channels), labels)
 
 
 def load_dataset(name: str, resolution: int, fit: str = "crop", channels: int | None = None, split: str = "train") -> ImageData:
@@ -138,8 +135,8 @@ def load_dataset(name: str, resolution: int, fit: str = "crop", channels: int | 
     if not len(table):
         raise ValueError(f"data set {name}, split {split}, is empty")
     if channels is None:
-        channels = 1 if all(_channels(table[i][image]) == 1 for i in range(len(table))) else 3
-    images = _decode(pictures, len(table), resolution, fit, channels)
+        channels = 1 if all(channels_of(table[i][image]) == 1 for i in range(len(table))) else 3
+    images = decode(pictures, len(table), resolution, fit, channels)
     labels = None if label is None else _as_labels(label, np.asarray(table[label]))
     names = None if label is None else getattr(table.features[label], "names", None)
     return ImageData(images, labels, None if names is None else tuple(names))
@@ -176,8 +173,8 @@ def _read_folder(source: Path, resolution: int, fit: str, channels: int | None) 
     homes = [path.relative_to(source).parts[:-1] for path in paths]
     names = sorted({home[0] for home in homes if home})
     if channels is None:
-        channels = 1 if all(_channels(_open(path)) == 1 for path in paths) else 3
-    images = _decode((partial(_open, path) for path in paths), len(paths), resolution, fit, channels)
+        channels = 1 if all(channels_of(open_image(path)) == 1 for path in paths) else 3
+    images = decode((partial(open_image, path) for path in paths), len(paths), resolution, fit, channels)
     if not all(homes) or len(names) < 2:
         return ImageData(images)
     return ImageData(images, np.array([names.index(home[0]) for home in homes], np.int64), tuple(names))
@@ -227,80 +224,3 @@ def _read_idx(path: Path) -> Pixels:
     if pixels.size != np.prod(shape, dtype=np.int64):
         raise ValueError(f"{path} holds {pixels.size} bytes, and says it holds {' x '.join(map(str, shape))}")
     return pixels.reshape(shape)
-
-
-# ---- one size for all
-
-
-def _open(path: Path) -> Any:
-    from PIL import Image
-
-    try:
-        return Image.open(path)
-    except Exception:  # of many kinds, for what is damaged or too large to be meant
-        raise ValueError(f"{path} cannot be read as a picture; mend or remove it") from None
-
-
-def _channels(image: Any) -> int:
-    return 1 if image.mode in ("1", "L") or image.mode.startswith("I;16") else 3
-
-
-def _decode(openers: Iterable[Callable[[], Any]], count: int, resolution: int, fit: str, channels: int) -> Pixels:
-    """Pictures in parallel into one array."""
-    out = np.empty((count, resolution, resolution, channels), np.uint8)
-
-    def one(i: int, opener: Callable[[], Any]) -> None:
-        image = opener()
-        try:
-            out[i] = _fit_picture(image, resolution, fit, channels)
-        except Exception as error:
-            raise ValueError(
-                f"{getattr(image, 'filename', None) or f'picture {i}'} cannot be read: {error}; mend or remove it"
-            ) from None
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        running = [pool.submit(one, i, opener) for i, opener in enumerate(openers)]
-        try:
-            for done in running:
-                done.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    return out
-
-
-def _fit_picture(image: Any, resolution: int, fit: str, channels: int) -> Pixels:
-    from PIL import Image, ImageOps
-
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
-    elif image.mode in ("I", "F"):
-        raise ValueError(f"a picture of mode {image.mode}, whose range nobody knows; expected 8 or 16 bits a channel")
-    if image.has_transparency_data:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    image = image.convert("L" if channels == 1 else "RGB")
-    size = (resolution, resolution)
-    if image.size != size and fit == "crop":
-        image = ImageOps.fit(image, size, Image.Resampling.LANCZOS)
-    elif image.size != size:
-        image.thumbnail(size, Image.Resampling.LANCZOS)
-        canvas = Image.new(image.mode, size)
-        canvas.paste(image, ((resolution - image.width) // 2, (resolution - image.height) // 2))
-        image = canvas
-    return np.asarray(image).reshape(resolution, resolution, channels)
-
-
-def _fit_array(images: Pixels, resolution: int, fit: str, channels: int | None) -> Pixels:
-    from PIL import Image
-
-    n, h, w, c = images.shape
-    if c not in (1, 3):
-        raise ValueError(f"images of {c} channels; expected 1 or 3")
-    if channels in (None, c) and fit == "pad" and max(h, w) <= resolution:
-        top, left = (resolution - h) // 2, (resolution - w) // 2
-        return np.pad(images, ((0, 0), (top, resolution - h - top), (left, resolution - w - left), (0, 0)))
-    if channels in (None, c) and h == w == resolution:
-        return images
-    openers = (partial(Image.fromarray, images[i] if c == 3 else images[i, :, :, 0]) for i in range(n))
-    return _decode(openers, n, resolution, fit, channels or c)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ..checkpoints.checkpoint import write_atomically
+from ..utils.files import write_atomically
 
 Pixels = NDArray[np.uint8]
 ARRAYS, PICTURES = (".npy", ".npz"), (".png",)

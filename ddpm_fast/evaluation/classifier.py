@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checkpoints.checkpoint import write_atomically
 from ..data.pixels import from_uint8
+from ..utils.files import write_atomically
 
 
 class Classifier(nn.Module):

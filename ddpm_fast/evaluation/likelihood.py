@@ -19,9 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checkpoints.checkpoint import write_atomically
 from ..data.datasets import ImageData
-from ..data.pixels import from_uint8, seed_bits
+from ..data.pixels import from_uint8
 from ..diffusion.losses import Bound
 from ..diffusion.presets import preset_of
 from ..diffusion.schedule import Array
@@ -29,7 +28,8 @@ from ..diffusion.timesteps import Steps
 from ..engines.select import inference
 from ..kernels.q_sample import q_sample
 from ..sampling.sampler import Sampler
-from ..utils.validation import integer
+from ..utils.files import write_atomically
+from ..utils.validation import integer, seed_bits
 
 
 @dataclass(frozen=True, eq=False)

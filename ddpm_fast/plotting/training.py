@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from ..checkpoints.checkpoint import write_atomically
 from ..data.image_io import Pixels, first_row
 from ..training.checkpoints import LOG, read_log
 from ..training.run import SAMPLES
+from ..utils.files import write_atomically
 
 # Okabe and Ito's colours, which the colour-blind can tell apart
 GREY, BLUE, ORANGE, GREEN, PINK = "#999999", "#0072B2", "#D55E00", "#009E73", "#CC79A7"

@@ -52,7 +52,7 @@ def calibrate(
         with ExitStack() as hooks:
             for name, conv in convolutions.items():
                 hooks.callback(conv.register_forward_pre_hook(hook(name, conv)).remove)
-            _sampler(checkpoint, device).sample(images, seed, "ddim", steps, output="float", batch_size=BATCH)
+            _sampler(checkpoint, device).sample(images, seed=seed, solver="ddim", steps=steps, output="float", batch_size=BATCH)
 
     amax = dict.fromkeys(convolutions, 0.0)
 

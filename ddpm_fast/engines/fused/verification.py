@@ -24,10 +24,10 @@ from typing import IO, Any
 import torch
 
 from ... import __version__
-from ...checkpoints.checkpoint import write_atomically
 from ...kernels import _triton, noise
 from ...models.config import UNetConfig
 from ...utils.cache import VERDICTS, cache_dir
+from ...utils.files import write_atomically
 from .checks import FORWARD, LATE, STEP_LAUNCHES, Verdict
 
 HOME = str(Path(__file__).parents[3])  # where this package is imported from; a child need not find it by itself
