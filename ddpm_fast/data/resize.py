@@ -20,8 +20,8 @@ def open_image(path: Path) -> Any:
 
     try:
         return Image.open(path)
-    except Exception:  # of many kinds, for what is damaged or too large to be meant
-        raise ValueError(f"{path} cannot be read as a picture; mend or remove it") from None
+    except Exception:  # Pillow raises errors of many types for damaged or oversized files
+        raise ValueError(f"{path} is not a readable image; repair or remove it") from None
 
 
 def channels_of(image: Any) -> int:
@@ -29,16 +29,16 @@ def channels_of(image: Any) -> int:
 
 
 def decode(openers: Iterable[Callable[[], Any]], count: int, resolution: int, fit: str, channels: int) -> Pixels:
-    """Pictures in parallel into one array."""
+    """Decodes images in parallel into uint8 [count, resolution, resolution, channels]."""
     out = np.empty((count, resolution, resolution, channels), np.uint8)
 
     def one(i: int, opener: Callable[[], Any]) -> None:
         image = opener()
         try:
-            out[i] = _fit_picture(image, resolution, fit, channels)
+            out[i] = _fit_image(image, resolution, fit, channels)
         except Exception as error:
             raise ValueError(
-                f"{getattr(image, 'filename', None) or f'picture {i}'} cannot be read: {error}; mend or remove it"
+                f"{getattr(image, 'filename', None) or f'image {i}'} cannot be read: {error}; repair or remove it"
             ) from None
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -52,14 +52,14 @@ def decode(openers: Iterable[Callable[[], Any]], count: int, resolution: int, fi
     return out
 
 
-def _fit_picture(image: Any, resolution: int, fit: str, channels: int) -> Pixels:
+def _fit_image(image: Any, resolution: int, fit: str, channels: int) -> Pixels:
     from PIL import Image, ImageOps
 
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
     elif image.mode in ("I", "F"):
-        raise ValueError(f"a picture of mode {image.mode}, whose range nobody knows; expected 8 or 16 bits a channel")
+        raise ValueError(f"mode {image.mode} has no defined range; expected 8 or 16 bits per channel")
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     image = image.convert("L" if channels == 1 else "RGB")
@@ -79,7 +79,7 @@ def fit_array(images: Pixels, resolution: int, fit: str, channels: int | None) -
 
     n, h, w, c = images.shape
     if c not in (1, 3):
-        raise ValueError(f"images of {c} channels; expected 1 or 3")
+        raise ValueError(f"images have {c} channels; expected 1 or 3")
     if channels in (None, c) and fit == "pad" and max(h, w) <= resolution:
         top, left = (resolution - h) // 2, (resolution - w) // 2
         return np.pad(images, ((0, 0), (top, resolution - h - top), (left, resolution - w - left), (0, 0)))

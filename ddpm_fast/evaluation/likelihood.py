@@ -34,7 +34,7 @@ from ..utils.validation import integer, seed_bits
 
 @dataclass(frozen=True, eq=False)
 class Bits:
-    """terms [N, T]: L_{t-1} of every image, L_0 in the first column; prior [N]: L_T. fp64, bits per dimension."""
+    """Terms of the bound in bits per dimension, fp64: terms [N, T], L_{t-1} with L_0 in the first column; prior [N], L_T."""
 
     terms: Array
     prior: Array
@@ -50,7 +50,7 @@ class Bits:
 
     @property
     def standard_error(self) -> float:
-        """Of the mean, from how the images differ; NaN for one."""
+        """Standard error of the mean over images; NaN for one image."""
         n = len(self.prior)
         return float(self.per_image.std(ddof=1) / np.sqrt(n)) if n > 1 else float("nan")
 
@@ -139,7 +139,7 @@ def _check(sampler: Sampler, data: ImageData) -> None:
         raise ValueError(f"the images are {data.images.shape[1:]}; the network takes {(h, w, c)} (height, width, channels)")
     if sampler.num_classes is not None:
         if data.labels is None:
-            raise ValueError("the network has classes, so the likelihood is that of images given theirs; the data has no labels")
+            raise ValueError("the data has no labels; expected labels, because the network is class-conditional")
         if data.labels.max() >= sampler.num_classes:
             raise ValueError(f"labels up to {data.labels.max()}; the network has {sampler.num_classes} classes")
 

@@ -1,4 +1,4 @@
-"""The shape of a DDPM UNet."""
+"""Configuration of a DDPM UNet."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class LevelConfig(NamedTuple):
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """Everything that decides which function a `UNet` is. Defaults: the CIFAR-10 network of Ho et al. 2020.
+    """Configuration of a `UNet`. Defaults: the CIFAR-10 network of Ho et al. 2020.
 
     Levels are counted from the finest (0). A scalar given for a per-level field means the same on every level.
 
@@ -52,7 +52,7 @@ class UNetConfig:
     mid_scale        outputs at the bottom are divided by this
     center_input     the network sees 2 x - 1
 
-    Raises ValueError for a combination that no network has, and says which.
+    Raises ValueError for an invalid combination.
     """
 
     sample_size: int | tuple[int, int] | None = 32
@@ -104,7 +104,7 @@ class UNetConfig:
         self._check()
 
     def _store(self, name: str, value: Any) -> None:
-        object.__setattr__(self, name, value)  # frozen for everyone else
+        object.__setattr__(self, name, value)  # frozen after construction
 
     def _per_level(self, name: str, value: Any) -> tuple[Any, ...]:
         levels = len(self.channels)

@@ -84,7 +84,7 @@ _SUPPORTED: dict[str, tuple[Any, ...]] = dict(
     class_embed_type=(None,),
 )
 
-# block name -> (attention, resampling); None: whatever downsample_type / upsample_type says
+# block name -> (attention, resampling); None: downsample_type / upsample_type decides
 _DOWN_BLOCKS = {
     "DownBlock2D": (False, "conv"),
     "AttnDownBlock2D": (True, None),
@@ -99,12 +99,12 @@ _UP_BLOCKS = {
 
 def arguments_from_diffusers(config: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of `UNetConfig` for a UNet2DModel configuration: see `UNetConfig.from_diffusers`."""
-    given = {k: v for k, v in config.items() if not k.startswith("_")}
-    if unknown := sorted(set(given) - set(_DIFFUSERS_DEFAULTS)):
+    values = {k: v for k, v in config.items() if not k.startswith("_")}
+    if unknown := sorted(set(values) - set(_DIFFUSERS_DEFAULTS)):
         raise ValueError(
             f"unknown key {', '.join(unknown)} in the UNet2DModel configuration; known: {', '.join(_DIFFUSERS_DEFAULTS)}"
         )
-    d = {**_DIFFUSERS_DEFAULTS, **given}
+    d = {**_DIFFUSERS_DEFAULTS, **values}
     for key, supported in _SUPPORTED.items():
         if d[key] not in supported:
             raise ValueError(f"{key}={d[key]!r} is not supported; supported: {', '.join(map(repr, supported))}")
@@ -201,8 +201,8 @@ def _block(name: str, known: Mapping[str, tuple[bool, str | None]], resample: st
     name = name.removeprefix("UNetRes")
     if name not in known:
         raise ValueError(f"block type {name!r} is not supported; supported: {', '.join(known)}")
-    attention, own = known[name]
-    return attention, own or resample
+    attention, fixed = known[name]
+    return attention, fixed or resample
 
 
 def _names(levels: list[tuple[bool, str]], without: int, known: Mapping[str, tuple[bool, str | None]]) -> tuple[list[str], str]:

@@ -148,7 +148,7 @@ class Level(nn.Module):
         return self.attentions[j](x) if hasattr(self, "attentions") else x
 
     def down(self, x: Tensor, temb: Tensor, skips: list[Tensor]) -> Tensor:
-        """Every output is kept for the way up."""
+        """Appends every output to `skips`."""
         for j in range(len(self.resnets)):
             x = self.block(j, x, temb)
             skips.append(x)
@@ -158,7 +158,7 @@ class Level(nn.Module):
         return x
 
     def up(self, x: Tensor, temb: Tensor, skips: list[Tensor]) -> Tensor:
-        """Every block sees what the way down kept, joined along the channels."""
+        """Every block reads one of `skips`, concatenated along the channels."""
         for j in range(len(self.resnets)):
             x = self.block(j, torch.cat([x, skips.pop()], dim=1), temb)
         return _resample(self.upsamplers[0], x, temb) if self.upsamplers is not None else x

