@@ -21,7 +21,7 @@ def open_image(path: Path) -> Any:
     try:
         return Image.open(path)
     except Exception:  # Pillow raises errors of many types for damaged or oversized files
-        raise ValueError(f"{path} is not a readable image; repair or remove it") from None
+        raise ValueError(f"{path} cannot be read; expected an image: repair or remove it") from None
 
 
 def channels_of(image: Any) -> int:
