@@ -199,7 +199,7 @@ def test_out_of_memory_halves_the_batch_and_keeps_the_images(graphed):
         return make(batch)
 
     s.engine._make = scarce
-    with pytest.warns(UserWarning, match="out of memory with 8 images at once; going on with 4"):
+    with pytest.warns(UserWarning, match="out of memory with a batch of 8 images; continuing with 4"):
         got = s.sample(9, batch_size=8, steps=3, output="float")
     torch.testing.assert_close(got, sampler("reference").sample(9, steps=3, output="float"), rtol=0, atol=1e-4)
     s.engine.free()
