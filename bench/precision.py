@@ -52,6 +52,11 @@ KID: dict[str, Any] = dict(images=512, seed=0, solver="ddim", steps=50)
 Call = tuple[Tensor, ...]
 
 
+def _arguments(settings: dict[str, Any]) -> dict[str, Any]:
+    """The keywords of `Sampler.sample` for the settings that the results file records."""
+    return {"indices" if name == "images" else name: value for name, value in settings.items()}
+
+
 class Bench:
     """The network, its reference forms, and the parts of a row."""
 
@@ -72,7 +77,7 @@ class Bench:
 
     def draw(self, row: str, how: dict[str, Any], output: str) -> Tensor:
         model = self.unet if row == "fp32" else self.fused(row)
-        return self.sampler(model).sample(**how, output=output, batch_size=BATCH)
+        return self.sampler(model).sample(**_arguments(how), output=output, batch_size=BATCH)
 
     # ---- parts
 
@@ -143,7 +148,7 @@ class Recorder:
 def states(bench: Bench) -> list[Call]:
     """What the reference network is asked on the way to images."""
     recorder = Recorder(bench.unet)
-    bench.sampler(recorder).sample(**STATES, batch_size=BATCH)
+    bench.sampler(recorder).sample(**_arguments(STATES), batch_size=BATCH)
     return recorder.calls
 
 

@@ -163,7 +163,7 @@ def reverse(network: Denoiser, data: Tensor, count: int, seed: int) -> tuple[dic
     for name, (solver, steps) in SOLVERS.items():
         callback = paths if solver == "ddpm" else None
         how: dict[str, Any] = dict(solver=solver, steps=steps, batch_size=count, callback=callback, output="float")
-        x = samples[name] = sampler.sample(count, seed, **how).flatten().double()
+        x = samples[name] = sampler.sample(count, seed=seed, **how).flatten().double()
         to_data = dict(
             w1_data=float(stats.wasserstein_distance(x.numpy(), data.numpy())),
             ks_data=float(stats.ks_2samp(x.numpy(), data.numpy()).statistic),

@@ -1,6 +1,8 @@
+import os
 import subprocess
 import sys
 import tarfile
+import venv
 import zipfile
 from pathlib import Path
 
@@ -21,17 +23,51 @@ def test_kernels_is_a_link_and_no_package_of_its_own():
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
-def test_wheel_and_sdist_hold_one_package(tmp_path):
+@pytest.fixture(scope="module")
+def dist(tmp_path_factory):
+    """The directory with the built wheel and sdist."""
     pytest.importorskip("build")
-    built = subprocess.run([sys.executable, "-m", "build", "--outdir", tmp_path, ROOT], capture_output=True, text=True)
+    out = tmp_path_factory.mktemp("dist")
+    built = subprocess.run([sys.executable, "-m", "build", "--outdir", out, ROOT], capture_output=True, text=True)
     assert built.returncode == 0, built.stdout + built.stderr
-    (wheel,) = tmp_path.glob("*.whl")
-    names = zipfile.ZipFile(wheel).namelist()
+    return out
+
+
+def test_wheel_and_sdist_hold_every_module_of_one_package(dist):
+    (wheel,) = dist.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
     assert {n.split("/")[0] for n in names if ".dist-info" not in n} == {"ddpm_fast"}
-    assert {"ddpm_fast/py.typed", "ddpm_fast/kernels/ddpm_step.py", "ddpm_fast/sampling/sampler.py"} <= set(names)
-    (sdist,) = tmp_path.glob("*.tar.gz")
+    modules = {p.relative_to(ROOT).as_posix() for p in (ROOT / "ddpm_fast").rglob("*.py")}
+    modules |= {f"ddpm_fast/kernels/{p.name}" for p in (ROOT / "kernels").glob("*.py")}
+    assert {n for n in names if n.endswith(".py")} == modules and "ddpm_fast/py.typed" in names
+    (sdist,) = dist.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         assert any(n.endswith("kernels/ddpm_step.py") for n in archive.getnames())
+
+
+def test_installed_wheel_samples(dist, tmp_path):
+    """In a fresh environment, which sees the packages of the running one after its own."""
+    Image = pytest.importorskip("PIL.Image")
+    (wheel,) = dist.glob("*.whl")
+    venv.create(tmp_path / "env", symlinks=True)
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+
+    def run(*command):
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    interpreter = tmp_path / "env" / "bin" / "python"
+    run(sys.executable, "-m", "pip", "--python", interpreter, "install", "--no-index", "--no-deps", wheel)
+    (packages,) = (tmp_path / "env").glob("lib/python*/site-packages")
+    (packages / "running.pth").write_text("\n".join(p for p in sys.path if p.endswith("site-packages")))
+
+    assert run(interpreter, "-c", "import ddpm_fast; print(ddpm_fast.__file__)").startswith(str(packages))
+    weights = ROOT / "weights" / "fashion-mnist-32"
+    options = ["--solver", "ddim", "--steps", "2", "--engine", "reference", "--out", "one.png"]
+    script = tmp_path / "env" / "bin" / "ddpm-fast"
+    assert "1 images of seed 0" in run(script, "sample", "--weights", weights, "--images", "1", *options)
+    assert Image.open(tmp_path / "one.png").size == (68, 68)
 
 
 def test_import_needs_torch_and_numpy_alone():
@@ -76,7 +112,8 @@ def test_public_names():
     import ddpm_fast
 
     assert all(getattr(ddpm_fast, name).__name__ == name for name in ddpm_fast.__all__)
-    assert set(ddpm_fast.__all__) == set(ddpm_fast._HOME) and set(ddpm_fast.__all__) <= set(dir(ddpm_fast))
+    assert set(ddpm_fast.__all__) == set(ddpm_fast._HOME)
+    assert dir(ddpm_fast) == sorted(ddpm_fast.__all__) and not [name for name in dir(ddpm_fast) if name.startswith("_")]
     with pytest.raises(AttributeError, match="no attribute 'Unet'"):
         _ = ddpm_fast.Unet
 

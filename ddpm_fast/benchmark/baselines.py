@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..checkpoints.checkpoint import Checkpoint, scheduler_config
+from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.diffusers import scheduler_config
 from ..diffusion.presets import EXACT
 from ..diffusion.timesteps import choose_timesteps
 from ..engines.fused.calibration import Calibration

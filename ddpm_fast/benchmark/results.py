@@ -14,9 +14,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.checkpoint import write_atomically
 from ..models.flops import unet_cost
 from ..utils.environment import environment
+from ..utils.files import write_atomically
 from .baselines import Subject
 
 Result = dict[str, Any]

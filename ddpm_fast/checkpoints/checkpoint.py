@@ -1,68 +1,25 @@
-"""Checkpoints in diffusers' folder layout, both ways. Weights are safetensors: data, never code.
-
-model_index.json
-unet/config.json, unet/diffusion_pytorch_model.safetensors
-scheduler/scheduler_config.json
-"""
+"""Checkpoints: loading and saving trained networks. Weights are safetensors: data, never code."""
 
 from __future__ import annotations
 
-import ctypes
-import json
-import os
-import secrets
-import shutil
-import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import torch
 
 from ..diffusion.schedule import NoiseSchedule
-from ..models.config import UNetConfig
 from ..models.unet import UNet
-
-WEIGHTS = "diffusion_pytorch_model.safetensors"
-_PREDICTIONS = {"epsilon": "eps", "sample": "x_0", "v_prediction": "v"}
-# the "_log" forms differ in how the likelihood code stores them, not in the samples
-_VARIANCES = {
-    "fixed_small": "fixed_small",
-    "fixed_small_log": "fixed_small",
-    "fixed_large": "fixed_large",
-    "fixed_large_log": "fixed_large",
-    "learned_range": "learned_range",
-}
-_SCHEDULER_DEFAULTS: dict[str, Any] = dict(
-    num_train_timesteps=1000,
-    beta_start=0.0001,
-    beta_end=0.02,
-    beta_schedule="linear",
-    trained_betas=None,
-    variance_type="fixed_small",
-    clip_sample=True,
-    clip_sample_range=1.0,
-    prediction_type="epsilon",
-    thresholding=False,
-    rescale_betas_zero_snr=False,
-    timestep_values=None,
-)
-# How to sample, not what was trained: chosen at each call instead.
-_SCHEDULER_CHOICES = {
-    "dynamic_thresholding_ratio",
-    "sample_max_value",
-    "timestep_spacing",
-    "steps_offset",
-    "set_alpha_to_one",
-    "skip_prk_steps",
-}
+from ..utils.files import write_directory_atomically
+from .diffusers import INDEX, PREDICTIONS, SCHEDULER, VARIANCES, folder_files, read_json, read_scheduler, read_unet
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A trained network and what it was trained to do. `prediction`, `variance`, `clip`: as `Sampler` takes them."""
+    """A trained network and the process it was trained for.
+
+    Attributes:
+        unet: the network.
+        schedule: its noise schedule.
+        prediction, variance, clip: as in `Sampler`.
+    """
 
     unet: UNet
     schedule: NoiseSchedule
@@ -72,16 +29,15 @@ class Checkpoint:
 
 
 def load_pretrained(directory: str | Path) -> Checkpoint:
-    """Reads a diffusers folder (DDPM or DDIM pipeline) on the CPU, in fp32.
+    """Loads a diffusers folder (DDPM or DDIM pipeline) on the CPU, in fp32.
 
-    ValueError for anything missing, unknown, unsupported, of the wrong shape or not finite, saying which.
+    Raises:
+        ValueError: something is missing, unknown, unsupported, of the wrong shape, or contains NaN or Inf.
     """
     directory = Path(directory)
     if not directory.is_dir():
         raise ValueError(f"{directory} is not a directory; expected a checkpoint with unet/ and scheduler/")
-    unet = UNet(UNetConfig.from_diffusers(_read_json(directory / "unet" / "config.json")))
-    unet.load_state_dict(_read_weights(directory / "unet", unet))
-    return Checkpoint(unet.eval(), *_read_scheduler(_read_json(directory / "scheduler" / "scheduler_config.json")))
+    return Checkpoint(read_unet(directory), *read_scheduler(read_json(directory / SCHEDULER)))
 
 
 def save_pretrained(
@@ -92,189 +48,21 @@ def save_pretrained(
     variance: str = "fixed_large",
     clip: float | None = 1.0,
 ) -> None:
-    """Writes the folder that `load_pretrained` and diffusers' `DDPMPipeline.from_pretrained` read; it appears whole or not at all.
+    """Saves the folder that `load_pretrained` and diffusers' `DDPMPipeline.from_pretrained` load.
 
-    An existing checkpoint there is exchanged in one move (on file systems that cannot, by two renames: a kill exactly between
-    them leaves the old and the new one whole beside it under hidden names). ValueError if something else is in the way.
+    The folder appears whole or not at all; an existing checkpoint is replaced (`write_directory_atomically`).
+
+    Raises:
+        ValueError: an argument is unknown or out of range, or `directory` exists and is not a checkpoint.
     """
-    from safetensors.torch import save
-
-    for name, value, known in (("prediction", prediction, _PREDICTIONS.values()), ("variance", variance, _VARIANCES.values())):
-        if value not in known:
-            raise ValueError(f"{name} {value!r}; expected one of {', '.join(sorted(set(known)))}")
+    for name, value, known in (("prediction", prediction, PREDICTIONS), ("variance", variance, VARIANCES)):
+        if value not in known.values():
+            raise ValueError(f"{name} {value!r}; expected one of {', '.join(sorted(set(known.values())))}")
     if clip is not None and not clip > 0:
         raise ValueError(f"clip = {clip}; expected a positive bound, or None")
     directory = Path(directory)
-    if directory.exists() and not (directory / "model_index.json").is_file() and (directory.is_file() or any(directory.iterdir())):
+    if directory.exists() and not (directory / INDEX).is_file() and (directory.is_file() or any(directory.iterdir())):
         raise ValueError(f"{directory} exists and is not a checkpoint; choose another directory")
     if not directory.absolute().parent.is_dir():
         raise ValueError(f"{directory.absolute().parent} is not a directory; create it first")
-    weights = {k: v.detach().cpu().contiguous() for k, v in unet.state_dict().items()}
-    files = {
-        "model_index.json": _json(
-            dict(_class_name="DDPMPipeline", unet=["diffusers", "UNet2DModel"], scheduler=["diffusers", "DDPMScheduler"])
-        ),
-        "unet/config.json": _json(unet.config.to_diffusers()),
-        f"unet/{WEIGHTS}": save(weights, metadata={"format": "pt"}),
-        "scheduler/scheduler_config.json": _json(scheduler_config(schedule, prediction, variance, clip)),
-    }
-    staging = Path(tempfile.mkdtemp(dir=directory.absolute().parent, prefix=f".{directory.name}-"))
-    try:
-        for name, content in files.items():
-            (staging / name).parent.mkdir(exist_ok=True)
-            write_atomically(staging / name, content)
-        staging.chmod(0o755)
-        if directory.exists() and not _exchange(staging, directory):
-            old = staging.with_name(staging.name + "-old")
-            directory.rename(old)
-            try:
-                staging.rename(directory)
-            except OSError:
-                old.rename(directory)
-                raise
-            shutil.rmtree(old)
-        elif not directory.exists():
-            staging.rename(directory)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def _exchange(a: Path, b: Path) -> bool:
-    """Lets two directories trade names in one move, as Linux can on most file systems. False where it cannot."""
-    at_fdcwd, rename_exchange = -100, 2
-    try:
-        renameat2 = ctypes.CDLL(None).renameat2
-    except (AttributeError, OSError):
-        return False
-    return renameat2(at_fdcwd, os.fsencode(a), at_fdcwd, os.fsencode(b), rename_exchange) == 0
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file that is there whole or not at all, even if the machine stops meanwhile."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
-    try:
-        with open(temporary, "wb") as f:
-            f.write(content)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _json(content: Mapping[str, Any]) -> bytes:
-    return (json.dumps(content, indent=2) + "\n").encode()
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing; expected a diffusers folder with unet/ and scheduler/") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds {type(content).__name__}; expected a JSON object")
-    return content
-
-
-def _read_weights(folder: Path, unet: UNet) -> dict[str, torch.Tensor]:
-    """The state dict of `unet` from its safetensors file, checked for names, shapes and finiteness."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    path = folder / WEIGHTS
-    if not path.is_file():
-        found = ", ".join(sorted(p.name for p in folder.iterdir() if p.suffix != ".json")) or "no weights"
-        raise ValueError(f"{path} is missing ({found} found); only one safetensors file is read, never a pickle")
-    try:
-        weights = {_current_name(k): v for k, v in load_file(path).items()}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
-    expected = unet.state_dict()
-    if wrong := sorted(set(weights) ^ set(expected)):
-        kind = "unexpected" if wrong[0] in weights else "missing"
-        raise ValueError(f"{path}: {kind} parameter {wrong[0]} ({len(wrong)} names differ from the configuration's network)")
-    for name, value in weights.items():
-        # deprecated attention layers were 1x1 convolutions
-        value = weights[name] = value.reshape(expected[name].shape) if value.numel() == expected[name].numel() else value
-        if value.shape != expected[name].shape:
-            raise ValueError(f"{path}: {name} has shape {tuple(value.shape)}; expected {tuple(expected[name].shape)}")
-        if not value.isfinite().all():
-            raise ValueError(f"{path}: {name} holds values that are not finite")
-    return weights
-
-
-def _current_name(name: str) -> str:
-    """diffusers' names before 2023 (the google/ddpm-* repositories): attention's query, key, value, proj_attn."""
-    if ".attentions." in name:
-        for old, new in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0")):
-            name = name.replace(f".{old}.", f".{new}.")
-    return name
-
-
-def _read_scheduler(config: Mapping[str, Any]) -> tuple[NoiseSchedule, str, str, float | None]:
-    """(schedule, prediction, variance, clip) from diffusers' scheduler_config.json."""
-    given = {k: v for k, v in config.items() if not k.startswith("_") and k not in _SCHEDULER_CHOICES}
-    if unknown := sorted(set(given) - set(_SCHEDULER_DEFAULTS)):
-        raise ValueError(f"unknown key {', '.join(unknown)} in scheduler_config.json")
-    d = {**_SCHEDULER_DEFAULTS, **given}
-    for key in ("thresholding", "timestep_values"):
-        if d[key] not in (False, None):
-            raise ValueError(f"scheduler_config.json: {key}={d[key]} is not supported")
-    for key, known in (("prediction_type", _PREDICTIONS), ("variance_type", _VARIANCES)):
-        if str(d[key]) not in known:
-            raise ValueError(f"scheduler_config.json: {key}={d[key]!r} is not supported; supported: {', '.join(known)}")
-    for key in ("beta_start", "beta_end", "clip_sample_range"):
-        if not isinstance(d[key], (int, float)) or not d[key] > 0:
-            raise ValueError(f"scheduler_config.json: {key}={d[key]!r}; expected a positive number")
-    clip = float(d["clip_sample_range"]) if d["clip_sample"] else None
-    schedule = _read_schedule(d)
-    if d["rescale_betas_zero_snr"]:
-        schedule = schedule.zero_terminal_snr()
-    return schedule, _PREDICTIONS[d["prediction_type"]], _VARIANCES[d["variance_type"]], clip
-
-
-def schedule_of_diffusers(name: str, timesteps: int = 1000) -> NoiseSchedule:
-    """What diffusers' DDPMScheduler(beta_schedule=name) is: linear, scaled_linear, squaredcos_cap_v2 or sigmoid."""
-    return _read_schedule({**_SCHEDULER_DEFAULTS, "beta_schedule": name, "num_train_timesteps": timesteps})
-
-
-def _read_schedule(d: Mapping[str, Any]) -> NoiseSchedule:
-    start, end, count = d["beta_start"], d["beta_end"], d["num_train_timesteps"]
-    if d["trained_betas"] is not None:
-        betas = d["trained_betas"]
-        if not isinstance(betas, list) or len(betas) != count or not all(isinstance(b, float) for b in betas):
-            raise ValueError(f"scheduler_config.json: trained_betas must be a list of num_train_timesteps={count!r} numbers")
-        return NoiseSchedule.from_betas(betas)
-    if d["beta_schedule"] == "linear":
-        return NoiseSchedule.linear(start, end, count)
-    if d["beta_schedule"] == "scaled_linear":
-        return NoiseSchedule.scaled_linear(start, end, count)
-    if d["beta_schedule"] == "squaredcos_cap_v2":
-        return NoiseSchedule.cosine(count)
-    if d["beta_schedule"] == "sigmoid":  # beta itself is a sigmoid here, unlike NoiseSchedule.sigmoid
-        unit = NoiseSchedule.linear(timesteps=count)  # refuses a bad count
-        return NoiseSchedule.from_betas(start + (end - start) / (1 + np.exp(-np.linspace(-6, 6, len(unit)))))
-    raise ValueError(
-        f"scheduler_config.json: beta_schedule={d['beta_schedule']!r} is not supported; "
-        "supported: linear, scaled_linear, squaredcos_cap_v2, sigmoid, or trained_betas"
-    )
-
-
-def scheduler_config(schedule: NoiseSchedule, prediction: str, variance: str, clip: float | None) -> dict[str, Any]:
-    """As diffusers' DDPMScheduler takes it."""
-    names = {ours: theirs for theirs, ours in _PREDICTIONS.items()}
-    linear = NoiseSchedule.linear(schedule.beta[0], schedule.beta[-1], len(schedule))
-    return dict(
-        _class_name="DDPMScheduler",
-        num_train_timesteps=len(schedule),
-        beta_start=float(schedule.beta[0]),
-        beta_end=float(schedule.beta[-1]),
-        beta_schedule="linear",
-        trained_betas=None if np.array_equal(schedule.beta, linear.beta) else schedule.beta.tolist(),
-        variance_type=variance,
-        clip_sample=clip is not None,
-        clip_sample_range=1.0 if clip is None else clip,
-        prediction_type=names[prediction],
-    )
+    write_directory_atomically(directory, folder_files(unet, schedule, prediction, variance, clip))

@@ -19,7 +19,7 @@ from ..benchmark.runner import Effort, case_of, race
 from ..benchmark.worker import Setting
 from ..engines.base import DTYPES
 from ..plotting.style import check_out
-from .common import PATH, parse_size, pick_device, report_of
+from .common import PATH, parse_size, pick_device, print_report
 
 MINE = "ddpm_fast"
 
@@ -153,7 +153,7 @@ def _judge(
         say(change.line())
     worse = results.slower(found, threshold / 100)
     if as_json:
-        report_of(result | dict(slower=[change.line() for change in worse]), True, "")
+        print_report(result | dict(slower=[change.line() for change in worse]), True, "")
     if worse:
         click.echo(f"ddpm-fast: {len(worse)} of {len(found)} got slower by more than {threshold:g} %", err=True)
         sys.exit(1)

@@ -1,4 +1,4 @@
-"""The command line of calibration: ddpm-fast calibrate."""
+"""ddpm-fast calibrate: measure activation ranges for FP8."""
 
 from __future__ import annotations
 
@@ -10,24 +10,25 @@ from typing import Any
 
 import click
 
-from ..checkpoints.checkpoint import load_pretrained, write_atomically
+from ..checkpoints.checkpoint import load_pretrained
 from ..engines.fused.calibration import FILE, FLOOR, TIMES_MEDIAN, Calibration
 from ..sampling.calibrate import calibrate
-from .common import PATH, pick_device, report_of
+from ..utils.files import write_atomically
+from .common import PATH, pick_device, print_report
 
 
 @click.command("calibrate")
 @click.option("--weights", type=PATH, required=True, help="Checkpoint: a diffusers folder.")
-@click.option("--images", type=click.IntRange(1), default=16, show_default=True, help="How many are drawn.")
-@click.option("--steps", type=click.IntRange(1), default=25, show_default=True, help="Of ddim.")
+@click.option("--images", type=click.IntRange(1), default=16, show_default=True, help="Number of images.")
+@click.option("--steps", type=click.IntRange(1), default=25, show_default=True, help="DDIM steps.")
 @click.option("--seed", type=int, default=1, show_default=True, help="0 to 2^64 - 1.")
 @click.option("--out", type=PATH, help=f"FILE.json.  [default: {FILE} in the checkpoint's folder]")
 @click.option("--device", help="cpu, cuda, cuda:1 ...  [default: cpu]")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def calibrate_command(
     weights: Path, images: int, steps: int, seed: int, out: Path | None, device: str | None, as_json: bool
 ) -> None:
-    """Look at a network's activations, for fp8.
+    """Calibrate activation ranges for FP8.
 
     Draws images by the reference network in fp32, twice, and writes down the largest input of every 3x3 convolution that may
     multiply in fp8 (e4m3), the error that it would make by itself, and whether it stays in bf16 therefore. The file lies in the
@@ -35,16 +36,18 @@ def calibrate_command(
     """
     target = _check_target(weights / FILE if out is None else out)
     checkpoint = load_pretrained(weights)
-    began = time.perf_counter()
-    found = calibrate(checkpoint, images, steps, seed, pick_device(device))
-    write_atomically(target, found.to_json())
-    report = dict(out=str(target), allowed=found.allowed, seconds=round(time.perf_counter() - began, 1), keep_bf16=found.keep_bf16)
-    report |= dict(layers={name: asdict(layer) for name, layer in found.layers.items()}, **found.made)
-    report_of(report, as_json, "\n".join(_lines(found, report)))
+    start = time.perf_counter()
+    calibration = calibrate(checkpoint, images, steps, seed, pick_device(device))
+    write_atomically(target, calibration.to_json())
+    report = dict(
+        out=str(target), allowed=calibration.allowed, seconds=round(time.perf_counter() - start, 1), keep_bf16=calibration.keep_bf16
+    )
+    report |= dict(layers={name: asdict(layer) for name, layer in calibration.layers.items()}, **calibration.made)
+    print_report(report, as_json, "\n".join(_lines(calibration, report)))
 
 
 def _check_target(path: Path) -> Path:
-    """Refused now rather than after the run."""
+    """Validates the output path before the run."""
     folder = path.absolute().parent
     if path.is_dir():
         raise ValueError(f"--out {path} is a directory; expected a file name")

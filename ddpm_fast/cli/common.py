@@ -1,4 +1,4 @@
-"""What every command shares."""
+"""Options, parsers and output shared by the commands."""
 
 from __future__ import annotations
 
@@ -10,25 +10,27 @@ from typing import Any
 import click
 import torch
 
-from ..data.pixels import check_images
 from ..diffusion.presets import PRESETS
 from ..diffusion.solvers import SOLVERS, VARIANCES
 from ..diffusion.timesteps import SPACINGS
+from ..sampling.request import check_indices
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+NETWORK_DTYPES = ("fp32", "fp16", "bf16")  # without the fused engine
 PATH = click.Path(path_type=Path)
 
 
 def solver_options(default: str) -> Callable[[Any], Any]:
-    """--solver, --steps, --spacing, --eta, --variance, --preset: how images are drawn."""
+    """--solver, --steps, --spacing, --eta, --variance and --preset."""
     options = [
-        click.option("--solver", type=click.Choice(SOLVERS), default=default, show_default=True),
+        click.option("--solver", type=click.Choice(SOLVERS), default=default, show_default=True, help="Update rule."),
         click.option(
-            "--steps", help="How many, or sections such as 10,20,30 or ddim50.  [default: all for ddpm, 50 for ddim, else 20]"
+            "--steps", help="A count, or sections such as 10,20,30 or ddim50.  [default: all for ddpm, 50 for ddim, else 20]"
         ),
-        click.option("--spacing", type=click.Choice(SPACINGS), help="Which steps, if not all.  [default: the preset's, linspace]"),
         click.option(
-            "--eta", type=float, default=0.0, show_default=True, help="Noise of ddim: 0 deterministic, 1 as noisy as ddpm."
+            "--spacing", type=click.Choice(SPACINGS), help="Selection of timesteps, if not all.  [default: the preset's, linspace]"
+        ),
+        click.option(
+            "--eta", type=float, default=0.0, show_default=True, help="Noise of ddim: 0 is deterministic, 1 as much as ddpm."
         ),
         click.option("--variance", type=click.Choice(VARIANCES), help="Noise of ddpm.  [default: the checkpoint's]"),
         click.option(
@@ -36,7 +38,7 @@ def solver_options(default: str) -> Callable[[Any], Any]:
             type=click.Choice(list(PRESETS)),
             default="exact",
             show_default=True,
-            help="As this codebase does.",
+            help="Conventions of this codebase.",
         ),
     ]
 
@@ -56,30 +58,30 @@ def parse_images(text: str) -> range:
     except ValueError:
         raise ValueError(f"--images {text}: expected a count such as 64, or a range such as 100-199") from None
     if not indices or indices[0] < 0:
-        raise ValueError(f"--images {text}: that is no image; expected a count such as 64, or a range such as 100-199")
-    check_images(indices)
+        raise ValueError(f"--images {text}: no image selected; expected a count such as 64, or a range such as 100-199")
+    check_indices(indices)
     return indices
 
 
 def parse_steps(text: str | None) -> int | str | None:
-    """ "50" -> 50; "10,20,30" and "ddim50" are sections, for `choose_timesteps` to judge."""
+    """ "50" -> 50; "10,20,30" and "ddim50" are sections, which `choose_timesteps` validates."""
     return int(text) if text is not None and text.lstrip("-").isdecimal() else text
 
 
 def pick_device(name: str | None) -> torch.device | None:
-    """A device that answers; ValueError otherwise. None: the default."""
+    """A device that works; None for the default. ValueError for any other."""
     if name is None:
         return None
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
-    except Exception as error:  # each kind of device fails in a way of its own
+    except Exception as error:  # the type of the error depends on the backend
         raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
     return device
 
 
-def report_of(report: dict[str, Any], as_json: bool, text: str) -> None:
-    """The result of a command: one JSON object, or text for a person."""
+def print_report(report: dict[str, Any], as_json: bool, text: str) -> None:
+    """Prints the result of a command, as one JSON object or as text."""
     click.echo(json.dumps(report) if as_json else text)
 
 

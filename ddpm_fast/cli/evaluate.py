@@ -1,4 +1,4 @@
-"""The command line of scores: ddpm-fast eval."""
+"""ddpm-fast eval: score drawn images against real ones, or compute bits per dimension."""
 
 from __future__ import annotations
 
@@ -16,59 +16,60 @@ from ..diffusion.presets import PRESETS, preset_of
 from ..evaluation.classifier import Classifier, load_classifier
 from ..evaluation.likelihood import bits_per_dimension
 from ..evaluation.metrics import CONFIDENT, FEATURES, FID_FROM, ClassScores, Features, class_scores, fid, kid
-from ..sampling.callbacks import bar_of
+from ..sampling.callbacks import progress_bar
+from ..sampling.request import SamplingParams
 from ..sampling.sampler import Sampler
-from .common import DTYPES, PATH, parse_steps, pick_device, report_of, solver_options
+from .common import NETWORK_DTYPES, PATH, parse_steps, pick_device, print_report, solver_options
 
 
 @click.command("eval")
 @click.option("--weights", type=PATH, help="Checkpoint to draw from: a diffusers folder.")
 @click.option("--samples", type=PATH, help="Score these images instead: a folder, .npz or .npy.")
 @click.option("--data-dir", type=PATH, required=True, help="Real images: a folder, .npz, .npy or IDX files.")
-@click.option("--resolution", type=int, default=32, show_default=True, help="Of --samples, in pixels; --weights know theirs.")
+@click.option("--resolution", type=int, default=32, show_default=True, help="Of --samples, in pixels.")
 @click.option("--fit", type=click.Choice(FITS), default="crop", show_default=True, help="As in training.")
-@click.option("--images", type=click.IntRange(4), default=2000, show_default=True, help="How many are drawn.")
+@click.option("--images", type=click.IntRange(4), default=2000, show_default=True, help="Number of images.")
 @click.option("--seed", type=int, default=0, show_default=True, help="0 to 2^64 - 1.")
 @solver_options("ddim")
-@click.option("--batch-size", type=int, default=64, show_default=True)
-@click.option("--bits-per-dim", is_flag=True, help="The bound on the likelihood of real images instead.")
-@click.option("--terms", type=PATH, help="With --bits-per-dim: FILE.npz of all its terms; a run that was stopped goes on from it.")
-@click.option("--classifier", type=PATH, help="Also ask this one, such as weights/fashion-mnist-classifier.safetensors.")
+@click.option("--batch-size", type=int, default=64, show_default=True, help="Images per batch.")
+@click.option("--bits-per-dim", is_flag=True, help="Compute the bound on the likelihood of real images instead.")
+@click.option("--terms", type=PATH, help="With --bits-per-dim: FILE.npz of all terms; a stopped run resumes from it.")
+@click.option("--classifier", type=PATH, help="Classifier for class scores, such as weights/fashion-mnist-classifier.safetensors.")
 @click.option("--device", help="cpu, cuda, cuda:1 ...  [default: the GPU if there is one]")
-@click.option("--dtype", type=click.Choice(list(DTYPES)), default="fp32", show_default=True, help="Of the network.")
+@click.option("--dtype", type=click.Choice(NETWORK_DTYPES), default="fp32", show_default=True, help="Of the network.")
 @click.option("--progress/--quiet", default=None, help="A progress bar.  [default: on a terminal]")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def evaluate(as_json: bool, **options: Any) -> None:
     """Score drawn images against real ones: KID (FID from 10,000 images up), and what a classifier finds.
 
-    The same distance between two sets of real images, train and test, is printed beside it: what perfect images would get.
+    The same distance between two sets of real images, train and test, is the floor: the score of perfect images.
 
-    With --bits-per-dim: what the network thinks of the first --images real images, of the test split where there is one.
+    With --bits-per-dim: a bound on the likelihood of the first --images real images, of the test split if there is one.
     """
     if options["bits_per_dim"]:
-        report_of(*_bits(options, as_json))
+        print_report(*_bits(options, as_json))
         return
     if (options["weights"] is None) == (options["samples"] is None):
         raise ValueError("give --weights to draw from, or --samples to score")
     device = pick_device(options["device"])
     features = Features(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     classifier = load_classifier(options["classifier"]) if options["classifier"] else None
-    # everything that can be wrong is read before the long work begins
+    # all inputs are validated before the long computation
     if options["weights"] is not None:
-        sampler = Sampler.from_pretrained(options["weights"], device, DTYPES[options["dtype"]], variance=options["variance"])
-        sampler.table(**_how(options))
+        sampler = Sampler.from_pretrained(options["weights"], device, options["dtype"], variance=options["variance"])
+        sampler.table(_params(options))
         count, (channels, side, _) = options["images"], sampler.shape
     else:
-        given = load_images(options["samples"], options["resolution"], options["fit"])
-        count, side, _, channels = given.images.shape
+        samples = load_images(options["samples"], options["resolution"], options["fit"])
+        count, side, _, channels = samples.images.shape
         if count < 4:
             raise ValueError(f"{options['samples']} holds {count} images; expected at least 4")
     if classifier is not None:
         classifier.check((side, side, channels))
     test, train = _real(options, count, side, channels)
-    began = time.perf_counter()
-    drawn, labels, source = _draw(sampler, options) if options["weights"] else _of(given, str(options["samples"]))
-    seconds = time.perf_counter() - began
+    start = time.perf_counter()
+    drawn, labels, source = _draw(sampler, options) if options["weights"] else _of(samples, str(options["samples"]))
+    seconds = time.perf_counter() - start
     report: dict[str, Any] = dict(
         source=source,
         images=len(drawn),
@@ -84,15 +85,15 @@ def evaluate(as_json: bool, **options: Any) -> None:
     ]
     if classifier is not None:
         lines += _add_classes(report, classifier, drawn, labels, test)
-    report_of(report, as_json, "\n".join(lines))
+    print_report(report, as_json, "\n".join(lines))
 
 
 def _bits(options: dict[str, Any], as_json: bool) -> tuple[dict[str, Any], bool, str]:
-    """The bound in bits per dimension: what `report_of` takes."""
+    """Bits per dimension: the arguments of `print_report`."""
     if options["weights"] is None or options["samples"] is not None:
         raise ValueError("bits per dimension are those of a network: give --weights, and no --samples")
     sampler = Sampler.from_pretrained(
-        options["weights"], pick_device(options["device"]), DTYPES[options["dtype"]], variance=options["variance"]
+        options["weights"], pick_device(options["device"]), options["dtype"], variance=options["variance"]
     )
     channels, side, _ = sampler.shape
     split = "test" if has_test_split(options["data_dir"]) else "train"
@@ -100,12 +101,20 @@ def _bits(options: dict[str, Any], as_json: bool) -> tuple[dict[str, Any], bool,
     data = _some(data, slice(options["images"]))
     steps, preset = parse_steps(options["steps"]), options["preset"]
     visited = preset_of(preset).timesteps(len(sampler.schedule), "ddpm", steps, options["spacing"])
-    began = time.perf_counter()
+    start = time.perf_counter()
     show = sys.stderr.isatty() if options["progress"] is None else options["progress"]
-    with bar_of(show, len(data) * len(visited)) as bar:
-        how = dict(seed=options["seed"], batch_size=options["batch_size"], preset=preset, kept=options["terms"])
-        bits = bits_per_dimension(sampler, data, visited.tolist(), advance=bar.update, **how)
-    seconds = time.perf_counter() - began
+    with progress_bar(show, len(data) * len(visited)) as bar:
+        bits = bits_per_dimension(
+            sampler,
+            data,
+            visited.tolist(),
+            seed=options["seed"],
+            batch_size=options["batch_size"],
+            preset=preset,
+            terms_file=options["terms"],
+            callback=bar.update,
+        )
+    seconds = time.perf_counter() - start
     means = dict(l_0=float(bits.terms[:, 0].mean()), l_t=float(bits.terms[:, 1:].sum(1).mean()), l_T=float(bits.prior.mean()))
     report = dict(
         weights=str(options["weights"]),
@@ -133,15 +142,15 @@ def _bits(options: dict[str, Any], as_json: bool) -> tuple[dict[str, Any], bool,
 
 
 def _add_distances(report: dict[str, Any], features: Features, drawn: Tensor, test: ImageData, train: ImageData) -> list[str]:
-    """KID and FID and their floors into the report, and as lines for a person."""
-    real, other, ours = (features(x) for x in (torch.from_numpy(test.images), torch.from_numpy(train.images), drawn))
-    report.update(kid=kid(real, ours), kid_floor=kid(real, other))
+    """Adds KID, FID and their floors to the report; returns them as lines of text."""
+    real, other_real, sampled = (features(x) for x in (torch.from_numpy(test.images), torch.from_numpy(train.images), drawn))
+    report.update(kid=kid(real, sampled), kid_floor=kid(real, other_real))
     lines = [
         f"KID        {_with_deviation(report['kid'])}",
         f"KID floor  {_with_deviation(report['kid_floor'])}  real images against real ones, {len(train)} and {len(test)}",
     ]
     if min(len(drawn), len(test)) >= FID_FROM:
-        report.update(fid=fid(real, ours), fid_floor=fid(real, other))
+        report.update(fid=fid(real, sampled), fid_floor=fid(real, other_real))
         lines.append(f"FID        {report['fid']:.3f}, floor {report['fid_floor']:.3f}")
     return lines
 
@@ -149,29 +158,29 @@ def _add_distances(report: dict[str, Any], features: Features, drawn: Tensor, te
 def _add_classes(
     report: dict[str, Any], classifier: Classifier, drawn: Tensor, labels: Tensor | None, test: ImageData
 ) -> list[str]:
-    """What the classifier finds, in drawn and in real images."""
-    wanted = None if test.labels is None else torch.from_numpy(test.labels)
-    of_drawn, of_real = class_scores(classifier, drawn, labels), class_scores(classifier, torch.from_numpy(test.images), wanted)
+    """Adds the classifier's scores of drawn and of real images; returns them as lines of text."""
+    real_labels = None if test.labels is None else torch.from_numpy(test.labels)
+    of_drawn = class_scores(classifier, drawn, labels)
+    of_real = class_scores(classifier, torch.from_numpy(test.images), real_labels)
     report.update(classes_drawn=vars(of_drawn), classes_real=vars(of_real))
     return _class_lines(of_drawn, of_real)
 
 
 def _draw(sampler: Sampler, options: dict[str, Any]) -> tuple[Tensor, Tensor | None, str]:
-    """(images uint8 [N, H, W, C], labels or None, what they are)"""
-    how = _how(options)
+    """(images uint8 [N, H, W, C], labels or None, description)"""
+    params = _params(options)
     show = sys.stderr.isatty() if options["progress"] is None else options["progress"]
-    images = sampler.sample(options["images"], options["seed"], batch_size=options["batch_size"], progress=show, **how)
+    images = sampler.sample(options["images"], params, batch_size=options["batch_size"], progress=show)
     labels = sampler.labels(options["images"], options["seed"]).cpu() if sampler.num_classes else None
-    kind = f"{how['solver']} {sampler.variance}" if how["solver"] == "ddpm" else how["solver"]
-    steps, preset = len(sampler.table(**how)), "" if how["preset"] == "exact" else f" as {how['preset']}"
-    source = f"{options['weights']}, seed {options['seed']}, {kind} {steps} steps{preset}, {options['dtype']}"
+    solver = f"ddpm {sampler.variance}" if params.solver == "ddpm" else params.solver
+    steps, preset = len(sampler.table(params)), "" if params.preset == "exact" else f" as {params.preset}"
+    source = f"{options['weights']}, seed {options['seed']}, {solver} {steps} steps{preset}, {options['dtype']}"
     return images, labels, source
 
 
-def _how(options: dict[str, Any]) -> dict[str, Any]:
-    """What `Sampler.sample` and `Sampler.table` take of the options."""
-    how = {name: options[name] for name in ("solver", "spacing", "eta", "preset")}
-    return dict(how, steps=parse_steps(options["steps"]))
+def _params(options: dict[str, Any]) -> SamplingParams:
+    named = {name: options[name] for name in ("seed", "solver", "spacing", "eta", "preset")}
+    return SamplingParams(steps=parse_steps(options["steps"]), **named)
 
 
 def _of(data: ImageData, name: str) -> tuple[Tensor, Tensor | None, str]:
@@ -201,8 +210,9 @@ def _with_deviation(value: tuple[float, float]) -> str:
 
 
 def _class_lines(drawn: ClassScores, real: ClassScores) -> list[str]:
-    def row(name: str, ours: float, theirs: float) -> str:
-        return f"{name:28} {ours:7.3f}  {theirs:7.3f}  {ours / theirs if theirs else float('nan'):7.3f}"
+    def row(name: str, sampled: float, expected: float) -> str:
+        ratio = sampled / expected if expected else float("nan")
+        return f"{name:28} {sampled:7.3f}  {expected:7.3f}  {ratio:7.3f}"
 
     lines = [
         f"{'classifier':28} {'drawn':>7}  {'real':>7}  {'ratio':>7}",

@@ -1,4 +1,4 @@
-"""ddpm-fast info: what a checkpoint is, what it costs, how our kernels would run it; and what the cache holds."""
+"""ddpm-fast info and collect-env: a checkpoint, its cost, its plan; the cache; the environment."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from ..engines.fused.verification import cached_results
 from ..kernels._gemm import Target
 from ..models.flops import unet_cost
 from ..utils.cache import cache_dir, cached_files, clear_cache
-from .common import PATH, megabytes, parse_size, report_of
+from ..utils.environment import environment
+from .common import PATH, megabytes, parse_size, print_report
 
 HEADER = ("launch", "kernel", "input", "output", "operands", "tile", "GFLOP", "MB", "floor us", "predicted", "bound by")
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float8_e4m3fn: "e4m3"}
@@ -29,16 +30,16 @@ TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", t
 
 @click.command()
 @click.argument("directory", type=PATH, required=False)
-@click.option("--plan", "planned", is_flag=True, help="Every launch of our kernels, with what it costs and what binds it.")
+@click.option("--plan", "planned", is_flag=True, help="Print every kernel launch with its cost and its bound.")
 @click.option("--batch-size", type=click.IntRange(1), default=256, show_default=True, help="With --plan.")
 @click.option("--dtype", type=click.Choice(list(DTYPES)), default="bf16", show_default=True, help="With --plan.")
 @click.option("--size", help="With --plan: HEIGHTxWIDTH in pixels.  [default: as trained]")
 @click.option(
     "--gpu", type=click.Choice(list(GPUS)), default="h100", show_default=True, help="With --plan: the GPU to predict for."
 )
-@click.option("--cache", is_flag=True, help="What is kept in the cache folder ($DDPM_FAST_CACHE).")
-@click.option("--clear", is_flag=True, help="With --cache: remove it.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+@click.option("--cache", is_flag=True, help="Print the contents of the cache folder ($DDPM_FAST_CACHE).")
+@click.option("--clear", is_flag=True, help="With --cache: remove them.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def info(
     directory: Path | None,
     planned: bool,
@@ -50,13 +51,13 @@ def info(
     clear: bool,
     as_json: bool,
 ) -> None:
-    """What a checkpoint is, and what it costs."""
+    """Describe a checkpoint and its cost."""
     if clear and not cache:
         raise ValueError("--clear goes with --cache")
     context = click.get_current_context()
-    given = [n for n in ("batch_size", "dtype", "size", "gpu") if context.get_parameter_source(n) is ParameterSource.COMMANDLINE]
-    if given and not planned:
-        raise ValueError(f"--{given[0].replace('_', '-')} goes with --plan")
+    for name in ("batch_size", "dtype", "size", "gpu"):
+        if not planned and context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            raise ValueError(f"--{name.replace('_', '-')} goes with --plan")
     if cache:
         _cache(clear, as_json)
         return
@@ -70,6 +71,16 @@ def info(
         _describe(directory, checkpoint, as_json)
 
 
+@click.command("collect-env")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def collect_env(as_json: bool) -> None:
+    """Print environment information for bug reports."""
+    report = environment()
+    width = max(map(len, report))
+    lines = [f"{name:{width}}  {value if value not in (None, []) else 'none'}" for name, value in report.items()]
+    print_report(report, as_json, "\n".join(lines))
+
+
 def _cache(clear: bool, as_json: bool) -> None:
     files = cached_files()
     size = sum(p.stat().st_size for p in files)
@@ -77,7 +88,7 @@ def _cache(clear: bool, as_json: bool) -> None:
     if clear:
         clear_cache()
     text = f"{cache_dir()}: {len(files)} files, {megabytes(size)}{', removed' if clear else ''}"
-    report_of(report, as_json, text)
+    print_report(report, as_json, text)
 
 
 def _describe(directory: Path, c: Checkpoint, as_json: bool) -> None:
@@ -104,7 +115,7 @@ def _describe(directory: Path, c: Checkpoint, as_json: bool) -> None:
         f"  parameters  {cost.parameters:,} ({megabytes(cost.weight_bytes)} in fp32)",
         f"  per image   {cost.flops / 1e9:.3f} GFLOP a step, {megabytes(cost.activation_bytes)} of activations at the peak in fp32",
     ]
-    report_of(report, as_json, "\n".join(lines))
+    print_report(report, as_json, "\n".join(lines))
 
 
 def _where(flags: Any) -> str:
@@ -156,7 +167,7 @@ def _plan(
         f"predicted {1e3 * predicted:.3f} ms a forward pass, {batch / predicted:,.0f} images a second and step"
         + ("" if gpu.measured else " (nothing was measured on this GPU: an H100's shares of its peaks)"),
     ]
-    report_of(dict(**totals, plan=rows), as_json, "\n".join(lines))
+    print_report(dict(**totals, plan=rows), as_json, "\n".join(lines))
 
 
 def _cached_results(fused: PlannedUNet) -> dict[str, CheckResult]:

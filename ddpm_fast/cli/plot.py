@@ -1,4 +1,4 @@
-"""The command line of pictures: ddpm-fast plot schedule | forward | reverse | loss | course."""
+"""ddpm-fast plot schedule | forward | reverse | loss | course: figures."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _PICTURE = "FILE.png, .svg or .pdf"
 
 @click.group()
 def plot() -> None:
-    """Pictures of schedules, of images on their way to noise and back, and of a training run."""
+    """Plot schedules, diffusion processes and training runs."""
 
 
 @plot.command()
@@ -82,8 +82,8 @@ def forward(
 @click.option("--weights", type=PATH, required=True, help="Checkpoint: a diffusers folder.")
 @click.option("--images", default="4", show_default=True, help="How many, or a range of image indices such as 8-11.")
 @click.option("--seed", type=int, default=0, show_default=True, help="0 to 2^64 - 1.")
-@click.option("--label", type=int, help="Class of every image.  [default: each draws its own]")
-@click.option("--moments", type=click.IntRange(1), default=10, show_default=True, help="Columns of a picture.")
+@click.option("--label", type=int, help="Class of every image.  [default: random classes]")
+@click.option("--moments", type=click.IntRange(1), default=10, show_default=True, help="Columns of a figure.")
 @click.option("--device", help="cpu, cuda, cuda:1 ...  [default: the GPU if there is one]")
 @solver_options("ddpm")
 @click.option("--out", type=PATH, default="reverse.png", show_default=True, help=f"{_PICTURE}; .gif or .mp4 for a film")
@@ -96,7 +96,7 @@ def reverse(
     device: str | None,
     variance: str | None,
     out: Path,
-    **how: Any,
+    **options: Any,
 ) -> None:
     """Noise on its way to images, and below it what image the network sees in it: as a strip or as a film."""
     check_out(out, (".png", ".svg", ".pdf", *KINDS))
@@ -105,16 +105,16 @@ def reverse(
     indices = parse_images(images)
     sampler = Sampler.from_pretrained(weights, pick_device(device), variance=variance)
     if sampler.shape[0] not in (1, 3):
-        raise ValueError(f"images of {sampler.shape[0]} channels are no pictures")
+        raise ValueError(f"cannot plot {sampler.shape[0]}-channel images; expected 1 or 3 channels")
     film = out.suffix in KINDS
-    how["steps"] = parse_steps(how["steps"])
-    trajectory = reverse_trajectory(sampler, indices, seed, label, LEAST if film else moments, **how)
+    options["steps"] = parse_steps(options["steps"])
+    trajectory = reverse_trajectory(sampler, indices, seed, label, LEAST if film else moments, **options)
     if film:
-        wide, wanted = len(indices) * (sampler.shape[2] + 2), 240 if out.suffix == ".gif" else 480  # GIF cannot compress noise
-        save_animation(frames_of(trajectory, max(1, math.ceil(wanted / wide))), out)
+        width, target = len(indices) * (sampler.shape[2] + 2), 240 if out.suffix == ".gif" else 480  # GIF cannot compress noise
+        save_animation(frames_of(trajectory, max(1, math.ceil(target / width))), out)
     else:
         plot_reverse(trajectory, out)
-    click.echo(f"{len(indices)} images of seed {seed}, {len(sampler.table(**how))} {how['solver']} steps -> {out}")
+    click.echo(f"{len(indices)} images of seed {seed}, {len(sampler.table(**options))} {options['solver']} steps -> {out}")
 
 
 @plot.command()

@@ -15,7 +15,8 @@ from typing import Any
 import click
 import torch
 
-from ..checkpoints.checkpoint import Checkpoint, load_pretrained, schedule_of_diffusers
+from ..checkpoints.checkpoint import Checkpoint, load_pretrained
+from ..checkpoints.diffusers import schedule_of_diffusers
 from ..data.datasets import FITS, ImageData, has_test_split, load_dataset, load_images
 from ..diffusion.losses import LEARNING_VARIANCE, LOSSES
 from ..diffusion.prediction import PREDICTIONS
@@ -26,7 +27,7 @@ from ..training.checkpoints import checkpoints, latest_checkpoint
 from ..training.config import LR_SCHEDULERS, PRECISIONS, TIMESTEP_SAMPLING, TrainConfig
 from ..training.run import Every, TrainingRun
 from ..training.trainer import Trainer
-from .common import PATH, pick_device, report_of
+from .common import PATH, pick_device, print_report
 
 SCHEDULES = ("linear", "scaled-linear", "squaredcos-cap-v2", "sigmoid")
 _AS_DIFFUSERS = {"epsilon": "eps", "sample": "x_0", "v-prediction": "v"}
@@ -150,7 +151,7 @@ def train(as_json: bool, **options: Any) -> None:
     report = dict(
         directory=str(directory), model=str(directory / "model"), step=trainer.done, seconds=round(run.spent, 1), ended=ended
     )
-    report_of(report, as_json, f"{ended}: step {trainer.done}, {run.spent:.0f} s of training -> {directory / 'model'}")
+    print_report(report, as_json, f"{ended}: step {trainer.done}, {run.spent:.0f} s of training -> {directory / 'model'}")
     if ended.startswith("SIG"):
         raise click.Abort
 

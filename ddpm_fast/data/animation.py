@@ -1,4 +1,4 @@
-"""Moving pictures: GIF by Pillow, MP4 by PyAV."""
+"""Animations: GIF by Pillow, MP4 by PyAV."""
 
 from __future__ import annotations
 
@@ -6,19 +6,24 @@ import io
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.checkpoint import write_atomically
+from ..utils.files import write_atomically
 from .image_io import Pixels
 
 KINDS = (".gif", ".mp4")
 PER_SECOND = 20
-LEAST = 60  # frames of a film; where there are fewer, each stays for longer
-HOLD = 20  # how often the last frame is repeated, to be looked at
+LEAST = 60  # frames of an animation; fewer are repeated
+HOLD = 20  # repetitions of the last frame
 
 
 def save_animation(frames: list[Pixels], out: Path) -> None:
-    """Frames uint8 [H, W, 3] with even sides, all alike, to a .gif or .mp4 of three seconds or more; the last one stays for one.
+    """Writes frames as a .gif or .mp4 of at least three seconds; the last frame is held for one second.
 
-    ValueError without frames, and for MP4 without the extra `plot`.
+    Args:
+        frames: uint8 [H, W, 3] of one size with even sides.
+        out: the suffix decides the format.
+
+    Raises:
+        ValueError: no frames, or MP4 without the extra `plot`.
     """
     if not frames:
         raise ValueError("no frames to animate")
@@ -39,9 +44,9 @@ def find_av() -> Any:
 def _gif(frames: list[Pixels]) -> bytes:
     from PIL import Image
 
-    pictures = [Image.fromarray(frame).quantize(64, dither=Image.Dither.NONE) for frame in frames]
+    images = [Image.fromarray(frame).quantize(64, dither=Image.Dither.NONE) for frame in frames]
     buffer = io.BytesIO()
-    pictures[0].save(buffer, "GIF", save_all=True, append_images=pictures[1:], duration=1000 // PER_SECOND, loop=0)
+    images[0].save(buffer, "GIF", save_all=True, append_images=images[1:], duration=1000 // PER_SECOND, loop=0)
     return buffer.getvalue()
 
 
@@ -51,7 +56,7 @@ def _mp4(frames: list[Pixels]) -> bytes:
         codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
         stream = container.add_stream(codec, rate=PER_SECOND)
         stream.height, stream.width = frames[0].shape[:2]
-        stream.pix_fmt = "yuv420p"  # what every browser plays
+        stream.pix_fmt = "yuv420p"  # supported by all browsers
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())

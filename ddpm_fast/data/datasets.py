@@ -1,13 +1,10 @@
-"""Where training images come from: a folder, an array file, IDX files or a Hugging Face data set, all as uint8 in memory."""
+"""Training data: a folder, an array file, IDX files or a Hugging Face data set, as uint8 in memory."""
 
 from __future__ import annotations
 
 import gzip
 import hashlib
-import os
 import zlib
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -17,11 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..utils.validation import is_count
+from .resize import Pixels, channels_of, decode, fit_array, open_image
 
-PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 FITS = ("crop", "pad")
-MOST_CLASSES = 100_000  # more than any data set has; a label beyond is an identifier, not a class
-Pixels = NDArray[np.uint8]
+MOST_CLASSES = 100_000  # larger labels are identifiers, not classes
 IntArray = NDArray[np.int64]
 
 
@@ -49,7 +46,7 @@ class ImageData:
         return len(self.images)
 
     def with_classes_of(self, other: ImageData) -> ImageData:
-        """Labels counted as in `other`, by the classes' names where both have them. ValueError for a class that it lacks."""
+        """Labels numbered as in `other`, by class names if both have them. ValueError for a class missing there."""
         if self.labels is None or self.classes is None or other.classes is None:
             return self
         if unknown := sorted(set(self.classes) - set(other.classes)):
@@ -59,14 +56,14 @@ class ImageData:
 
     @property
     def num_classes(self) -> int | None:
-        """How many classes, or None without labels."""
+        """Number of classes; None without labels."""
         if self.labels is None:
             return None
         return len(self.classes) if self.classes is not None else int(self.labels.max()) + 1
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over shape, pixels and labels: which data this is."""
+        """SHA-256 over shape, pixels and labels."""
         digest = hashlib.sha256(repr(self.images.shape).encode())
         for first in range(0, len(self.images), 4096):
             digest.update(np.ascontiguousarray(self.images[first : first + 4096]).data)
@@ -78,17 +75,21 @@ class ImageData:
 def load_images(
     source: str | Path, resolution: int, fit: str = "crop", channels: int | None = None, split: str = "train"
 ) -> ImageData:
-    """Square images of `resolution` pixels from a path.
+    """Loads square images from a path.
 
-    source      a folder of pictures at any depth, whose first-level sub-folders, where every picture lies in one of several,
-                  are the classes in order of name; a folder or file in IDX format, gzipped or not (MNIST's, with the labels
-                  beside the images); an .npz with "images" and maybe "labels" (or arr_0, arr_1; or x_train, y_train); an .npy
-    fit         "crop": scaled until the shorter side fits, the middle kept;
-                "pad": scaled down where too large, then centred on black
-    channels    1 or 3; None: as the source has it. Transparent pictures are laid on white.
-    split       "train" or "test", where the source has both
+    Args:
+        source: a folder of images at any depth; if every image lies in one of several first-level sub-folders,
+            these are the classes, in order of name. Or a folder or file in IDX format (MNIST's), gzipped or
+            not, with the labels next to the images. Or an .npz with "images" and optionally "labels" (or
+            arr_0, arr_1; or x_train, y_train), or an .npy.
+        resolution: side in pixels.
+        fit: "crop": scale until the shorter side fits and crop the middle; "pad": scale down if too large and
+            center on black.
+        channels: 1 or 3; None: as in the source. Transparent images are composed over white.
+        split: "train" or "test", if the source has both.
 
-    ValueError for what is missing, not readable or of no such kind, naming it.
+    Raises:
+        ValueError: the source is missing, unreadable or of another kind.
     """
     source = Path(source)
     if not is_count(resolution):
@@ -98,10 +99,10 @@ def load_images(
     if not source.exists():
         raise ValueError(f"{source} does not exist; expected a folder of images, or an .npz, .npy or IDX file")
     if source.is_dir():
-        found = sorted(source.glob("*images*idx3*"))
-        if not found:
+        idx_files = sorted(source.glob("*images*idx3*"))
+        if not idx_files:
             return _read_folder(source, resolution, fit, channels)
-        source = _of_split(source, found, split)
+        source = _of_split(source, idx_files, split)
     if source.suffix in (".npz", ".npy"):
         images, labels = _read_numpy(source, split)
     elif "idx3" in source.name:
@@ -114,7 +115,7 @@ def load_images(
         images = images[..., None]
     elif images.shape[3] not in (1, 3) and images.shape[1] in (1, 3):
         images = images.transpose(0, 2, 3, 1)
-    return ImageData(_fit_array(images, resolution, fit, channels), labels)
+    return ImageData(fit_array(images, resolution, fit, channels), labels)
 
 
 def load_dataset(name: str, resolution: int, fit: str = "crop", channels: int | None = None, split: str = "train") -> ImageData:
@@ -128,24 +129,24 @@ def load_dataset(name: str, resolution: int, fit: str = "crop", channels: int | 
         raise ValueError(f"data set {name}: needs the extra train: pip install 'ddpm-fast[train]'") from None
     try:
         table = datasets.load_dataset(name, split=split)
-    except Exception as error:  # the library's own kinds are many, and what went wrong is in the text
+    except Exception as error:  # the library raises errors of many types
         raise ValueError(f"data set {name}, split {split}: {error}") from None
     image = next((k for k, kind in table.features.items() if isinstance(kind, datasets.Image)), None)
     if image is None:
         raise ValueError(f"data set {name} has no column of images; its columns: {', '.join(table.features)}")
     label = next((k for k in ("label", "labels") if k in table.features), None)
-    pictures = (partial(_picture_of, table, i, image) for i in range(len(table)))
+    openers = (partial(_image_of, table, i, image) for i in range(len(table)))
     if not len(table):
         raise ValueError(f"data set {name}, split {split}, is empty")
     if channels is None:
-        channels = 1 if all(_channels(table[i][image]) == 1 for i in range(len(table))) else 3
-    images = _decode(pictures, len(table), resolution, fit, channels)
+        channels = 1 if all(channels_of(table[i][image]) == 1 for i in range(len(table))) else 3
+    images = decode(openers, len(table), resolution, fit, channels)
     labels = None if label is None else _as_labels(label, np.asarray(table[label]))
     names = None if label is None else getattr(table.features[label], "names", None)
     return ImageData(images, labels, None if names is None else tuple(names))
 
 
-def _picture_of(table: Any, i: int, column: str) -> Any:
+def _image_of(table: Any, i: int, column: str) -> Any:
     return table[i][column]
 
 
@@ -153,31 +154,31 @@ def _picture_of(table: Any, i: int, column: str) -> Any:
 
 
 def has_test_split(source: Path) -> bool:
-    """A folder of IDX files with a test split beside the training split?"""
+    """True for a folder of IDX files with a test split."""
     return source.is_dir() and any("t10k" in path.name or "test" in path.name for path in source.glob("*images*idx3*"))
 
 
-def _of_split(source: Path, found: list[Path], split: str) -> Path:
-    """The one file of IDX images for a split: by "train", or "t10k" or "test", in its name."""
+def _of_split(source: Path, files: list[Path], split: str) -> Path:
+    """The one IDX file with the images of a split, selected by "train", "t10k" or "test" in its name."""
     words = ("t10k", "test") if split == "test" else ("train",)
-    chosen = [path for path in found if any(word in path.name for word in words)]
+    chosen = [path for path in files if any(word in path.name for word in words)]
     if not chosen and split == "train" and not has_test_split(source):
-        chosen = found
+        chosen = files
     if len(chosen) != 1:
-        names = ", ".join(path.name for path in found)
+        names = ", ".join(path.name for path in files)
         raise ValueError(f"{source} has {len(chosen) or 'no'} files of images for the {split} split among {names}; name one file")
     return chosen[0]
 
 
 def _read_folder(source: Path, resolution: int, fit: str, channels: int | None) -> ImageData:
-    paths = sorted(p for p in source.rglob("*") if p.suffix.lower() in PICTURES and not _hidden(p.relative_to(source)))
+    paths = sorted(p for p in source.rglob("*") if p.suffix.lower() in EXTENSIONS and not _hidden(p.relative_to(source)))
     if not paths:
-        raise ValueError(f"{source} holds no pictures; expected {', '.join(sorted(PICTURES))}, IDX files, or an .npz or .npy file")
+        raise ValueError(f"{source} has no images; expected {', '.join(sorted(EXTENSIONS))}, IDX files, or an .npz or .npy file")
     homes = [path.relative_to(source).parts[:-1] for path in paths]
     names = sorted({home[0] for home in homes if home})
     if channels is None:
-        channels = 1 if all(_channels(_open(path)) == 1 for path in paths) else 3
-    images = _decode((partial(_open, path) for path in paths), len(paths), resolution, fit, channels)
+        channels = 1 if all(channels_of(open_image(path)) == 1 for path in paths) else 3
+    images = decode((partial(open_image, path) for path in paths), len(paths), resolution, fit, channels)
     if not all(homes) or len(names) < 2:
         return ImageData(images)
     return ImageData(images, np.array([names.index(home[0]) for home in homes], np.int64), tuple(names))
@@ -189,15 +190,17 @@ def _hidden(path: Path) -> bool:
 
 def _read_numpy(path: Path, split: str) -> tuple[Pixels, IntArray | None]:
     try:
-        held = np.load(path, mmap_mode="r", allow_pickle=False)
-        if isinstance(held, np.ndarray):
-            return held, None
-        with held:
-            pair = next((p for p in (("images", "labels"), (f"x_{split}", f"y_{split}"), ("arr_0", "arr_1")) if p[0] in held), None)
+        content = np.load(path, mmap_mode="r", allow_pickle=False)
+        if isinstance(content, np.ndarray):
+            return content, None
+        with content:
+            pair = next(
+                (p for p in (("images", "labels"), (f"x_{split}", f"y_{split}"), ("arr_0", "arr_1")) if p[0] in content), None
+            )
             if pair is None:
-                raise ValueError(f"its arrays are {', '.join(held)}; expected images, x_{split} or arr_0")
-            labels = held.get(pair[1])
-            return held[pair[0]], None if labels is None else _as_labels(pair[1], labels)
+                raise ValueError(f"its arrays are {', '.join(content)}; expected images, x_{split} or arr_0")
+            labels = content.get(pair[1])
+            return content[pair[0]], None if labels is None else _as_labels(pair[1], labels)
     except Exception as error:  # damaged files raise errors of zlib, tokenize and others
         raise ValueError(f"{path} cannot be read: {error}") from None
 
@@ -210,8 +213,8 @@ def _as_labels(name: str, labels: NDArray[Any]) -> IntArray:
 
 def _read_idx_pair(path: Path) -> tuple[Pixels, IntArray | None]:
     name = path.name.removesuffix(".gz").replace("images", "labels").replace("idx3", "idx1")
-    beside = [p for p in (path.with_name(name), path.with_name(f"{name}.gz")) if p.exists() and p != path]
-    return _read_idx(path), _read_idx(beside[0]).astype(np.int64) if beside else None
+    label_files = [p for p in (path.with_name(name), path.with_name(f"{name}.gz")) if p.exists() and p != path]
+    return _read_idx(path), _read_idx(label_files[0]).astype(np.int64) if label_files else None
 
 
 def _read_idx(path: Path) -> Pixels:
@@ -221,86 +224,9 @@ def _read_idx(path: Path) -> Pixels:
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
     if len(content) < 4 or content[:3] != b"\0\0\x08" or len(content) < 4 + 4 * content[3]:
-        raise ValueError(f"{path} is no IDX file of bytes")
+        raise ValueError(f"{path} is not an IDX file of uint8")
     shape = np.frombuffer(content, ">u4", count=content[3], offset=4)
     pixels = np.frombuffer(content, np.uint8, offset=4 + 4 * content[3])
     if pixels.size != np.prod(shape, dtype=np.int64):
-        raise ValueError(f"{path} holds {pixels.size} bytes, and says it holds {' x '.join(map(str, shape))}")
+        raise ValueError(f"{path} has {pixels.size} bytes of pixels; expected {' x '.join(map(str, shape))}, as its header states")
     return pixels.reshape(shape)
-
-
-# ---- one size for all
-
-
-def _open(path: Path) -> Any:
-    from PIL import Image
-
-    try:
-        return Image.open(path)
-    except Exception:  # of many kinds, for what is damaged or too large to be meant
-        raise ValueError(f"{path} cannot be read as a picture; mend or remove it") from None
-
-
-def _channels(image: Any) -> int:
-    return 1 if image.mode in ("1", "L") or image.mode.startswith("I;16") else 3
-
-
-def _decode(openers: Iterable[Callable[[], Any]], count: int, resolution: int, fit: str, channels: int) -> Pixels:
-    """Pictures in parallel into one array."""
-    out = np.empty((count, resolution, resolution, channels), np.uint8)
-
-    def one(i: int, opener: Callable[[], Any]) -> None:
-        image = opener()
-        try:
-            out[i] = _fit_picture(image, resolution, fit, channels)
-        except Exception as error:
-            raise ValueError(
-                f"{getattr(image, 'filename', None) or f'picture {i}'} cannot be read: {error}; mend or remove it"
-            ) from None
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        running = [pool.submit(one, i, opener) for i, opener in enumerate(openers)]
-        try:
-            for done in running:
-                done.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    return out
-
-
-def _fit_picture(image: Any, resolution: int, fit: str, channels: int) -> Pixels:
-    from PIL import Image, ImageOps
-
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
-    elif image.mode in ("I", "F"):
-        raise ValueError(f"a picture of mode {image.mode}, whose range nobody knows; expected 8 or 16 bits a channel")
-    if image.has_transparency_data:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    image = image.convert("L" if channels == 1 else "RGB")
-    size = (resolution, resolution)
-    if image.size != size and fit == "crop":
-        image = ImageOps.fit(image, size, Image.Resampling.LANCZOS)
-    elif image.size != size:
-        image.thumbnail(size, Image.Resampling.LANCZOS)
-        canvas = Image.new(image.mode, size)
-        canvas.paste(image, ((resolution - image.width) // 2, (resolution - image.height) // 2))
-        image = canvas
-    return np.asarray(image).reshape(resolution, resolution, channels)
-
-
-def _fit_array(images: Pixels, resolution: int, fit: str, channels: int | None) -> Pixels:
-    from PIL import Image
-
-    n, h, w, c = images.shape
-    if c not in (1, 3):
-        raise ValueError(f"images of {c} channels; expected 1 or 3")
-    if channels in (None, c) and fit == "pad" and max(h, w) <= resolution:
-        top, left = (resolution - h) // 2, (resolution - w) // 2
-        return np.pad(images, ((0, 0), (top, resolution - h - top), (left, resolution - w - left), (0, 0)))
-    if channels in (None, c) and h == w == resolution:
-        return images
-    openers = (partial(Image.fromarray, images[i] if c == 3 else images[i, :, :, 0]) for i in range(n))
-    return _decode(openers, n, resolution, fit, channels or c)

@@ -1,4 +1,4 @@
-"""Images to files: grids, single pictures and arrays, each there whole or not at all."""
+"""PNG files: single images and grids."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ..checkpoints.checkpoint import write_atomically
+from ..utils.files import write_atomically
 
 Pixels = NDArray[np.uint8]
-ARRAYS, PICTURES = (".npy", ".npz"), (".png",)
 PNG_CHANNELS = (1, 3, 4)
 GAP = 2  # pixels between the images of a grid
 
 
 def grid(images: Pixels, columns: int | None = None, gap: int = GAP, scale: int = 1) -> Pixels:
-    """uint8 [N, H, W, C] -> one picture [rows (H + gap) + gap, ...], white between; each pixel drawn `scale` times."""
+    """A grid of images: uint8 [N, H, W, C] -> [rows (H + gap) + gap, ..., C], white between, enlarged `scale` times."""
     n, h, w, c = images.shape
     columns = columns or math.ceil(math.sqrt(n))
     rows = math.ceil(n / columns)
@@ -31,45 +30,35 @@ def grid(images: Pixels, columns: int | None = None, gap: int = GAP, scale: int 
     return sheet
 
 
-def encode_png(image: Pixels, **words: str) -> bytes:
-    """One image [H, W, C] with 1, 3 or 4 channels as PNG, with `words` in its text chunks."""
+def encode_png(image: Pixels, **text: str) -> bytes:
+    """An image [H, W, C] with 1, 3 or 4 channels as PNG, with `text` in its text chunks."""
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
     if image.shape[2] not in PNG_CHANNELS:
-        raise ValueError(f"an image of {image.shape[2]} channels is no picture; write .npy or .npz instead")
+        raise ValueError(f"cannot write {image.shape[2]}-channel images as PNG; write .npy or .npz instead")
     buffer = io.BytesIO()
-    text = PngInfo()
-    for key, value in words.items():
-        text.add_text(key, value)
-    Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).save(buffer, format="PNG", pnginfo=text)
+    chunks = PngInfo()
+    for key, value in text.items():
+        chunks.add_text(key, value)
+    Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).save(buffer, format="PNG", pnginfo=chunks)
     return buffer.getvalue()
 
 
-def save_array(path: Path, images: Pixels, indices: NDArray[np.int64]) -> None:
-    """.npy: the images alone; .npz: "images", and "indices" beside them."""
-    buffer = io.BytesIO()
-    if path.suffix == ".npy":
-        np.save(buffer, images)
-    else:
-        np.savez_compressed(buffer, images=images, indices=indices)
-    write_atomically(path, buffer.getvalue())
-
-
 def save_grid(path: Path, images: Pixels, columns: int | None = None) -> None:
-    """A grid of all images as PNG, small ones enlarged to about 64 pixels."""
+    """Writes all images as one PNG grid, small ones enlarged to about 64 pixels."""
     scale = max(1, 64 // max(images.shape[1:3])) if len(images) <= 256 else 1
     columns = columns or math.ceil(math.sqrt(len(images)))
     write_atomically(path, encode_png(grid(images, columns, scale=scale), rows=str(math.ceil(len(images) / columns))))
 
 
 def first_row(path: Path) -> Pixels:
-    """The top row of a grid that `save_grid` wrote, without the line under it: uint8 [H', W', C]."""
+    """The top row of a grid written by `save_grid`, without its lower border: uint8 [H', W', C]."""
     from PIL import Image
 
     with Image.open(path) as sheet:
         rows = int(sheet.info.get("rows", 0))
         if not rows:
-            raise ValueError(f"{path} is no grid of ours: it does not say how many rows it has")
+            raise ValueError(f"{path} was not written by save_grid: it does not record its number of rows")
         pixels = np.asarray(sheet).reshape(sheet.height, sheet.width, -1)
     return pixels[: (len(pixels) - GAP) // rows]

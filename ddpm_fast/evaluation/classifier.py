@@ -1,4 +1,4 @@
-"""A small classifier of small pictures: a second opinion on what a class-conditional network draws."""
+"""Classifier of small images, for class scores of a class-conditional network."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checkpoints.checkpoint import write_atomically
 from ..data.pixels import from_uint8
+from ..utils.files import write_atomically
 
 
 class Classifier(nn.Module):
@@ -32,20 +32,20 @@ class Classifier(nn.Module):
         return self.out(self.dropout(F.relu(self.hidden(self.dropout(x.flatten(1))))))
 
     def check(self, shape: tuple[int, ...]) -> None:
-        """ValueError for pictures of another shape (H, W, C)."""
-        own = self.settings["size"], self.settings["size"], self.settings["channels"]
-        if shape != own:
-            raise ValueError(f"images are {shape}; this classifier was trained on {own}")
+        """ValueError for images of another shape (H, W, C) than it was trained on."""
+        expected = self.settings["size"], self.settings["size"], self.settings["channels"]
+        if shape != expected:
+            raise ValueError(f"images are {shape}; expected {expected}, which this classifier was trained on")
 
     @torch.no_grad()
     def probabilities(self, images: Tensor, batch_size: int = 256) -> Tensor:
-        """uint8 [N, H, W, C] -> [N, classes]. ValueError for pictures of another size."""
+        """Class probabilities fp32 [N, classes] of images uint8 [N, H, W, C]."""
         self.check(tuple(images.shape[1:]))
         return torch.cat([self(from_uint8(part)).softmax(1) for part in images.split(batch_size)])
 
 
 def save_classifier(path: str | Path, classifier: Classifier) -> None:
-    """One safetensors file."""
+    """Writes one safetensors file."""
     from safetensors.torch import save
 
     tensors = {k: v.contiguous() for k, v in classifier.state_dict().items()}
@@ -53,7 +53,7 @@ def save_classifier(path: str | Path, classifier: Classifier) -> None:
 
 
 def load_classifier(path: str | Path) -> Classifier:
-    """What `save_classifier` wrote. ValueError for anything else."""
+    """Reads a file of `save_classifier`. ValueError for any other."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -64,5 +64,5 @@ def load_classifier(path: str | Path) -> Classifier:
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist; weights/train_classifier.py makes one") from None
     except (SafetensorError, OSError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is no classifier: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"{path} is not a classifier: {str(error).splitlines()[0]}") from None
     return classifier.eval()

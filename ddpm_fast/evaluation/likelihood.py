@@ -1,4 +1,4 @@
-"""Bits per dimension: the bound of `objective.Bound` over whole images (Ho et al. 2020, section 4.3; Nichol & Dhariwal 2021).
+"""Bits per dimension: the bound of `losses.Bound` over whole images (Ho et al. 2020, section 4.3; Nichol & Dhariwal 2021).
 
 The terms of an image are independent of one another, so images and timesteps fill one batch together. The noise of image i at
 timestep t is Philox's, counted by (seed, i, t): the same figures come out for every batch size, and after every restart.
@@ -19,9 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checkpoints.checkpoint import write_atomically
 from ..data.datasets import ImageData
-from ..data.pixels import from_uint8, seed_bits
+from ..data.pixels import from_uint8
 from ..diffusion.presets import preset_of
 from ..diffusion.schedule import Array
 from ..diffusion.timesteps import Steps
@@ -29,12 +28,13 @@ from ..diffusion.vlb import Bound
 from ..engines.eager import inference
 from ..kernels.q_sample import q_sample
 from ..sampling.sampler import Sampler
-from ..utils.validation import integer
+from ..utils.files import write_atomically
+from ..utils.validation import integer, seed_bits
 
 
 @dataclass(frozen=True, eq=False)
 class Bits:
-    """terms [N, T]: L_{t-1} of every image, L_0 in the first column; prior [N]: L_T. fp64, bits per dimension."""
+    """Terms of the bound in bits per dimension, fp64: terms [N, T], L_{t-1} with L_0 in the first column; prior [N], L_T."""
 
     terms: Array
     prior: Array
@@ -50,7 +50,7 @@ class Bits:
 
     @property
     def standard_error(self) -> float:
-        """Of the mean, from how the images differ; NaN for one."""
+        """Standard error of the mean over images; NaN for one image."""
         n = len(self.prior)
         return float(self.per_image.std(ddof=1) / np.sqrt(n)) if n > 1 else float("nan")
 
@@ -63,23 +63,32 @@ def bits_per_dimension(
     seed: int = 0,
     batch_size: int = 64,
     preset: str = "exact",
-    kept: str | Path | None = None,
+    terms_file: str | Path | None = None,
     save_every: float = 30.0,
-    advance: Callable[[int], Any] = lambda count: None,
+    callback: Callable[[int], Any] = lambda count: None,
 ) -> Bits:
-    """The bound for every image of `data`, with the sampler's network, schedule, prediction, variance and clip.
+    """Bits per dimension of every image, with the sampler's network, schedule, prediction, variance and clip.
 
-    steps       of the respaced chain that is judged, another model than the whole one; None: all
-    kept        an .npz that holds what is done so far, saved every `save_every` seconds: the same call goes on from it
-    advance     called with how many terms have come to be, after every batch
+    With a class-conditional network the likelihood is that of images given their labels.
 
-    With a class-conditional network the likelihood is that of images given their labels, which `data` must have.
-    ValueError where the images do not fit the network or `kept` belongs to another evaluation.
+    Args:
+        sampler: for its network and settings.
+        data: images, with labels if the network is class-conditional.
+        steps: of a respaced chain, which is another model than the whole one; None: all.
+        seed: of the noise.
+        batch_size: (image, timestep) pairs per batch.
+        preset: decides timesteps, rounding and decoder (`diffusion.presets.PRESETS`).
+        terms_file: an .npz with the terms computed so far; the same call resumes from it.
+        save_every: seconds between two writes of `terms_file`.
+        callback: called with the number of new terms after every batch.
+
+    Raises:
+        ValueError: the images do not fit the network, or `terms_file` belongs to another evaluation.
     """
     if integer("batch_size", batch_size) < 1:
         raise ValueError(f"batch_size = {batch_size}; expected at least 1")
-    if kept is not None and not Path(kept).absolute().parent.is_dir():
-        raise ValueError(f"{Path(kept).absolute().parent} does not exist; create it first")
+    if terms_file is not None and not Path(terms_file).absolute().parent.is_dir():
+        raise ValueError(f"{Path(terms_file).absolute().parent} does not exist; create it first")
     _check(sampler, data)
     rules = preset_of(preset)
     visited = rules.timesteps(len(sampler.schedule), "ddpm", steps)[::-1]
@@ -89,18 +98,18 @@ def bits_per_dimension(
     count, total = len(data), len(chain)
     identity = _identity(sampler, data, visited, seed, preset)
     terms, done = np.full(count * total, np.nan), 0
-    if kept is not None and Path(kept).exists():
-        terms, done = _read(Path(kept), identity, count * total)
-        advance(done)
+    if terms_file is not None and Path(terms_file).exists():
+        terms, done = _read(Path(terms_file), identity, count * total)
+        callback(done)
     saved = time.monotonic()
     with inference(sampler.model):
         while done < count * total:
             pair = torch.arange(done, min(done + batch_size, count * total))
             terms[done : done + len(pair)] = _terms(sampler, bound, data, coef, label, pair, seed).cpu().numpy()
             done += len(pair)
-            advance(len(pair))
-            if kept is not None and (time.monotonic() - saved > save_every or done == count * total):
-                _write(Path(kept), identity, terms, done)
+            callback(len(pair))
+            if terms_file is not None and (time.monotonic() - saved > save_every or done == count * total):
+                _write(Path(terms_file), identity, terms, done)
                 saved = time.monotonic()
     return Bits(terms.reshape(count, total), _prior(bound, data))
 
@@ -130,20 +139,20 @@ def _check(sampler: Sampler, data: ImageData) -> None:
         raise ValueError(f"the images are {data.images.shape[1:]}; the network takes {(h, w, c)} (height, width, channels)")
     if sampler.num_classes is not None:
         if data.labels is None:
-            raise ValueError("the network has classes, so the likelihood is that of images given theirs; the data has no labels")
+            raise ValueError("the data has no labels; expected labels, because the network is class-conditional")
         if data.labels.max() >= sampler.num_classes:
             raise ValueError(f"labels up to {data.labels.max()}; the network has {sampler.num_classes} classes")
 
 
 def _identity(sampler: Sampler, data: ImageData, visited: Any, seed: int, preset: str) -> str:
-    """Everything that the terms depend on, but for rounding."""
+    """Everything that the terms depend on, except rounding."""
     weights = hashlib.sha256()
     if isinstance(sampler.model, torch.nn.Module):
         for tensor in sampler.model.state_dict().values():
             weights.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     schedule = hashlib.sha256(sampler.schedule.beta.tobytes() + np.ascontiguousarray(visited).tobytes()).hexdigest()
-    how = [sampler.prediction, sampler.variance, sampler.clip, str(sampler.dtype), preset, seed]
-    return json.dumps(dict(weights=weights.hexdigest(), data=data.digest, schedule=schedule, how=how))
+    settings = [sampler.prediction, sampler.variance, sampler.clip, str(sampler.dtype), preset, seed]
+    return json.dumps(dict(weights=weights.hexdigest(), data=data.digest, schedule=schedule, how=settings))
 
 
 def _write(path: Path, identity: str, terms: Array, done: int) -> None:
@@ -154,10 +163,10 @@ def _write(path: Path, identity: str, terms: Array, done: int) -> None:
 
 def _read(path: Path, identity: str, size: int) -> tuple[Array, int]:
     try:
-        with np.load(path, allow_pickle=False) as held:
-            found, terms, done = str(held["identity"]), held["terms"], int(held["done"])
+        with np.load(path, allow_pickle=False) as arrays:
+            recorded, terms, done = str(arrays["identity"]), arrays["terms"], int(arrays["done"])
     except (OSError, KeyError, ValueError, EOFError) as error:
         raise ValueError(f"{path} holds no bits per dimension: {error}; choose another file") from None
-    if found != identity or terms.shape != (size,):
+    if recorded != identity or terms.shape != (size,):
         raise ValueError(f"{path} holds another evaluation (other weights, images, steps, seed or preset); choose another file")
     return terms, done

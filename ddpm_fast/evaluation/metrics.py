@@ -1,4 +1,4 @@
-"""How good drawn images are: the distance of their features from real ones, and what a classifier makes of them."""
+"""Image quality: FID and KID of features, and class scores."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .classifier import Classifier
 
 FEATURES = "EfficientNet-Lite0 (ImageNet), 1280 pooled features of the image at 64 x 64"
-FID_FROM = 10_000  # images; with fewer, FID of 1280 features says how many there were
+FID_FROM = 10_000  # images; with fewer, the bias of FID with 1280 features depends on their number
 CONFIDENT = 0.8
 
 
@@ -44,11 +44,11 @@ class Features(nn.Module):
     def _of(self, images: Tensor) -> Tensor:
         x = images.to(self.device).permute(0, 3, 1, 2).float().expand(-1, 3, -1, -1)
         x = F.interpolate(x, (64, 64), mode="bilinear", antialias=True, align_corners=False)
-        return self.network.extract_features((x - 127) / 128).mean((2, 3)).double().cpu()  # as it was trained: TensorFlow's scale
+        return self.network.extract_features((x - 127) / 128).mean((2, 3)).double().cpu()  # the scale of its training in TensorFlow
 
 
-class _AsTheyAre(nn.Module):
-    """Features that were extracted before."""
+class _Identity(nn.Module):
+    """Feature extractor for features that are already extracted."""
 
     def __init__(self, count: int) -> None:
         super().__init__()
@@ -61,14 +61,14 @@ class _AsTheyAre(nn.Module):
 def kid(real: Tensor, drawn: Tensor, subsets: int = 100, subset_size: int = 1000) -> tuple[float, float]:
     """Kernel distance (Binkowski et al. 2018) of features [N, D], [M, D]: mean and standard deviation over random subsets.
 
-    A subset has `subset_size` images, at most half of those that there are.
+    A subset has `subset_size` images, at most half of all.
     """
     from torchmetrics.image.kid import KernelInceptionDistance
 
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-        warnings.simplefilter("ignore")  # it will keep the features in memory: as wished
+        warnings.simplefilter("ignore")  # it warns that it keeps the features in memory
         torch.manual_seed(0)
-        metric = KernelInceptionDistance(_AsTheyAre(real.shape[1]), subsets, min(subset_size, len(real) // 2, len(drawn) // 2))
+        metric = KernelInceptionDistance(_Identity(real.shape[1]), subsets, min(subset_size, len(real) // 2, len(drawn) // 2))
         metric.update(real, real=True)
         metric.update(drawn, real=False)
         mean, deviation = metric.compute()
@@ -79,7 +79,7 @@ def fid(real: Tensor, drawn: Tensor) -> float:
     """Frechet distance (Heusel et al. 2017) of features [N, D], [M, D]."""
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    metric = FrechetInceptionDistance(_AsTheyAre(real.shape[1]))
+    metric = FrechetInceptionDistance(_Identity(real.shape[1]))
     for features, is_real in ((real, True), (drawn, False)):
         metric.update(features, real=is_real)
     return float(metric.compute())
@@ -87,7 +87,13 @@ def fid(real: Tensor, drawn: Tensor) -> float:
 
 @dataclass(frozen=True)
 class ClassScores:
-    """shares [classes]: how often each class was found; confident: share above 0.8; right: share whose own label was found."""
+    """Class scores of a set of images.
+
+    Attributes:
+        shares: share of images per predicted class, [classes].
+        confident: share of images with a probability above 0.8.
+        right: accuracy with respect to the requested labels, or None.
+    """
 
     shares: list[float]
     confident: float
@@ -95,9 +101,9 @@ class ClassScores:
 
 
 def class_scores(classifier: Classifier, images: Tensor, labels: Tensor | None) -> ClassScores:
-    """What the classifier sees in uint8 images [N, H, W, C], whose labels [N] were asked for."""
+    """Class scores of images uint8 [N, H, W, C] with the requested labels int64 [N]."""
     probabilities = classifier.probabilities(images)
-    found = probabilities.argmax(1)
-    shares = found.bincount(minlength=probabilities.shape[1]).double() / len(found)
-    right = None if labels is None else float((found == labels).double().mean())
+    predicted = probabilities.argmax(1)
+    shares = predicted.bincount(minlength=probabilities.shape[1]).double() / len(predicted)
+    right = None if labels is None else float((predicted == labels).double().mean())
     return ClassScores(shares.tolist(), float((probabilities.amax(1) > CONFIDENT).double().mean()), right)

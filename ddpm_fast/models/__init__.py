@@ -1,1 +1,1 @@
-"""Networks: the UNet in plain PyTorch, its configuration, its cost."""
+"""Models: the UNet in plain PyTorch, its configuration and its cost."""

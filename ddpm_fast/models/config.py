@@ -1,10 +1,13 @@
-"""The shape of a DDPM UNet."""
+"""Configuration of a DDPM UNet."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import InitVar, dataclass
+from dataclasses import InitVar, asdict, dataclass
 from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
 
 from ..utils.validation import is_count, is_counts
 from .diffusers_format import arguments_from_diffusers, to_diffusers
@@ -24,7 +27,7 @@ class LevelConfig(NamedTuple):
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """Everything that decides which function a `UNet` is. Defaults: the CIFAR-10 network of Ho et al. 2020.
+    """Configuration of a `UNet`. Defaults: the CIFAR-10 network of Ho et al. 2020.
 
     Levels are counted from the finest (0). A scalar given for a per-level field means the same on every level.
 
@@ -49,7 +52,7 @@ class UNetConfig:
     mid_scale        outputs at the bottom are divided by this
     center_input     the network sees 2 x - 1
 
-    Raises ValueError for a combination that no network has, and says which.
+    Raises ValueError for an invalid combination.
     """
 
     sample_size: int | tuple[int, int] | None = 32
@@ -101,7 +104,7 @@ class UNetConfig:
         self._check()
 
     def _store(self, name: str, value: Any) -> None:
-        object.__setattr__(self, name, value)  # frozen for everyone else
+        object.__setattr__(self, name, value)  # frozen after construction
 
     def _per_level(self, name: str, value: Any) -> tuple[Any, ...]:
         levels = len(self.channels)
@@ -162,6 +165,43 @@ class UNetConfig:
         """`sample_size` as (H, W)."""
         return (self.sample_size, self.sample_size) if isinstance(self.sample_size, int) else self.sample_size
 
+    def check_call(
+        self,
+        x_t: Tensor,
+        labels: Tensor | None,
+        t: Tensor | None = None,
+        timesteps: int | None = None,
+        size: tuple[int, int] | None = None,
+    ) -> None:
+        """Validates the arguments of a call of this network.
+
+        Args:
+            x_t: [B, C, H, W], with H and W divisible by 2^(levels - 1).
+            labels: [B]; None if and only if the network is unconditional.
+            t: integers [B]; checked if `timesteps` is given.
+            timesteps: T. If given, t must be in 0 ... T-1 and labels in 0 ... num_classes-1, which reads
+                their values and so waits for the device.
+            size: (H, W), for an engine that was built for one size.
+
+        Raises:
+            ValueError: an argument has the wrong shape, type or range, or labels are missing or not expected.
+        """
+        coarsest = 2 ** (len(self.channels) - 1)
+        b, *shape = x_t.shape if x_t.ndim == 4 else (0, 0, 0, 0)
+        if shape[0] != self.in_channels or shape[1] % coarsest or shape[2] % coarsest or size not in (None, tuple(shape[1:])):
+            sides = f"H and W divisible by {coarsest}" if size is None else f"(H, W) = {size}"
+            raise ValueError(f"x_t has shape {tuple(x_t.shape)}; expected [B, {self.in_channels}, H, W] with {sides}")
+        classes = self.num_classes
+        if (labels is None) != (classes is None):
+            expected = "no labels: the network is unconditional" if classes is None else f"labels [B] in 0..{classes - 1}"
+            raise ValueError(f"labels {'missing' if labels is None else 'given'}; expected {expected}")
+        if labels is not None and labels.shape != (b,):
+            raise ValueError(f"labels have shape {tuple(labels.shape)}; expected [{b}], one per image")
+        if timesteps is not None:
+            for name, values, stop in (("t", t, timesteps), ("labels", labels, classes or 1)):
+                if values is not None:
+                    _check_integers(name, values, b, stop)
+
     @classmethod
     def from_diffusers(cls, config: Mapping[str, Any]) -> UNetConfig:
         """From the dictionary in diffusers' `unet/config.json` (class `UNet2DModel`).
@@ -176,4 +216,11 @@ class UNetConfig:
 
         Levels with different numbers of residual blocks give `layers_per_block` as a list, which only this package reads.
         """
-        return to_diffusers(self)
+        return to_diffusers(asdict(self), self.attends)
+
+
+def _check_integers(name: str, values: Tensor, count: int, stop: int) -> None:
+    invalid = values.shape != (count,) or values.is_floating_point() or values.is_complex() or values.dtype == torch.bool
+    if invalid or bool(((values < 0) | (values >= stop)).any()):
+        seen = "" if invalid or not count else f" in {values.min()}..{values.max()}"
+        raise ValueError(f"{name}: {values.dtype} {tuple(values.shape)}{seen}; expected integers [{count}] in 0..{stop - 1}")

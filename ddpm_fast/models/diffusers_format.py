@@ -1,18 +1,16 @@
-"""Between `UNetConfig` and the `config.json` of diffusers' `UNet2DModel`. A key is read, refused or metadata, never ignored.
+"""Between the fields of `UNetConfig` and the `config.json` of diffusers' `UNet2DModel`, both as plain dictionaries.
 
-One extension: `layers_per_block` may be a list with one entry per level, finest first, as diffusers' `UNet2DConditionModel`
-has it. `UNet2DModel` itself takes one integer and raises TypeError for the list, so that it never builds another network.
+A key is read, refused or metadata, never ignored. One extension: `layers_per_block` may be a list with one entry per level,
+finest first, as in diffusers' `UNet2DConditionModel`. `UNet2DModel` itself takes one integer and raises TypeError for the list, so
+that it never builds another network.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from ..utils.validation import is_count, is_counts, is_number
-
-if TYPE_CHECKING:
-    from .config import UNetConfig
 
 # diffusers' own defaults: a key that a config.json leaves out means these.
 _DIFFUSERS_DEFAULTS: dict[str, Any] = dict(
@@ -88,7 +86,7 @@ _SUPPORTED: dict[str, tuple[Any, ...]] = dict(
     class_embed_type=(None,),
 )
 
-# block name -> (attention, resampling); None: whatever downsample_type / upsample_type says
+# block name -> (attention, resampling); None: downsample_type / upsample_type decides
 _DOWN_BLOCKS = {
     "DownBlock2D": (False, "conv"),
     "AttnDownBlock2D": (True, None),
@@ -102,13 +100,13 @@ _UP_BLOCKS = {
 
 
 def arguments_from_diffusers(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What `UNetConfig` must be given to be this network: see `UNetConfig.from_diffusers`."""
-    given = {k: v for k, v in config.items() if not k.startswith("_")}
-    if unknown := sorted(set(given) - set(_DIFFUSERS_DEFAULTS)):
+    """The arguments of `UNetConfig` for a UNet2DModel configuration: see `UNetConfig.from_diffusers`."""
+    values = {k: v for k, v in config.items() if not k.startswith("_")}
+    if unknown := sorted(set(values) - set(_DIFFUSERS_DEFAULTS)):
         raise ValueError(
             f"unknown key {', '.join(unknown)} in the UNet2DModel configuration; known: {', '.join(_DIFFUSERS_DEFAULTS)}"
         )
-    d = {**_DIFFUSERS_DEFAULTS, **given}
+    d = {**_DIFFUSERS_DEFAULTS, **values}
     for key, supported in _SUPPORTED.items():
         if d[key] not in supported:
             raise ValueError(f"{key}={d[key]!r} is not supported; supported: {', '.join(map(repr, supported))}")
@@ -149,48 +147,52 @@ def arguments_from_diffusers(config: Mapping[str, Any]) -> dict[str, Any]:
     )
 
 
-def to_diffusers(c: UNetConfig) -> dict[str, Any]:
-    """See `UNetConfig.to_diffusers`."""
-    levels = c.levels
-    layers = [level.layers for level in levels]
-    split = [(level.channels, level.heads) for level, attends in zip(levels, c.attends, strict=True) if attends]
+def to_diffusers(c: Mapping[str, Any], attends: Sequence[bool]) -> dict[str, Any]:
+    """The UNet2DModel configuration for the fields of a `UNetConfig`: see `UNetConfig.to_diffusers`.
+
+    Args:
+        c: the fields; per-level ones as tuples, finest first.
+        attends: per level, whether any attention runs at its width.
+    """
+    layers = list(c["layers"])
+    split = [(width, heads) for width, heads, a in zip(c["channels"], c["heads"], attends, strict=True) if a]
     head_dims = {width // heads for width, heads in split}
     single = all(heads == 1 for _, heads in split)
     if len(head_dims) > 1 and not single:
-        raise ValueError(f"heads={c.heads} at channels={c.channels}: diffusers has one attention_head_dim for all levels")
-    if c.mid_attention and not c.scale_shift and not c.mid_norm_groups:
+        raise ValueError(f"heads={c['heads']} at channels={c['channels']}: diffusers has one attention_head_dim for all levels")
+    if c["mid_attention"] and not c["scale_shift"] and not c["mid_norm_groups"]:
         raise ValueError("mid_norm_groups=0: diffusers leaves this norm out only under scale_shift")
-    down, down_type = _names([(level.attention, level.down_resample) for level in levels], len(levels) - 1, _DOWN_BLOCKS)
-    up, up_type = _names([(level.up_attention, level.up_resample) for level in levels], 0, _UP_BLOCKS)
+    down, down_type = _names(list(zip(c["attention"], c["down_resample"], strict=True)), len(attends) - 1, _DOWN_BLOCKS)
+    up, up_type = _names(list(zip(c["up_attention"], c["up_resample"], strict=True)), 0, _UP_BLOCKS)
     return dict(
         _class_name="UNet2DModel",
-        sample_size=list(c.sample_size) if isinstance(c.sample_size, tuple) else c.sample_size,
-        in_channels=c.in_channels,
-        out_channels=c.out_channels,
-        center_input_sample=c.center_input,
+        sample_size=list(c["sample_size"]) if isinstance(c["sample_size"], tuple) else c["sample_size"],
+        in_channels=c["in_channels"],
+        out_channels=c["out_channels"],
+        center_input_sample=c["center_input"],
         time_embedding_type="positional",
-        time_embedding_dim=c.time_dim,
-        freq_shift=c.freq_shift,
-        flip_sin_to_cos=c.cos_first,
+        time_embedding_dim=c["time_dim"],
+        freq_shift=c["freq_shift"],
+        flip_sin_to_cos=c["cos_first"],
         down_block_types=down,
         mid_block_type="UNetMidBlock2D",
         up_block_types=up[::-1],
-        block_out_channels=list(c.channels),
+        block_out_channels=list(c["channels"]),
         layers_per_block=layers[0] if len(set(layers)) == 1 else layers,  # a list: see the module's docstring
-        mid_block_scale_factor=c.mid_scale,
-        downsample_padding=c.downsample_padding,
+        mid_block_scale_factor=c["mid_scale"],
+        downsample_padding=c["downsample_padding"],
         downsample_type=down_type,
         upsample_type=up_type,
-        dropout=c.dropout,
+        dropout=c["dropout"],
         act_fn="silu",
         attention_head_dim=None if single else head_dims.pop(),
-        norm_num_groups=c.norm_groups,
-        attn_norm_num_groups=c.mid_norm_groups or None,
-        norm_eps=c.norm_eps,
-        resnet_time_scale_shift="scale_shift" if c.scale_shift else "default",
-        add_attention=c.mid_attention,
+        norm_num_groups=c["norm_groups"],
+        attn_norm_num_groups=c["mid_norm_groups"] or None,
+        norm_eps=c["norm_eps"],
+        resnet_time_scale_shift="scale_shift" if c["scale_shift"] else "default",
+        add_attention=c["mid_attention"],
         class_embed_type=None,
-        num_class_embeds=c.num_classes,
+        num_class_embeds=c["num_classes"],
         num_train_timesteps=None,
     )
 
@@ -200,8 +202,8 @@ def _block(name: str, known: Mapping[str, tuple[bool, str | None]], resample: st
     name = name.removeprefix("UNetRes")
     if name not in known:
         raise ValueError(f"block type {name!r} is not supported; supported: {', '.join(known)}")
-    attention, own = known[name]
-    return attention, own or resample
+    attention, fixed = known[name]
+    return attention, fixed or resample
 
 
 def _names(levels: list[tuple[bool, str]], without: int, known: Mapping[str, tuple[bool, str | None]]) -> tuple[list[str], str]:

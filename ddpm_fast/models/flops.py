@@ -1,4 +1,4 @@
-"""What a forward pass costs, counted on the meta device: no weights are touched and nothing is computed."""
+"""Cost of a forward pass, counted on the meta device, without computing it."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ class Cost:
     parameters: int
     flops: int
     weight_bytes: int
-    activation_bytes: int  # the most that is alive at once in the eager forward
+    activation_bytes: int  # peak of the eager forward pass
 
     def as_dict(self) -> dict[str, int]:
         return asdict(self)
 
 
 class _PeakMemory(TorchDispatchMode):
-    """Counts the bytes of storages alive, by watching them die."""
+    """Counts the bytes of live storages, by finalizers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ def unet_cost(config: UNetConfig, size: tuple[int, int] | None = None) -> Cost:
         x, t = torch.empty(1, config.in_channels, *size), torch.zeros(1, dtype=torch.int64)
         labels = None if config.num_classes is None else torch.zeros(1, dtype=torch.int64)
     parameters = sum(p.numel() for p in unet.parameters())
-    # the counter does not know every fused attention kernel; the plain products it knows
+    # the counter does not support every fused attention kernel
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         unet(x, t, labels)
     with _PeakMemory() as memory:

@@ -30,8 +30,8 @@ class Rows:
 class TimeTable:
     """row(t, class) = weight SiLU(embedding of (t, class)) + bias, fp32.
 
-    One table of all of them, or, where that were too large, each row by itself when it is asked for: never in a batch whose size
-    could decide its last bit.
+    One table of all rows, or, if that is too large, each row by itself on demand: never in a batch whose size
+    could change its last bit.
     """
 
     @torch.no_grad()

@@ -1,7 +1,7 @@
 """The DDPM network in plain PyTorch (Ho et al. 2020, appendix B; Nichol & Dhariwal 2021, section 3).
 
-This is the reference that every faster form of the network answers to. Its parameters carry the names of diffusers'
-`UNet2DModel`, so either loads the other's weights strictly.
+This is the reference that the engines are compared with. Its parameters have the names of diffusers' `UNet2DModel`, so
+either loads the weights of the other strictly.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """The residual blocks of one level, each with attention where the level has it, and the resampling behind them."""
+    """The residual blocks of one level, each with attention where the level has it, then the resampling."""
 
     def __init__(self, c: UNetConfig, inputs: list[int], c_out: int, attends: bool, heads: int) -> None:
         super().__init__()
@@ -159,7 +159,7 @@ class Level(nn.Module):
         return self.attentions[j](x) if hasattr(self, "attentions") else x
 
     def down(self, x: Tensor, temb: Tensor, skips: list[Tensor]) -> Tensor:
-        """Every output is kept for the way up."""
+        """Appends every output to `skips`."""
         for j in range(len(self.resnets)):
             x = self.block(j, x, temb)
             skips.append(x)
@@ -169,7 +169,7 @@ class Level(nn.Module):
         return x
 
     def up(self, x: Tensor, temb: Tensor, skips: list[Tensor]) -> Tensor:
-        """Every block sees what the way down kept, joined along the channels."""
+        """Every block reads one of `skips`, concatenated along the channels."""
         for j in range(len(self.resnets)):
             x = self.block(j, torch.cat([x, skips.pop()], dim=1), temb)
         return _resample(self.upsamplers[0], x, temb) if self.upsamplers is not None else x
@@ -198,7 +198,7 @@ class Middle(nn.Module):
 
 
 class UNet(nn.Module):
-    """eps_theta(x_t, t), or whatever the network was trained to predict. See `UNetConfig` for what it can be."""
+    """UNet: eps_theta(x_t, t), or what the network was trained to predict. See `UNetConfig` for its variants."""
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
@@ -241,9 +241,9 @@ class UNet(nn.Module):
     def forward(self, x_t: Tensor, t: Tensor | int | float, labels: Tensor | None = None) -> Tensor:
         """x_t [B, C, H, W] floating, t [B] integer or floating, labels [B] int64 -> [B, C_out, H, W] in the weights' dtype.
 
-        H and W must be divisible by 2^(levels - 1). ValueError for a wrong shape, and where labels are missing or not wanted.
+        H and W must be divisible by 2^(levels - 1). ValueError for invalid arguments (`UNetConfig.check_call`).
         """
-        self._check(x_t, labels)
+        self.config.check_call(x_t, labels)
         x = x_t.to(self.dtype)
         x = self.conv_in(2 * x - 1 if self.config.center_input else x)
         temb = F.silu(self.embed(torch.as_tensor(t, device=x.device).expand(len(x)), labels))
@@ -258,23 +258,11 @@ class UNet(nn.Module):
     def embed(self, t: Tensor, labels: Tensor | None) -> Tensor:
         """The embedding of (t, label), before the SiLU of every residual block: [B, time_dim]."""
         c = self.config
-        # Sinusoids in half precision would merge neighbouring timesteps, so they are made wide and rounded once.
-        wide = torch.float64 if self.dtype == torch.float64 else torch.float32
-        sinusoid = timestep_embedding(t, c.channels[0], cos_first=c.cos_first, freq_shift=c.freq_shift, dtype=wide)
+        # Sinusoids in half precision would merge neighbouring timesteps, so they are computed in fp32 and rounded once.
+        dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
+        sinusoid = timestep_embedding(t, c.channels[0], cos_first=c.cos_first, freq_shift=c.freq_shift, dtype=dtype)
         emb = self.time_embedding(sinusoid.to(self.dtype))
         return emb if labels is None else emb + self.class_embedding(labels)
-
-    def _check(self, x_t: Tensor, labels: Tensor | None) -> None:
-        c, coarsest = self.config, 2 ** (len(self.config.channels) - 1)
-        if x_t.ndim != 4 or x_t.shape[1] != c.in_channels or x_t.shape[2] % coarsest or x_t.shape[3] % coarsest:
-            raise ValueError(
-                f"x_t has shape {tuple(x_t.shape)}; expected [B, {c.in_channels}, H, W] with H and W divisible by {coarsest}"
-            )
-        if (labels is None) != (c.num_classes is None):
-            wanted = "no labels: the network is unconditional" if c.num_classes is None else f"labels [B] in 0..{c.num_classes - 1}"
-            raise ValueError(f"labels {'missing' if labels is None else 'given'}; expected {wanted}")
-        if labels is not None and labels.shape != x_t.shape[:1]:
-            raise ValueError(f"labels have shape {tuple(labels.shape)}; expected [{len(x_t)}], one per image")
 
 
 def channels_last(unet: UNet) -> UNet:

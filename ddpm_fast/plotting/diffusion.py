@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from ..data.image_io import Pixels
-from ..data.pixels import Images, Labels, check_images, check_labels, from_uint8, image_indices, seed_bits, to_uint8
+from ..data.pixels import from_uint8, to_uint8
 from ..diffusion.forward_process import q_step
 from ..diffusion.presets import preset_of
 from ..diffusion.schedule import NoiseSchedule
 from ..kernels import noise
+from ..sampling.request import Indices, Labels, check_indices, check_labels, indices_tensor
 from ..sampling.sampler import Sampler
+from ..utils.validation import seed_bits
 from .style import BLUE, GREEN, GREY, ORANGE, PINK, figure, save
 
 _COLOURS = (BLUE, ORANGE, GREEN, PINK, GREY)
@@ -90,16 +92,16 @@ class Reverse:
 
 
 def reverse_trajectory(
-    sampler: Sampler, images: Images, seed: int = 0, labels: Labels = None, moments: int = 10, **how: Any
+    sampler: Sampler, indices: Indices, seed: int = 0, labels: Labels = None, moments: int = 10, **how: Any
 ) -> Reverse:
-    """The images that `sampler.sample(images, seed, labels=labels, **how)` draws, at `moments` steps; how: solver, steps, ...
+    """The images that `sampler.sample(indices, seed=seed, labels=labels, **how)` draws, at `moments` steps; how: solver, steps, ...
 
     RuntimeError where they come out with values that are not finite.
     """
     table, level = sampler.table(**how), preset_of(how.get("preset", "exact")).level
-    indices = image_indices(check_images(images))
+    image = indices_tensor(check_indices(indices))
     wanted = {round(i) for i in np.linspace(0, len(table), min(moments, len(table)) + 1)[1:] - 1}
-    state = sampler.begin(indices, seed_bits(seed), check_labels(labels, len(indices), sampler.num_classes))
+    state = sampler.begin(image, seed_bits(seed), check_labels(labels, len(image), sampler.num_classes))
     state.x_0 = torch.zeros_like(state.x)
     t, x, x_0 = [len(sampler.schedule)], [to_uint8(state.x, level)], [to_uint8(state.x_0, level)]
 

@@ -6,7 +6,7 @@ import io
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.checkpoint import write_atomically
+from ..utils.files import write_atomically
 
 # Okabe and Ito's colours, which the colour-blind can tell apart
 GREY, BLUE, ORANGE, GREEN, PINK = "#999999", "#0072B2", "#D55E00", "#009E73", "#CC79A7"

@@ -1,4 +1,4 @@
-"""The pass that makes a calibration: the reference network in fp32, along real sampling runs, watched."""
+"""Calibration of FP8 ranges: the reference network in fp32, with hooks, in real sampling runs."""
 
 from __future__ import annotations
 
@@ -30,28 +30,38 @@ def calibrate(
     seed: int = 1,
     device: torch.device | str | None = None,
 ) -> Calibration:
-    """Draws images 0 ... `images` - 1 of `seed` by DDIM in `steps` steps, each of the class that it draws for itself, twice: for
-    the largest |input| of every 3x3 convolution that may take e4m3, then, with the units that follow, for its error.
+    """Measures activation ranges for e4m3 by sampling with the reference network.
 
-    The error is that of the layer alone: relative L2 of its product (no bias, no residual) on its fp32 input, over all steps and
-    images. On one machine the result is the same to the bit; another may differ in the last digit.
+    Draws the images twice, by DDIM with random classes: once for the largest |input| of every 3x3 convolution that
+    can compute in e4m3, once for its error with the resulting scale. The error is that of the layer alone: relative L2
+    of its product (no bias, no residual) on its fp32 input, over all steps and images. The result is bit-exact on one
+    machine; another may differ in the last digit.
 
-    ValueError where no convolution of the network can take e4m3, RuntimeError where images do not come out finite.
+    Args:
+        checkpoint: the network and its process.
+        images: number of images, 0 ... images-1 of `seed`.
+        steps: DDIM steps.
+        seed: 0 ... 2^64-1.
+        device: default: that of the network.
+
+    Raises:
+        ValueError: no convolution of the network can compute in e4m3.
+        RuntimeError: an image contains NaN or Inf.
     """
     if not (is_count(images) and is_count(steps)):
         raise ValueError(f"images = {images!r}, steps = {steps!r}; expected integers of at least 1")
     convolutions = e4m3_convolutions(checkpoint.unet)
     if not convolutions:
-        raise ValueError("no convolution of this network can take e4m3: its residual blocks have no multiples of 32 channels")
+        raise ValueError("no convolution of this network can compute in e4m3; expected multiples of 32 channels")
 
-    def run(watch: Callable[[str, nn.Conv2d, Tensor], None]) -> None:
+    def run(observe: Callable[[str, nn.Conv2d, Tensor], None]) -> None:
         def hook(name: str, conv: nn.Conv2d) -> Hook:
-            return lambda module, inputs: watch(name, conv, inputs[0])
+            return lambda module, inputs: observe(name, conv, inputs[0])
 
         with ExitStack() as hooks:
             for name, conv in convolutions.items():
                 hooks.callback(conv.register_forward_pre_hook(hook(name, conv)).remove)
-            _sampler(checkpoint, device).sample(images, seed, "ddim", steps, output="float", batch_size=BATCH)
+            _sampler(checkpoint, device).sample(images, seed=seed, solver="ddim", steps=steps, output="float", batch_size=BATCH)
 
     amax = dict.fromkeys(convolutions, 0.0)
 
@@ -82,10 +92,10 @@ def _squares(weight: Tensor, x: Tensor, unit: float) -> Tensor:
 
 
 def _sampler(c: Checkpoint, device: torch.device | str | None) -> Sampler:
-    """Over the reference network itself, whose layers are watched."""
+    """Sampler of the reference network itself, whose layers have the hooks."""
     unet, config = channels_last(c.unet.to(device).float().eval()), c.unet.config
     if config.size is None:
-        raise ValueError("the configuration names no sample_size, so there is no size to draw images of")
+        raise ValueError("the configuration has no sample_size; expected the size of its images")
 
     def model(*call: Any) -> Tensor:
         return unet(*call)

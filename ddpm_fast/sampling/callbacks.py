@@ -1,64 +1,64 @@
-"""Looking on while images are drawn: callbacks, trajectories, the progress bar."""
+"""Sampling callbacks: trajectories and the progress bar."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .output import to_host
+from .output import copy_to_host
 
 Callback = Callable[[int, int, Tensor], None]  # (step, t, x)
 
 
 class Trajectory:
-    """A callback that keeps x after every `every`-th step: `t` [K] the timesteps, `x` [K, N, C, H, W] fp32 on the CPU."""
+    """Callback that records the state x_t after every `every`-th step.
+
+    Attributes:
+        t: the recorded timesteps, a list of length K.
+        x: the recorded states, fp32 [K, N, C, H, W] on the CPU.
+    """
 
     def __init__(self, every: int = 1) -> None:
         if every < 1:
             raise ValueError(f"every = {every}; expected at least 1")
         self.every = every
-        self._kept: dict[int, list[Tensor]] = {}
-        self._t: dict[int, int] = {}
+        self._states: dict[int, list[Tensor]] = {}  # by step, one entry per batch
+        self._timesteps: dict[int, int] = {}
 
     def __call__(self, step: int, t: int, x: Tensor) -> None:
         if (step + 1) % self.every == 0:
-            self._kept.setdefault(step, []).append(to_host(x) if x.is_cuda else x.clone())
-            self._t[step] = t
+            self._states.setdefault(step, []).append(copy_to_host(x) if x.is_cuda else x.clone())
+            self._timesteps[step] = t
 
     @property
     def t(self) -> list[int]:
-        return list(self._t.values())
+        return list(self._timesteps.values())
 
     @property
     def x(self) -> Tensor:
         if torch.cuda.is_initialized():
-            torch.cuda.synchronize()  # copies may still be under way
-        return torch.stack([torch.cat(batches) for batches in self._kept.values()])
+            torch.cuda.synchronize()  # the copies are asynchronous
+        return torch.stack([torch.cat(batches) for batches in self._states.values()])
 
 
-def of_first(count: int, callback: Callback | None) -> Callback | None:
-    """The callback on the images that were asked for, without the padding."""
+def without_padding(callback: Callback | None, count: int) -> Callback | None:
+    """The callback, called with the first `count` images of the batch; the rest are padding."""
     return None if callback is None else lambda step, t, x: callback(step, t, x[:count])
 
 
-class _Silent:
-    def __enter__(self) -> _Silent:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
+class _NoBar:
     def update(self, count: int = 1) -> None:
         pass
 
 
-def bar_of(progress: bool, total: int) -> Any:
-    """A tqdm bar over `total` steps of images, or what takes its place without one."""
+def progress_bar(progress: bool, total: int) -> Any:
+    """A tqdm bar over `total` image-steps, as a context manager; without `progress`, an object that shows nothing."""
     if not progress:
-        return _Silent()
+        return nullcontext(_NoBar())
     from tqdm import tqdm
 
     return tqdm(total=total, unit="image-step", leave=False)

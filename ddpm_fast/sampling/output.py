@@ -1,4 +1,4 @@
-"""Finished images on their way to the host, while the device goes on with the next ones."""
+"""Asynchronous device-to-host transfer of finished batches."""
 
 from __future__ import annotations
 
@@ -9,54 +9,66 @@ import torch
 from torch import Tensor
 
 from ..data.pixels import to_uint8
-from ..diffusion.presets import PRESETS
+from ..diffusion.presets import preset_of
 
 
 @dataclass(eq=False)
-class Outbox:
-    """A batch that the device is done with or soon will be. images int64 [N], on the CPU."""
+class HostTransfer:
+    """A batch whose images are being copied to the host, or, for output "float", computed on the device.
 
+    Attributes:
+        indices: image indices, int64 [N] on the CPU.
+        images: uint8 [N, H, W, C] on the CPU or fp32 [N, C, H, W] on the device.
+        finite: bool [N], False for an image that contains NaN or Inf.
+        event: recorded after the last copy; None on the CPU.
+        precision: of the network, for the error message.
+    """
+
+    indices: Tensor
     images: Tensor
-    pixels: Tensor
     finite: Tensor
     event: torch.cuda.Event | None
     precision: str
 
     @classmethod
-    def send(cls, x: Tensor, images: Tensor, output: str, preset: str, precision: str) -> Outbox:
-        """Starts what makes x [N, C, H, W] into what was asked for, and returns without waiting for it."""
+    def start(cls, x: Tensor, indices: Tensor, output: str, preset: str, precision: str) -> HostTransfer:
+        """Starts the conversion of x [N, C, H, W] to `output` and its copy; returns without waiting for either."""
         finite = x.isfinite().flatten(1).all(1)
-        pixels = to_uint8(x, PRESETS[preset].level) if output == "uint8" else x.contiguous()
+        images = to_uint8(x, preset_of(preset).level) if output == "uint8" else x.contiguous()
         if not x.is_cuda:
-            return cls(images, pixels.cpu() if output == "uint8" else pixels, finite, None, precision)
-        finite = to_host(finite)
-        pixels = to_host(pixels) if output == "uint8" else pixels
+            return cls(indices, images.cpu() if output == "uint8" else images, finite, None, precision)
+        finite = copy_to_host(finite)
+        images = copy_to_host(images) if output == "uint8" else images
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(x.device))
-        return cls(images, pixels, finite, event, precision)
+        return cls(indices, images, finite, event, precision)
 
-    def ready(self) -> bool:
+    def done(self) -> bool:
         return self.event is None or self.event.query()
 
-    def take(self) -> tuple[int, Tensor]:
-        """(index of the first image, images), once they are there. RuntimeError where one has values that are not finite."""
+    def result(self) -> tuple[int, Tensor]:
+        """Waits for the transfer; returns (index of the first image, images).
+
+        Raises:
+            RuntimeError: an image contains NaN or Inf.
+        """
         if self.event is not None:
             self.event.synchronize()
         if not self.finite.all():
-            broken = self.images[~self.finite.cpu()].tolist()
+            invalid = self.indices[~self.finite.cpu()].tolist()
             raise RuntimeError(
-                f"images {broken[:8]} came out with values that are not finite; check the weights, or widen {self.precision}"
+                f"images {invalid[:8]} contain NaN or Inf; check the weights, or use a higher precision than {self.precision}"
             )
-        return int(self.images[0]), self.pixels
+        return int(self.indices[0]), self.images
 
 
-def arrived(sent: list[Outbox], wait: bool = False) -> Iterator[tuple[int, Tensor]]:
-    """Takes off the list, and yields, what is there by now; or all of it."""
-    while sent and (wait or sent[0].ready()):
-        yield sent.pop(0).take()
+def completed(transfers: list[HostTransfer], wait: bool = False) -> Iterator[tuple[int, Tensor]]:
+    """Removes finished transfers, or all if `wait`, from the front of the list and yields their results."""
+    while transfers and (wait or transfers[0].done()):
+        yield transfers.pop(0).result()
 
 
-def to_host(x: Tensor) -> Tensor:
-    """A copy in pinned memory that the device fills in its own time: to be read after a synchronisation."""
+def copy_to_host(x: Tensor) -> Tensor:
+    """An asynchronous copy in pinned memory, to be read after a synchronization."""
     host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
     return host.copy_(x, non_blocking=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..checkpoints.checkpoint import write_atomically
+from ..utils.files import write_atomically
 
 LOG = "log.jsonl"
 _PATTERN = "checkpoint-" + 8 * "[0-9]" + ".safetensors"

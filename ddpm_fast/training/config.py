@@ -6,10 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from ..data.pixels import seed_bits
 from ..diffusion.losses import LEARNING_VARIANCE, LOSSES
 from ..diffusion.prediction import PREDICTIONS
-from ..utils.validation import integer, is_number
+from ..utils.validation import integer, is_number, seed_bits
 
 TIMESTEP_SAMPLING = ("uniform", "loss_aware")
 PRECISIONS = ("no", "bf16", "fp16")

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ..data.datasets import ImageData
-from ..data.pixels import from_uint8, seed_bits
+from ..data.pixels import from_uint8
 from ..kernels import noise
+from ..utils.validation import seed_bits
 
 
 class Batch(NamedTuple):

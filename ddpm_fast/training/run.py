@@ -23,11 +23,12 @@ from typing import Any
 
 import torch
 
-from ..checkpoints.checkpoint import save_pretrained, write_atomically
+from ..checkpoints.checkpoint import save_pretrained
 from ..data.datasets import ImageData
 from ..data.image_io import save_grid
 from ..models.unet import UNet
 from ..sampling.sampler import Sampler
+from ..utils.files import write_atomically
 from .checkpoints import LOG, checkpoints, lock, read_checkpoint, read_log, step_of, write_checkpoint
 from .ema import MAIN
 from .scores import ImageScore

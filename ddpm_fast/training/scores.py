@@ -45,5 +45,5 @@ class ImageScore:
             KID and its standard deviation over subsets; None if `stop()` ended the drawing.
         """
         steps = min(STEPS, len(sampler.schedule))
-        drawn = sampler.sample(self.count, 0, "ddim", steps, batch_size=batch_size, stop=stop)
+        drawn = sampler.sample(self.count, solver="ddim", steps=steps, batch_size=batch_size, stop=stop)
         return kid(self._real, self._features(drawn)) if len(drawn) == self.count else None

@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 
 from ..data.datasets import ImageData
-from ..data.pixels import from_uint8, seed_bits
+from ..data.pixels import from_uint8
 from ..diffusion.losses import Objective
 from ..diffusion.schedule import NoiseSchedule
 from ..kernels.q_sample import q_sample
 from ..models.unet import UNet
+from ..utils.validation import seed_bits
 from .config import TrainConfig
 from .cpu_ops import use_fused_norms, use_wide_backward
 from .data_loader import Batch, Feed

@@ -1,1 +1,1 @@
-"""Utilities that know nothing of diffusion."""
+"""Utilities independent of diffusion."""

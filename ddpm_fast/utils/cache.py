@@ -1,6 +1,6 @@
-"""Cache folder for results of self-checks and compiled machine code.
+"""Cache directory: results of kernel verification and compiled CPU code.
 
-`DDPM_FAST_CACHE` names it, by default ~/.cache/ddpm_fast. Compiled kernels are Triton's to keep, in its own cache.
+`DDPM_FAST_CACHE`, by default ~/.cache/ddpm_fast. Triton caches compiled kernels in a directory of its own.
 """
 
 from __future__ import annotations
@@ -9,30 +9,30 @@ import os
 import tempfile
 from pathlib import Path
 
-CHECKS = "checks"  # results of self-checks
+CHECKS = "checks"  # results of kernel verification
 CPU = "cpu"  # machine code of the CPU engine
-FOLDERS = (CHECKS, CPU)  # other files in the folder are left alone: it may serve more than this package
+FOLDERS = (CHECKS, CPU)  # no other file is removed: the directory may be shared
 
 
 def cache_dir() -> Path:
-    """The folder, which need not exist yet."""
+    """The cache directory, which may not exist yet."""
     named = os.environ.get("DDPM_FAST_CACHE")
     if named:
         return Path(named)
     try:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    except RuntimeError:  # a user without a home
+    except RuntimeError:  # no home directory
         return Path(tempfile.gettempdir()) / f"ddpm_fast-{os.getuid()}"
     return home / "ddpm_fast"
 
 
 def cached_files() -> list[Path]:
-    """Every file that is kept, sorted."""
+    """All cached files, sorted."""
     return sorted(p for folder in FOLDERS for p in (cache_dir() / folder).rglob("*") if p.is_file())
 
 
 def clear_cache() -> int:
-    """Removes what is kept; returns how many files there were."""
+    """Removes all cached files; returns their number."""
     files = cached_files()
     for path in files:
         path.unlink(missing_ok=True)

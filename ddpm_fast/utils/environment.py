@@ -1,4 +1,4 @@
-"""What a measurement or a bug report must say about the machine."""
+"""Environment information for measurements and bug reports."""
 
 from __future__ import annotations
 
@@ -57,11 +57,11 @@ def _version(package: str) -> str | None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes that were in use at once: by torch on a GPU, else by this process."""
+    """Peak memory in bytes: of torch's allocator on a GPU, else of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
-        with open("/proc/self/status") as f:  # getrusage would count what the process that began this one had
+        with open("/proc/self/status") as f:  # getrusage would include the parent process
             return next(int(line.split()[1]) * 1024 for line in f if line.startswith("VmHWM"))
     except (OSError, StopIteration):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -12,24 +12,24 @@ from torch import Tensor
 
 @contextmanager
 def full_fp32() -> Iterator[None]:
-    """Convolutions and products without TF32, which cuDNN takes by default. Either of torch's two ways to say so is respected."""
+    """Disables TF32, which cuDNN uses by default. Supports both of torch's interfaces for it."""
     cudnn: Any = torch.backends.cudnn
     matmul: Any = torch.backends.cuda.matmul
-    places: tuple[Any, ...]
-    wanted: Any
+    backends: tuple[Any, ...]
+    value: Any
     try:
-        places, name, wanted = (cudnn, matmul), "allow_tf32", False
-        before = [getattr(place, name) for place in places]
-    except RuntimeError:  # the program has used the newer way, and torch lets nobody mix them
-        places, name, wanted = (cudnn.conv, matmul), "fp32_precision", "ieee"
-        before = [getattr(place, name) for place in places]
-    for place in places:
-        setattr(place, name, wanted)
+        backends, name, value = (cudnn, matmul), "allow_tf32", False
+        previous = [getattr(backend, name) for backend in backends]
+    except RuntimeError:  # the program has used the newer interface, and torch does not allow mixing them
+        backends, name, value = (cudnn.conv, matmul), "fp32_precision", "ieee"
+        previous = [getattr(backend, name) for backend in backends]
+    for backend in backends:
+        setattr(backend, name, value)
     try:
         yield
     finally:
-        for place, value in zip(places, before, strict=True):
-            setattr(place, name, value)
+        for backend, value in zip(backends, previous, strict=True):
+            setattr(backend, name, value)
 
 
 def relative_error(x: Tensor, exact: Tensor) -> float:

@@ -1,44 +1,67 @@
-"""Ctrl-C and SIGTERM as a wish, granted between two steps, so that what is finished can still be written."""
+"""Graceful shutdown on SIGINT and SIGTERM: the running step ends, then results are written."""
 
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-class Stop:
-    """Called, it says whether to stop; `signal` is the one that asked."""
 
-    signal: int | None = None
+class ShutdownRequest:
+    """Whether a signal has requested a shutdown: call it, or test its truth value.
+
+    Attributes:
+        signal: the signal that was received, or None.
+    """
+
+    signal: signal.Signals | None = None
 
     def __call__(self) -> bool:
         return self.signal is not None
 
+    __bool__ = __call__
+
+    @property
+    def name(self) -> str:
+        """The signal's name, such as "SIGTERM"; "" before one is received."""
+        return "" if self.signal is None else self.signal.name
+
     @property
     def exit_code(self) -> int:
-        """128 and the signal, as a shell has it."""
+        """128 + the signal's number, as shells report it."""
         return 128 + (self.signal or 0)
 
 
 @contextmanager
-def stop_on_signals() -> Iterator[Stop]:
-    """While it lasts, the first Ctrl-C or SIGTERM asks; the second does what it always does."""
-    stop = Stop()
-    before: dict[int, Any] = {}
+def graceful_shutdown() -> Iterator[ShutdownRequest]:
+    """Records the first SIGINT or SIGTERM; the second has its previous effect.
 
-    def ask(number: int, frame: FrameType | None) -> None:
-        stop.signal = number
-        _restore(before)
+    Outside the main thread, where Python cannot install signal handlers, nothing is recorded.
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        before[number] = signal.signal(number, ask)
+    Yields:
+        The request, to be polled between steps.
+    """
+    request = ShutdownRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+    previous: dict[int, Any] = {}
+
+    def record(number: int, frame: FrameType | None) -> None:
+        request.signal = signal.Signals(number)
+        _restore(previous)
+
+    for number in SIGNALS:
+        previous[number] = signal.signal(number, record)
     try:
-        yield stop
+        yield request
     finally:
-        _restore(before)
+        _restore(previous)
 
 
 def _restore(handlers: dict[int, Any]) -> None:

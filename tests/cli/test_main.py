@@ -17,7 +17,8 @@ pytest.importorskip("click")
 pytest.importorskip("safetensors")
 Image = pytest.importorskip("PIL.Image")
 cli = import_module("ddpm_fast.cli.main")
-main, parse_images = cli.main, cli.parse_images
+main = cli.main
+parse_images = import_module("ddpm_fast.cli.common").parse_images
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +57,7 @@ def test_sample_an_array_is_what_python_draws(run, weights, tmp_path):
     assert (report["images"], report["steps"], report["solver"]) == (5, 4, "ddim")
     array = np.load(tmp_path / "a.npz")
     want = Sampler.from_pretrained(weights).sample(
-        range(100, 105), 2**64 - 1, solver="ddim", eta=0.5, steps=4, labels=3, batch_size=2
+        range(100, 105), seed=2**64 - 1, solver="ddim", eta=0.5, steps=4, labels=3, batch_size=2
     )
     assert array["indices"].tolist() == list(range(100, 105))
     assert np.array_equal(array["images"], want)
@@ -78,7 +79,7 @@ def test_sample_says_which_engine_and_why(run, weights, tmp_path):
     assert code == 0 and (report["engine"], report["reason"], report["invariant"]) == ("reference", "as requested", False)
     assert report["peak_memory_bytes"] > 10**7
     _, out, _ = run("sample", *arguments, "--engine", "reference")
-    assert "engine reference (as requested), bits that depend on the batch, peak memory" in out
+    assert "engine reference (as requested), not batch-invariant, peak memory" in out
     code, _, err = run("sample", *arguments, "--engine", "fused")
     assert code == 2 and "levels of [8] channels; the kernels take multiples of 16" in err
     code, _, err = run("sample", *arguments, "--dtype", "fp8")
@@ -137,8 +138,8 @@ def test_help_names_every_command(run):
         (["sample", "--weights", "W", "--out", "missing/x.png"], "does not exist; create it first"),
         (["sample", "--weights", "W", "--out", "x.jpg"], "unknown kind of file"),
         (["sample", "--weights", "W", "--images", "many"], "expected a count such as 64"),
-        (["sample", "--weights", "W", "--images", "9-3"], "that is no image"),
-        (["sample", "--weights", "W", "--images", "0"], "that is no image"),
+        (["sample", "--weights", "W", "--images", "9-3"], "no image selected"),
+        (["sample", "--weights", "W", "--images", "0"], "no image selected"),
         (["sample", "--weights", "W", "--seed", "-1"], "seed = -1; expected 0 to 2^64 - 1"),
         (["sample", "--weights", "W", "--steps", "0"], "0 steps"),
         (["sample", "--weights", "W", "--label", "10"], "expected 0..9"),

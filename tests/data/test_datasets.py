@@ -145,7 +145,7 @@ def test_refuses_what_it_cannot_read(tmp_path):
             load_images(tmp_path / name, **{"resolution": 8, **options})
 
     refused("nowhere", "does not exist")
-    refused("", "holds no pictures")
+    refused("", "has no images")
     (tmp_path / "a.txt").write_text("text")
     refused("a.txt", "unknown kind of file")
     (tmp_path / "a.npz").write_bytes(b"not a zip")
@@ -165,9 +165,9 @@ def test_refuses_what_it_cannot_read(tmp_path):
         np.savez(tmp_path / "c.npz", images=GREY, labels=labels)
         refused("c.npz", "expected integers")
     (tmp_path / "images-idx3").write_bytes(b"\0\0\x08\x03" + bytes(12) + b"x")
-    refused("images-idx3", "and says it holds")
+    refused("images-idx3", "as its header states")
     (tmp_path / "images-idx3").write_bytes(b"PK")
-    refused("images-idx3", "no IDX file")
+    refused("images-idx3", "not an IDX file")
     refused("floats.npy", "expected pixels", resolution=0)
     refused("floats.npy", "crop or pad", fit="stretch")
     (tmp_path / "pictures").mkdir()
@@ -217,5 +217,5 @@ def test_sixteen_bits_keep_their_range_and_unknown_ranges_are_refused(tmp_path):
     Image.fromarray(GREY[0].astype(np.uint16) * 257).save(tmp_path / "a.png")
     assert np.array_equal(load_images(tmp_path, 8).images[0, ..., 0], GREY[0])
     Image.fromarray(GREY[0].astype(np.float32)).save(tmp_path / "b.tif")
-    with pytest.raises(ValueError, match=r"b\.tif cannot be read: a picture of mode F"):
+    with pytest.raises(ValueError, match=r"b\.tif cannot be read: mode F"):
         load_images(tmp_path, 8)

@@ -161,7 +161,7 @@ def test_multistep_through_the_sampler_is_the_loop(solver):
     got = sampler.sample(4, seed=7, solver=solver, steps=parity.T.tolist(), output="float", batch_size=4)
     alone = sampler.sample([3], seed=7, solver=solver, steps=parity.T.tolist(), output="float")
     x = sampler.begin(torch.arange(4), 7).x
-    want = parity.ours(sampler.table(solver, parity.T.tolist()), net, x)
+    want = parity.ours(sampler.table(solver=solver, steps=parity.T.tolist()), net, x)
     assert torch.equal(got, want) and torch.equal(alone[0], want[3])
 
 

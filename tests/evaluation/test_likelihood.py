@@ -102,7 +102,7 @@ class Interrupted(Exception):
 
 
 def test_goes_on_where_it_stopped_with_the_same_figures(tmp_path):
-    kept, calls = tmp_path / "terms.npz", []
+    terms_file, calls = tmp_path / "terms.npz", []
 
     def stop(count):
         calls.append(count)
@@ -111,25 +111,25 @@ def test_goes_on_where_it_stopped_with_the_same_figures(tmp_path):
 
     whole = bits_per_dimension(sampler(), DATA, batch_size=8)
     with pytest.raises(Interrupted):
-        bits_per_dimension(sampler(), DATA, batch_size=8, kept=kept, save_every=0, advance=stop)
-    with np.load(kept) as held:
+        bits_per_dimension(sampler(), DATA, batch_size=8, terms_file=terms_file, save_every=0, callback=stop)
+    with np.load(terms_file) as held:
         assert int(held["done"]) == 24  # three batches; the fourth was not yet written
     done = []
-    resumed = bits_per_dimension(sampler(), DATA, batch_size=8, kept=kept, advance=done.append)
+    resumed = bits_per_dimension(sampler(), DATA, batch_size=8, terms_file=terms_file, callback=done.append)
     assert np.array_equal(resumed.terms, whole.terms) and done[0] == 24 and sum(done) == 60
     again = []
-    bits_per_dimension(sampler(), DATA, kept=kept, advance=again.append)
+    bits_per_dimension(sampler(), DATA, terms_file=terms_file, callback=again.append)
     assert again == [60]  # nothing left to do
     for change in (dict(seed=1), dict(preset="ho"), dict(steps=10)):
         with pytest.raises(ValueError, match="another evaluation"):
-            bits_per_dimension(sampler(), DATA, kept=kept, **change)
+            bits_per_dimension(sampler(), DATA, terms_file=terms_file, **change)
     with pytest.raises(ValueError, match="another evaluation"):
-        bits_per_dimension(sampler("fixed_small"), DATA, kept=kept)
+        bits_per_dimension(sampler("fixed_small"), DATA, terms_file=terms_file)
     with pytest.raises(ValueError, match="does not exist; create it first"):
-        bits_per_dimension(sampler(), DATA, kept=tmp_path / "no" / "terms.npz")
-    kept.write_bytes(b"not an array")
+        bits_per_dimension(sampler(), DATA, terms_file=tmp_path / "no" / "terms.npz")
+    terms_file.write_bytes(b"not an array")
     with pytest.raises(ValueError, match="holds no bits per dimension"):
-        bits_per_dimension(sampler(), DATA, kept=kept)
+        bits_per_dimension(sampler(), DATA, terms_file=terms_file)
 
 
 def test_preset_differ_at_the_first_term_alone():

@@ -82,12 +82,12 @@ def test_classifier_round_trip(tmp_path):
     images = torch.randint(0, 256, (5, 16, 16, 3), dtype=torch.uint8)
     got = load_classifier(tmp_path / "c.safetensors").probabilities(images, batch_size=2)
     assert torch.allclose(got, classifier.probabilities(images), atol=1e-6) and torch.allclose(got.sum(1), torch.ones(5))
-    with pytest.raises(ValueError, match="this classifier was trained on"):
+    with pytest.raises(ValueError, match="which this classifier was trained on"):
         classifier.probabilities(images[:, :8])
     with pytest.raises(ValueError, match="does not exist"):
         load_classifier(tmp_path / "nothing")
     (tmp_path / "junk").write_bytes(b"junk")
-    with pytest.raises(ValueError, match="is no classifier"):
+    with pytest.raises(ValueError, match="is not a classifier"):
         load_classifier(tmp_path / "junk")
 
 

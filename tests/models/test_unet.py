@@ -225,3 +225,30 @@ def test_refuses_wrong_labels():
         classy(x, 0)
     with pytest.raises(ValueError, match=r"expected \[2\]"):
         classy(x, 0, torch.tensor([1]))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (dict(x_t=torch.zeros(2, 3, 8)), r"x_t has shape \(2, 3, 8\)"),
+        (dict(x_t=torch.zeros(2, 1, 8, 8)), r"expected \[B, 3, H, W\] with H and W divisible by 4"),
+        (dict(x_t=torch.zeros(2, 3, 8, 6)), "divisible by 4"),
+        (dict(size=(8, 4)), r"expected \[B, 3, H, W\] with \(H, W\) = \(8, 4\)"),
+        (dict(labels=None), r"labels missing; expected labels \[B\] in 0..4"),
+        (dict(labels=torch.zeros(3, dtype=torch.int64)), r"labels have shape \(3,\); expected \[2\]"),
+        (dict(labels=torch.tensor([0, 5])), r"labels: torch.int64 \(2,\) in 0..5; expected integers \[2\] in 0..4"),
+        (dict(labels=torch.tensor([0.0, 1.0])), "labels: torch.float32"),
+        (dict(t=torch.tensor([0, 10])), r"t: torch.int64 \(2,\) in 0..10; expected integers \[2\] in 0..9"),
+        (dict(t=torch.tensor([-1, 1])), r"t: .* in -1..1"),
+        (dict(t=torch.tensor([True, False])), "t: torch.bool"),
+        (dict(t=torch.tensor([1])), r"t: torch.int64 \(1,\); expected integers \[2\]"),
+    ],
+    ids=lambda v: str(v)[:30],
+)
+def test_a_call_is_validated_by_the_configuration(call, message):
+    config = UNetConfig(8, channels=(8, 16, 16), attention=False, norm_groups=4, num_classes=5)
+    valid = dict(x_t=torch.zeros(2, 3, 8, 8), labels=torch.tensor([0, 4]), t=torch.tensor([0, 9]), timesteps=10)
+    config.check_call(**valid)
+    config.check_call(**valid, size=(8, 8))
+    with pytest.raises(ValueError, match=message):
+        config.check_call(**{**valid, **call})

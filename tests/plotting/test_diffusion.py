@@ -59,7 +59,7 @@ def test_the_forward_strip_is_one_trajectory(tmp_path):
 def test_the_reverse_strip_ends_in_what_sample_draws(how, moments):
     sampler = Sampler(tiny(), CHAIN, (1, 8, 8))
     trajectory = reverse_trajectory(sampler, range(5, 8), seed=2, moments=moments, **how)
-    want = sampler.sample(range(5, 8), 2, **how).numpy()
+    want = sampler.sample(range(5, 8), seed=2, **how).numpy()
     assert np.array_equal(trajectory.x[-1], want)
     assert np.array_equal(trajectory.x_0[-1], want)  # the last step goes to x_0 itself
     count = min(moments, len(sampler.table(**how)))

@@ -73,7 +73,7 @@ def test_first_row(tmp_path):
     row = first_row(tmp_path / "grid.png")
     assert np.array_equal(row, grid(images[:3], columns=3)[:-2])
     Image.fromarray(images[0]).save(tmp_path / "other.png")
-    with pytest.raises(ValueError, match="no grid of ours"):
+    with pytest.raises(ValueError, match="not written by save_grid"):
         first_row(tmp_path / "other.png")
 
 

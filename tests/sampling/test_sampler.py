@@ -3,8 +3,9 @@ import pytest
 import torch
 
 from ddpm_fast import NoiseSchedule, Sampler, Trajectory, UNet, UNetConfig
-from ddpm_fast.data.pixels import seed_bits, to_uint8
+from ddpm_fast.data.pixels import to_uint8
 from ddpm_fast.kernels import noise as N
+from ddpm_fast.utils.validation import seed_bits
 
 SCHEDULE = NoiseSchedule.linear()
 MEAN, STD = 0.3, 0.25
@@ -59,8 +60,7 @@ def test_gaussian_data_comes_out_as_the_chain_says(variance, options, ratio, fig
     sampler = gaussian_sampler(shape=(1, 10, 10), variance=variance)
     x = sampler.sample(1000, batch_size=500, output="float", **options).double()
     name = f"{x.numel():,} samples of a Gaussian, {variance} {options or ''}".strip()
-    options = dict(options)
-    mean, std = chain_of_the_gaussian(sampler.table(options.pop("solver", "ddpm"), options.pop("steps", None), **options))
+    mean, std = chain_of_the_gaussian(sampler.table(**options))
     n = x.numel()
     z_mean = float(x.mean() - mean) / (std / n**0.5)
     z_std = float(x.std() - std) / (std / (2 * n) ** 0.5)
@@ -106,7 +106,7 @@ def test_padded_batches_are_equal_to_the_bit():
 
 def test_stream_yields_what_sample_returns():
     sampler = gaussian_sampler()
-    pieces = list(sampler.stream(range(10, 17), 3, seed=5, steps=5))
+    pieces = list(sampler.stream(range(10, 17), batch_size=3, seed=5, steps=5))
     assert [first for first, _ in pieces] == [10, 13, 16]
     assert torch.equal(torch.cat([x for _, x in pieces]), sampler.sample(range(10, 17), seed=5, steps=5))
 
@@ -122,7 +122,7 @@ def test_counts_and_indices_of_every_kind():
     sampler = gaussian_sampler()
     want = sampler.sample(3, steps=2)
     for images in (np.int64(3), range(3), [0, 1, 2], (0, 1, 2), np.arange(3), torch.arange(3, dtype=torch.int32)):
-        assert torch.equal(sampler.sample(images, np.uint64(0), steps=np.int32(2)), want)
+        assert torch.equal(sampler.sample(images, seed=np.uint64(0), steps=np.int32(2)), want)
     assert sampler.sample([]).shape == sampler.sample(range(5, 5)).shape == (0, 8, 8, 1)
 
 
@@ -205,7 +205,7 @@ def test_the_default_dtype_does_not_reach_the_noise():
 
 
 def test_long_ranges_are_not_written_out():
-    first, images = next(gaussian_sampler().stream(range(10**15, 2 * 10**15), 2, steps=2))
+    first, images = next(gaussian_sampler().stream(range(10**15, 2 * 10**15), batch_size=2, steps=2))
     assert first == 10**15 and images.shape == (2, 8, 8, 1)
 
 
@@ -244,34 +244,34 @@ def test_output():
 
 def test_nothing_broken_is_returned():
     broken = Sampler(lambda x, t: torch.where(torch.arange(len(x))[:, None, None, None] == 1, float("nan"), x), SCHEDULE, (1, 4, 4))
-    with pytest.raises(RuntimeError, match=r"images \[8\] came out with values that are not finite"):
+    with pytest.raises(RuntimeError, match=r"images \[8\] contain NaN or Inf"):
         broken.sample(range(7, 10), steps=2)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(images=-1), "images = -1"),
-        (dict(images=2.5), "images = 2.5; expected an integer"),
-        (dict(images=[0.5]), "expected a count, or a range or list of integers"),
-        (dict(images=[[1, 2]]), "expected a count, or a range or list of integers"),
-        (dict(images=2, seed=0.5), "seed = 0.5; expected an integer"),
-        (dict(images=2, batch_size=1.5), "batch_size = 1.5; expected an integer"),
-        (dict(images=[3, -2]), "image index -2"),
-        (dict(images=2, seed=-1), "seed = -1"),
-        (dict(images=2, seed=2**64), "seed = 18446744073709551616"),
-        (dict(images=2, steps=0), "0 steps"),
-        (dict(images=2, solver="heun"), "solver 'heun'"),
-        (dict(images=2, batch_size=0), "batch_size = 0"),
-        (dict(images=2, output="pil"), "output 'pil'"),
-        (dict(images=2, labels=3), "unconditional"),
-        (dict(images=2, start=(torch.zeros(1, 1, 8, 8), 5)), r"expected floating \(2, 1, 8, 8\)"),
-        (dict(images=2, start=(torch.zeros(2, 1, 8, 8, dtype=torch.uint8), 5)), "images are torch.uint8"),
-        (dict(images=2, start=(torch.zeros(2, 1, 8, 8), 1000)), "timestep = 1000"),
-        (dict(images=2, start=(torch.zeros(2, 1, 8, 8), None)), "timestep = None"),
-        (dict(images=2, start=torch.zeros(2, 1, 8, 8)), "start is Tensor"),
-        (dict(images=2**63 + 1), "image indices from 0 to"),
-        (dict(images=True), "images = True; expected an integer"),
+        (dict(indices=-1), "indices = -1"),
+        (dict(indices=2.5), "indices = 2.5; expected an integer"),
+        (dict(indices=[0.5]), "expected a count, or a range or list of integers"),
+        (dict(indices=[[1, 2]]), "expected a count, or a range or list of integers"),
+        (dict(indices=2, seed=0.5), "seed = 0.5; expected an integer"),
+        (dict(indices=2, batch_size=1.5), "batch_size = 1.5; expected an integer"),
+        (dict(indices=[3, -2]), "image index -2"),
+        (dict(indices=2, seed=-1), "seed = -1"),
+        (dict(indices=2, seed=2**64), "seed = 18446744073709551616"),
+        (dict(indices=2, steps=0), "0 steps"),
+        (dict(indices=2, solver="heun"), "solver 'heun'"),
+        (dict(indices=2, batch_size=0), "batch_size = 0"),
+        (dict(indices=2, output="pil"), "output 'pil'"),
+        (dict(indices=2, labels=3), "unconditional"),
+        (dict(indices=2, start=(torch.zeros(1, 1, 8, 8), 5)), r"expected floating \(2, 1, 8, 8\)"),
+        (dict(indices=2, start=(torch.zeros(2, 1, 8, 8, dtype=torch.uint8), 5)), "images are torch.uint8"),
+        (dict(indices=2, start=(torch.zeros(2, 1, 8, 8), 1000)), "timestep = 1000"),
+        (dict(indices=2, start=(torch.zeros(2, 1, 8, 8), None)), "timestep = None"),
+        (dict(indices=2, start=torch.zeros(2, 1, 8, 8)), "start is Tensor"),
+        (dict(indices=2**63 + 1), "image indices from 0 to"),
+        (dict(indices=True), "indices = True; expected an integer"),
     ],
     ids=lambda v: str(v)[:40],
 )
@@ -296,7 +296,7 @@ def test_refuses_at_construction():
     ):
         with pytest.raises(ValueError, match="expected"):
             gaussian_sampler(**options)
-    with pytest.raises(ValueError, match="needs a network that gives 2 channels, mean and variance; this one gives 1"):
+    with pytest.raises(ValueError, match="needs a network with 2 output channels, mean and variance; this one has 1"):
         unet_sampler(variance="learned_range")
     with pytest.raises(ValueError, match="every = 0"):
         Trajectory(0)

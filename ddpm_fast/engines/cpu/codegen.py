@@ -19,8 +19,8 @@ import llvmlite.binding as llvm
 from llvmlite import ir
 
 from ... import __version__
-from ...checkpoints.checkpoint import write_atomically
 from ...utils.cache import CPU, cache_dir
+from ...utils.files import write_atomically
 
 I64, I32, F32 = ir.IntType(64), ir.IntType(32), ir.FloatType()
 POINTER = ir.PointerType()

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 
 from ... import __version__
-from ...checkpoints.checkpoint import write_atomically
 from ...kernels import _triton, noise
 from ...utils.cache import CHECKS, cache_dir
+from ...utils.files import write_atomically
 from ...utils.subprocess import JsonWorker, WorkerEnded, WorkerTimeout
 from .checks import FORWARD, STEP_CHECKS, CheckResult
 from .model import PlanSpec

@@ -178,7 +178,7 @@ def test_cpus_with_narrower_vectors(width, monkeypatch):
         given = batch(unet, 2)
         assert relative_error(engine(unet)(*given), in_fp64(unet, *given)) < 1e-5
     s = sampler(unet)
-    table = s.table("dpm++2m-sde", 3)
+    table = s.table(solver="dpm++2m-sde", steps=3)
     state, exact = start(s, table), start(s, table)
     list(engine(unet).steps(state, table))
     s.run(exact, table)
@@ -242,7 +242,7 @@ def test_steps_are_the_reference_loop(which):
 def test_loops_do_not_depend_on_the_batch_and_show_every_step():
     unet = network(num_classes=7)
     s, e = sampler(unet), engine(unet)
-    table = s.table("dpm++2m-sde", 6)
+    table = s.table(solver="dpm++2m-sde", steps=6)
     every, alone = start(s, table), start(s, table)
     alone = SamplingState(*(v[4:] for v in (alone.x, alone.step_index, alone.seed, alone.image, alone.labels, alone.x_0)))
     seen = []
@@ -256,7 +256,7 @@ def test_loops_do_not_depend_on_the_batch_and_show_every_step():
 def test_images_may_be_at_different_rows_stay_after_the_last_and_lie_in_another_layout():
     unet = network()
     s, e = sampler(unet), engine(unet)
-    table = s.table("ddpm", 4)
+    table = s.table(solver="ddpm", steps=4)
     apart, together = start(s, table, layout=torch.contiguous_format), start(s, table)
     assert not apart.x.is_contiguous(memory_format=torch.channels_last)
     for state in (apart, together):
@@ -375,13 +375,13 @@ def test_states_and_tables_that_do_not_fit_are_refused():
     s, e = sampler(unet), engine(unet)
     state = s.begin(torch.arange(2), 0)
     with pytest.raises(ValueError, match="mean and variance"):
-        e.steps(state, replace(s.table("ddpm", 5), learned=True))
+        e.steps(state, replace(s.table(solver="ddpm", steps=5), learned=True))
     longer = Sampler(unet, NoiseSchedule.cosine(2 * T), s.shape)
     with pytest.raises(ValueError, match=f"0..{T - 1}"):
-        e.steps(state, longer.table("ddpm", 5))
+        e.steps(state, longer.table(solver="ddpm", steps=5))
     state.step_index += 6
     with pytest.raises(ValueError, match="step_index"):
-        e.steps(state, s.table("ddpm", 5))
+        e.steps(state, s.table(solver="ddpm", steps=5))
 
 
 def test_ctrl_c_leaves_no_thread_waiting(monkeypatch):

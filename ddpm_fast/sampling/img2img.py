@@ -1,0 +1,79 @@
+"""Partly noised images to start from: the forward process (SDEdit) and DDIM inversion."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..diffusion.solvers import ddim_inversion_table
+from ..diffusion.timesteps import Steps, choose_timesteps
+from ..kernels.q_sample import q_sample
+from ..utils.validation import integer, seed_bits
+from .request import Indices, Labels, check_indices, check_labels, indices_tensor, rows_of
+
+if TYPE_CHECKING:
+    from .sampler import Sampler
+
+
+def diffuse(sampler: Sampler, x_0: Tensor, t: int, indices: Indices | None = None, seed: int = 0) -> Tensor:
+    """Samples x_t of x_0 by the forward process, with the noise of the images' indices.
+
+    With `sample(..., start=(x_t, t))` this varies given images (Meng et al. 2022).
+
+    Args:
+        sampler: for its schedule, shape and device.
+        x_0: images [N, C, H, W] in [-1, 1].
+        t: timestep, 0 ... T-1.
+        indices: default: 0 ... N-1.
+        seed: 0 ... 2^64-1.
+
+    Returns:
+        fp32 [N, C, H, W] on the sampler's device.
+    """
+    image = indices_tensor(check_indices(len(x_0) if indices is None else indices)).to(sampler.device)
+    x_0, t = sampler.check_start((x_0, t), len(image))
+    times = torch.full_like(image, t)
+    coef = sampler.schedule.q_sample_table(sampler.device)
+    return q_sample(x_0.to(sampler.device), coef, times, times, torch.full_like(image, seed_bits(seed)), image)
+
+
+def invert(
+    sampler: Sampler,
+    x_0: Tensor,
+    steps: Steps = 50,
+    labels: Labels = None,
+    spacing: str = "linspace",
+    batch_size: int = 64,
+) -> tuple[Tensor, int]:
+    """DDIM inversion (Song et al. 2021, section 4.3): runs the probability-flow ODE from images to noise.
+
+    `sample(..., solver="ddim", steps=steps, start=(x_t, t))` leads back to x_0, up to the solver's error. The sampler should
+    not clip (clip=None), because clipping cannot be inverted.
+
+    Args:
+        sampler: an unclipped sampler.
+        x_0: images [N, C, H, W] in [-1, 1].
+        steps: as in `SamplingParams`.
+        labels: as in `Sampler.sample`; required with classes.
+        spacing: as in `SamplingParams`.
+        batch_size: images per batch.
+
+    Returns:
+        (x_t fp32 [N, C, H, W], t).
+    """
+    if integer("batch_size", batch_size) < 1:
+        raise ValueError(f"batch_size = {batch_size}; expected at least 1")
+    x_0, _ = sampler.check_start((x_0, 0), len(x_0))
+    if sampler.num_classes is not None and labels is None:
+        raise ValueError("labels are missing, and the network is class-conditional; give the images' classes")
+    t = choose_timesteps(len(sampler.schedule), steps, spacing)
+    table = ddim_inversion_table(sampler.schedule, t, sampler.prediction)
+    classes = check_labels(labels, len(x_0), sampler.num_classes)
+    inverted = []
+    for rows in torch.arange(len(x_0)).split(batch_size):
+        state = sampler.begin(rows, 0, rows_of(classes, rows), rows_of(x_0, rows))
+        sampler.run(state, table)
+        inverted.append(state.x)
+    return torch.cat(inverted), int(t[0])

@@ -1,0 +1,141 @@
+"""The loop over batches: splits a request, draws batch by batch, transfers finished batches while the next one is drawn."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..diffusion.solvers import StepTable
+from ..utils.validation import integer, seed_bits
+from .callbacks import Callback, progress_bar, without_padding
+from .output import HostTransfer, completed
+from .request import (
+    Indices,
+    Labels,
+    SamplingOptions,
+    SamplingParams,
+    as_params,
+    check_indices,
+    check_labels,
+    indices_tensor,
+    rows_of,
+)
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .sampler import Sampler
+
+
+@dataclass(eq=False)
+class BatchStream:
+    """A validated request; iteration yields (index of the first image, images) per batch.
+
+    Attributes:
+        sampler: draws the batches.
+        table: step table.
+        indices: image indices, a range or int64 [N].
+        seed: the seed's 64 bits as int64.
+        labels: int64 [N], or None.
+        x_start: [N, C, H, W] to start from, or None.
+        output, batch_size, pad, progress, callback, stop: as in `Sampler.sample`.
+        preset: decides the rounding to uint8.
+    """
+
+    sampler: Sampler
+    table: StepTable
+    indices: range | Tensor
+    seed: int
+    labels: Tensor | None
+    x_start: Tensor | None
+    output: str
+    preset: str
+    batch_size: int
+    pad: bool
+    progress: bool
+    callback: Callback | None
+    stop: Callable[[], bool] | None
+
+    @classmethod
+    def of(
+        cls,
+        sampler: Sampler,
+        indices: Indices,
+        params: SamplingParams | None = None,
+        *,
+        labels: Labels = None,
+        output: str = "uint8",
+        batch_size: int = 64,
+        start: tuple[Tensor, int] | None = None,
+        pad: bool = False,
+        progress: bool = False,
+        callback: Callback | None = None,
+        stop: Callable[[], bool] | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> BatchStream:
+        """Validates the arguments of `Sampler.sample`."""
+        params, checked = as_params(params, options), check_indices(indices)
+        if integer("batch_size", batch_size) < 1:
+            raise ValueError(f"batch_size = {batch_size}; expected at least 1")
+        if output not in ("uint8", "float"):
+            raise ValueError(f'output {output!r}; expected "uint8" or "float"')
+        x, t = (None, None) if start is None else sampler.check_start(start, len(checked))
+        table = sampler.table(params, start=t)
+        classes = check_labels(labels, len(checked), sampler.num_classes)
+        request = (checked, seed_bits(params.seed), classes, x, output, params.preset)
+        return cls(sampler, table, *request, batch_size, pad, progress, callback, stop)
+
+    def collect(self) -> Tensor:
+        """All images in one tensor."""
+        if batches := [images for _, images in self]:
+            return torch.cat(batches)
+        c, h, w = self.sampler.shape
+        if self.output == "uint8":
+            return torch.empty(0, h, w, c, dtype=torch.uint8)
+        return torch.empty(0, c, h, w, device=self.sampler.device)
+
+    def __iter__(self) -> Iterator[tuple[int, Tensor]]:
+        sampler, total = self.sampler, len(self.indices)
+        sampler.refresh()
+        first, size = 0, self.batch_size if self.pad else min(self.batch_size, total)
+        transfers: list[HostTransfer] = []
+        with progress_bar(self.progress, len(self.table) * total) as bar:
+            while first < total and not (self.stop is not None and self.stop()):
+                rows = torch.arange(first, min(first + size, total), device="cpu")
+                image, count = indices_tensor(self.indices[first : first + size]), len(rows)
+                if self.pad:
+                    rows, image = (torch.cat([v, v[-1:].expand(size - count)]) for v in (rows, image))
+                out_of_memory = False
+                try:
+                    sampler.engine.prepare(size)
+                    state = sampler.begin(image, self.seed, rows_of(self.labels, rows), rows_of(self.x_start, rows))
+                    done = 0
+                    for steps in sampler.steps(state, self.table, without_padding(self.callback, count), self.stop):
+                        bar.update(count * (steps - done))
+                        done = steps
+                        yield from completed(transfers)
+                except torch.OutOfMemoryError:
+                    if size == 1:
+                        raise
+                    out_of_memory = True
+                if out_of_memory:  # after the except clause, because the exception keeps the tensors alive
+                    size = self._halve(size)
+                    continue
+                if done < len(self.table):  # stopped
+                    break
+                x = state.x[:count]
+                transfers.append(HostTransfer.start(x, image[:count], self.output, self.preset, sampler.precision))
+                yield from completed(transfers)
+                first += count
+        yield from completed(transfers, wait=True)
+
+    def _halve(self, size: int) -> int:
+        """Frees the engine's memory and returns half the batch size."""
+        self.sampler.engine.free()
+        warnings.warn(f"out of memory with a batch of {size} images; continuing with {size // 2}", stacklevel=3)
+        return size // 2

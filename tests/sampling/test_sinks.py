@@ -1,0 +1,93 @@
+from contextlib import suppress
+
+import numpy as np
+import pytest
+import torch
+
+from ddpm_fast.sampling.sinks import ArraySink, FolderSink, GridSink, check_path, open_sink
+
+Image = pytest.importorskip("PIL.Image")
+IMAGES = torch.arange(5 * 4 * 4 * 3, dtype=torch.uint8).view(5, 4, 4, 3)
+
+
+def write(sink, batches, first):
+    with sink:
+        for images in batches:
+            sink.write(first, images)
+            first += len(images)
+
+
+def test_folder_has_a_png_per_image_named_by_its_index(tmp_path):
+    write(open_sink(tmp_path / "many", range(7, 12), 3), IMAGES.split(2), 7)
+    assert sorted(p.name for p in (tmp_path / "many").iterdir()) == [f"{i:06d}.png" for i in range(7, 12)]
+    for i, want in zip(range(7, 12), IMAGES.numpy(), strict=True):
+        assert np.array_equal(np.array(Image.open(tmp_path / "many" / f"{i:06d}.png")), want)
+
+
+def test_indices_need_not_be_consecutive(tmp_path):
+    sink = open_sink(tmp_path / "many", [3, 10**7, 5])
+    sink.write(3, IMAGES[:1])
+    sink.write(10**7, IMAGES[1:3])
+    assert sink.count == 3 and sorted(p.name for p in (tmp_path / "many").iterdir()) == [
+        "00000003.png",
+        "00000005.png",
+        "10000000.png",
+    ]
+    assert np.array_equal(np.array(Image.open(tmp_path / "many" / "00000005.png")), IMAGES[2])
+
+
+@pytest.mark.parametrize("count", [5, 3])
+def test_arrays_hold_what_was_written_also_if_the_run_was_stopped(tmp_path, count):
+    write(open_sink(tmp_path / "a.npz", range(2, 7)), IMAGES[:count].split(2), 2)
+    write(open_sink(tmp_path / "a.npy", range(2, 7)), IMAGES[:count].split(2), 2)
+    with np.load(tmp_path / "a.npz") as arrays:
+        assert np.array_equal(arrays["images"], IMAGES[:count]) and arrays["indices"].tolist() == list(range(2, 2 + count))
+    assert np.array_equal(np.load(tmp_path / "a.npy"), IMAGES[:count])
+
+
+def test_grid_has_every_image(tmp_path):
+    write(open_sink(tmp_path / "g.png", 4), [IMAGES[:4]], 0)
+    sheet = np.array(Image.open(tmp_path / "g.png"))
+    assert sheet.shape == (2 * 64 + 6, 2 * 64 + 6, 3)
+    for i in range(4):
+        top, left = 2 + i // 2 * 66, 2 + i % 2 * 66
+        assert np.array_equal(sheet[top : top + 64 : 16, left : left + 64 : 16], IMAGES[i])
+
+
+@pytest.mark.parametrize("name", ["a.npz", "a.npy", "g.png"])
+def test_nothing_is_written_without_images_or_after_an_error(tmp_path, name):
+    with open_sink(tmp_path / name, 5):
+        pass
+    with suppress(RuntimeError), open_sink(tmp_path / name, 5) as sink:
+        sink.write(0, IMAGES[:2])
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_batches_out_of_order_are_refused(tmp_path):
+    sink = open_sink(tmp_path / "a.npy", range(10, 14))
+    with pytest.raises(ValueError, match="from index 11; expected 10"):
+        sink.write(11, IMAGES[:1])
+    sink.write(10, IMAGES[:4])
+    with pytest.raises(ValueError, match="expected no more images"):
+        sink.write(14, IMAGES[:1])
+
+
+def test_the_path_decides_the_sink_and_is_validated(tmp_path):
+    kinds = {"a.png": GridSink, "a.npy": ArraySink, "a.npz": ArraySink, "a": FolderSink}
+    assert {name: type(open_sink(tmp_path / name, 1)) for name in kinds} == kinds
+    (tmp_path / "file").write_text("")
+    (tmp_path / "d.png").mkdir()
+    for path, message in (
+        ("", "expected the name of a file"),
+        ("x.npy/", "expected the name of a file"),
+        (tmp_path / "a.jpg", "unknown kind of file"),
+        (tmp_path / "no" / "a.npy", "does not exist; create it first"),
+        (tmp_path / "d.png", "is a directory; expected a file name"),
+        (tmp_path / "file", "is a file; expected a directory"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_path(path)
+    with pytest.raises(ValueError, match="cannot write 5-channel images as PNG"):
+        open_sink(tmp_path / "a.png", 1, channels=5)
+    assert isinstance(open_sink(tmp_path / "a.npy", 1, channels=5), ArraySink)
