@@ -46,7 +46,7 @@ proof: $(INSTALLED)
 	$(PY) -m pytest -q --proof -m proof
 
 bench: $(VENV)/.baselines
-	$(PY) -m bench.suite
+	$(PY) -m bench.run_all
 
 # the parts on pytest-benchmark: BENCH="bench/bench_unet.py -k cifar10 --benchmark-json=FILE"
 BENCH ?= bench/bench_kernels.py bench/bench_unet.py bench/bench_sample.py bench/bench_train.py
@@ -59,8 +59,8 @@ $(VENV)/.baselines: $(INSTALLED)
 	touch $@
 
 compile-check: $(INSTALLED)
-	$(OLDEST) $(PY) -m bench.compile_check
-	$(NEWEST) $(PY) -m bench.compile_check
+	$(OLDEST) $(PY) -m bench.tools.compile_check
+	$(NEWEST) $(PY) -m bench.tools.compile_check
 
 # the environment if there is one, else the machine's own Python: nothing is installed
 gpu:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench import parity
+from bench.studies import parity
 from ddpm_fast import NoiseSchedule, Sampler
 from ddpm_fast.diffusion.presets import PRESETS
 from ddpm_fast.diffusion.solvers import ddim_inversion_table, ddim_table, dpm_solver_table

@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 
-from bench.networks import NETWORKS
+from bench.workloads import NETWORKS
 from ddpm_fast import UNet
 from ddpm_fast.engines.fused.unet import FusedUNet
 from ddpm_fast.testing import relative_error

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from bench.predict import CASES, launch_of, predict
+from bench.studies.predict import CASES, launch_of, predict
 from ddpm_fast.testing import compile_launch
 
 pytestmark = pytest.mark.compile

@@ -235,7 +235,7 @@ def test_the_plan_shows_it(run, folder, planted):
 
 def test_the_one_that_ships(run):
     pytest.importorskip("click")
-    weights = import_module("bench.networks").ROOT / "weights" / "fashion-mnist-32"
+    weights = import_module("bench.workloads").ROOT / "weights" / "fashion-mnist-32"
     unet = load_pretrained(weights).unet
     calibration = load_calibration(weights, unet)
     assert calibration is not None and not calibration.wide and len(calibration.layers) == 22

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.networks import NETWORKS
+from bench.workloads import NETWORKS
 from ddpm_fast import Sampler, UNet, UNetConfig, load_pretrained
 from ddpm_fast.diffusion.schedule import NoiseSchedule
 from ddpm_fast.engines.fused import packing as network
