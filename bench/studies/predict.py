@@ -1,13 +1,14 @@
-"""What the compiler makes of the elementwise kernels, and how fast that can be: `python -m bench.studies.predict`. Needs no GPU.
+"""Compiled code of the elementwise kernels and their predicted speed: `python -m bench.studies.predict`. Needs no GPU.
 
 Compiles the launches of `CASES` ahead of time and prints a table: registers, spills, instructions and bytes per element,
-and for an H100 the share of its copy rate to expect. Two bounds are given: memory traffic and instruction issue overlap
+and the predicted share of an H100's copy rate. Two bounds are given: memory traffic and instruction issue overlap
 perfectly (share 1 where memory is the longer of the two), or not at all. These are predictions, not measurements.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 
 import torch
 from torch import Tensor
@@ -18,37 +19,88 @@ from ddpm_fast.testing import Compiled, Launch, compile_launch, record_launches
 COPY_RATE = 3.02e12  # bytes read + written per second, measured on one H100 SXM
 ISSUE_RATE = 132 * 4 * 32 * 1.7e9  # lanes x instructions per second: processors x schedulers x lanes x clock
 
-# operation, dtype of x_0 or of the network's output, shape, channels-last?, learned variance?
-# "ddpm_step, history" is that of a multistep solver; "noise_mse" and "noise_mse, v" read x_0 too or not
+
+class Operation(Enum):
+    NOISE = "noise"
+    WORDS = "words"
+    Q_SAMPLE = "q_sample"
+    DDPM_STEP = "ddpm_step"
+    NOISE_MSE = "noise_mse"
+    NOISE_MSE_GRADIENT = "noise_mse gradient"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A launch to compile.
+
+    Attributes:
+        operation: What it computes.
+        dtype: Of x_0 (q_sample), of the network's output (ddpm_step, noise_mse) or of the noise.
+        shape: [N, C, H, W]
+        channels_last: Memory layout.
+        learned: ddpm_step with a learned variance.
+        history: ddpm_step of a multistep solver, which reads and writes x_0 too.
+        reads_x_0: noise_mse of a target that needs x_0, such as v.
+    """
+
+    operation: Operation
+    dtype: torch.dtype
+    shape: tuple[int, int, int, int]
+    channels_last: bool = True
+    learned: bool = False
+    history: bool = False
+    reads_x_0: bool = False
+
+    @property
+    def name(self) -> str:
+        operation = self.operation.value + ", history" * self.history + ", v" * self.reads_x_0
+        layout = "channels-last" if self.channels_last else "channels-first"
+        shape = "x".join(map(str, self.shape))
+        return " ".join([operation, str(self.dtype).removeprefix("torch."), shape, layout] + ["learned"] * self.learned)
+
+    @property
+    def bytes_per_element(self) -> int:
+        """Bytes to read and write per element, at least."""
+        size = self.dtype.itemsize
+        return {
+            Operation.NOISE: 4,
+            Operation.WORDS: 8,
+            Operation.Q_SAMPLE: size + 4,
+            Operation.DDPM_STEP: 8 + size * (1 + self.learned) + 8 * self.history,
+            Operation.NOISE_MSE: size + 4 * self.reads_x_0,
+            Operation.NOISE_MSE_GRADIENT: 2 * size + 4 * self.reads_x_0,
+        }[self.operation]
+
+
 CASES = [
-    ("noise", torch.float32, (4096, 3, 32, 32), True, False),
-    ("noise", torch.float32, (1, 1, 1, 1), True, False),
-    ("words", torch.int64, (4096, 1, 1, 1), True, False),
-    ("words", torch.int64, (16, 3, 32, 32), True, False),
-    ("q_sample", torch.float32, (1, 1, 1, 1), True, False),
-    ("ddpm_step", torch.float32, (1, 1, 1, 1), True, False),
-    ("q_sample", torch.float32, (4096, 3, 32, 32), True, False),
-    ("q_sample", torch.bfloat16, (4096, 3, 32, 32), True, False),
-    ("q_sample", torch.float32, (2048, 3, 128, 128), False, False),
-    ("q_sample", torch.float32, (64, 1, 28, 28), True, False),
-    ("q_sample", torch.float32, (4, 3, 7, 5), True, False),
-    ("ddpm_step", torch.float32, (4096, 3, 32, 32), True, False),
-    ("ddpm_step", torch.bfloat16, (4096, 3, 32, 32), True, False),
-    ("ddpm_step", torch.float16, (32, 3, 256, 256), True, False),
-    ("ddpm_step", torch.float32, (2048, 3, 128, 128), False, False),
-    ("ddpm_step", torch.bfloat16, (256, 3, 32, 32), True, True),
-    ("ddpm_step", torch.float32, (64, 1, 28, 28), True, False),
-    ("ddpm_step", torch.float32, (4, 3, 7, 5), True, False),
-    ("ddpm_step, history", torch.float32, (4096, 3, 32, 32), True, False),
-    ("ddpm_step, history", torch.bfloat16, (256, 3, 32, 32), True, False),
-    ("noise_mse", torch.float32, (4096, 3, 32, 32), True, False),
-    ("noise_mse", torch.bfloat16, (256, 3, 32, 32), True, False),
-    ("noise_mse, v", torch.float32, (256, 3, 32, 32), True, False),
-    ("noise_mse", torch.float32, (4, 3, 7, 5), True, False),
-    ("noise_mse gradient", torch.float32, (4096, 3, 32, 32), True, False),
-    ("noise_mse gradient", torch.bfloat16, (256, 3, 32, 32), True, False),
-    ("noise_mse gradient, v", torch.float32, (256, 3, 32, 32), True, False),
-    ("noise_mse gradient", torch.float32, (4, 3, 7, 5), True, False),
+    Case(Operation.NOISE, torch.float32, (4096, 3, 32, 32)),
+    Case(Operation.NOISE, torch.float32, (1, 1, 1, 1)),
+    Case(Operation.WORDS, torch.int64, (4096, 1, 1, 1)),
+    Case(Operation.WORDS, torch.int64, (16, 3, 32, 32)),
+    Case(Operation.Q_SAMPLE, torch.float32, (1, 1, 1, 1)),
+    Case(Operation.DDPM_STEP, torch.float32, (1, 1, 1, 1)),
+    Case(Operation.Q_SAMPLE, torch.float32, (4096, 3, 32, 32)),
+    Case(Operation.Q_SAMPLE, torch.bfloat16, (4096, 3, 32, 32)),
+    Case(Operation.Q_SAMPLE, torch.float32, (2048, 3, 128, 128), channels_last=False),
+    Case(Operation.Q_SAMPLE, torch.float32, (64, 1, 28, 28)),
+    Case(Operation.Q_SAMPLE, torch.float32, (4, 3, 7, 5)),
+    Case(Operation.DDPM_STEP, torch.float32, (4096, 3, 32, 32)),
+    Case(Operation.DDPM_STEP, torch.bfloat16, (4096, 3, 32, 32)),
+    Case(Operation.DDPM_STEP, torch.float16, (32, 3, 256, 256)),
+    Case(Operation.DDPM_STEP, torch.float32, (2048, 3, 128, 128), channels_last=False),
+    Case(Operation.DDPM_STEP, torch.bfloat16, (256, 3, 32, 32), learned=True),
+    Case(Operation.DDPM_STEP, torch.float32, (64, 1, 28, 28)),
+    Case(Operation.DDPM_STEP, torch.float32, (4, 3, 7, 5)),
+    Case(Operation.DDPM_STEP, torch.float32, (4096, 3, 32, 32), history=True),
+    Case(Operation.DDPM_STEP, torch.bfloat16, (256, 3, 32, 32), history=True),
+    Case(Operation.NOISE_MSE, torch.float32, (4096, 3, 32, 32)),
+    Case(Operation.NOISE_MSE, torch.bfloat16, (256, 3, 32, 32)),
+    Case(Operation.NOISE_MSE, torch.float32, (256, 3, 32, 32), reads_x_0=True),
+    Case(Operation.NOISE_MSE, torch.float32, (4, 3, 7, 5)),
+    Case(Operation.NOISE_MSE_GRADIENT, torch.float32, (4096, 3, 32, 32)),
+    Case(Operation.NOISE_MSE_GRADIENT, torch.bfloat16, (256, 3, 32, 32)),
+    Case(Operation.NOISE_MSE_GRADIENT, torch.float32, (256, 3, 32, 32), reads_x_0=True),
+    Case(Operation.NOISE_MSE_GRADIENT, torch.float32, (4, 3, 7, 5)),
 ]
 
 
@@ -67,58 +119,43 @@ class Prediction:
         return memory / (memory + issue), memory / max(memory, issue)
 
 
-def launch_of(op: str, dtype: torch.dtype, shape: tuple[int, ...], channels_last: bool, learned: bool) -> Launch:
-    """The launch an operation makes, recorded on the meta device."""
-    b, c, h, w = shape
-    layout = torch.channels_last if channels_last else torch.contiguous_format
+def launch_of(case: Case) -> Launch:
+    """The launch of an operation, recorded on the meta device."""
+    b, c, h, w = case.shape
+    layout = torch.channels_last if case.channels_last else torch.contiguous_format
 
-    def images(channels: int, kind: torch.dtype) -> Tensor:
-        return torch.empty(b, channels, h, w, dtype=kind).contiguous(memory_format=layout)
+    def images(channels: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(b, channels, h, w, dtype=dtype).contiguous(memory_format=layout)
 
     with torch.device("meta"), record_launches() as launches:
-        index, row = torch.empty(b, dtype=torch.int64), torch.empty(b, dtype=torch.int32)
-        if op in ("noise", "words"):
-            noise._fill(torch.empty(b, c * h * w, dtype=dtype), index, index, row, noise.X_T, normal=op == "noise")
-        elif op == "q_sample":
-            q_sample._launch(images(c, dtype), torch.empty(1000, 2), index, row, index, index)
-        elif op.startswith("noise_mse"):
-            x_0 = images(c, torch.float32) if op.endswith("v") else None
-            rest = images(c, dtype), x_0, torch.empty(1000, 2), index, row, index, index
-            if "gradient" in op:
-                noise_mse._launch_gradient(torch.empty(b), *rest)
-            else:
-                noise_mse._launch_loss(*rest)
-        else:
-            out = images(2 * c if learned else c, dtype)
-            ddpm_step._launch(
-                images(c, torch.float32), out, torch.empty(1000, len(ddpm_step.COLUMNS)), row, index, index, learned, None
-            )
+        index, step_index = torch.empty(b, dtype=torch.int64), torch.empty(b, dtype=torch.int32)
+        match case.operation:
+            case Operation.NOISE | Operation.WORDS:
+                out, normal = torch.empty(b, c * h * w, dtype=case.dtype), case.operation is Operation.NOISE
+                noise._fill(out, index, index, step_index, noise.X_T, normal=normal)
+            case Operation.Q_SAMPLE:
+                q_sample._launch(images(c, case.dtype), torch.empty(1000, 2), index, step_index, index, index)
+            case Operation.NOISE_MSE | Operation.NOISE_MSE_GRADIENT:
+                x_0 = images(c, torch.float32) if case.reads_x_0 else None
+                arguments = images(c, case.dtype), x_0, torch.empty(1000, 2), index, step_index, index, index
+                if case.operation is Operation.NOISE_MSE:
+                    noise_mse._launch_loss(*arguments)
+                else:
+                    noise_mse._launch_gradient(torch.empty(b), *arguments)
+            case Operation.DDPM_STEP:
+                x_t, out = images(c, torch.float32), images(2 * c if case.learned else c, case.dtype)
+                table = torch.empty(1000, len(ddpm_step.COLUMNS))
+                old = images(c, torch.float32) if case.history else None
+                ddpm_step._launch(x_t, out, table, step_index, index, index, case.learned, old)
     return launches[0]
 
 
-def bytes_per_element(op: str, item: int, learned: bool) -> int:
-    """What has to be read and written; `item`: of the type that varies."""
-    name, _, more = op.partition(", ")
-    if name.startswith("noise_mse"):
-        return item * (2 if "gradient" in name else 1) + (4 if more == "v" else 0)
-    step = 8 + item * (1 + learned) + (8 if more == "history" else 0)
-    return {"noise": 4, "words": 8, "q_sample": item + 4, "ddpm_step": step}[name]
-
-
-def predict(case: tuple[str, torch.dtype, tuple[int, ...], bool, bool], sm: int) -> Prediction:
+def predict(case: Case, sm: int) -> Prediction:
     """Compiles one case for a compute capability."""
-    op, dtype, shape, channels_last, learned = case
-    launch = launch_of(*case)
+    launch = launch_of(case)
     compiled = compile_launch(launch, sm)
     per_thread = 4 * launch.args["BLOCK"] / (32 * launch.options["num_warps"])
-    moved = bytes_per_element(op, dtype.itemsize, learned)
-    parts = [
-        op,
-        str(dtype).removeprefix("torch."),
-        "x".join(map(str, shape)),
-        "channels-last" if channels_last else "channels-first",
-    ]
-    return Prediction(" ".join(parts + ["learned"] * learned), sm, compiled, len(compiled.sass) / per_thread, moved)
+    return Prediction(case.name, sm, compiled, len(compiled.sass) / per_thread, case.bytes_per_element)
 
 
 def main() -> None:

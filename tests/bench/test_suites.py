@@ -30,7 +30,7 @@ def test_every_suite_runs_and_says_what_it_found(tmp_path):
     done = pytest_benchmark(*files, "-k", which, f"--benchmark-json={tmp_path / 'r.json'}")
     assert done.returncode == 0, done.stdout + done.stderr
     found = {b["name"]: b["extra_info"] for b in json.loads((tmp_path / "r.json").read_text())["benchmarks"]}
-    q_sample = next(v for k, v in found.items() if "q_sample-fp32" in k)
+    q_sample = next(v for k, v in found.items() if "q_sample-kernel-fp32" in k)
     assert q_sample["error"] <= 1e-6 and q_sample["gb_per_s"] > 0 and q_sample["share_of_copy"] > 0
     (loop,) = [v for k, v in found.items() if k.startswith("test_loop")]
     assert loop["images_per_s"] == pytest.approx(loop["image_steps_per_s"] / 1000) and loop["peak_bytes"] > 5e7
@@ -43,7 +43,7 @@ def test_a_planted_wrong_kernel_is_not_timed(tmp_path):
     (tmp_path / "planted.py").write_text(
         "import bench.elementwise as e\nright = e.q_sample\ne.q_sample = lambda *a: right(*a) * 1.00001\n"
     )
-    arguments = ("bench/bench_kernels.py", "-p", "planted", "-k", "q_sample-fp32-channels_last-2048x", "-rs")
+    arguments = ("bench/bench_kernels.py", "-p", "planted", "-k", "q_sample-kernel-fp32-channels_last-2048x", "-rs")
     done = pytest_benchmark(*arguments, f"--benchmark-json={tmp_path / 'r.json'}", path=tmp_path)
     assert done.returncode == 1 and "kernels differ from their references by 1.0e-05: nothing timed" in done.stdout
     left = (tmp_path / "r.json").read_text() if (tmp_path / "r.json").exists() else ""
