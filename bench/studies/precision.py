@@ -1,9 +1,9 @@
 """Accuracy of each precision, emulated on a CPU: `python -m bench.studies.precision [--out FILE] [--rows NAME ...]`.
 
 A plan's fallbacks compute in fp32 and round where its kernels round, so `FusedUNet` on a CPU emulates its GPU form, except for the
-order of sums in a tensor core. A row is a precision, a part one figure of it: `layers`, `forward` and `cifar10` are errors of single
-passes, `ddpm` and `kid` are of images. Parts that the file holds are not computed again, so a stopped run can be resumed; several
-processes may compute rows at once. Set OMP_NUM_THREADS=1 where cores are shared: a batch is small.
+order of sums in a tensor core. A row is a precision, a part one figure of it: `layers`, `forward` and `cifar10` are errors of
+single passes, `ddpm` and `kid` are of images. Parts that the file holds are not computed again, so a stopped run can be resumed;
+several processes may compute rows at once. Set OMP_NUM_THREADS=1 where cores are shared: a batch is small.
 """
 
 from __future__ import annotations
