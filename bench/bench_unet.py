@@ -10,8 +10,9 @@ import torch
 
 from bench.workloads import NETWORKS, ROOT, TINY_UNET
 from ddpm_fast import NoiseSchedule, UNet, load_pretrained
-from ddpm_fast.benchmark.baselines import BASELINES, Baseline, Unavailable, Workload, baseline
+from ddpm_fast.benchmark.baselines import BASELINES, Baseline, baseline
 from ddpm_fast.benchmark.runner import TOLERANCES
+from ddpm_fast.benchmark.workload import Unavailable, Workload
 from ddpm_fast.checkpoints.checkpoint import Checkpoint
 from ddpm_fast.models.unet import channels_last
 from ddpm_fast.testing import relative_error

@@ -11,10 +11,11 @@ import torch
 
 from bench.gpu.context import Bench
 from ddpm_fast import NoiseSchedule
-from ddpm_fast.benchmark.baselines import Diffusers, Plain, Unavailable, Workload
+from ddpm_fast.benchmark.baselines import Diffusers, Plain
 from ddpm_fast.benchmark.kernels import distinct
 from ddpm_fast.benchmark.runner import TOLERANCES
 from ddpm_fast.benchmark.timer import Row
+from ddpm_fast.benchmark.workload import Unavailable, Workload
 from ddpm_fast.checkpoints.checkpoint import Checkpoint
 from ddpm_fast.engines.fused.checks import FORWARD
 from ddpm_fast.engines.fused.roofline import GPUS, estimate

@@ -12,9 +12,10 @@ import torch
 from bench.gpu.context import Bench
 from bench.workloads import ROOT
 from ddpm_fast import NoiseSchedule, Sampler, UNet
-from ddpm_fast.benchmark.baselines import Baseline, DdpmFast, Diffusers, Plain, Unavailable, Workload
+from ddpm_fast.benchmark.baselines import Baseline, DdpmFast, Diffusers, Plain
 from ddpm_fast.benchmark.runner import TOLERANCES
 from ddpm_fast.benchmark.timer import Row
+from ddpm_fast.benchmark.workload import Unavailable, Workload
 from ddpm_fast.checkpoints.checkpoint import Checkpoint
 from ddpm_fast.testing import relative_error
 

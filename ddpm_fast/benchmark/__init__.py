@@ -1,5 +1,6 @@
 """Benchmarks of ddpm_fast against the engines that it replaces: `ddpm-fast bench`.
 
+workload.py   checkpoint, precision and size that every engine runs
 baselines.py  engines with one interface: a forward pass, and a sampling loop of the engine
 worker.py     worker process that holds one engine
 runner.py     engines that take turns, checked before they are timed; medians with intervals

@@ -18,8 +18,8 @@ import torch
 from ..engines.cpu.engine import CPUEngine
 from ..engines.fused.plan import Launch
 from ..engines.select import Engine
-from .baselines import Workload
 from .timer import measure
+from .workload import Workload
 
 Point = dict[str, Any]
 

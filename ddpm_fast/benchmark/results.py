@@ -17,7 +17,7 @@ from typing import Any
 from ..checkpoints.checkpoint import write_atomically
 from ..models.flops import unet_cost
 from ..utils.environment import environment
-from .baselines import Workload
+from .workload import Workload
 
 Result = dict[str, Any]
 NORMALIZER = "plain PyTorch"  # the engine whose time in the same rounds cancels what slows the whole machine

@@ -25,8 +25,8 @@ import torch
 from ..testing import relative_error
 from ..utils.environment import environment
 from ..utils.subprocess import JsonWorker
-from .baselines import Workload
 from .worker import Setting
+from .workload import Workload
 
 Case = dict[str, Any]  # one batch size in one precision, as written to JSON
 TOLERANCES = {"fp32": 1e-5, "fp16": 5e-3, "bf16": 0.05, "fp8": 0.15}  # relative error of a forward pass against fp64

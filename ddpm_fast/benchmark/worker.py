@@ -30,7 +30,8 @@ from ..engines.fused.calibration import load_calibration
 from ..models.unet import channels_last
 from ..utils.environment import peak_memory
 from ..utils.subprocess import json_stdio
-from .baselines import Baseline, DdpmFast, Unavailable, Workload, baseline
+from .baselines import Baseline, DdpmFast, baseline
+from .workload import Unavailable, Workload
 
 CHECKED_STEPS = 3
 

@@ -14,10 +14,11 @@ import torch
 from bench.workloads import TINY_UNET
 from ddpm_fast import NoiseSchedule, UNet, save_pretrained
 from ddpm_fast.benchmark import results
-from ddpm_fast.benchmark.baselines import Pipeline, Unavailable, Workload, baseline
+from ddpm_fast.benchmark.baselines import Pipeline, baseline
 from ddpm_fast.benchmark.kernels import ceilings, kernel_times
 from ddpm_fast.benchmark.runner import Effort, comparison, interval, summarize
 from ddpm_fast.benchmark.worker import Setting
+from ddpm_fast.benchmark.workload import Unavailable, Workload
 from ddpm_fast.checkpoints.checkpoint import Checkpoint
 from ddpm_fast.testing import relative_error
 from ddpm_fast.utils.environment import peak_memory
