@@ -1,7 +1,8 @@
 # make sample   draws a grid of images into samples.png
-# make test     proves the tree right
+# make test     runs the test suite, with or without a GPU
 # make check    lint, format, types          make proof   the long proofs
-# make bench    ours beside all that can be installed, on this machine: tables, JSON and pictures, within ten minutes
+# make bench    ddpm_fast and the baselines on this machine: tables, JSON and figures in bench-results/, within ten minutes
+# make bench-update MACHINE=cpu-amd-zen4   commits those results to bench/results and rewrites the documents' tables
 # make gpu      on a machine with a GPU: tests, then timings, within eight minutes
 # make compile-check   every launch of four networks for sm_80, sm_90 and sm_100, by both releases of Triton
 # Everything is installed once into $(VENV); a torch that the machine already has is used as it is.
@@ -19,7 +20,7 @@ OLDEST := PYTHONPATH="$(CURDIR)/$(VENV)/triton-$(OLDEST_TRITON)"
 NEWEST := PYTHONPATH="$(CURDIR)/$(VENV)/triton-$(NEWEST_TRITON)"
 IS_TRITON = -c 'import sys, triton; sys.exit(triton.__version__ != sys.argv[1] and "wrong Triton: " + triton.__version__)'
 
-.PHONY: sample test interpreted compiled check proof bench bench-suites compile-check gpu clean
+.PHONY: sample test interpreted compiled check proof bench bench-update bench-suites compile-check gpu clean
 
 sample: $(INSTALLED)
 	$(PY) -m ddpm_fast sample --weights $(WEIGHTS) --images 64 --solver ddim --steps 50 --out samples.png
@@ -46,21 +47,26 @@ proof: $(INSTALLED)
 	$(PY) -m pytest -q --proof -m proof
 
 bench: $(VENV)/.baselines
-	$(PY) -m bench.suite
+	$(PY) -m bench.run_all
+
+# names the CPU: vendor and microarchitecture, as in bench/results
+bench-update: $(INSTALLED)
+	$(if $(MACHINE),,$(error MACHINE is empty; give the name of the CPU such as MACHINE=cpu-amd-zen4))
+	$(PY) -m bench.report --results bench-results --machine $(MACHINE)
 
 # the parts on pytest-benchmark: BENCH="bench/bench_unet.py -k cifar10 --benchmark-json=FILE"
 BENCH ?= bench/bench_kernels.py bench/bench_unet.py bench/bench_sample.py bench/bench_train.py
 bench-suites: $(VENV)/.baselines
 	$(PY) -m pytest $(BENCH) --benchmark-sort=name --benchmark-columns=median,iqr,rounds
 
-# whoever cannot be installed is left out of the comparison, which says so
+# the comparison leaves out baselines that cannot be installed, and prints the reason
 $(VENV)/.baselines: $(INSTALLED)
 	$(PIP) -c $(VENV)/constraints.txt -e '.[baselines]' || echo "some baselines cannot be installed here"
 	touch $@
 
 compile-check: $(INSTALLED)
-	$(OLDEST) $(PY) -m bench.compile_check
-	$(NEWEST) $(PY) -m bench.compile_check
+	$(OLDEST) $(PY) -m bench.tools.compile_check
+	$(NEWEST) $(PY) -m bench.tools.compile_check
 
 # the environment if there is one, else the machine's own Python: nothing is installed
 gpu:

@@ -1,6 +1,6 @@
-"""Whole sampling loops: images a second at T = 1000, latency of one image, the first image from a cold process, and peak memory.
+"""Sampling loops: images per second at T = 1000, latency of one image, the first image of a cold process, and peak memory.
 
-Every engine has a process of its own, which is held against fp64 before it is timed.
+Every engine runs in a worker process and is checked against fp64 before it is timed.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 import torch
 
-from bench.networks import NETWORKS, ROOT, TINY_UNET
+from bench.workloads import NETWORKS, ROOT, TINY_UNET
 from ddpm_fast import NoiseSchedule, UNet, save_pretrained
 from ddpm_fast.benchmark.baselines import BASELINES
-from ddpm_fast.benchmark.runner import FIRST_STEPS, Rival, Truth
+from ddpm_fast.benchmark.runner import FIRST_STEPS, EngineProcess, ReferenceCheck
 from ddpm_fast.benchmark.worker import Setting
 
 SIZES = {"fashion-mnist-32": ((1, 16), (1, 256)), "cifar10": ((1, 4), (1, 256)), "celebahq256": ((), (1, 16))}
-STEPS = 10  # of the loops; every step takes the same time
+STEPS = 10  # of the loops; the time of a step does not depend on it
 
 
 @pytest.fixture(scope="session")
@@ -44,13 +44,13 @@ def setting(network: str, dtype: str, weights: Any, device: torch.device, tmp_pa
 
 
 @pytest.fixture
-def rival(name: str, setting: Setting) -> Iterator[Rival]:
+def process(name: str, setting: Setting) -> Iterator[EngineProcess]:
     try:
-        rival = Rival(name, setting)
+        process = EngineProcess(name, setting)
     except RuntimeError as reason:
         pytest.skip(f"{name}: {reason}")
-    yield rival
-    rival.close()
+    yield process
+    process.close()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -65,26 +65,27 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize("name", ["ddpm_fast", "plain PyTorch"] if tiny else BASELINES)
 
 
-def test_loop(name, network, dtype, batch, rival, setting, timed, benchmark):
+def test_loop(name, network, dtype, batch, process, setting, timed, benchmark):
     """Ten steps; `images_per_s` is of a thousand."""
-    error = Truth(setting.subject()).error(rival, batch)  # fails where that or the loop is wrong
-    seconds = timed(lambda: rival.ask("loop", batch=batch, steps=STEPS), error, float("inf"), rounds=5, engine=rival.name)
+    error = ReferenceCheck(setting.workload()).error(process, batch)  # raises if the output or the loop is wrong
+    call = lambda: process.request("loop", batch=batch, steps=STEPS)
+    seconds = timed(call, error, float("inf"), rounds=5, engine=process.name)
     rate = batch * STEPS / seconds
-    memory = rival.ask("memory", batch=batch)["bytes"]
+    memory = process.request("memory", batch=batch)["bytes"]
     benchmark.extra_info.update(
         ms_per_step=1e3 * seconds / STEPS, image_steps_per_s=rate, images_per_s=rate / 1000, peak_bytes=memory
     )
 
 
 def test_first_image(name, network, dtype, setting, timed):
-    """From a process that does not exist yet to an image of ten steps; after the first round with what the engine could keep."""
+    """From the start of a process to an image of ten steps; after the first round with filled caches."""
 
     def start() -> None:
-        rival = Rival(name, setting)
+        process = EngineProcess(name, setting)
         try:
-            rival.ask("loop", batch=1, steps=FIRST_STEPS)
+            process.request("loop", batch=1, steps=FIRST_STEPS)
         finally:
-            rival.close()
+            process.close()
 
     try:
         start()

@@ -1,8 +1,7 @@
-"""What the pytest-benchmark suites share: `python -m pytest bench/bench_*.py`, `--tiny` to prove on any machine that they run.
+"""Fixtures of the pytest-benchmark suites: `python -m pytest bench/bench_*.py`; `--tiny` runs them on any machine.
 
-The timer waits for the device. A case says how far it is from the truth first; where that is too far it fails, and is not timed.
-(Plain PyTorch's elementwise lines, with noise of their own, are what the references say, and are taken to be right.)
-What a case did besides taking time (rates, shares of the ceilings measured in the same run) stands in its `extra_info`.
+The timer synchronizes with the device. A case gives its relative error first; above the tolerance it fails and is not timed. (Plain
+PyTorch's elementwise code, with other noise, is not checked.) Rates and shares of the ceilings in the same run are in `extra_info`.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ def pytest_addoption(parser: Any) -> None:
 
 
 def synchronised() -> float:
-    """Seconds, after everything that the device was given is done."""
+    """Seconds, after the device has finished its work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -40,18 +39,18 @@ def tiny(request: pytest.FixtureRequest) -> bool:
 
 @pytest.fixture(scope="session")
 def device(tiny: bool) -> torch.device:
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # fp32 without TF32
     return torch.device("cuda" if torch.cuda.is_available() and not tiny else "cpu")
 
 
 @pytest.fixture(scope="session")
 def ceilings(device: torch.device, tiny: bool) -> dict[str, float]:
-    """(FLOP or bytes) a second, by "copy" and a type's name. On a CPU those of one core."""
-    found = {c["dtype"] if c["kind"] == "flops" else c["what"]: c["per_s"] for c in measured_ceilings(device, "fp32", tiny)}
+    """Bytes per second of "copy", FLOP per second by dtype. On a CPU those of one core."""
+    rates = {c["dtype"] if c["kind"] == "flops" else c["what"]: c["per_s"] for c in measured_ceilings(device, "fp32", tiny)}
     if device.type == "cuda":
         kinds = ["bf16"] + ["fp8"] * (torch.cuda.get_device_capability() >= (8, 9))
-        found |= {k: c["per_s"] for k in kinds for c in measured_ceilings(device, k) if c["kind"] == "flops"}
-    return found
+        rates |= {k: c["per_s"] for k in kinds for c in measured_ceilings(device, k) if c["kind"] == "flops"}
+    return rates
 
 
 Timed = Callable[..., float]
@@ -59,17 +58,17 @@ Timed = Callable[..., float]
 
 @pytest.fixture
 def timed(benchmark: Any) -> Timed:
-    """timed(call, error, allowed, **info) -> median seconds of a call, once it is known to be right."""
+    """timed(call, error, allowed, **info) -> median seconds of a call, after its error is checked."""
 
     def run(call: Callable[[], object], error: float, allowed: float, rounds: int | None = None, **info: Any) -> float:
         if not error <= allowed:
-            pytest.fail(f"wrong, so not timed: off by {error:.1e}, {allowed:.1e} allowed")
+            pytest.fail(f"not timed: the relative error is {error:.1e}; expected at most {allowed:.1e}")
         benchmark.extra_info.update(error=error, **info)
         if rounds is None:
             benchmark(call)
         else:
             benchmark.pedantic(call, rounds=rounds, iterations=1, warmup_rounds=1)
-        # with --benchmark-disable there are no figures
+        # with --benchmark-disable there are no times
         return float(benchmark.stats.stats.median) if benchmark.stats else float("nan")
 
     return run

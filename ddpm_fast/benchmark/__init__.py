@@ -1,9 +1,11 @@
-"""Ours beside what a user would run instead: `ddpm-fast bench`.
+"""Benchmarks of ddpm_fast against the engines that it replaces: `ddpm-fast bench`.
 
-baselines.py      engines behind one face: a forward pass, and a sampling loop of the engine's own
-worker.py     a process that holds one of them and runs it when asked
-race.py       such processes taking turns; figures with intervals
-results.py    the file that comes of it, and what got slower since an older one
-launches.py   every kernel beside the machine's ceilings
-charts.py     pictures of all that
+workload.py   checkpoint, precision and size that every engine runs
+baselines.py  engines with one interface: a forward pass, and a sampling loop of the engine
+worker.py     worker process that holds one engine
+runner.py     engines that take turns, checked before they are timed; medians with intervals
+results.py    results file, table, and comparison with an older file
+kernels.py    time of every kernel, and the ceilings of the device
+figures.py    plots of a result
+timer.py      timing of one call
 """

@@ -1,4 +1,4 @@
-"""Pictures of a result: bars beside baselines, throughput against batch, and a roofline with every kernel as a point."""
+"""Figures of a result: times of all engines, throughput against the batch size, and a roofline of every kernel."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ MARKERS = "sD^vP*X"
 
 
 def draw(result: Result, out: Path) -> None:
-    """Bars for every case, or throughput where there are several batch sizes; beside it the roofline, if kernels were timed."""
+    """Draws bars per case, or throughput for more than two batch sizes; and the roofline if kernels were timed."""
     batches = {case["batch"] for case in result["cases"]}
-    wide = bool(result["launches"])
-    picture, axes = figure(width=15 if wide else 8, height=5.5, columns=2 if wide else 1)
-    left = axes[0, 0] if wide else axes
+    has_kernels = bool(result["kernels"])
+    plot, axes = figure(width=15 if has_kernels else 8, height=5.5, columns=2 if has_kernels else 1)
+    left = axes[0, 0] if has_kernels else axes
     (throughput if len(batches) > 2 else bars)(left, result)
-    if wide:
-        roofline(axes[0, 1], result["launches"], result["ceilings"])
-    save(picture, out)
+    if has_kernels:
+        roofline(axes[0, 1], result["kernels"], result["ceilings"])
+    save(plot, out)
 
 
 def bars(axes: Any, result: Result) -> None:
-    """Milliseconds per image and step of whole loops: a group for each case, a bar for each engine, with the median's interval."""
+    """Milliseconds per image per step of loops: a group per case, a bar per engine, with the median's interval."""
     cases = result["cases"]
     names = list(dict.fromkeys(row["engine"] for case in cases for row in case["rows"]))
     at = 0
@@ -39,8 +39,8 @@ def bars(axes: Any, result: Result) -> None:
             )
             error = [[loop["ms"] - loop["low"]], [loop["high"] - loop["ms"]]]
             axes.barh(at, loop["ms"], xerr=error, color=color, height=0.8, error_kw=dict(elinewidth=0.8, capsize=2))
-            ratio = loop["ours_is_faster_by"]
-            text = f" {loop['ms']:.3g} ms" + ("" if loop["from_to"] == [1, 1] else f", ours {ratio:.2f} x as fast")
+            speedup = "" if loop["speedup_range"] == [1, 1] else f", ddpm_fast {loop['speedup']:.2f} times as fast"
+            text = f" {loop['ms']:.3g} ms{speedup}"
             axes.text(max(loop["ms"], loop["high"]), at, text, va="center", fontsize=8)
             ticks.append((at, row["name"]))
             at += 1
@@ -49,30 +49,30 @@ def bars(axes: Any, result: Result) -> None:
     axes.set_xlim(0, 1.45 * longest)
     axes.set_yticks([y for y, _ in ticks], [name for _, name in ticks], fontsize=8)
     axes.invert_yaxis()
-    axes.set_xlabel("sampling loop: ms per image and step")
+    axes.set_xlabel("sampling loop: ms per image per step")
     what = "; ".join(f"batch {c['batch']}" for c in cases)
     axes.set_title(f"{result['network']['name']}, {what}, {cases[0]['dtype']} on {_device(cases[0])}", loc="left", fontsize=9)
 
 
 def throughput(axes: Any, result: Result) -> None:
-    """Images and steps a second of whole loops against the batch, a line for each engine and type."""
+    """Images times steps per second of loops against the batch size, a line per engine and precision."""
     lines: dict[str, list[tuple[int, dict[str, Any]]]] = {}
+    highlighted: list[str] = []  # names of ddpm_fast: one per precision
     for case in result["cases"]:
+        highlighted += [name for name in [case["rows"][0]["name"]] if name not in highlighted]
         for row in case["rows"]:
             lines.setdefault(row["name"], []).append((case["batch"], row["loop"]))
-    ours = [name for name in lines if name.startswith("ddpm_fast")]
-    for i, (name, found) in enumerate(lines.items()):
-        x, y = [b for b, _ in found], [1e3 / f["ms"] for _, f in found]
-        error = [[1e3 / f["ms"] - 1e3 / f["high"] for _, f in found], [1e3 / f["low"] - 1e3 / f["ms"] for _, f in found]]
-        mine = name in ours
-        color = BLUE if mine else OTHERS[i % len(OTHERS)]
-        style = ("-", "--", ":")[ours.index(name) % 3] if mine else "-"
-        marker = "o" if mine else MARKERS[i % len(MARKERS)]
-        axes.errorbar(
-            x, y, yerr=error, marker=marker, color=color, linestyle=style, linewidth=2 if mine else 1, capsize=2, label=name
-        )
+    for i, (name, line) in enumerate(lines.items()):
+        x, y = [batch for batch, _ in line], [1e3 / loop["ms"] for _, loop in line]
+        below = [1e3 / loop["ms"] - 1e3 / loop["high"] for _, loop in line]
+        above = [1e3 / loop["low"] - 1e3 / loop["ms"] for _, loop in line]
+        style: dict[str, Any] = dict(color=OTHERS[i % len(OTHERS)], marker=MARKERS[i % len(MARKERS)], linewidth=1)
+        if name in highlighted:
+            dashes = ("-", "--", ":")[highlighted.index(name) % 3]
+            style = dict(color=BLUE, marker="o", linewidth=2, linestyle=dashes)
+        axes.errorbar(x, y, yerr=[below, above], capsize=2, label=name, **style)
     every = sorted({case["batch"] for case in result["cases"]})
-    axes.set(xscale="log", xlabel="images in a batch", ylabel="images x steps a second, sampling loops", ylim=(0, None))
+    axes.set(xscale="log", xlabel="batch size", ylabel="images x steps per second, sampling loops", ylim=(0, None))
     axes.set_xticks(every, [str(b) for b in every])
     axes.minorticks_off()
     axes.legend(frameon=False, fontsize=8)
@@ -84,16 +84,16 @@ def _device(case: dict[str, Any]) -> str:
 
 
 def roofline(axes: Any, points: Iterable[dict[str, Any]], ceilings: Iterable[dict[str, Any]], predicted: bool = False) -> None:
-    """FLOP a second over FLOP a byte (Williams et al. 2009): a point for each kernel, as large as its share of the time."""
+    """FLOP per second over FLOP per byte (Williams et al. 2009): a point per kernel, as large as its share of the time."""
     every = list(points)
     whole = sum(p["seconds"] * p["times"] for p in every)
     points = [p for p in every if p["flops"] and p["seconds"] > 0]
     kinds = list(dict.fromkeys(p["what"] for p in points))
     colors = (BLUE, *OTHERS)
     for kind in kinds:
-        mine = [p for p in points if p["what"] == kind]
-        x, y = [p["flops"] / p["bytes"] for p in mine], [p["flops"] / p["seconds"] for p in mine]
-        share = [p["seconds"] * p["times"] / whole for p in mine]
+        group = [p for p in points if p["what"] == kind]
+        x, y = [p["flops"] / p["bytes"] for p in group], [p["flops"] / p["seconds"] for p in group]
+        share = [p["seconds"] * p["times"] / whole for p in group]
         i = kinds.index(kind)
         axes.scatter(
             x,
@@ -122,8 +122,8 @@ def roofline(axes: Any, points: Iterable[dict[str, Any]], ceilings: Iterable[dic
     rest = sum(p["seconds"] * p["times"] for p in every if not p["flops"]) / whole
     if rest > 0.005:
         names = ", ".join(dict.fromkeys(p["what"] for p in every if not p["flops"]))
-        axes.plot([], [], " ", label=f"without FLOP that count, {rest:.0%}: {names}")
-    axes.set(xscale="log", yscale="log", xlabel="FLOP per byte, each operand counted once", ylabel="FLOP a second")
+        axes.plot([], [], " ", label=f"no FLOP counted, {rest:.0%}: {names}")
+    axes.set(xscale="log", yscale="log", xlabel="FLOP per byte, each operand counted once", ylabel="FLOP per second")
     axes.legend(frameon=False, fontsize=8, loc="lower right")
     where = "predicted" if predicted else "one image on one core" if points[0]["images"] == 1 else f"batch {points[0]['images']}"
     axes.set_title(f"every kernel of a forward pass, {where}", loc="left", fontsize=9)

@@ -1,4 +1,4 @@
-"""Timing that waits for the device, and does not believe a single run."""
+"""Timer of one call: median over repeated runs, synchronized with the device."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-Row = dict[str, Any]  # what is known of one case: it becomes JSON, and a line of a table
+Row = dict[str, Any]  # one measured case, as written to JSON and shown as a line of a table
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds per call: the median of `runs`, and how far the middle half spreads, relative to it."""
+    """Seconds per call: the median of `runs`, and the interquartile range relative to it."""
 
     median: float
     spread: float
@@ -28,15 +28,20 @@ def row_of(timing: Timing) -> Row:
 def measure(
     call: Callable[[], object], device: torch.device, seconds: float = 0.5, least: int = 5, captured: bool = False
 ) -> Timing:
-    """Warms up, then times at least `least` runs until `seconds` have passed: by events on a GPU, by the clock on a CPU.
+    """Times `call` after a warm-up: by CUDA events on a GPU, by the host's clock on a CPU.
 
-    captured: on a GPU, replay ten calls as one CUDA graph, so that the time is the device's alone; without it the time of a
-    short call is the host's time to launch it.
+    Args:
+        call: Called with no arguments.
+        device: Device that runs it.
+        seconds: Shortest total time of the timed runs.
+        least: Smallest number of timed runs.
+        captured: On a GPU, replays ten calls as one CUDA graph, so that the time of a short call
+            does not include the host's time to launch it.
     """
-    began = time.perf_counter()
+    start_time = time.perf_counter()
     for _ in range(3):
         call()
-        if time.perf_counter() - began > seconds:
+        if time.perf_counter() - start_time > seconds:
             break
     _wait(device)
     calls = 1
@@ -49,8 +54,8 @@ def measure(
         call = graph.replay
         call()
     times: list[float] = []
-    began = time.perf_counter()
-    while len(times) < least or time.perf_counter() - began < seconds:
+    start_time = time.perf_counter()
+    while len(times) < least or time.perf_counter() - start_time < seconds:
         times.append(_once(call, device) / calls)
     times.sort()
     quarter = len(times) // 4
@@ -66,9 +71,9 @@ def _once(call: Callable[[], object], device: torch.device) -> float:
         end.record()
         end.synchronize()
         return start.elapsed_time(end) / 1e3
-    began = time.perf_counter()
+    start_time = time.perf_counter()
     call()
-    return time.perf_counter() - began
+    return time.perf_counter() - start_time
 
 
 def _wait(device: torch.device) -> None:

@@ -1,11 +1,13 @@
-"""A process that holds one engine and runs it when asked: `python -m ddpm_fast.benchmark.worker` with a setting in JSON.
+"""Worker process that holds one engine: `python -m ddpm_fast.benchmark.worker ENGINE SETTING`, the setting in JSON.
 
-A request is a line of JSON on stdin, the answer one on stdout; what libraries print goes to stderr.
+A request is a line of JSON on stdin, its answer one on stdout (`utils.subprocess.JsonWorker`).
 
-    {"do": "loop", "batch": 4, "steps": 10}          images are drawn            -> {"seconds": ...}
-    {"do": "check", "batch": 4, "out": FILE}         what the engine computes goes into FILE, for the caller to judge
-    {"do": "forward" | "loop", ..., "for": 0.3}      again and again, so many seconds -> {"times": [seconds of each]}
-    {"do": "memory", "batch": 4}                     -> {"bytes": the most that were in use, on a GPU by a loop alone}
+    {"do": "loop", "batch": 4, "steps": 10}                   -> {"seconds": ...}
+    {"do": "check", "batch": 4, "out": FILE}                  -> {}; writes outputs and images to FILE
+    {"do": "forward" | "loop", ..., "duration": 0.3}          -> {"times": [seconds of each call]}
+    {"do": "memory", "batch": 4}                              -> {"bytes": peak memory; on a GPU of a loop alone}
+
+An engine that is unavailable or fails answers {"unavailable": reason} and ends.
 """
 
 from __future__ import annotations
@@ -27,14 +29,25 @@ from ..checkpoints.checkpoint import load_pretrained
 from ..engines.fused.calibration import load_calibration
 from ..models.unet import channels_last
 from ..utils.environment import peak_memory
-from .baselines import Baseline, Missing, Ours, Subject, baseline
+from ..utils.subprocess import json_stdio
+from .baselines import Baseline, DdpmFast, baseline
+from .workload import Unavailable, Workload
 
 CHECKED_STEPS = 3
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Which network, and how it is run. weights: a diffusers folder; folder: where the engine may keep things."""
+    """Setting of a benchmark, serializable as JSON.
+
+    Args:
+        weights: Checkpoint: a diffusers folder.
+        dtype: A name in `engines.base.DTYPES`.
+        device: As torch names it.
+        threads: CPU threads of torch.
+        size: (H, W) in pixels; None for the size of the training images.
+        folder: Cache folder of the engine; None where it may cache nothing.
+    """
 
     weights: str
     dtype: str = "fp32"
@@ -43,101 +56,108 @@ class Setting:
     size: tuple[int, int] | None = None
     folder: str | None = None
 
-    def subject(self) -> Subject:
+    def workload(self) -> Workload:
+        """Loads the checkpoint onto the device."""
         checkpoint = load_pretrained(self.weights)
         calibration = load_calibration(self.weights, checkpoint.unet) if self.dtype == "fp8" else None
         channels_last(checkpoint.unet.requires_grad_(False).to(self.device))
         size = None if self.size is None else (self.size[0], self.size[1])
-        return Subject(checkpoint, self.dtype, None if self.folder is None else Path(self.folder), size, calibration)
+        folder = None if self.folder is None else Path(self.folder)
+        return Workload(checkpoint, self.dtype, folder, size, calibration)
 
 
-def checked(batch: Tensor) -> Tensor:
-    """The images whose results are judged: the first and the last."""
+def first_and_last(batch: Tensor) -> Tensor:
+    """The two images of a batch that are checked."""
     return batch[[0, -1]].float().cpu()
 
 
 class Worker:
+    """Executes the requests of one engine."""
+
     def __init__(self, name: str, setting: Setting) -> None:
         torch.set_num_threads(setting.threads)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # fp32 without TF32
         if torch.device(setting.device).type == "cuda":
             torch.cuda.set_device(setting.device)
-        self.subject = setting.subject()
-        self.baseline: Baseline = baseline(name, self.subject)
+        self.workload = setting.workload()
+        self.baseline: Baseline = baseline(name, self.workload)
         self.hello = dict(name=self.baseline.name, reason=getattr(self.baseline, "reason", ""))
 
-    def answer(self, r: dict[str, Any]) -> dict[str, Any]:
-        if r["do"] == "memory":
-            return dict(bytes=self._memory(r["batch"]))
-        if r["do"] == "check":
-            return self._check(r["batch"], r["out"])
-        given = self.subject.inputs(r["batch"])
+    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        do, batch = request["do"], request["batch"]
+        if do == "memory":
+            return dict(bytes=self._memory(batch))
+        if do == "check":
+            return self._check(batch, request["out"])
+        inputs = self.workload.inputs(batch)
         calls: dict[str, Callable[[], object]] = dict(
-            forward=lambda: self.baseline.forward(*given), loop=lambda: self.baseline.loop(r["batch"], r["steps"])
+            forward=lambda: self.baseline.forward(*inputs),
+            loop=lambda: self.baseline.loop(batch, request["steps"]),
         )
-        if "for" not in r:
-            return dict(seconds=self._timed(calls[r["do"]]))
+        if "duration" not in request:
+            return dict(seconds=self._timed(calls[do]))
         times: list[float] = []
-        while sum(times) < r["for"]:
-            times.append(self._timed(calls[r["do"]]))
+        while sum(times) < request["duration"]:
+            times.append(self._timed(calls[do]))
         return dict(times=times)
 
     def _check(self, batch: int, out: str) -> dict[str, Any]:
-        """Outputs of a forward pass, and images of a few steps; of ours also those that the reference's steps come to with this
-        engine's outputs. RuntimeError where a loop draws something else than it was asked for.
+        """Writes outputs of a forward pass and images of a few steps.
+
+        For `DdpmFast` also the images of the reference's steps with this engine's outputs.
+        RuntimeError if the loop returns another number or shape of images.
         """
-        steps = min(CHECKED_STEPS, len(self.subject.checkpoint.schedule))
-        output, images = self.baseline.forward(*self.subject.inputs(batch)), self.baseline.loop(batch, steps)
-        if tuple(images.shape) != (batch, *self.subject.shape):
-            raise RuntimeError(f"its loop drew {tuple(images.shape)}; expected {(batch, *self.subject.shape)}")
-        found = dict(output=checked(output), images=checked(images))
-        if isinstance(self.baseline, Ours):
-            stepped = self.subject.sampler("reference", "fp32", self.baseline.forward)
-            found["stepped"] = checked(stepped.sample(batch, steps=steps, batch_size=batch, output="float"))
-        torch.save(found, out)
+        steps = min(CHECKED_STEPS, len(self.workload.checkpoint.schedule))
+        output = self.baseline.forward(*self.workload.inputs(batch))
+        images = self.baseline.loop(batch, steps)
+        expected = (batch, *self.workload.shape)
+        if tuple(images.shape) != expected:
+            raise RuntimeError(f"its loop returned images of shape {tuple(images.shape)}; expected {expected}")
+        results = dict(output=first_and_last(output), images=first_and_last(images))
+        if isinstance(self.baseline, DdpmFast):
+            sampler = self.workload.sampler("reference", "fp32", self.baseline.forward)
+            reference = sampler.sample(batch, steps=steps, batch_size=batch, output="float")
+            results["reference_images"] = first_and_last(reference)
+        torch.save(results, out)
         return {}
 
     def _memory(self, batch: int) -> int:
-        device = self.subject.device
+        device = self.workload.device
         if device.type == "cuda":
-            if isinstance(self.baseline, Ours):
-                self.baseline.forget()
+            if isinstance(self.baseline, DdpmFast):
+                self.baseline.release()
             gc.collect()
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
-            self.baseline.loop(batch, min(CHECKED_STEPS, len(self.subject.checkpoint.schedule)))
+            self.baseline.loop(batch, min(CHECKED_STEPS, len(self.workload.checkpoint.schedule)))
         return peak_memory(device)
 
     def _timed(self, call: Callable[[], object]) -> float:
-        self._wait()
-        began = time.perf_counter()
+        self._synchronize()
+        start = time.perf_counter()
         call()
-        self._wait()
-        return time.perf_counter() - began
+        self._synchronize()
+        return time.perf_counter() - start
 
-    def _wait(self) -> None:
-        if self.subject.device.type == "cuda":
-            torch.cuda.synchronize(self.subject.device)
+    def _synchronize(self) -> None:
+        if self.workload.device.type == "cuda":
+            torch.cuda.synchronize(self.workload.device)
 
 
 def main() -> None:
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever libraries print
-    spec = json.loads(sys.argv[1])
-
-    def say(answer: dict[str, Any]) -> None:
-        answers.write(json.dumps(answer) + "\n")
-        answers.flush()
-
+    name, setting = sys.argv[1:]
+    requests, send = json_stdio()
+    sys.path.append(os.getcwd())  # modules of the user, for baselines named `package.module:Class`
     try:
-        worker = Worker(spec["baseline"], Setting(**spec["setting"]))
-        say(worker.hello)
-        for line in sys.stdin:
-            say(worker.answer(json.loads(line)))
-    except (Missing, ValueError) as error:
-        say(dict(missing=str(error)))
-    except (RuntimeError, MemoryError) as error:  # of this engine alone
-        say(dict(missing=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"))
+        worker = Worker(name, Setting(**json.loads(setting)))
+        send(worker.hello)
+        for request in requests:
+            send(worker.answer(request))
+    except (Unavailable, ValueError) as error:
+        send(dict(unavailable=str(error)))
+    except (RuntimeError, MemoryError) as error:  # of this engine: the comparison goes on without it
+        first_line = (str(error).splitlines() or [""])[0]
+        send(dict(unavailable=f"{type(error).__name__}: {first_line}"))
 
 
 if __name__ == "__main__":

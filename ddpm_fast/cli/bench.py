@@ -1,4 +1,4 @@
-"""ddpm-fast bench: how fast a checkpoint is drawn from on this machine, beside what one would run instead."""
+"""ddpm-fast bench: speed of a checkpoint on this machine, compared with baselines."""
 
 from __future__ import annotations
 
@@ -14,34 +14,30 @@ import torch
 from ..benchmark import results
 from ..benchmark.baselines import BASELINES
 from ..benchmark.figures import draw
-from ..benchmark.kernels import ceilings, points
-from ..benchmark.runner import Effort, case_of, race
+from ..benchmark.kernels import ceilings, kernel_times
+from ..benchmark.runner import Effort, case_of, comparison
 from ..benchmark.worker import Setting
 from ..engines.base import DTYPES
 from ..plotting.style import check_out
 from .common import PATH, parse_size, pick_device, print_report
 
-MINE = "ddpm_fast"
+DDPM_FAST = "ddpm_fast"
 
 
 def _options(command: Any) -> Any:
-    known = ", ".join(n for n in BASELINES if n != MINE)
-    rounds, threshold, decimal = (
-        "Of rounds, for each batch size.",
-        "With --compare: per cent that are no slowdown.",
-        click.FloatRange(0),
-    )
+    known = ", ".join(n for n in BASELINES if n != DDPM_FAST)
+    decimal = click.FloatRange(0)
     options = [
         click.option("--weights", type=PATH, required=True, help="Checkpoint: a diffusers folder."),
         click.option("--device", help="cpu, cuda, cuda:1 ...  [default: the GPU if there is one]"),
         click.option("--size", help="HEIGHTxWIDTH in pixels.  [default: as trained]"),
-        click.option("--baselines", help=f"By commas: {known}, package.module:Class; or none.  [default: all]"),
-        click.option("--seconds", type=decimal, default=30, show_default=True, help=rounds),
-        click.option("--steps", type=click.IntRange(1), help="Of the loops.  [default: what the slowest does in a second]"),
-        click.option("--out", type=PATH, default="bench.json", show_default=True, help="The result; beside it a picture, .png."),
-        click.option("--compare", type=PATH, help="An older result: exit code 1 where ours got slower."),
-        click.option("--threshold", type=decimal, default=5, show_default=True, help=threshold),
-        click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout."),
+        click.option("--baselines", help=f"Comma-separated: {known}, package.module:Class; or none.  [default: all]"),
+        click.option("--seconds", type=decimal, default=30, show_default=True, help="Time per batch size."),
+        click.option("--steps", type=click.IntRange(1), help="Steps per loop.  [default: about a second of the slowest engine]"),
+        click.option("--out", type=PATH, default="bench.json", show_default=True, help="Results file; next to it a figure, .png."),
+        click.option("--compare", type=PATH, help="Older results file: exit code 1 if ddpm_fast is slower than there."),
+        click.option("--threshold", type=decimal, default=5, show_default=True, help="Tolerance of --compare in percent."),
+        click.option("--json", "as_json", is_flag=True, help="Print one JSON object."),
     ]
     for option in reversed(options):
         command = option(command)
@@ -50,10 +46,10 @@ def _options(command: Any) -> Any:
 
 @click.group()
 def bench() -> None:
-    """Ours beside plain PyTorch, torch.compile, diffusers, ONNX Runtime and OpenVINO, whichever are there.
+    """Benchmark ddpm_fast against PyTorch, torch.compile, diffusers, ONNX Runtime and OpenVINO, as far as installed.
 
-    Every engine runs the same weights in a process of its own, is held against fp64 first, and takes turns with the others; a ratio
-    is of one round, its range holds the median with 95 % certainty. Needs a quiet machine.
+    Every engine runs the same weights in its own process, is checked against fp64 first, and takes turns with the others. A speedup
+    is the ratio of two times of one round; its range is the 95 % confidence interval of the median. Needs an idle machine.
     """
 
 
@@ -64,36 +60,36 @@ _DTYPE = click.option("--dtype", type=click.Choice(list(DTYPES)), help="[default
 @_options
 @click.option("--batch-size", type=click.IntRange(1), default=1, show_default=True)
 @_DTYPE
-def latency(batch_size: int, dtype: str | None, **how: Any) -> None:
-    """How long one image takes, and the first one from a cold process, also with what was kept."""
-    _run([batch_size], [dtype], again=math.inf, **how)
+def latency(batch_size: int, dtype: str | None, **options: Any) -> None:
+    """Time per image, and time to the first image: cold, and with filled caches."""
+    _run([batch_size], [dtype], warm_start_limit=math.inf, **options)
 
 
 @bench.command()
 @_options
 @click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True)
 @_DTYPE
-def throughput(batch_size: int, dtype: str | None, **how: Any) -> None:
-    """How many images a second come from one batch size."""
-    _run([batch_size], [dtype], **how)
+def throughput(batch_size: int, dtype: str | None, **options: Any) -> None:
+    """Images per second at one batch size."""
+    _run([batch_size], [dtype], **options)
 
 
 @bench.command()
 @_options
 @click.option("--batch-sizes", default="1,4,16,64", show_default=True)
-@click.option("--dtypes", help=f"Some of {', '.join(DTYPES)}.  [default: bf16,fp8 on a GPU, else fp32]")
-def sweep(batch_sizes: str, dtypes: str | None, **how: Any) -> None:
-    """Several batch sizes and types."""
+@click.option("--dtypes", help=f"Comma-separated: {', '.join(DTYPES)}.  [default: bf16,fp8 on a GPU, else fp32]")
+def sweep(batch_sizes: str, dtypes: str | None, **options: Any) -> None:
+    """Several batch sizes and precisions."""
     try:
         batches = [int(b) for b in batch_sizes.split(",")]
     except ValueError:
         batches = []
     if not batches or min(batches) < 1:
-        raise ValueError(f"--batch-sizes {batch_sizes}: expected numbers of images such as 1,4,16")
+        raise ValueError(f"--batch-sizes is {batch_sizes}; expected positive integers such as 1,4,16")
     kinds: list[str | None] = [None] if dtypes is None else list(dtypes.split(","))
     if wrong := [d for d in kinds if d not in (None, *DTYPES)]:
-        raise ValueError(f"--dtypes {dtypes}: unknown type {wrong[0]}; expected some of {', '.join(DTYPES)}")
-    _run(batches, kinds, several=True, **how)
+        raise ValueError(f"--dtypes has the unknown precision {wrong[0]}; expected some of {', '.join(DTYPES)}")
+    _run(batches, kinds, several=True, **options)
 
 
 def _run(
@@ -109,84 +105,89 @@ def _run(
     compare: Path | None,
     threshold: float,
     as_json: bool,
-    again: float = 0,
+    warm_start_limit: float = 0,
     several: bool = False,
 ) -> None:
-    names, picture = [MINE, *_baselines(baselines)], _picture(out)
+    names, figure = [DDPM_FAST, *_baselines(baselines)], _figure_path(out)
     on = pick_device(device) or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if dtypes == [None]:
         dtypes = ["fp32"] if on.type == "cpu" else ["bf16", "fp8"] if several else ["bf16"]
     if on.type == "cuda":
         torch.cuda.set_device(on)
     elif "fp8" in dtypes:
-        raise ValueError(f"fp8 is for our own kernels on a GPU; this is {on}: take fp32, fp16 or bf16")
+        raise ValueError(f"fp8 is unsupported on {on}; give --dtype fp32, fp16 or bf16")
     settings = [Setting(str(weights), str(d), str(on), torch.get_num_threads(), parse_size(size)) for d in dtypes]
-    subject = settings[0].subject()
-    chain = len(subject.checkpoint.schedule)
+    workload = settings[0].workload()
+    chain = len(workload.checkpoint.schedule)
     if steps is not None and steps > chain:
-        raise ValueError(f"--steps {steps}: this network's chain has {chain}; give at most so many")
-    result = results.begin(subject, weights.resolve().name, chain)
+        raise ValueError(f"--steps is {steps}; expected at most {chain}, the timesteps of this checkpoint")
+    result = results.empty_result(workload, weights.resolve().name, chain)
     old = _older(compare, out)
-    planned = [(s, batch, _then(old, result, case_of(s, batch, subject))) for s in settings for batch in batches]
-    say: Callable[[str], None] = lambda line: click.echo(line, err=as_json)
-    complain: Callable[[str], None] = lambda line: click.echo(line, err=True)
+    planned = [(s, batch, _steps_of(old, result, case_of(s, batch, workload))) for s in settings for batch in batches]
+    log: Callable[[str], None] = lambda line: click.echo(line, err=as_json)
+    warn: Callable[[str], None] = lambda line: click.echo(line, err=True)
     for setting in settings:
-        with race(setting, names, batches[0], Effort(seconds, steps=steps, again=again), complain) as r:
-            for batch, then in ((b, t) for s, b, t in planned if s is setting):
-                result["cases"].append(r.case(batch, then))
+        effort = Effort(seconds, steps=steps, warm_start_limit=warm_start_limit)
+        with comparison(setting, names, batches[0], effort, warn) as c:
+            for batch, old_steps in ((b, n) for s, b, n in planned if s is setting):
+                result["cases"].append(c.case(batch, old_steps))
                 results.write(out, result)
-                say(results.table_of(result["cases"][-1], result["network"]) + "\n")
+                log(results.table_of(result["cases"][-1], result["network"]) + "\n")
     result["ceilings"] = ceilings(on, settings[-1].dtype)
-    result["launches"] = points(settings[-1].subject(), batches[-1])
+    result["kernels"] = kernel_times(settings[-1].workload(), batches[-1])
     results.write(out, result)
-    if picture is not None:
-        draw(result, picture)
-    say(f"-> {out}" + (f", {picture}" if picture else "; a picture needs the extra plot: pip install 'ddpm-fast[plot]'"))
-    _judge([] if old is None else results.changes(old, result), threshold, result, as_json, say)
+    if figure is not None:
+        draw(result, figure)
+    log(f"-> {out}" + (f", {figure}" if figure else "; for a figure: pip install 'ddpm-fast[plot]'"))
+    _report([] if old is None else results.changes(old, result), threshold, result, as_json, log)
 
 
-def _judge(
-    found: list[results.Change], threshold: float, result: results.Result, as_json: bool, say: Callable[[str], None]
+def _report(
+    changes: list[results.Change],
+    threshold: float,
+    result: results.Result,
+    as_json: bool,
+    log: Callable[[str], None],
 ) -> None:
-    """Says what changed since the older file; exit code 1 where ours got slower."""
-    for change in found:
-        say(change.line())
-    worse = results.slower(found, threshold / 100)
+    """Logs what changed since the older file; exit code 1 if ddpm_fast is slower."""
+    for change in changes:
+        log(change.line())
+    worse = results.slower(changes, threshold / 100)
     if as_json:
         print_report(result | dict(slower=[change.line() for change in worse]), True, "")
     if worse:
-        click.echo(f"ddpm-fast: {len(worse)} of {len(found)} got slower by more than {threshold:g} %", err=True)
+        click.echo(f"ddpm-fast: {len(worse)} of {len(changes)} times are longer by more than {threshold:g} %", err=True)
         sys.exit(1)
 
 
 def _older(compare: Path | None, out: Path) -> dict[str, Any] | None:
-    """The result to compare with. ValueError where it is none, or would be overwritten."""
+    """The result to compare with; ValueError if it is not one, or would be overwritten."""
     if compare is None:
         return None
     if compare.resolve() == out.resolve():
-        raise ValueError(f"--compare {compare} is the file that --out would overwrite; give another --out")
+        raise ValueError(f"--compare is {compare}, the file that --out would overwrite; give another --out")
     return results.read(compare)
 
 
-def _then(old: dict[str, Any] | None, result: dict[str, Any], case: dict[str, Any]) -> int | None:
-    """How many steps the older file's loops had. ValueError, before any long work, where it has no such case."""
+def _steps_of(old: dict[str, Any] | None, result: dict[str, Any], case: dict[str, Any]) -> int | None:
+    """Steps per loop of the older file. ValueError, before any long work, if it has no such case."""
     return None if old is None else results.same_case(old, result["network"], case)["steps"]
 
 
 def _baselines(text: str | None) -> list[str]:
     if text is None:
-        return [name for name in BASELINES if name != MINE]
+        return [name for name in BASELINES if name != DDPM_FAST]
     names = [] if text == "none" else [name.strip() for name in text.split(",")]
-    if wrong := [name for name in names if (name not in BASELINES and ":" not in name) or name == MINE]:
-        known = ", ".join(name for name in BASELINES if name != MINE)
-        raise ValueError(f"--baselines: unknown engine {wrong[0]!r}; expected {known}, package.module:Class, or none")
+    if wrong := [name for name in names if (name not in BASELINES and ":" not in name) or name == DDPM_FAST]:
+        known = ", ".join(name for name in BASELINES if name != DDPM_FAST)
+        raise ValueError(f"--baselines has the unknown engine {wrong[0]!r}; expected {known}, package.module:Class, or none")
     return list(dict.fromkeys(names))
 
 
-def _picture(out: Path) -> Path | None:
-    """The picture's path beside the result's; None without the extra `plot`. ValueError where neither can be written."""
+def _figure_path(out: Path) -> Path | None:
+    """Path of the figure, next to the results file; None without the extra `plot`. ValueError if `out` cannot be written."""
     if out.suffix != ".json" or not out.absolute().parent.is_dir() or out.is_dir():
-        raise ValueError(f"--out {out}: expected the name of a .json file in a directory that exists")
+        raise ValueError(f"--out is {out}; expected the name of a .json file in an existing folder")
     try:
         return check_out(out.with_suffix(".png"))
     except ValueError:

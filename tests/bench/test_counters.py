@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from bench import counters
+from bench.tools import counters
 from ddpm_fast.engines.fused import engine as fused_engine
 from ddpm_fast.engines.fused.builder import PlanBuilder
 from ddpm_fast.kernels import _triton

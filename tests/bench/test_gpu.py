@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import elementwise, gpu
-from bench.gpu_bars import bars
+from bench import elementwise
+from bench.gpu import __main__ as gpu
+from bench.gpu.targets import compare_with_targets
 from ddpm_fast.benchmark.timer import measure
 
 ROOT = Path(__file__).parents[2]
@@ -21,7 +22,7 @@ def test_gpu_bench_runs_in_tiny(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads((tmp_path / "r.json").read_text())
     assert list(result["parts"]) == list(gpu.PARTS)
-    rows = {part: found["rows"] for part, found in result["parts"].items()}
+    rows = {part: measured["rows"] for part, measured in result["parts"].items()}
     assert not any(row.get("failed") for part in rows.values() for row in part)
     timed = {row["what"] for part in rows.values() for row in part if row.get("ms", 0) > 0 or row.get("ms_per_step", 0) > 0}
     assert {"copy", "matmul", "noise", "q_sample", "ddpm_step", "ddpm_step, history", "noise_mse", "noise_mse gradient"} <= timed
@@ -29,7 +30,7 @@ def test_gpu_bench_runs_in_tiny(tmp_path):
     assert {"conv3x3", "group_norm_silu", "folded_attention"} <= {row["what"] for row in rows["launches"]}
     for part in ("celebahq256", "sampling"):
         assert {"ddpm_fast fused bf16", "plain PyTorch bf16", "diffusers bf16"} <= {row["what"] for row in rows[part]}
-    assert [bar["reached"] for bar in result["bars"]][2:] == [None] * 5  # no GPU, no figure
+    assert [target["reached"] for target in result["targets"]][2:] == [None] * 5  # no GPU, no figure
     assert result["environment"]["torch"] == torch.__version__ and "--tiny" in result["command"]
     assert done.stdout.splitlines()[-1].startswith("-> ") and "bar 1.7, goal 2" in done.stdout.splitlines()[-2]
 
@@ -71,30 +72,31 @@ def test_a_run_goes_on_part_by_part_in_one_file(tmp_path, monkeypatch, capsys):
     for names in (["likelihood"], ["ceilings"], ["likelihood"]):
         assert call(monkeypatch, "--only", *names, "--out", out) == 0
     result = json.loads(out.read_text())
-    assert list(result["parts"]) == ["ceilings", "likelihood"] and len(result["bars"]) == 7
+    assert list(result["parts"]) == ["ceilings", "likelihood"] and len(result["targets"]) == 7
     out.write_text(json.dumps(result | dict(environment={"gpus": ["another"]})))
     with pytest.raises(SystemExit, match="2"):
         call(monkeypatch, "--only", "ceilings", "--out", out)
     assert "another machine" in capsys.readouterr().err
 
 
-def test_bars():
-    def row(what, batch, rate, network="cifar10"):
-        return dict(what=what, batch=batch, network=network, image_steps_per_s=rate)
+def test_targets():
+    def row(engine, dtype, batch, rate):
+        return dict(engine=engine, dtype=dtype, batch=batch, network="cifar10", image_steps_per_s=rate)
 
     rows = [
-        row("torch.compile bf16", 256, 20_000),
-        row("ddpm_fast fused bf16", 256, 36_000),
-        row("ddpm_fast fused fp8", 256, 56_000),
+        row("torch.compile", "bf16", 256, 20_000),
+        row("ddpm_fast", "bf16", 256, 36_000),
+        row("ddpm_fast", "fp8", 256, 56_000),
+        row("ddpm_fast", "bf16", 1, 1_500),
+        row("ddpm_fast", "fp8", 1024, 40_000),
     ]
-    rows += [row("ddpm_fast fused bf16", 1, 1_500), row("ddpm_fast fused fp8", 1024, 40_000)]
     kernels = [
         dict(what="q_sample", dtype="float32", share_of_copy=0.8),
         dict(what="ddpm_step", dtype="float32", share_of_copy=0.8),
     ]
-    found = bars(dict(sampling=dict(rows=rows), kernels=dict(rows=kernels)))
-    assert [bar["reached"] for bar in found] == ["goal", "neither", None, "neither", "neither", "goal", "bar"]
-    assert found[-1]["value"] == 1.8 and found[3]["value"] == pytest.approx(1e3 / 1500)
+    compared = compare_with_targets(dict(sampling=dict(rows=rows), kernels=dict(rows=kernels)))
+    assert [target["reached"] for target in compared] == ["goal", "neither", None, "neither", "neither", "goal", "bar"]
+    assert compared[-1]["value"] == 1.8 and compared[3]["value"] == pytest.approx(1e3 / 1500)
 
 
 def test_budgets_fit_into_eight_minutes():
@@ -115,23 +117,24 @@ def test_measure():
 
 def test_training_engines_take_turns_and_agree(capsys, monkeypatch, tmp_path):
     """Tiny sizes: the figures mean nothing, the engines' losses agree or nothing is timed."""
-    from bench import training
+    from bench.studies import training
 
     arguments = ["--channels", "8,16", "--batch-size", "4", "--rounds", "2", "--steps", "1", "--out", str(tmp_path / "r.json")]
     monkeypatch.setattr(sys, "argv", ["training", *arguments])
     training.main()
     result = json.loads((tmp_path / "r.json").read_text())
     assert [row["engine"] for row in result["rows"]] == ["ddpm_fast", "plain PyTorch", "diffusers"]
-    assert result["rows"][0]["ours_is_faster_by"] == 1 and "images/s" in capsys.readouterr().out
-    monkeypatch.setattr(training.Engine, "_read", lambda self: json.dumps(dict(loss=float(len(self.name)), first=0.0)))
-    with pytest.raises(RuntimeError, match="the engines disagree"):
+    assert result["rows"][0]["speedup"] == 1 and "images/s" in capsys.readouterr().out
+    losses = iter([1.0, 1.0, 2.0])
+    monkeypatch.setattr(training.JsonWorker, "receive", lambda self, timeout=None: dict(loss=next(losses), seconds=0.0))
+    with pytest.raises(RuntimeError, match="the losses of the engines on one input differ"):
         training.main()
 
 
 @pytest.mark.kernel
 def test_tuning_finds_the_faster_of_two_tiles(monkeypatch, tmp_path):
     """By a clock that counts rows instead of seconds, so that the smallest tile wins; what it writes, FusedUNet takes."""
-    from bench import tune
+    from bench.tools import tune
     from ddpm_fast import UNet
     from ddpm_fast.benchmark.timer import Timing
     from ddpm_fast.engines.fused.unet import FusedUNet

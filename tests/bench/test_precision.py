@@ -1,4 +1,4 @@
-"""bench.precision: its errors are those that calibration found, its figures fall with the bits, what is there is not made again."""
+"""bench.studies.precision: errors agree with the calibration, accuracy falls with the bits, a second run computes nothing."""
 
 import json
 import sys
@@ -9,7 +9,7 @@ pytest.importorskip("safetensors")
 
 
 def test_a_short_run(monkeypatch, tmp_path, capsys):
-    from bench import precision
+    from bench.studies import precision
     from ddpm_fast import load_pretrained
     from ddpm_fast.engines.fused.calibration import load_calibration
 

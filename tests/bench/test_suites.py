@@ -8,8 +8,10 @@ import sys
 import pytest
 import torch
 
-from bench import report, scaling, suite
-from bench.networks import ROOT, TINY_UNET
+from bench import run_all
+from bench.report import figures, fits, predictions
+from bench.report.committed import NETWORKS, commit, cpus
+from bench.workloads import ROOT, TINY_UNET
 from ddpm_fast import NoiseSchedule, UNet, save_pretrained
 from ddpm_fast.benchmark.runner import Effort
 
@@ -28,7 +30,7 @@ def test_every_suite_runs_and_says_what_it_found(tmp_path):
     done = pytest_benchmark(*files, "-k", which, f"--benchmark-json={tmp_path / 'r.json'}")
     assert done.returncode == 0, done.stdout + done.stderr
     found = {b["name"]: b["extra_info"] for b in json.loads((tmp_path / "r.json").read_text())["benchmarks"]}
-    q_sample = next(v for k, v in found.items() if "q_sample-fp32" in k)
+    q_sample = next(v for k, v in found.items() if "q_sample-kernel-fp32" in k)
     assert q_sample["error"] <= 1e-6 and q_sample["gb_per_s"] > 0 and q_sample["share_of_copy"] > 0
     (loop,) = [v for k, v in found.items() if k.startswith("test_loop")]
     assert loop["images_per_s"] == pytest.approx(loop["image_steps_per_s"] / 1000) and loop["peak_bytes"] > 5e7
@@ -41,14 +43,14 @@ def test_a_planted_wrong_kernel_is_not_timed(tmp_path):
     (tmp_path / "planted.py").write_text(
         "import bench.elementwise as e\nright = e.q_sample\ne.q_sample = lambda *a: right(*a) * 1.00001\n"
     )
-    arguments = ("bench/bench_kernels.py", "-p", "planted", "-k", "q_sample-fp32-channels_last-2048x", "-rs")
+    arguments = ("bench/bench_kernels.py", "-p", "planted", "-k", "q_sample-kernel-fp32-channels_last-2048x", "-rs")
     done = pytest_benchmark(*arguments, f"--benchmark-json={tmp_path / 'r.json'}", path=tmp_path)
     assert done.returncode == 1 and "kernels differ from their references by 1.0e-05: nothing timed" in done.stdout
     left = (tmp_path / "r.json").read_text() if (tmp_path / "r.json").exists() else ""
     assert not left or not json.loads(left)["benchmarks"]
 
 
-def test_the_suite_writes_a_result_and_a_picture(tmp_path, monkeypatch, capsys):
+def test_run_all_writes_a_result_and_a_picture(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
 
     def tiny(name, folder):
@@ -56,25 +58,25 @@ def test_the_suite_writes_a_result_and_a_picture(tmp_path, monkeypatch, capsys):
         save_pretrained(folder / name, UNet(TINY_UNET), NoiseSchedule.linear())
         return folder / name
 
-    monkeypatch.setattr(suite, "weights_of", tiny)
+    monkeypatch.setattr(run_all, "weights_of", tiny)
     arguments = ["--networks", "cifar10", "--batches", "1", "2", "--baselines", "ddpm_fast", "plain PyTorch", "--out", tmp_path]
-    monkeypatch.setattr(sys, "argv", ["suite", *map(str, arguments)])
-    monkeypatch.setattr(suite, "Effort", lambda seconds, again: Effort(0, 0.002, 0, 2, again))
-    suite.main()
-    result = json.loads((tmp_path / "cpu-cifar10.json").read_text())
+    monkeypatch.setattr(sys, "argv", ["run_all", *map(str, arguments)])
+    monkeypatch.setattr(run_all, "Effort", lambda seconds, warm_start_limit: Effort(0, 0.002, 0, 2, warm_start_limit))
+    run_all.main()
+    result = json.loads((tmp_path / "cifar10.json").read_text())
     assert [case["batch"] for case in result["cases"]] == [1, 2]
-    assert (tmp_path / "bench-cpu-cifar10.png").stat().st_size > 10_000
+    assert (tmp_path / "cifar10.png").stat().st_size > 10_000
     assert "plain PyTorch fp32" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", report.CPU)
-def test_ours_leads_every_row_that_was_measured(name):
-    """The results that are kept, on the machine that they name."""
-    for case in report.results(f"cpu-{name}.json")["cases"]:
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("machine", cpus(*NETWORKS), ids=lambda machine: machine.folder.name)
+def test_ddpm_fast_is_fastest_in_every_committed_row(machine, name):
+    for case in machine.read(name)["cases"]:
         assert len(case["rows"]) >= 6, case["left_out"]
         for row in case["rows"][1:]:
             for what in ("forward", "loop"):
-                assert row[what]["ours_is_faster_by"] > 1, (name, case["batch"], row["engine"], what)
+                assert row[what]["speedup"] > 1, (name, case["batch"], row["engine"], what)
                 assert row["error"] < 1e-5
 
 
@@ -84,24 +86,45 @@ def test_ours_leads_every_row_that_was_measured(name):
 )
 def test_fits_find_what_was_put_in(name, factors):
     rows = [dict(x=n, ms=sum(f * n**p for p, f in factors.items())) for n in (1, 2, 4, 8, 16, 32)]
-    fit = scaling.Fit.of(name, rows)
-    found = dict(zip(fit.powers, fit.factors, strict=True))
-    assert all(found.get(p, 0) == pytest.approx(factors.get(p, 0), abs=1e-9) for p in scaling.POWERS[name])
-    assert fit.apart < 1e-9 and fit(3) == pytest.approx(sum(f * 3**p for p, f in factors.items()))
+    fit = fits.Fit.of(name, rows)
+    fitted = dict(zip(fit.powers, fit.factors, strict=True))
+    assert all(fitted.get(p, 0) == pytest.approx(factors.get(p, 0), abs=1e-9) for p in fits.POWERS[name])
+    assert fit.max_error < 1e-9 and fit(3) == pytest.approx(sum(f * 3**p for p, f in factors.items()))
 
 
 def test_predictions_grow_as_they_must():
-    """Time per image falls with the batch to a floor; what a step's time goes into adds up to it."""
+    """Time per image falls with the batch to a floor; a step is a forward pass and an update of 20 bytes per element."""
     for dtype in ("bf16", "fp8"):
-        found = scaling.predicted(dtype)
-        each = [r["ms"] / r["x"] for r in found["batch"]]
-        assert each == sorted(each, reverse=True) and each[-2] < 1.02 * each[-1]
-        assert all(sum(r["by"].values()) * 1e3 == pytest.approx(r["ms"]) for r in found["batch"])
-        assert found["batch"][8]["ms"] == pytest.approx(report.predict("cifar10", 256, dtype)["step"], rel=1e-6)
-        assert all(scaling.Fit.of(k, rows).apart < 0.2 for k, rows in found.items())
+        series = predictions.series(dtype)
+        per_image = [r["ms"] / r["x"] for r in series["batch"]]
+        assert per_image == sorted(per_image, reverse=True) and per_image[-2] < 1.02 * per_image[-1]
+        p = predictions.predict("cifar10", 256, dtype)
+        assert series["batch"][8]["ms"] == p.step == pytest.approx(sum(p.parts.values()))
+        update = 256 * 3 * 32 * 32 * 20 / predictions.H100.copy + 2 * predictions.GAP
+        assert p.step == pytest.approx(p.forward + 1e3 * update)
+        assert all(fits.Fit.of(k, rows).max_error < 0.2 for k, rows in series.items())
 
 
-def test_pictures_are_drawn(tmp_path, monkeypatch):
+def test_figures_are_drawn(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
-    scaling.draw(tmp_path)
-    assert all((tmp_path / f"{n}.png").stat().st_size > 20_000 for n in ("scaling-cpu", "scaling-h100", "roofline-h100"))
+    figures.draw(tmp_path)
+    names = ("scaling-cpu", "scaling-h100", "roofline-h100", "bench-cpu-amd-zen4-cifar10")
+    assert all((tmp_path / f"{name}.png").stat().st_size > 20_000 for name in names)
+
+
+def test_results_are_committed_per_cpu(tmp_path, monkeypatch):
+    monkeypatch.setattr("bench.report.committed.RESULTS", tmp_path / "committed")
+    new = tmp_path / "new"
+    new.mkdir()
+    with pytest.raises(ValueError, match="holds no results; run `make bench` first"):
+        commit(new, "cpu-abacus")
+    for name in ("cifar10", "fashion-mnist-32", "precision"):
+        (new / f"{name}.json").write_text(json.dumps(dict(environment=dict(cpu="Abacus"), cases=[])))
+    with pytest.raises(ValueError, match="expected the name of a CPU"):
+        commit(new, "results")
+    written = {path.relative_to(tmp_path / "committed").as_posix() for path in commit(new, "cpu-abacus")}
+    assert written == {"cpu-abacus/cifar10.json", "cpu-abacus/fashion-mnist-32.json", "accuracy/precision.json"}
+    assert [machine.title for machine in cpus(*NETWORKS)] == ["abacus"]
+    (new / "cifar10.json").write_text(json.dumps(dict(environment=dict(cpu="Another"))))
+    with pytest.raises(ValueError, match="is of Another; expected Abacus"):
+        commit(new, "cpu-abacus")

@@ -11,16 +11,17 @@ import numpy as np
 import pytest
 import torch
 
-from bench.networks import TINY_UNET
+from bench.workloads import TINY_UNET
 from ddpm_fast import NoiseSchedule, UNet, save_pretrained
 from ddpm_fast.benchmark import results
-from ddpm_fast.benchmark.baselines import Missing, Pipeline, Subject, baseline
-from ddpm_fast.benchmark.kernels import ceilings, points
-from ddpm_fast.benchmark.runner import Effort, figures, interval, race
+from ddpm_fast.benchmark.baselines import Pipeline, baseline
+from ddpm_fast.benchmark.kernels import ceilings, kernel_times
+from ddpm_fast.benchmark.runner import Effort, comparison, interval, summarize
 from ddpm_fast.benchmark.worker import Setting
+from ddpm_fast.benchmark.workload import Unavailable, Workload
 from ddpm_fast.checkpoints.checkpoint import Checkpoint
-from ddpm_fast.testing import relative_error
 from ddpm_fast.utils.environment import peak_memory
+from ddpm_fast.utils.numerics import relative_error
 
 stats = pytest.importorskip("scipy.stats")
 QUICK = Effort(seconds=0, burst=0.002, rest=0, steps=2)
@@ -35,12 +36,12 @@ def weights(tmp_path_factory):
 
 
 def run(weights, names, first_batch=2, effort=QUICK):
-    said = []
-    with race(Setting(str(weights)), names, first_batch, effort, said.append) as r:
-        return r.case(first_batch), said
+    logged = []
+    with comparison(Setting(str(weights)), names, first_batch, effort, logged.append) as c:
+        return c.case(first_batch), logged
 
 
-# ---- figures
+# ---- statistics
 
 
 @pytest.mark.parametrize("n", [6, 7, 9, 10, 17, 40, 101])
@@ -60,37 +61,37 @@ def test_interval_of_few_values_is_their_range():
 
 def test_interval_holds_the_median_as_often_as_it_says():
     generator = np.random.default_rng(0)
-    found = [interval(generator.lognormal(size=12)) for _ in range(2000)]
-    share = np.mean([low <= 1 <= high for _, low, high in found])
+    intervals = [interval(generator.lognormal(size=12)) for _ in range(2000)]
+    share = np.mean([low <= 1 <= high for _, low, high in intervals])
     assert share == pytest.approx(1 - 2 * stats.binom.cdf(2, 12, 0.5), abs=0.015)  # 0.961
 
 
 def test_a_ratio_is_of_one_round():
     """A machine that is ten times slower in one round changes no ratio."""
-    f = figures([2.0, 20.0, 4.0, 2.0, 2.0, 2.0], [1.0, 10.0, 2.0, 1.0, 1.0, 1.0])
-    assert (f["ms"], f["ours_is_faster_by"], f["from_to"]) == (2000.0, 2.0, [2.0, 2.0])
+    s = summarize([2.0, 20.0, 4.0, 2.0, 2.0, 2.0], [1.0, 10.0, 2.0, 1.0, 1.0, 1.0])
+    assert (s["ms"], s["speedup"], s["speedup_range"]) == (2000.0, 2.0, [2.0, 2.0])
 
 
-# ---- the race
+# ---- the comparison
 
 
-def test_engines_take_turns_and_are_held_against_fp64(weights):
+def test_engines_take_turns_and_are_checked_against_fp64(weights):
     pytest.importorskip("diffusers")
-    case, said = run(weights, ["ddpm_fast", "DDPMPipeline"], effort=replace(QUICK, again=100))
-    assert not said and not case["left_out"]
+    case, logged = run(weights, ["ddpm_fast", "DDPMPipeline"], effort=replace(QUICK, warm_start_limit=100))
+    assert not logged and not case["left_out"]
     rows = {row["engine"]: row for row in case["rows"]}
     assert [*rows] == ["ddpm_fast", "DDPMPipeline"]
     for row in rows.values():
         assert 0 < row["error"] < 1e-5 and row["forward"]["low"] <= row["forward"]["ms"] <= row["forward"]["high"]
         assert row["images_per_s"] == pytest.approx(1e3 / (row["loop"]["ms"] * 100), rel=1e-3)
-        assert 50e6 < row["peak_bytes"] < 4e9 and row["first_image_s"] > 0 and row["again_s"] > 0
-    assert rows["ddpm_fast"]["loop"]["from_to"] == [1, 1] and case["rounds"] >= 6
+        assert 50e6 < row["peak_bytes"] < 4e9 and row["first_image_s"] > 0 and row["warm_first_image_s"] > 0
+    assert rows["ddpm_fast"]["loop"]["speedup_range"] == [1, 1] and case["rounds"] >= 6
     text = results.table_of(case, dict(name="tiny", parameters=1, gflop_per_image=1, timesteps=100))
-    assert "ddpm_fast cpu fp32" in text and "DDPMPipeline fp32" in text and "then" in text
+    assert "ddpm_fast cpu fp32" in text and "DDPMPipeline fp32" in text and "s cached" in text
 
 
 PLANTED = """
-from ddpm_fast.benchmark.baselines import Ours, Plain
+from ddpm_fast.benchmark.baselines import DdpmFast, Plain
 
 class WrongNetwork(Plain):
     def forward(self, x, t, labels=None):
@@ -104,7 +105,7 @@ class WrongCount(Plain):
     def loop(self, count, steps):
         return super().loop(1, steps)
 
-class WrongStep(Ours):
+class WrongStep(DdpmFast):
     def loop(self, count, steps):
         return 0.999 * super().loop(count, steps)
 
@@ -126,45 +127,45 @@ class Dies(Plain):
 @pytest.fixture
 def planted(tmp_path, monkeypatch):
     (tmp_path / "planted.py").write_text(PLANTED)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
+    monkeypatch.chdir(tmp_path)  # where a user's class is imported from
 
 
 def test_what_is_wrong_is_not_timed(weights, planted):
     wrong = {
-        "planted:WrongNetwork": "its output is off by 1.0e-04",
+        "planted:WrongNetwork": "the relative error of its output is 1.0e-04; expected at most 1.0e-05",
         "planted:WrongEnd": "its loop does not end in images",
-        "planted:WrongCount": "its loop drew (1, 3, 8, 8); expected (2, 3, 8, 8)",
-        "planted:WrongStep": "its steps are off by 1.0e-03",
-        "planted:Dies": "its process ended with 9",
+        "planted:WrongCount": "its loop returned images of shape (1, 3, 8, 8); expected (2, 3, 8, 8)",
+        "planted:WrongStep": "the relative error of its steps is 1.0e-03; expected at most 1.0e-04",
+        "planted:Dies": "the process ended with code 9",
         "planted:DiesLater": "RuntimeError: out of paper",  # in the second round or so
         "planted:None": "expected one of ddpm_fast, plain PyTorch",
     }
-    case, said = run(weights, ["ddpm_fast", *wrong])
+    case, logged = run(weights, ["ddpm_fast", *wrong])
     assert [row["engine"] for row in case["rows"]] == ["ddpm_fast"]
-    assert len(said) == len(wrong)
+    assert len(logged) == len(wrong)
     for name, reason in wrong.items():
         assert reason in case["left_out"][name]
 
 
-def test_nothing_is_timed_where_ours_is_wrong(weights, planted):
-    with pytest.raises(RuntimeError, match="planted:WrongStep: wrong, so not timed"):
+def test_nothing_is_timed_if_the_first_engine_is_wrong(weights, planted):
+    with pytest.raises(RuntimeError, match="planted:WrongStep: not timed"):
         run(weights, ["planted:WrongStep", "plain PyTorch"])
-    with pytest.raises(RuntimeError, match="planted:Dies: its process ended with 9"):
+    with pytest.raises(RuntimeError, match="planted:Dies: the process ended with code 9"):
         run(weights, ["planted:Dies", "plain PyTorch"])
 
 
-def test_baselines_say_why_they_cannot_be_had():
-    labelled = Subject(Checkpoint(UNet(replace(TINY_UNET, num_classes=3)), NoiseSchedule.linear()))
-    with pytest.raises(Missing, match="passes no labels"):
+def test_unavailable_baselines_give_the_reason():
+    labelled = Workload(Checkpoint(UNet(replace(TINY_UNET, num_classes=3)), NoiseSchedule.linear()))
+    with pytest.raises(Unavailable, match="passes no labels"):
         Pipeline(labelled)
-    other_size = Subject(Checkpoint(UNet(TINY_UNET), NoiseSchedule.linear()), size=(16, 8))
-    with pytest.raises(Missing, match="of the size that the network was trained at"):
+    other_size = Workload(Checkpoint(UNet(TINY_UNET), NoiseSchedule.linear()), size=(16, 8))
+    with pytest.raises(Unavailable, match="of the size that the network was trained at"):
         Pipeline(other_size)
     with pytest.raises(ValueError, match="names no sample_size"):
-        _ = Subject(Checkpoint(UNet(replace(TINY_UNET, sample_size=None)), NoiseSchedule.linear())).shape
-    with pytest.raises(Missing, match="does not compute in fp8"):
+        _ = Workload(Checkpoint(UNet(replace(TINY_UNET, sample_size=None)), NoiseSchedule.linear())).shape
+    with pytest.raises(Unavailable, match="does not compute in fp8"):
         baseline("plain PyTorch", replace(labelled, dtype="fp8"))
-    with pytest.raises(Missing, match="in fp32 on a CPU only"):
+    with pytest.raises(Unavailable, match="in fp32 on a CPU only"):
         baseline("ONNX Runtime", replace(labelled, dtype="bf16"))
 
 
@@ -173,8 +174,8 @@ def test_a_loop_with_classes_ends_in_images(name):
     if name == "diffusers":
         pytest.importorskip("diffusers")
     torch.manual_seed(0)
-    subject = Subject(Checkpoint(UNet(replace(TINY_UNET, num_classes=3)).eval(), NoiseSchedule.linear()))
-    images = baseline(name, subject).loop(4, 5)
+    workload = Workload(Checkpoint(UNet(replace(TINY_UNET, num_classes=3)).eval(), NoiseSchedule.linear()))
+    images = baseline(name, workload).loop(4, 5)
     assert images.shape == (4, 3, 8, 8) and images.isfinite().all() and images.abs().max() <= 1.0001
 
 
@@ -214,10 +215,10 @@ def test_instructions_cost_what_the_network_does():
 
 def test_every_instruction_becomes_a_point():
     torch.manual_seed(0)
-    subject = Subject(Checkpoint(UNet(TINY_UNET).eval(), NoiseSchedule.linear()))
-    found = points(subject, 1)
-    assert {"gemm", "normalise", "channel_sums", "softmax", "place", "take"} <= {p["what"] for p in found}
-    assert all(p["seconds"] > 0 and p["times"] > 0 and p["bytes"] > 0 for p in found)
+    workload = Workload(Checkpoint(UNet(TINY_UNET).eval(), NoiseSchedule.linear()))
+    points = kernel_times(workload, 1)
+    assert {"gemm", "normalise", "channel_sums", "softmax", "place", "take"} <= {p["what"] for p in points}
+    assert all(p["seconds"] > 0 and p["times"] > 0 and p["bytes"] > 0 for p in points)
     threads = torch.get_num_threads()
     roofs = ceilings(torch.device("cpu"), "fp32", tiny=True)
     assert torch.get_num_threads() == threads
@@ -227,15 +228,15 @@ def test_every_instruction_becomes_a_point():
 # ---- what got slower
 
 
-def result(ours, plain, spread=0.01, steps=10):
-    """One case of made-up figures in ms: ours, plain PyTorch; every interval 1 % wide on either side."""
+def result(ddpm_fast, plain, spread=0.01, steps=10):
+    """One case of made-up times in ms: ddpm_fast, plain PyTorch; every interval 1 % wide on either side."""
 
     def of(ms):
-        ratio = ms / ours
+        ratio = ms / ddpm_fast
         near = lambda v: dict(low=v * (1 - spread), high=v * (1 + spread))
-        return dict(ms=ms, **near(ms), ours_is_faster_by=ratio, from_to=[ratio * (1 - spread), ratio * (1 + spread)])
+        return dict(ms=ms, **near(ms), speedup=ratio, speedup_range=[ratio * (1 - spread), ratio * (1 + spread)])
 
-    rows = [dict(engine="ddpm_fast", forward=of(ours), loop=of(ours))]
+    rows = [dict(engine="ddpm_fast", forward=of(ddpm_fast), loop=of(ddpm_fast))]
     if plain is not None:
         rows.append(dict(engine="plain PyTorch", forward=of(plain), loop=of(plain)))
     case = dict(batch=1, dtype="fp32", size=[8, 8], device_name="abacus", threads=2, steps=steps, rows=rows)
@@ -243,27 +244,27 @@ def result(ours, plain, spread=0.01, steps=10):
 
 
 @pytest.mark.parametrize(
-    ("then", "now", "found"),
+    ("old", "new", "expected"),
     [
         (result(2.0, 8.0), result(2.4, 8.0), [0.2, 0.2]),
-        (result(2.0, 8.0), result(4.0, 16.0), []),  # the machine is slower, not ours
-        (result(2.0, 8.0), result(2.0, 4.0), [1.0, 1.0]),  # the machine is faster, ours is not
+        (result(2.0, 8.0), result(4.0, 16.0), []),  # the machine is slower, not ddpm_fast
+        (result(2.0, 8.0), result(2.0, 4.0), [1.0, 1.0]),  # the machine is faster, ddpm_fast is not
         (result(2.0, 8.0), result(2.04, 8.0), []),  # no more than is allowed
         (result(2.0, 8.0), result(2.4, 8.0, spread=0.3), []),  # within the noise
         (result(2.0, 8.0), result(1.5, 8.0), []),
-        (result(2.0, None), result(2.4, 8.0), [0.2, 0.2]),  # nothing to measure by: the clock
+        (result(2.0, None), result(2.4, 8.0), [0.2, 0.2]),  # nothing to normalize with: milliseconds
         (result(2.0, 8.0), result(2.4, 8.0, steps=4), [0.2]),  # loops that share their beginning among fewer steps: forward alone
     ],
 )
-def test_what_got_slower_is_found_and_noise_is_not(then, now, found):
-    worse = results.slower(results.changes(then, now), 0.05)
-    assert [c.by for c in worse] == pytest.approx(found)
+def test_what_got_slower_is_found_and_noise_is_not(old, new, expected):
+    worse = results.slower(results.changes(old, new), 0.05)
+    assert [c.change for c in worse] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        (dict(network=dict(name="tiny", parameters=8)), "of another network: parameters 8 there, 9 here"),
+        (dict(network=dict(name="tiny", parameters=8)), "of another network: parameters is 8 there, 9 here"),
         (dict(batch=7), "no case of batch 1, .*; its first is of batch 7"),
         (dict(threads=1), "threads 2; its first is of .*threads 1"),
         (dict(device_name="another"), "device_name abacus, .* device_name another"),
@@ -277,12 +278,12 @@ def test_unlike_things_are_not_compared(changed, message):
         results.changes(old, result(1.0, 2.0))
 
 
-def test_rows_that_ours_does_not_lead_say_so():
+def test_faster_baselines_are_reported():
     case = result(2.0, 1.5)["cases"][0]
     for row, name in zip(case["rows"], ("ddpm_fast reference fp32", "plain PyTorch fp32"), strict=True):
         row.update(name=name, reason="llvmlite is missing")
-    assert results.behind(case)[0] == (
-        "plain PyTorch fp32 is 33% faster (forward); ours: ddpm_fast reference fp32, llvmlite is missing"
+    assert results.faster_baselines(case)[0] == (
+        "plain PyTorch fp32 is 33% faster (forward) than ddpm_fast reference fp32: llvmlite is missing"
     )
 
 
@@ -304,34 +305,36 @@ def test_commands(weights, tmp_path, capsys, monkeypatch):
     code, text, _ = call(capsys, "sweep", *how, "--batch-sizes", "1,2,3", "--out", out)
     assert code == 0 and f"-> {out}, {tmp_path / 'a.png'}" in text and text.count("plain PyTorch fp32") >= 3
     found = json.loads(out.read_text())
-    assert [case["batch"] for case in found["cases"]] == [1, 2, 3] and found["launches"] and found["ceilings"]
+    assert [case["batch"] for case in found["cases"]] == [1, 2, 3] and found["kernels"] and found["ceilings"]
     assert found["environment"]["torch"] == torch.__version__ and found["network"]["timesteps"] == 100
     assert (tmp_path / "a.png").stat().st_size > 10_000
-    for row in found["cases"][0]["rows"]:  # as if ours had been a thousand times faster
+    for row in found["cases"][0]["rows"]:  # as if ddpm_fast had been a thousand times faster
         for what in ("forward", "loop"):
-            row[what]["ours_is_faster_by"] *= 1000
-            row[what]["from_to"] = [1000 * v for v in row[what]["from_to"]]
+            row[what]["speedup"] *= 1000
+            row[what]["speedup_range"] = [1000 * v for v in row[what]["speedup_range"]]
     (tmp_path / "old.json").write_text(json.dumps(found))
     how = how[:4] + how[6:]  # as many steps as the older file has
     code, text, err = call(capsys, "latency", *how, "--out", tmp_path / "b.json", "--compare", tmp_path / "old.json", "--json")
-    assert code == 1 and "2 of 2 got slower by more than 5 %" in err
+    assert code == 1 and "2 of 2 times are longer by more than 5 %" in err
     report = json.loads(text)
     assert (
-        len(report["slower"]) == 2 and "beside plain PyTorch" in report["slower"][0] and "again_s" in report["cases"][0]["rows"][0]
+        len(report["slower"]) == 2
+        and "relative to plain PyTorch" in report["slower"][0]
+        and "warm_first_image_s" in report["cases"][0]["rows"][0]
     )
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--baselines", "tensorflow"), "--baselines: unknown engine 'tensorflow'; expected plain PyTorch"),
+        (("--baselines", "tensorflow"), "--baselines has the unknown engine 'tensorflow'; expected plain PyTorch"),
         (("--out", "a.txt"), "expected the name of a .json file"),
-        (("--out", "no/such/folder/a.json"), "in a directory that exists"),
-        (("--compare", "nothing.json"), "nothing.json is no result of ddpm-fast bench"),
+        (("--out", "no/such/folder/a.json"), "in an existing folder"),
+        (("--compare", "nothing.json"), "nothing.json is not a result of ddpm-fast bench"),
         (("--dtype", "fp4"), "'fp4' is not one of"),
         (("--device", "abacus"), "--device abacus"),
-        (("--steps", "200"), "--steps 200: this network's chain has 100"),
-        (("--dtype", "fp8"), "fp8 is for our own kernels on a GPU"),
+        (("--steps", "200"), "--steps is 200; expected at most 100, the timesteps"),
+        (("--dtype", "fp8"), "fp8 is unsupported on cpu"),
     ],
 )
 def test_bad_input_is_one_line(weights, capsys, arguments, message):
@@ -344,7 +347,7 @@ def test_the_file_to_compare_with_is_not_overwritten(weights, capsys, tmp_path):
         (tmp_path / name).write_text(json.dumps(result(1.0, 2.0)))
     how = ("latency", "--weights", weights, "--out", tmp_path / "bench.json", "--compare")
     code, _, err = call(capsys, *how, tmp_path / "bench.json")
-    assert code == 2 and "is the file that --out would overwrite" in err
+    assert code == 2 and "the file that --out would overwrite" in err
     code, _, err = call(capsys, *how, tmp_path / "older.json")  # refused before anything is begun
     assert code == 2 and "of another network" in err
     assert json.loads((tmp_path / "bench.json").read_text()) == result(1.0, 2.0)
@@ -358,10 +361,10 @@ def test_sweeps_of_nothing_are_refused(weights, capsys):
 
 def test_bf16_images_are_held_against_fp32_steps(weights):
     """Half-precision networks are judged too; relative to fp64 as far off as their type says."""
-    subject = replace(Setting(str(weights)).subject(), dtype="bf16")
-    made, given = baseline("plain PyTorch", subject), subject.inputs(2)
-    exact = UNet(subject.unet.config).double()
-    exact.load_state_dict(subject.unet.state_dict())
+    workload = replace(Setting(str(weights)).workload(), dtype="bf16")
+    made, given = baseline("plain PyTorch", workload), workload.inputs(2)
+    exact = UNet(workload.unet.config).double()
+    exact.load_state_dict(workload.unet.state_dict())
     with torch.no_grad():
         error = relative_error(made.forward(*given), exact(given[0].double(), given[1]))
     assert 1e-3 < error < 0.05

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ddpm_fast import NoiseSchedule, Sampler, UNet, UNetConfig, load_pretrained, save_pretrained
-from ddpm_fast.testing import relative_error
+from ddpm_fast.utils.numerics import relative_error
 
 diffusers = pytest.importorskip("diffusers")
 safetensors = pytest.importorskip("safetensors.torch")

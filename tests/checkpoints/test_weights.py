@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ddpm_fast import Sampler, load_pretrained
-from ddpm_fast.testing import relative_error
+from ddpm_fast.utils.numerics import relative_error
 
 pytest.importorskip("safetensors")
 DIRECTORIES = sorted(p.parent for p in (Path(__file__).parents[2] / "weights").glob("*/model_index.json"))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench import parity
+from bench.studies import parity, parity_loops
 from ddpm_fast import NoiseSchedule, Sampler
 from ddpm_fast.diffusion.presets import PRESETS
 from ddpm_fast.diffusion.solvers import ddim_inversion_table, ddim_table, dpm_solver_table
@@ -22,13 +22,13 @@ def test_every_solver_prediction_and_variance_is_the_papers_and_diffusers(figure
     assert len(rows) == (8 + 6 + 4) * 3 + 2
     for r in rows:
         name = f"{r['solver']}, {r['variance'] or r['eta']}, clip {r['clip']}, {r['prediction']}"
-        assert r["ours"] < 1e-6, name
-        if r["apart"] is not None:
-            assert r["apart"] < 5e-5 and r["theirs"] < 5e-5, name
+        assert r["ddpm_fast"] < 1e-6, name
+        if r["difference"] is not None:
+            assert r["difference"] < 5e-5 and r["diffusers"] < 5e-5, name
         if r["preset"] is not None:
             assert r["preset"] < 2e-6, name
-    figure("56 loops of 20 steps against the papers in fp64: largest error, ours", f"{max(r['ours'] for r in rows):.1e}")
-    figure("the same, diffusers'", f"{max(r['theirs'] or 0 for r in rows):.1e}")
+    figure("56 loops of 20 steps against the papers in fp64: largest error, ours", f"{max(r['ddpm_fast'] for r in rows):.1e}")
+    figure("the same, diffusers'", f"{max(r['diffusers'] or 0 for r in rows):.1e}")
     figure("ours in the preset diffusers against diffusers", f"{max(r['preset'] or 0 for r in rows):.1e}")
 
 
@@ -156,12 +156,12 @@ def test_the_first_order_sde_step_is_ddpm_with_the_small_variance():
 @pytest.mark.parametrize("solver", ["dpm++2m", "dpm++2m-sde"])
 def test_multistep_through_the_sampler_is_the_loop(solver):
     """The history of `Sampler` is the one of the bare loop, for every image by itself."""
-    net = parity.network("eps", "")
-    sampler = Sampler(lambda x, t: net(x, int(t[0])), parity.SCHEDULE, parity.SHAPE[1:])
-    got = sampler.sample(4, seed=7, solver=solver, steps=parity.T.tolist(), output="float", batch_size=4)
-    alone = sampler.sample([3], seed=7, solver=solver, steps=parity.T.tolist(), output="float")
+    net = parity_loops.network("eps", "")
+    sampler = Sampler(lambda x, t: net(x, int(t[0])), parity_loops.SCHEDULE, parity_loops.SHAPE[1:])
+    got = sampler.sample(4, seed=7, solver=solver, steps=parity_loops.T.tolist(), output="float", batch_size=4)
+    alone = sampler.sample([3], seed=7, solver=solver, steps=parity_loops.T.tolist(), output="float")
     x = sampler.begin(torch.arange(4), 7).x
-    want = parity.ours(sampler.table(solver=solver, steps=parity.T.tolist()), net, x)
+    want = parity_loops.run_table(sampler.table(solver, parity_loops.T.tolist()), net, x)
     assert torch.equal(got, want) and torch.equal(alone[0], want[3])
 
 

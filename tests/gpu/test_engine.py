@@ -6,7 +6,7 @@ import torch
 from ddpm_fast import NoiseSchedule, Sampler, Trajectory, UNet, UNetConfig
 from ddpm_fast.engines.fused.cuda_graph import Graphed
 from ddpm_fast.engines.fused.engine import FusedEngine
-from ddpm_fast.testing import relative_error
+from ddpm_fast.utils.numerics import relative_error
 
 pytestmark = pytest.mark.gpu
 SCHEDULE = NoiseSchedule.linear()

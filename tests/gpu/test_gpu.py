@@ -10,9 +10,9 @@ from ddpm_fast.diffusion.presets import EXACT
 from ddpm_fast.diffusion.timesteps import choose_timesteps
 from ddpm_fast.kernels import noise as N
 from ddpm_fast.kernels.ddpm_step import ddpm_step, ddpm_step_reference
-from ddpm_fast.testing import relative_error
 from ddpm_fast.training.config import TrainConfig
 from ddpm_fast.training.trainer import Trainer
+from ddpm_fast.utils.numerics import relative_error
 
 pytestmark = pytest.mark.gpu
 SCHEDULE = NoiseSchedule.linear()

@@ -5,10 +5,10 @@ import warnings
 import pytest
 import torch
 
-from bench.networks import NETWORKS
+from bench.workloads import NETWORKS
 from ddpm_fast import UNet
 from ddpm_fast.engines.fused.unet import FusedUNet
-from ddpm_fast.testing import relative_error
+from ddpm_fast.utils.numerics import relative_error
 
 pytestmark = pytest.mark.gpu
 

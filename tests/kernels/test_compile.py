@@ -6,26 +6,25 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from bench.predict import CASES, launch_of, predict
-from ddpm_fast.utils.triton_tools import compile_launch
+from bench.studies.predict import CASES, Operation, launch_of, predict
+from ddpm_fast.testing import compile_launch
 
 pytestmark = pytest.mark.compile
-NAMES = ["-".join(map(str, (op, dtype, *shape, "last" * last, "learned" * learned))) for op, dtype, shape, last, learned in CASES]
 
 
 @pytest.mark.parametrize("sm", [80, 90, 100])
-@pytest.mark.parametrize("case", CASES, ids=NAMES)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_compiles_as_meant(case, sm, figure):
     p = predict(case, sm)
-    op, dtype, (_, c, h, w), channels_last, learned = case
+    _, c, h, w = case.shape
     assert p.compiled.spills == 0
     assert p.compiled.registers <= 128 and p.compiled.shared <= 48 * 1024
     # an fma would round the noise differently from the reference; sqrt.rn's own refinement appears in SASS, not in PTX
     assert "fma" not in p.compiled.ptx and p.compiled.ptx.count("sqrt.rn.f32") == p.compiled.count("MUFU.RSQ")
-    if channels_last and c * h * w % 16 == 0 and not learned:  # 16 bytes an access, both ways
-        if not op.startswith("noise_mse") or "gradient" in op:  # the loss itself writes one number a program
+    if case.channels_last and c * h * w % 16 == 0 and not case.learned:  # 16 bytes an access, both ways
+        if case.operation is not Operation.NOISE_MSE:  # the loss itself writes one number a program
             assert p.compiled.count("STG.E.128") > 0 and p.compiled.count("STG.E ") == 0
-        if op not in ("noise", "words") and dtype == torch.float32:
+        if case.operation not in (Operation.NOISE, Operation.WORDS) and case.dtype == torch.float32:
             assert p.compiled.count("LDG.E.128") > 0
     if sm == 90:
         worst, best = p.shares
@@ -37,10 +36,15 @@ def test_compiles_as_meant(case, sm, figure):
 
 
 def test_the_fma_check_would_see_one():
-    launch = launch_of(*CASES[0])
+    launch = launch_of(CASES[0])
     fused = dataclasses.replace(launch, options={**launch.options, "enable_fp_fusion": True})
     assert "fma" in compile_launch(fused, 90).ptx
 
 
 def test_every_launcher_forbids_fusion():
-    assert all(launch_of(*case).options["enable_fp_fusion"] is False for case in CASES)
+    assert all(launch_of(case).options["enable_fp_fusion"] is False for case in CASES)
+
+
+def test_a_history_is_part_of_the_launch():
+    history = {case.history: launch_of(case).args["HISTORY"] for case in CASES if case.operation is Operation.DDPM_STEP}
+    assert history == {False: False, True: True}

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from ddpm_fast import UNet, UNetConfig
-from ddpm_fast.testing import relative_error
+from ddpm_fast.utils.numerics import relative_error
 
 diffusers = pytest.importorskip("diffusers")
 

@@ -9,11 +9,11 @@ import torch.nn.functional as F
 
 from ddpm_fast import NoiseSchedule, UNet, UNetConfig
 from ddpm_fast.data.datasets import ImageData
-from ddpm_fast.testing import relative_error
 from ddpm_fast.training import cpu_ops
 from ddpm_fast.training.config import TrainConfig
 from ddpm_fast.training.cpu_ops import use_fused_norms, use_wide_backward
 from ddpm_fast.training.trainer import Trainer
+from ddpm_fast.utils.numerics import relative_error
 
 pytest.importorskip("llvmlite")
 from ddpm_fast.engines.cpu import group_norm_silu as fused

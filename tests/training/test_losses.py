@@ -11,9 +11,9 @@ from ddpm_fast.data.datasets import ImageData
 from ddpm_fast.diffusion.losses import Bound, min_snr_weights
 from ddpm_fast.evaluation.likelihood import bits_per_dimension
 from ddpm_fast.kernels import noise as N
-from ddpm_fast.testing import relative_error
 from ddpm_fast.training.config import TrainConfig
 from ddpm_fast.training.trainer import Trainer
+from ddpm_fast.utils.numerics import relative_error
 
 GENERATOR = np.random.default_rng(0)
 DATA = ImageData(GENERATOR.integers(0, 256, (20, 8, 8, 1), dtype=np.uint8))

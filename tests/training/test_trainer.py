@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from ddpm_fast import NoiseSchedule, Sampler, UNet, UNetConfig
 from ddpm_fast.data.datasets import ImageData
 from ddpm_fast.kernels import noise as N
-from ddpm_fast.testing import relative_error
 from ddpm_fast.training.config import TrainConfig
 from ddpm_fast.training.data_loader import Feed
 from ddpm_fast.training.trainer import Trainer
+from ddpm_fast.utils.numerics import relative_error
 
 stats = pytest.importorskip("scipy.stats")
 GENERATOR = np.random.default_rng(0)

@@ -18,8 +18,8 @@ from ddpm_fast.engines.cpu.engine import CPUEngine
 from ddpm_fast.engines.eager import EagerEngine
 from ddpm_fast.kernels import noise
 from ddpm_fast.kernels.ddpm_step import COLUMNS
-from ddpm_fast.testing import relative_error
 from ddpm_fast.utils.cache import cached_files
+from ddpm_fast.utils.numerics import relative_error
 
 T = 50
 SMALL = dict(sample_size=16, channels=(16, 32), layers=1, attention=(False, True), norm_groups=8)

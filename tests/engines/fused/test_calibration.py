@@ -17,7 +17,7 @@ from ddpm_fast.engines.fused.checks import check_launch
 from ddpm_fast.engines.fused.model import PlanSpec
 from ddpm_fast.kernels._triton import INTERPRETED
 from ddpm_fast.sampling.calibrate import calibrate
-from ddpm_fast.testing import relative_error
+from ddpm_fast.utils.numerics import relative_error
 
 pytest.importorskip("safetensors")
 CONFIG = UNetConfig(8, 1, 1, channels=(32, 32), layers=1, attention=False, mid_attention=False, norm_groups=4, num_classes=10)
@@ -235,7 +235,7 @@ def test_the_plan_shows_it(run, folder, planted):
 
 def test_the_one_that_ships(run):
     pytest.importorskip("click")
-    weights = import_module("bench.networks").ROOT / "weights" / "fashion-mnist-32"
+    weights = import_module("bench.workloads").ROOT / "weights" / "fashion-mnist-32"
     unet = load_pretrained(weights).unet
     calibration = load_calibration(weights, unet)
     assert calibration is not None and not calibration.keep_bf16 and len(calibration.layers) == 22

@@ -15,7 +15,7 @@ from ddpm_fast.engines.fused import verification
 from ddpm_fast.engines.fused.calibration import load_calibration
 from ddpm_fast.engines.fused.engine import STEPS_PER_GRAPH, FusedEngine
 from ddpm_fast.kernels.step_index import advance, advance_reference
-from ddpm_fast.testing import relative_error
+from ddpm_fast.utils.numerics import relative_error
 
 SCHEDULE = NoiseSchedule.linear()
 NET = dict(sample_size=8, in_channels=1, out_channels=1, channels=(16, 32), layers=1, attention=(False, True), norm_groups=4)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench.networks import NETWORKS
+from bench.workloads import NETWORKS
 from ddpm_fast import UNet, UNetConfig
 from ddpm_fast.engines.fused.plan import ALIGNMENT, Arena, Buffer, Launch, lifetimes
 from ddpm_fast.engines.fused.roofline import GAP, GPUS, estimate

@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.networks import NETWORKS
+from bench.workloads import NETWORKS
 from ddpm_fast import Sampler, UNet, UNetConfig, load_pretrained
 from ddpm_fast.diffusion.schedule import NoiseSchedule
 from ddpm_fast.engines.fused import packing as network
 from ddpm_fast.engines.fused.unet import FusedUNet
 from ddpm_fast.kernels import group_norm_silu
 from ddpm_fast.kernels._gemm import Target
-from ddpm_fast.testing import relative_error
+from ddpm_fast.utils.numerics import relative_error
 
 WEIGHTS = Path(__file__).parents[3] / "weights" / "fashion-mnist-32"
 SMALL = dict(in_channels=1, out_channels=1, layers=1)

@@ -1,0 +1,20 @@
+"""Documents whose tables are made from results. A table stands between `<!-- table: NAME -->` and `<!-- end -->`."""
+
+from __future__ import annotations
+
+import re
+
+from bench.report.tables import TABLES
+
+DOCUMENTS = ("README.md", "README.zh.md", "docs/performance.md", "docs/benchmarking.md", "docs/cpu.md", "docs/precision.md")
+
+
+def with_new_tables(text: str) -> str:
+    """The text of a document with its tables replaced; ValueError for a table with an unknown name."""
+
+    def replacement(match: re.Match[str]) -> str:
+        if match[1] not in TABLES:
+            raise ValueError(f"table is {match[1]!r}; expected one of {', '.join(TABLES)}")
+        return f"<!-- table: {match[1]} -->\n{TABLES[match[1]]()}\n<!-- end -->"
+
+    return re.sub(r"<!-- table: ([\w-]+) -->\n.*?<!-- end -->", replacement, text, flags=re.DOTALL)
