@@ -194,12 +194,12 @@ def test_instructions_cost_what_the_network_does():
     """Without attention and Winograd's form, and with channels in whole vectors, as many FLOP as torch counts."""
     from ddpm_fast.engines.cpu.codegen import vector_width
     from ddpm_fast.engines.cpu.cost import costs
-    from ddpm_fast.engines.cpu.lowering import Network
+    from ddpm_fast.engines.cpu.lowering import UNetProgram
     from ddpm_fast.models.flops import unet_cost
 
     two = (False, False)
     c = replace(TINY_UNET, sample_size=4, in_channels=16, out_channels=16, attention=two, up_attention=two, mid_attention=False)
-    program = Network(UNet(c).eval(), (16, 4, 4), vector_width())
+    program = UNetProgram(UNet(c).eval(), (16, 4, 4), vector_width())
     found = costs(program)
     products = sum(flops for what, flops, _ in found if what == "gemm")
     with torch.device("meta"):

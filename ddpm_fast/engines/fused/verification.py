@@ -26,6 +26,8 @@ from ...utils.subprocess import JsonWorker, WorkerEnded, WorkerTimeout
 from .checks import FORWARD, STEP_CHECKS, CheckResult
 from .model import PlanSpec
 
+START_TIMEOUT = 300.0  # seconds until a worker reports its first check: imports, packing, a busy machine
+
 
 def verify(spec: PlanSpec, **options: Any) -> dict[str, CheckResult]:
     """Returns check -> result: the cached results, or those of `run_checks`, which are cached then.
@@ -53,7 +55,7 @@ def run_checks(
     Args:
         spec: The plan.
         command: Starts a worker; default: `python -m ddpm_fast.engines.fused.checks`.
-        timeout: Seconds for one launch, its compilation included; also for the start of a worker.
+        timeout: Seconds for one launch, its compilation included.
         progress: Called with the name of every check before it runs.
 
     Raises:
@@ -81,15 +83,17 @@ def _run_worker(
     ended.
     """
     running: str | None = None
+    patience = max(timeout, START_TIMEOUT)
     with JsonWorker("ddpm_fast.engines.fused.checks", command=command) as worker:
         worker.send(dict(spec=spec.to_json(), passed={name: r.passed for name, r in results.items()}))
         worker.finish()
         while True:
             try:
-                message = worker.receive(timeout)
+                message = worker.receive(patience)
             except (WorkerTimeout, WorkerEnded) as error:
                 end = error
                 break
+            patience = timeout
             if "started" in message:
                 running = str(message["started"])
                 progress(running)
