@@ -105,7 +105,7 @@ KILLS = """
 import os, random, signal, sys, time
 import torch
 torch.set_num_threads(1)  # no thread pool yet, so a fork is safe
-from ddpm_fast.cli import main
+from ddpm_fast.cli.main import main
 from ddpm_fast import load_pretrained
 from ddpm_fast.training.checkpoints import checkpoints, read_checkpoint
 from ddpm_fast.training.run import MODEL
