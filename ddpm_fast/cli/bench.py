@@ -87,8 +87,8 @@ def sweep(batch_sizes: str, dtypes: str | None, **options: Any) -> None:
     if not batches or min(batches) < 1:
         raise ValueError(f"--batch-sizes is {batch_sizes}; expected positive integers such as 1,4,16")
     kinds: list[str | None] = [None] if dtypes is None else list(dtypes.split(","))
-    if wrong := [d for d in kinds if d not in (None, *DTYPES)]:
-        raise ValueError(f"--dtypes has the unknown precision {wrong[0]}; expected some of {', '.join(DTYPES)}")
+    if any(d not in (None, *DTYPES) for d in kinds):
+        raise ValueError(f"--dtypes is {dtypes}; expected some of {', '.join(DTYPES)}, separated by commas")
     _run(batches, kinds, several=True, **options)
 
 
