@@ -147,12 +147,12 @@ def train(as_json: bool, **options: Any) -> None:
             f"{count} images of {channels} x {side} x {side}, {classes} classes; {trainer.weights.numel():,} parameters; "
             f"{config.max_train_steps} steps on {trainer.device}"
         )
-        ended = run.train(math.inf if options["max_seconds"] is None else options["max_seconds"])
+        end = run.train(math.inf if options["max_seconds"] is None else options["max_seconds"])
     report = dict(
-        directory=str(directory), model=str(directory / "model"), step=trainer.done, seconds=round(run.spent, 1), ended=ended
+        directory=str(directory), model=str(directory / "model"), step=trainer.done, seconds=round(run.spent, 1), ended=end.reason
     )
-    print_report(report, as_json, f"{ended}: step {trainer.done}, {run.spent:.0f} s of training -> {directory / 'model'}")
-    if ended.startswith("SIG"):
+    print_report(report, as_json, f"{end.reason}: step {trainer.done}, {run.spent:.0f} s of training -> {directory / 'model'}")
+    if end.interrupted:
         raise click.Abort
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
@@ -11,13 +9,11 @@ from ..diffusion.solvers import ddim_inversion_table
 from ..diffusion.timesteps import Steps, choose_timesteps
 from ..kernels.q_sample import q_sample
 from ..utils.validation import integer, seed_bits
+from .batch_sampler import BatchSampler
 from .request import Indices, Labels, check_indices, check_labels, indices_tensor, rows_of
 
-if TYPE_CHECKING:
-    from .sampler import Sampler
 
-
-def diffuse(sampler: Sampler, x_0: Tensor, t: int, indices: Indices | None = None, seed: int = 0) -> Tensor:
+def diffuse(sampler: BatchSampler, x_0: Tensor, t: int, indices: Indices | None = None, seed: int = 0) -> Tensor:
     """Samples x_t of x_0 by the forward process, with the noise of the images' indices.
 
     With `sample(..., start=(x_t, t))` this varies given images (Meng et al. 2022).
@@ -40,7 +36,7 @@ def diffuse(sampler: Sampler, x_0: Tensor, t: int, indices: Indices | None = Non
 
 
 def invert(
-    sampler: Sampler,
+    sampler: BatchSampler,
     x_0: Tensor,
     steps: Steps = 50,
     labels: Labels = None,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..diffusion.solvers import StepTable
 from ..utils.validation import integer, seed_bits
+from .batch_sampler import BatchSampler
 from .callbacks import Callback, progress_bar, without_padding
 from .output import HostTransfer, completed
 from .request import (
@@ -29,8 +30,6 @@ from .request import (
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from .sampler import Sampler
-
 
 @dataclass(eq=False)
 class BatchStream:
@@ -47,7 +46,7 @@ class BatchStream:
         preset: decides the rounding to uint8.
     """
 
-    sampler: Sampler
+    sampler: BatchSampler
     table: StepTable
     indices: range | Tensor
     seed: int
@@ -64,7 +63,7 @@ class BatchStream:
     @classmethod
     def of(
         cls,
-        sampler: Sampler,
+        sampler: BatchSampler,
         indices: Indices,
         params: SamplingParams | None = None,
         *,

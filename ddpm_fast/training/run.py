@@ -13,10 +13,8 @@ import json
 import math
 import re
 import shutil
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +27,7 @@ from ..data.image_io import save_grid
 from ..models.unet import UNet
 from ..sampling.sampler import Sampler
 from ..utils.files import write_atomically
+from ..utils.signals import graceful_shutdown
 from .checkpoints import LOG, checkpoints, lock, read_checkpoint, read_log, step_of, write_checkpoint
 from .ema import MAIN
 from .scores import ImageScore
@@ -48,6 +47,14 @@ class Every:
     samples: int = 0
     validation: int = 0
     evaluation: int = 0
+
+
+@dataclass(frozen=True)
+class RunEnd:
+    """Why a run ended: a reason for the log, and whether a signal interrupted it."""
+
+    reason: str
+    interrupted: bool = False
 
 
 class TrainingRun:
@@ -130,8 +137,8 @@ class TrainingRun:
 
     # ---- the loop
 
-    def train(self, max_seconds: float = math.inf) -> str:
-        """Trains until the last step, the time or a signal ends it, and leaves a checkpoint and the model. Returns which it was.
+    def train(self, max_seconds: float = math.inf) -> RunEnd:
+        """Trains until the last step, the time limit or a signal; writes a checkpoint and the model. Returns why it ended.
 
         RuntimeError when no step so far, or none of fifty in a row, had a finite gradient, OSError when a file cannot be
         written: the last checkpoint and model are then left as they are.
@@ -142,18 +149,18 @@ class TrainingRun:
             kept = "the run can go on from its last checkpoint" if checkpoints(self.directory) else "no checkpoint was there yet"
             raise OSError(f"{error}; what was finished before is kept: {kept}") from None
 
-    def _train(self, max_seconds: float) -> str:
+    def _train(self, max_seconds: float) -> RunEnd:
         trainer, every, last = self.trainer, self.every, self.trainer.config.max_train_steps
         began, before, self._saved = time.perf_counter(), self.spent, trainer.done
         if not trainer.done:  # lines of a run that was killed before its first checkpoint
             (self.directory / LOG).unlink(missing_ok=True)
         logged, logged_at, self._aside = trainer.done, began, 0.0
-        ended = "all steps done"
-        with _signals() as stopped:
-            self._stop = lambda: bool(stopped) or time.perf_counter() - began >= max_seconds
+        end = RunEnd("all steps done")
+        with graceful_shutdown() as shutdown:
+            self._stop = lambda: shutdown() or time.perf_counter() - began >= max_seconds
             while trainer.done < last:
                 if self._stop():
-                    ended = stopped[0] if stopped else f"{max_seconds:g} seconds are over"
+                    end = RunEnd(shutdown.name or f"{max_seconds:g} seconds are over", interrupted=shutdown())
                     break
                 trainer.step()
                 step, self.spent = trainer.done, before + time.perf_counter() - began
@@ -164,7 +171,7 @@ class TrainingRun:
         if trainer.done > self._saved or not checkpoints(self.directory):
             self.save_checkpoint()
         self.save_model()
-        return ended
+        return end
 
     def _work_aside(self, step: int, at_end: bool) -> None:
         """What is due after a step and is no training; its time counts in no images_per_second."""
@@ -309,20 +316,3 @@ def _due(step: int, every: int) -> bool:
 
 def _short(value: Any) -> str:
     return str(value) if len(str(value)) < 60 else f"{str(value)[:57]}..."
-
-
-@contextmanager
-def _signals() -> Iterator[list[str]]:
-    """SIGINT and SIGTERM end the run after the step at hand: the list then names the signal."""
-    came: list[str] = []
-    caught = (signal.SIGINT, signal.SIGTERM)
-    try:
-        before = [signal.signal(number, lambda n, _: came.append(signal.Signals(n).name)) for number in caught]
-    except ValueError:  # not the main thread: signals are somebody else's business
-        yield came
-        return
-    try:
-        yield came
-    finally:
-        for number, handler in zip(caught, before, strict=True):
-            signal.signal(number, handler)
