@@ -341,7 +341,7 @@ def test_resized_shares_the_weights():
     ("tiles", "message"),
     [
         ({"conv": {"block_m": 64}}, "tiles for 'conv'; expected a key such as"),
-        ({"conv3x3 sm90 bfloat16 128->128 32x32": {"rows": 64}}, "set rows; expected some of block_k, block_m, block_n"),
+        ({"conv3x3 sm90 bfloat16 128->128 32x32": {"rows": 64}}, "set rows; expected some of block_m, block_n, block_k"),
     ],
 )
 def test_refuses_tiles(tiles, message):
