@@ -12,7 +12,16 @@ from typing import Any
 import pytest
 import torch
 
-from bench.elementwise import CACHE, DTYPES, LAYOUTS, SHAPES, TOLERANCE, Case, Elementwise, Implementation
+from bench.elementwise import (
+    CACHE,
+    DTYPES,
+    LAYOUTS,
+    SHAPES,
+    TOLERANCE,
+    Case,
+    Elementwise,
+    Implementation,
+)
 from bench.workloads import NETWORKS, TINY_UNET
 from ddpm_fast import UNet
 from ddpm_fast.benchmark.kernels import distinct
@@ -20,10 +29,19 @@ from ddpm_fast.engines.fused.plan import Launch, Plan
 from ddpm_fast.engines.fused.unet import FusedUNet
 from ddpm_fast.utils.numerics import relative_error
 
-KERNELS = ("noise", "q_sample", "ddpm_step", "ddpm_step, history", "noise_mse", "noise_mse gradient")
+KERNELS = (
+    "noise",
+    "q_sample",
+    "ddpm_step",
+    "ddpm_step, history",
+    "noise_mse",
+    "noise_mse gradient",
+)
 BASELINES = ("q_sample", "ddpm_step", "noise_mse")
 CASES = [(name, Implementation.KERNEL) for name in KERNELS]
-CASES += [(name, by) for name in BASELINES for by in (Implementation.PLAIN, Implementation.COMPILED)]
+CASES += [
+    (name, by) for name in BASELINES for by in (Implementation.PLAIN, Implementation.COMPILED)
+]
 
 
 @cache
@@ -35,7 +53,9 @@ def tensors(shape: tuple[int, ...], layout: str, dtype: str, device: str) -> Ele
 @pytest.mark.parametrize("shape", range(len(SHAPES)), ids=lambda i: "x".join(map(str, SHAPES[i])))
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("operation", "by"), CASES, ids=lambda v: v.value if isinstance(v, Implementation) else v)
+@pytest.mark.parametrize(
+    ("operation", "by"), CASES, ids=lambda v: v.value if isinstance(v, Implementation) else v
+)
 def test_elementwise(shape, layout, dtype, operation, by, timed, device, tiny, ceilings, benchmark):
     real = SHAPES[shape] if device.type == "cuda" else (64, *SHAPES[shape][1:])
     if tiny and by is Implementation.COMPILED:
@@ -45,10 +65,19 @@ def test_elementwise(shape, layout, dtype, operation, by, timed, device, tiny, c
     is_kernel = by is Implementation.KERNEL
     code = "reference" if is_kernel and device.type == "cpu" else by.value
     # operands come from memory, since sets of them take turns; outputs go where the allocator puts them
-    seconds = timed(case.call, on.error if is_kernel else 0.0, TOLERANCE, by=code, bytes=case.bytes, sets=on.sets)
+    seconds = timed(
+        case.call,
+        on.error if is_kernel else 0.0,
+        TOLERANCE,
+        by=code,
+        bytes=case.bytes,
+        sets=on.sets,
+    )
     small = case.bytes < CACHE
     benchmark.extra_info.update(
-        gb_per_s=case.bytes / seconds / 1e9, share_of_copy=case.bytes / seconds / ceilings["copy"], output_may_stay_in_cache=small
+        gb_per_s=case.bytes / seconds / 1e9,
+        share_of_copy=case.bytes / seconds / ceilings["copy"],
+        output_may_stay_in_cache=small,
     )
 
 
@@ -58,17 +87,31 @@ def plan_of(dtype: str, tiny: bool, device: str) -> Plan:
     torch.manual_seed(0)
     unet = UNet(TINY_UNET if tiny else NETWORKS["cifar10"]).eval().requires_grad_(False).to(device)
     c, batch = unet.config, 2 if tiny else 256
-    x = torch.randn(batch, c.in_channels, *(c.size or (32, 32)), device=device).contiguous(memory_format=torch.channels_last)
-    plan = FusedUNet(unet, batch, dtype, check=False).load(x, torch.arange(batch, device=device) % 1000)
+    x = torch.randn(batch, c.in_channels, *(c.size or (32, 32)), device=device).contiguous(
+        memory_format=torch.channels_last
+    )
+    plan = FusedUNet(unet, batch, dtype, check=False).load(
+        x, torch.arange(batch, device=device) % 1000
+    )
     plan.run()
     return plan
 
 
-KINDS = ("conv1x1", "conv3x3", "conv_downsample", "conv_in", "conv_upsample", "folded_attention", "group_norm_silu")
+KINDS = (
+    "conv1x1",
+    "conv3x3",
+    "conv_downsample",
+    "conv_in",
+    "conv_upsample",
+    "folded_attention",
+    "group_norm_silu",
+)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp8"])
-@pytest.mark.parametrize("by", [Implementation.KERNEL, Implementation.PLAIN], ids=lambda by: by.value)
+@pytest.mark.parametrize(
+    "by", [Implementation.KERNEL, Implementation.PLAIN], ids=lambda by: by.value
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_network(kind, by, dtype, timed, device, tiny, ceilings, benchmark):
     """The launch of a kind that takes most of a forward pass: its kernel, and PyTorch on the same buffers."""
@@ -77,7 +120,9 @@ def test_network(kind, by, dtype, timed, device, tiny, ceilings, benchmark):
     if dtype == "fp8" and torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("this GPU has no fp8")
     plan = plan_of(dtype, tiny, str(device))
-    candidates = [(launch, times) for launch, times in distinct(list(plan)) if launch.op.name == kind]
+    candidates = [
+        (launch, times) for launch, times in distinct(list(plan)) if launch.op.name == kind
+    ]
     if not candidates:
         pytest.skip(f"no {kind} in this network")
     launch = max(candidates, key=lambda pair: pair[1] * max(pair[0].cost()))[0]
@@ -85,11 +130,21 @@ def test_network(kind, by, dtype, timed, device, tiny, ceilings, benchmark):
     if by is Implementation.KERNEL:
         call, error, tolerance = partial(plan.run_one, launch), _error(plan, launch), 0.02
     else:
-        call, error, tolerance = partial(launch.op.fallback, **plan.arguments(launch), compute=None), 0.0, 0.0
-    seconds = timed(call, error, tolerance, launch=launch.name, dtype=dtype, flops=flops, bytes=moved)
-    info: dict[str, Any] = dict(gb_per_s=moved / seconds / 1e9, share_of_copy=moved / seconds / ceilings["copy"])
+        call, error, tolerance = (
+            partial(launch.op.fallback, **plan.arguments(launch), compute=None),
+            0.0,
+            0.0,
+        )
+    seconds = timed(
+        call, error, tolerance, launch=launch.name, dtype=dtype, flops=flops, bytes=moved
+    )
+    info: dict[str, Any] = dict(
+        gb_per_s=moved / seconds / 1e9, share_of_copy=moved / seconds / ceilings["copy"]
+    )
     if flops and dtype in ceilings:
-        info |= dict(tflops=flops / seconds / 1e12, share_of_matmul=flops / seconds / ceilings[dtype])
+        info |= dict(
+            tflops=flops / seconds / 1e12, share_of_matmul=flops / seconds / ceilings[dtype]
+        )
     # as in the network, operands come from the launch before it: out of the second-level cache if they fit
     benchmark.extra_info.update(**info, operands_fit_into_cache=moved < CACHE)
 

@@ -18,7 +18,11 @@ from ddpm_fast.benchmark.baselines import BASELINES
 from ddpm_fast.benchmark.runner import FIRST_STEPS, EngineProcess, ReferenceCheck
 from ddpm_fast.benchmark.worker import Setting
 
-SIZES = {"fashion-mnist-32": ((1, 16), (1, 256)), "cifar10": ((1, 4), (1, 256)), "celebahq256": ((), (1, 16))}
+SIZES = {
+    "fashion-mnist-32": ((1, 16), (1, 256)),
+    "cifar10": ((1, 4), (1, 256)),
+    "celebahq256": ((), (1, 16)),
+}
 STEPS = 10  # of the loops; the time of a step does not depend on it
 
 
@@ -32,15 +36,23 @@ def weights(tmp_path_factory: pytest.TempPathFactory, tiny: bool) -> Any:
             return ROOT / "weights" / network
         if not (folder / network).exists():
             torch.manual_seed(0)
-            save_pretrained(folder / network, UNet(TINY_UNET if tiny else NETWORKS[network]), NoiseSchedule.linear())
+            save_pretrained(
+                folder / network,
+                UNet(TINY_UNET if tiny else NETWORKS[network]),
+                NoiseSchedule.linear(),
+            )
         return folder / network
 
     return of
 
 
 @pytest.fixture
-def setting(network: str, dtype: str, weights: Any, device: torch.device, tmp_path: Path) -> Setting:
-    return Setting(str(weights(network)), dtype, str(device), torch.get_num_threads(), folder=str(tmp_path))
+def setting(
+    network: str, dtype: str, weights: Any, device: torch.device, tmp_path: Path
+) -> Setting:
+    return Setting(
+        str(weights(network)), dtype, str(device), torch.get_num_threads(), folder=str(tmp_path)
+    )
 
 
 @pytest.fixture
@@ -56,24 +68,36 @@ def process(name: str, setting: Setting) -> Iterator[EngineProcess]:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     tiny = metafunc.config.getoption("--tiny")
     on_gpu = torch.cuda.is_available() and not tiny
-    cases = [(n, d, b) for n, s in SIZES.items() for b in s[on_gpu] for d in (["bf16", "fp8"] if on_gpu else ["fp32"])]
+    cases = [
+        (n, d, b)
+        for n, s in SIZES.items()
+        for b in s[on_gpu]
+        for d in (["bf16", "fp8"] if on_gpu else ["fp32"])
+    ]
     if "batch" not in metafunc.fixturenames:
         cases = [(n, d, b) for n, d, b in cases if b == 1 and d != "fp8"]
         metafunc.parametrize(("network", "dtype"), sorted({(n, d) for n, d, _ in cases}))
     else:
-        metafunc.parametrize(("network", "dtype", "batch"), [c for c in cases if c[2] == 1] if tiny else cases)
+        metafunc.parametrize(
+            ("network", "dtype", "batch"), [c for c in cases if c[2] == 1] if tiny else cases
+        )
     metafunc.parametrize("name", ["ddpm_fast", "plain PyTorch"] if tiny else BASELINES)
 
 
 def test_loop(name, network, dtype, batch, process, setting, timed, benchmark):
     """Ten steps; `images_per_s` is of a thousand."""
-    error = ReferenceCheck(setting.workload()).error(process, batch)  # raises if the output or the loop is wrong
+    error = ReferenceCheck(setting.workload()).error(
+        process, batch
+    )  # raises if the output or the loop is wrong
     call = lambda: process.request("loop", batch=batch, steps=STEPS)
     seconds = timed(call, error, float("inf"), rounds=5, engine=process.name)
     rate = batch * STEPS / seconds
     memory = process.request("memory", batch=batch)["bytes"]
     benchmark.extra_info.update(
-        ms_per_step=1e3 * seconds / STEPS, image_steps_per_s=rate, images_per_s=rate / 1000, peak_bytes=memory
+        ms_per_step=1e3 * seconds / STEPS,
+        image_steps_per_s=rate,
+        images_per_s=rate / 1000,
+        peak_bytes=memory,
     )
 
 

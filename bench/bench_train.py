@@ -20,9 +20,17 @@ def test_step(engine, precision, timed, device, tiny, benchmark):
         pytest.skip("compiling takes minutes on a CPU: python -m bench.studies.training --compile")
     if engine == "diffusers":
         pytest.importorskip("diffusers")
-    channels, batch = ((8, 16), 4) if tiny else ((32, 64, 96), 64) if device.type == "cpu" else ((128, 256, 256), 256)
+    channels, batch = (
+        ((8, 16), 4)
+        if tiny
+        else ((32, 64, 96), 64)
+        if device.type == "cpu"
+        else ((128, 256, 256), 256)
+    )
     step, loss_of = ENGINES[engine](channels, batch, precision, device)
     loss = fixed_loss(loss_of, precision, device)
     error = abs(loss / LOSSES.setdefault((precision, batch), loss) - 1)
-    seconds = timed(step, error, LOSS_TOLERANCES[precision], rounds=5, engine=engine, batch=batch, loss=loss)
+    seconds = timed(
+        step, error, LOSS_TOLERANCES[precision], rounds=5, engine=engine, batch=batch, loss=loss
+    )
     benchmark.extra_info.update(images_per_s=batch / seconds)

@@ -30,7 +30,9 @@ def workload_of(network: str, dtype: str, device: str, tiny: bool, folder: Path)
         checkpoint = load_pretrained(ROOT / "weights" / "fashion-mnist-32")
     else:
         torch.manual_seed(0)
-        checkpoint = Checkpoint(UNet(TINY_UNET if tiny else NETWORKS[network]).eval(), NoiseSchedule.linear())
+        checkpoint = Checkpoint(
+            UNet(TINY_UNET if tiny else NETWORKS[network]).eval(), NoiseSchedule.linear()
+        )
     channels_last(checkpoint.unet.requires_grad_(False).to(device))
     return Workload(checkpoint, dtype, folder)
 
@@ -50,7 +52,9 @@ def error_of(engine: Baseline, workload: Workload, batch: int) -> float:
     inputs = workload.inputs(batch)
     exact = UNet(workload.unet.config).double().eval().to(workload.device)
     exact.load_state_dict(workload.unet.state_dict())
-    return relative_error(engine.forward(*inputs)[:2], exact(inputs[0][:2].double(), *(v[:2] for v in inputs[1:])))
+    return relative_error(
+        engine.forward(*inputs)[:2], exact(inputs[0][:2].double(), *(v[:2] for v in inputs[1:]))
+    )
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -58,7 +62,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     dtypes = ["fp32", "bf16", "fp8"] if on_gpu else ["fp32"]
     metafunc.parametrize("name", BASELINES)
     metafunc.parametrize("dtype", dtypes)
-    metafunc.parametrize(("network", "batch"), [(n, b) for n, sizes in SIZES.items() for b in sizes[on_gpu]])
+    metafunc.parametrize(
+        ("network", "batch"), [(n, b) for n, sizes in SIZES.items() for b in sizes[on_gpu]]
+    )
 
 
 @pytest.fixture(scope="session")

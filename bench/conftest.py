@@ -29,7 +29,11 @@ def synchronised() -> float:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        item.add_marker(pytest.mark.benchmark(timer=synchronised, min_rounds=5, warmup=True, warmup_iterations=2, disable_gc=True))
+        item.add_marker(
+            pytest.mark.benchmark(
+                timer=synchronised, min_rounds=5, warmup=True, warmup_iterations=2, disable_gc=True
+            )
+        )
 
 
 @pytest.fixture(scope="session")
@@ -39,17 +43,27 @@ def tiny(request: pytest.FixtureRequest) -> bool:
 
 @pytest.fixture(scope="session")
 def device(tiny: bool) -> torch.device:
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # fp32 without TF32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = (
+        False  # fp32 without TF32
+    )
     return torch.device("cuda" if torch.cuda.is_available() and not tiny else "cpu")
 
 
 @pytest.fixture(scope="session")
 def ceilings(device: torch.device, tiny: bool) -> dict[str, float]:
     """Bytes per second of "copy", FLOP per second by dtype. On a CPU those of one core."""
-    rates = {c["dtype"] if c["kind"] == "flops" else c["what"]: c["per_s"] for c in measured_ceilings(device, "fp32", tiny)}
+    rates = {
+        c["dtype"] if c["kind"] == "flops" else c["what"]: c["per_s"]
+        for c in measured_ceilings(device, "fp32", tiny)
+    }
     if device.type == "cuda":
         kinds = ["bf16"] + ["fp8"] * (torch.cuda.get_device_capability() >= (8, 9))
-        rates |= {k: c["per_s"] for k in kinds for c in measured_ceilings(device, k) if c["kind"] == "flops"}
+        rates |= {
+            k: c["per_s"]
+            for k in kinds
+            for c in measured_ceilings(device, k)
+            if c["kind"] == "flops"
+        }
     return rates
 
 
@@ -60,9 +74,17 @@ Timed = Callable[..., float]
 def timed(benchmark: Any) -> Timed:
     """timed(call, error, allowed, **info) -> median seconds of a call, after its error is checked."""
 
-    def run(call: Callable[[], object], error: float, allowed: float, rounds: int | None = None, **info: Any) -> float:
+    def run(
+        call: Callable[[], object],
+        error: float,
+        allowed: float,
+        rounds: int | None = None,
+        **info: Any,
+    ) -> float:
         if not error <= allowed:
-            pytest.fail(f"not timed: the relative error is {error:.1e}; expected at most {allowed:.1e}")
+            pytest.fail(
+                f"not timed: the relative error is {error:.1e}; expected at most {allowed:.1e}"
+            )
         benchmark.extra_info.update(error=error, **info)
         if rounds is None:
             benchmark(call)

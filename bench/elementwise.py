@@ -44,7 +44,11 @@ class Case:
 
     @property
     def name(self) -> str:
-        return self.operation if self.by is Implementation.KERNEL else f"{self.operation}, {self.by.value}"
+        return (
+            self.operation
+            if self.by is Implementation.KERNEL
+            else f"{self.operation}, {self.by.value}"
+        )
 
 
 class Elementwise:
@@ -54,38 +58,72 @@ class Elementwise:
         AssertionError: A kernel differs from its reference, so nothing may be timed.
     """
 
-    def __init__(self, shape: tuple[int, ...], layout: torch.memory_format, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        layout: torch.memory_format,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
         b = shape[0]
         self.shape, self.dtype, self.device = shape, dtype, device
-        self.image, self.seed = torch.arange(b, device=device), torch.zeros(b, dtype=torch.int64, device=device)
+        self.image, self.seed = (
+            torch.arange(b, device=device),
+            torch.zeros(b, dtype=torch.int64, device=device),
+        )
         self.row = torch.zeros(b, dtype=torch.int32, device=device)
         self.t = torch.full((b,), 500, device=device)
         schedule = NoiseSchedule.linear()
         self.table = EXACT.table(schedule, "ddpm", choose_timesteps(1000, None)).to(device)[1]
-        self.coef, self.target = schedule.q_sample_table(device), target_table(schedule, "eps", device)
+        self.coef, self.target = (
+            schedule.q_sample_table(device),
+            target_table(schedule, "eps", device),
+        )
         elements = b * shape[1] * shape[2] * shape[3]
         sets = min(16, 1 + 4 * CACHE // (4 * elements)) if elements > 2**16 else 1
 
         def tensors(kind: torch.dtype) -> itertools.cycle[Tensor]:
-            sets_of_one = [torch.randn(shape, device=device).to(kind).contiguous(memory_format=layout) for _ in range(sets)]
+            sets_of_one = [
+                torch.randn(shape, device=device).to(kind).contiguous(memory_format=layout)
+                for _ in range(sets)
+            ]
             return itertools.cycle(sets_of_one)
 
         self.sets = sets
-        self.x, self.out, self.x_0, self.eps, self.old = map(tensors, (torch.float32, dtype, dtype, torch.float32, torch.float32))
+        self.x, self.out, self.x_0, self.eps, self.old = map(
+            tensors, (torch.float32, dtype, dtype, torch.float32, torch.float32)
+        )
         self.error = self._error()
         if not self.error <= TOLERANCE:
-            raise AssertionError(f"kernels differ from their references by {self.error:.1e}: nothing timed")
+            raise AssertionError(
+                f"kernels differ from their references by {self.error:.1e}: nothing timed"
+            )
 
     def _error(self) -> float:
         """Largest relative error of the kernels, on two images."""
         few = slice(0, 2)
-        chw, seed, image, row, t = self.shape[1:], self.seed[few], self.image[few], self.row[few], self.t[few]
+        chw, seed, image, row, t = (
+            self.shape[1:],
+            self.seed[few],
+            self.image[few],
+            self.row[few],
+            self.t[few],
+        )
         x, out, x_0 = next(self.x)[few], next(self.out)[few], next(self.x_0)[few]
         z = N.noise_reference(seed, image, row, N.Q_SAMPLE, chw)
-        errors = [relative_error(q_sample(x_0, self.coef, t, row, seed, image), q_sample_reference(x_0, z, self.coef, t))]
+        errors = [
+            relative_error(
+                q_sample(x_0, self.coef, t, row, seed, image),
+                q_sample_reference(x_0, z, self.coef, t),
+            )
+        ]
         expected = noise_mse_reference(out, z, None, self.target, t)
-        errors.append(relative_error(noise_mse(out, None, self.target, t, row, seed, image), expected))
-        expected = ddpm_step_reference(x, out, N.noise_reference(seed, image, row, N.REVERSE, chw), self.table, row)
+        errors.append(
+            relative_error(noise_mse(out, None, self.target, t, row, seed, image), expected)
+        )
+        expected = ddpm_step_reference(
+            x, out, N.noise_reference(seed, image, row, N.REVERSE, chw), self.table, row
+        )
         x_next = x.clone(memory_format=torch.preserve_format)
         ddpm_step(x_next, out, self.table, row, seed, image)
         return max(*errors, relative_error(x_next, expected))
@@ -94,40 +132,68 @@ class Elementwise:
         """The kernels, and plain PyTorch, which stores the noise that the loss compares with."""
         c, h, w = self.shape[1:]
         item, elements = self.dtype.itemsize, self.shape[0] * c * h * w
-        index, ones = (self.row, self.seed, self.image), torch.ones(self.shape[0], device=self.device)
+        index, ones = (
+            (self.row, self.seed, self.image),
+            torch.ones(self.shape[0], device=self.device),
+        )
         calls: dict[str, tuple[Callable[[], object], int]] = {
             "noise": (lambda: N.noise(self.seed, self.image, self.row, N.X_T, c, h, w), 4),
             "q_sample": (lambda: q_sample(next(self.x_0), self.coef, self.t, *index), 4 + item),
-            "ddpm_step": (lambda: ddpm_step(next(self.x), next(self.out), self.table, *index), 8 + item),
+            "ddpm_step": (
+                lambda: ddpm_step(next(self.x), next(self.out), self.table, *index),
+                8 + item,
+            ),
             "ddpm_step, history": (
-                lambda: ddpm_step(next(self.x), next(self.out), self.table, *index, False, next(self.old)),
+                lambda: ddpm_step(
+                    next(self.x), next(self.out), self.table, *index, False, next(self.old)
+                ),
                 16 + item,
             ),
-            "noise_mse": (lambda: noise_mse(next(self.out), None, self.target, self.t, *index), item),
+            "noise_mse": (
+                lambda: noise_mse(next(self.out), None, self.target, self.t, *index),
+                item,
+            ),
             "noise_mse gradient": (
                 lambda: noise_mse_gradient(ones, next(self.out), None, self.target, self.t, *index),
                 2 * item,
             ),
         }
-        kernels = [Case(name, Implementation.KERNEL, call, size * elements) for name, (call, size) in calls.items()]
+        kernels = [
+            Case(name, Implementation.KERNEL, call, size * elements)
+            for name, (call, size) in calls.items()
+        ]
         plain = self._plain().items()
-        return kernels + [Case(name, Implementation.PLAIN, call, size * elements) for name, (call, size) in plain]
+        return kernels + [
+            Case(name, Implementation.PLAIN, call, size * elements) for name, (call, size) in plain
+        ]
 
     def compiled(self) -> list[Case]:
         """The plain forms by torch.compile; each is compiled at its first call."""
         elements = self.shape[0] * self.shape[1] * self.shape[2] * self.shape[3]
         compiled = self._plain(torch.compile).items()
-        return [Case(name, Implementation.COMPILED, call, size * elements) for name, (call, size) in compiled]
+        return [
+            Case(name, Implementation.COMPILED, call, size * elements)
+            for name, (call, size) in compiled
+        ]
 
-    def _plain(self, wrap: Callable[..., Callable[..., Tensor]] = lambda f: f) -> dict[str, tuple[Callable[[], object], int]]:
+    def _plain(
+        self, wrap: Callable[..., Callable[..., Tensor]] = lambda f: f
+    ) -> dict[str, tuple[Callable[[], object], int]]:
         signal, sigma = (float(v) for v in self.coef[500])
         c0, c1, clip, m0, m1, _, _, s, *_ = (float(v) for v in self.table[500])
         item = self.dtype.itemsize
         forward = wrap(lambda x_0: x_0 * signal + torch.randn_like(x_0) * sigma)
-        reverse = wrap(lambda x, out: m0 * (c0 * x + c1 * out).clamp(-clip, clip) + m1 * x + s * torch.randn_like(x))
+        reverse = wrap(
+            lambda x, out: (
+                m0 * (c0 * x + c1 * out).clamp(-clip, clip) + m1 * x + s * torch.randn_like(x)
+            )
+        )
         loss = wrap(lambda out, eps: (out.float() - eps).square().mean((1, 2, 3)))
         return {
             "q_sample": (lambda: forward(next(self.x_0)), 4 + item),
             "ddpm_step": (lambda: reverse(next(self.x), next(self.out)), 8 + item),
-            "noise_mse": (lambda: loss(next(self.out), next(self.eps)), item + 4),  # with the noise that q_sample had to store
+            "noise_mse": (
+                lambda: loss(next(self.out), next(self.eps)),
+                item + 4,
+            ),  # with the noise that q_sample had to store
         }

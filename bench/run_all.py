@@ -26,7 +26,10 @@ from ddpm_fast.benchmark.kernels import ceilings, kernel_times
 from ddpm_fast.benchmark.runner import Effort, comparison
 from ddpm_fast.benchmark.worker import Setting
 
-BATCHES = {"cpu": {"fashion-mnist-32": (1, 16), "cifar10": (1, 4)}, "cuda": {"fashion-mnist-32": (1, 64), "cifar10": (1, 256)}}
+BATCHES = {
+    "cpu": {"fashion-mnist-32": (1, 16), "cifar10": (1, 4)},
+    "cuda": {"fashion-mnist-32": (1, 64), "cifar10": (1, 256)},
+}
 WARM_START_LIMITS = {"fashion-mnist-32": 20.0}  # seconds: `Effort.warm_start_limit`
 
 
@@ -39,7 +42,9 @@ def weights_of(name: str, folder: Path) -> Path:
     return folder / name
 
 
-def run(name: str, batches: tuple[int, ...], weights: Path, seconds: float, baselines: list[str]) -> results.Result:
+def run(
+    name: str, batches: tuple[int, ...], weights: Path, seconds: float, baselines: list[str]
+) -> results.Result:
     device, dtype = ("cuda", "bf16") if torch.cuda.is_available() else ("cpu", "fp32")
     setting = Setting(str(weights), dtype, device, torch.get_num_threads())
     workload = setting.workload()
@@ -56,24 +61,39 @@ def run(name: str, batches: tuple[int, ...], weights: Path, seconds: float, base
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--networks", nargs="+", choices=list(BATCHES[device]), default=list(BATCHES[device]))
+    parser.add_argument(
+        "--networks", nargs="+", choices=list(BATCHES[device]), default=list(BATCHES[device])
+    )
     parser.add_argument("--batches", type=int, nargs="+", help="default: as in the tables")
-    parser.add_argument("--seconds", type=float, default=0, help="per batch size; there are at least six rounds")
-    parser.add_argument("--baselines", nargs="+", default=list(BASELINES), help="speedups are those of the first")
-    parser.add_argument("--out", type=Path, default=OUT, help="folder of results and figures (default: %(default)s)")
+    parser.add_argument(
+        "--seconds", type=float, default=0, help="per batch size; there are at least six rounds"
+    )
+    parser.add_argument(
+        "--baselines", nargs="+", default=list(BASELINES), help="speedups are those of the first"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=OUT, help="folder of results and figures (default: %(default)s)"
+    )
     args = parser.parse_args()
     start = time.perf_counter()
     args.out.mkdir(parents=True, exist_ok=True)
     for name in args.networks:
         with tempfile.TemporaryDirectory() as folder:
             batches = tuple(args.batches or BATCHES[device][name])
-            result = run(name, batches, weights_of(name, Path(folder)), args.seconds, args.baselines)
+            result = run(
+                name, batches, weights_of(name, Path(folder)), args.seconds, args.baselines
+            )
         file = args.out / f"{name}.json"
         results.write(file, result)
         draw(result, file.with_suffix(".png"))
-        print(f"-> {file}, {file.with_suffix('.png')}; {time.perf_counter() - start:.0f} s so far\n", flush=True)
+        print(
+            f"-> {file}, {file.with_suffix('.png')}; {time.perf_counter() - start:.0f} s so far\n",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

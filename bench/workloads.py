@@ -15,13 +15,17 @@ OUT = Path("bench-results")  # in the current folder, ignored by git
 
 def fashion_mnist() -> UNetConfig:
     """The network of the shipped weights."""
-    return UNetConfig.from_diffusers(json.loads((ROOT / "weights" / "fashion-mnist-32" / "unet" / "config.json").read_text()))
+    return UNetConfig.from_diffusers(
+        json.loads((ROOT / "weights" / "fashion-mnist-32" / "unet" / "config.json").read_text())
+    )
 
 
 NETWORKS: dict[str, UNetConfig] = {
     "cifar10": UNetConfig(),  # Ho et al. 2020
     "celebahq256": UNetConfig(
-        sample_size=256, channels=(128, 128, 256, 256, 512, 512), attention=(False, False, False, False, True, False)
+        sample_size=256,
+        channels=(128, 128, 256, 256, 512, 512),
+        attention=(False, False, False, False, True, False),
     ),
     "improved_cifar10": UNetConfig(  # Nichol & Dhariwal 2021
         out_channels=6,
@@ -37,9 +41,13 @@ NETWORKS: dict[str, UNetConfig] = {
     "fashion_mnist": fashion_mnist(),
 }
 
-TINY_UNET = UNetConfig(sample_size=8, channels=(16, 32), layers=1, attention=(False, True), norm_groups=8)
+TINY_UNET = UNetConfig(
+    sample_size=8, channels=(16, 32), layers=1, attention=(False, True), norm_groups=8
+)
 
 
 def scaled(config: UNetConfig, channels: int) -> UNetConfig:
     """The config with all channels in proportion to `channels` of the first level."""
-    return replace(config, channels=tuple(c * channels // config.channels[0] for c in config.channels))
+    return replace(
+        config, channels=tuple(c * channels // config.channels[0] for c in config.channels)
+    )

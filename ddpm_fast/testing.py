@@ -22,7 +22,9 @@ def assert_as_accurate(fused: Tensor, plain: Tensor, exact: Tensor, slack: float
     ulp = torch.finfo(fused.dtype).eps * exact.abs().max()
     error = (fused.double() - exact).abs().max()
     allowed = slack * (plain.double() - exact).abs().max() + ulp
-    assert error <= allowed, f"max error {error:.3g} > {allowed:.3g} = {slack} x plain PyTorch + 1 ulp"
+    assert error <= allowed, (
+        f"max error {error:.3g} > {allowed:.3g} = {slack} x plain PyTorch + 1 ulp"
+    )
 
 
 # ---- operations on feature maps
@@ -47,7 +49,12 @@ def spread(*axes: Iterable[Any]) -> list[tuple[Any, ...]]:
     """
     types = operand_types()
     points = [list(zip(*point, strict=True)) for point in itertools.product(*map(enumerate, axes))]
-    return [(*v, t) for at, v in points for j, t in enumerate(types) if not INTERPRETED or j == sum(at) % len(types)]
+    return [
+        (*v, t)
+        for at, v in points
+        for j, t in enumerate(types)
+        if not INTERPRETED or j == sum(at) % len(types)
+    ]
 
 
 def poisoned(
@@ -86,11 +93,15 @@ def assert_written(out: FeatureMap) -> None:
     memory = torch.empty(0, dtype=torch.uint8, device=rows.device).set_(out.rows.untyped_storage())
     assert not rows.isnan().any(), f"NaN in {int(rows.isnan().any(1).sum())} of {len(rows)} rows"
     assert not out.border.double().any(), "the border is not zero"
-    assert (memory[:guard] == 0xFF).all() and (memory[-guard:] == 0xFF).all(), "something was written outside the map"
+    assert (memory[:guard] == 0xFF).all() and (memory[-guard:] == 0xFF).all(), (
+        "something was written outside the map"
+    )
 
 
 def assert_same_bits(x: Tensor, y: Tensor, what: str) -> None:
-    assert torch.equal(x.contiguous().view(torch.uint8), y.contiguous().view(torch.uint8)), f"{what}: other bits"
+    assert torch.equal(x.contiguous().view(torch.uint8), y.contiguous().view(torch.uint8)), (
+        f"{what}: other bits"
+    )
 
 
 def run_twice(op: Any, out: FeatureMap, **arguments: Any) -> None:
@@ -180,7 +191,9 @@ DAMAGES: dict[str, tuple[Callable[[FeatureMap], Any], str]] = {
     ),
     "a row after the last": (
         _leave(
-            lambda out: out.rows.as_strided((1,), (1,), out.rows.storage_offset() + out.rows.numel()),
+            lambda out: out.rows.as_strided(
+                (1,), (1,), out.rows.storage_offset() + out.rows.numel()
+            ),
             0.0,
         ),
         "outside",

@@ -29,7 +29,9 @@ try:
     import gaussian_mixture_figures as figures
     from scipy import stats
 except ImportError as missing:
-    print(f"gaussian_mixture: error: {missing}; pip install 'ddpm-fast[plot]' scipy", file=sys.stderr)
+    print(
+        f"gaussian_mixture: error: {missing}; pip install 'ddpm-fast[plot]' scipy", file=sys.stderr
+    )
     sys.exit(2)
 
 SCHEDULE = NoiseSchedule.linear()
@@ -44,7 +46,9 @@ SOLVERS = {"DDPM": ("ddpm", 1000), "DDIM": ("ddim", 50), "DPM-Solver++": ("dpm++
 def draw_data(count: int, seed: int) -> Tensor:
     """`count` points of the mixture, fp64."""
     generator = torch.Generator().manual_seed(seed)
-    mode = torch.tensor(MODES, dtype=torch.float64)[torch.randint(0, 2, (count,), generator=generator)]
+    mode = torch.tensor(MODES, dtype=torch.float64)[
+        torch.randint(0, 2, (count,), generator=generator)
+    ]
     return mode + math.sqrt(VARIANCE) * torch.randn(count, generator=generator, dtype=torch.float64)
 
 
@@ -52,8 +56,14 @@ class Mixture:
     """The exact distribution of x_t: each component moves to sqrt(alpha_bar) times its mode and keeps its shape. t=None: x_0."""
 
     def __init__(self, t: int | None = None) -> None:
-        bar, noise = (1.0, 0.0) if t is None else (float(SCHEDULE.alpha_bar[t]), float(SCHEDULE.noise_var[t]))
-        self.parts = [stats.norm(math.sqrt(bar) * mode, math.sqrt(bar * VARIANCE + noise)) for mode in MODES]
+        bar, noise = (
+            (1.0, 0.0)
+            if t is None
+            else (float(SCHEDULE.alpha_bar[t]), float(SCHEDULE.noise_var[t]))
+        )
+        self.parts = [
+            stats.norm(math.sqrt(bar) * mode, math.sqrt(bar * VARIANCE + noise)) for mode in MODES
+        ]
 
     def pdf(self, x: Any) -> Any:
         return sum(part.pdf(x) for part in self.parts) / len(self.parts)
@@ -78,7 +88,10 @@ def exact_eps(x: Tensor, t: int) -> Tensor:
 
 def distances(x: Tensor, truth: Mixture, quantiles: Any) -> dict[str, float]:
     values = x.double().flatten().numpy()
-    return dict(w1=float(stats.wasserstein_distance(values, quantiles)), ks=float(stats.ks_1samp(values, truth.cdf).statistic))
+    return dict(
+        w1=float(stats.wasserstein_distance(values, quantiles)),
+        ks=float(stats.ks_1samp(values, truth.cdf).statistic),
+    )
 
 
 # ---- learning
@@ -90,11 +103,22 @@ class Denoiser(nn.Module):
     def __init__(self, width: int = 128) -> None:
         super().__init__()
         t = torch.arange(len(SCHEDULE))[:, None] / len(SCHEDULE)
-        waves = torch.cat([f(math.pi * k * t) for k in (1, 2, 4, 8) for f in (torch.sin, torch.cos)], dim=1)
+        waves = torch.cat(
+            [f(math.pi * k * t) for k in (1, 2, 4, 8) for f in (torch.sin, torch.cos)], dim=1
+        )
         half_log_snr = torch.from_numpy(np.log(SCHEDULE.snr) / 2).float()[:, None]
-        self.register_buffer("time", torch.cat([SCHEDULE.q_sample_table(), half_log_snr / 4, waves], dim=1))
+        self.register_buffer(
+            "time", torch.cat([SCHEDULE.q_sample_table(), half_log_snr / 4, waves], dim=1)
+        )
         inputs = 1 + self.time.shape[1]
-        layers = [nn.Linear(inputs, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU()]
+        layers = [
+            nn.Linear(inputs, width),
+            nn.SiLU(),
+            nn.Linear(width, width),
+            nn.SiLU(),
+            nn.Linear(width, width),
+            nn.SiLU(),
+        ]
         self.layers = nn.Sequential(*layers, nn.Linear(width, 1))
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
@@ -112,7 +136,11 @@ def train(data: Tensor, steps: int, seed: int, batch: int = 2048) -> Denoiser:
         x_0 = data[torch.randint(0, len(data), (batch,))]
         t, eps = torch.randint(0, len(SCHEDULE), (batch,)), torch.randn(batch)
         signal, noise = coef[t].T
-        loss = (network((signal * x_0 + noise * eps).view(-1, 1, 1, 1), t).flatten() - eps).square().mean()
+        loss = (
+            (network((signal * x_0 + noise * eps).view(-1, 1, 1, 1), t).flatten() - eps)
+            .square()
+            .mean()
+        )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -126,13 +154,23 @@ def train(data: Tensor, steps: int, seed: int, batch: int = 2048) -> Denoiser:
 def forward(data: Tensor, seed: int) -> tuple[Tensor, list[dict[str, Any]]]:
     """All trajectories of the chain, [T, N], and how far each stage is from what it should be."""
     generator = torch.Generator().manual_seed(seed + 1)
-    x = q_chain(SCHEDULE, data, torch.randn(len(SCHEDULE), len(data), generator=generator, dtype=torch.float64))
+    x = q_chain(
+        SCHEDULE,
+        data,
+        torch.randn(len(SCHEDULE), len(data), generator=generator, dtype=torch.float64),
+    )
     rows = []
     for t in STAGES:
         exact, values = Mixture(t), x[t].numpy()
         to_normal = stats.ks_1samp(values, stats.norm.cdf).statistic
-        w1_normal = stats.wasserstein_distance(values, stats.norm.ppf((np.arange(2000) + 0.5) / 2000))
-        row = dict(t=t, alpha_bar=float(SCHEDULE.alpha_bar[t]), **distances(x[t], exact, exact.quantiles(2000)))
+        w1_normal = stats.wasserstein_distance(
+            values, stats.norm.ppf((np.arange(2000) + 0.5) / 2000)
+        )
+        row = dict(
+            t=t,
+            alpha_bar=float(SCHEDULE.alpha_bar[t]),
+            **distances(x[t], exact, exact.quantiles(2000)),
+        )
         rows.append(row | dict(w1_normal=float(w1_normal), ks_normal=float(to_normal)))
     return x, rows
 
@@ -140,8 +178,13 @@ def forward(data: Tensor, seed: int) -> tuple[Tensor, list[dict[str, Any]]]:
 def variances(seed: int, count: int = 2000) -> dict[str, Any]:
     """The variance of x_t over t under both chains, measured on fresh points of the mixture."""
     x_0 = draw_data(count, seed + 2)
-    eps = torch.randn(len(SCHEDULE), count, generator=torch.Generator().manual_seed(seed + 3), dtype=torch.float64)
-    return {name: q_chain(SCHEDULE, x_0, eps, name == "exploding").var(1).tolist() for name in ("preserving", "exploding")}
+    eps = torch.randn(
+        len(SCHEDULE), count, generator=torch.Generator().manual_seed(seed + 3), dtype=torch.float64
+    )
+    return {
+        name: q_chain(SCHEDULE, x_0, eps, name == "exploding").var(1).tolist()
+        for name in ("preserving", "exploding")
+    }
 
 
 class Paths:
@@ -154,7 +197,9 @@ class Paths:
         self.x.append(x[:1000].flatten().clone())
 
 
-def reverse(network: Denoiser, data: Tensor, count: int, seed: int) -> tuple[dict[str, Tensor], Tensor, list[dict[str, Any]]]:
+def reverse(
+    network: Denoiser, data: Tensor, count: int, seed: int
+) -> tuple[dict[str, Tensor], Tensor, list[dict[str, Any]]]:
     """Samples by solver, DDPM's paths [T, 1000], and the distances."""
     sampler = Sampler(network, SCHEDULE, (1, 1, 1), variance="fixed_small", clip=None)
     truth, paths, samples, rows = Mixture(), Paths(), {}, []
@@ -162,7 +207,9 @@ def reverse(network: Denoiser, data: Tensor, count: int, seed: int) -> tuple[dic
     own = distances(data, truth, quantiles)
     for name, (solver, steps) in SOLVERS.items():
         callback = paths if solver == "ddpm" else None
-        how: dict[str, Any] = dict(solver=solver, steps=steps, batch_size=count, callback=callback, output="float")
+        how: dict[str, Any] = dict(
+            solver=solver, steps=steps, batch_size=count, callback=callback, output="float"
+        )
         x = samples[name] = sampler.sample(count, seed=seed, **how).flatten().double()
         to_data = dict(
             w1_data=float(stats.wasserstein_distance(x.numpy(), data.numpy())),
@@ -174,7 +221,9 @@ def reverse(network: Denoiser, data: Tensor, count: int, seed: int) -> tuple[dic
 
 
 @torch.no_grad()
-def one_jump(network: Denoiser, data: Tensor, count: int, seed: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def one_jump(
+    network: Denoiser, data: Tensor, count: int, seed: int
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """x_0 from x_T at once, by the network and by the best possible prediction of the noise."""
     last = len(SCHEDULE) - 1
     generator = torch.Generator().manual_seed(seed + 4)
@@ -185,7 +234,10 @@ def one_jump(network: Denoiser, data: Tensor, count: int, seed: int) -> tuple[di
     found = {"network": (x_t - n * eps) / a, "best possible": (x_t - n * exact_eps(x_t, last)) / a}
     truth = Mixture()
     quantiles = truth.quantiles(4000)
-    rows = {name: dict(mean=float(x.mean()), std=float(x.std()), **distances(x, truth, quantiles)) for name, x in found.items()}
+    rows = {
+        name: dict(mean=float(x.mean()), std=float(x.std()), **distances(x, truth, quantiles))
+        for name, x in found.items()
+    }
     return found, rows
 
 
@@ -200,13 +252,21 @@ def table(rows: list[dict[str, Any]], columns: dict[str, str]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("gaussian-mixture"), help="directory for the figures")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("gaussian-mixture"), help="directory for the figures"
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quick", action="store_true", help="a network that has hardly learned, and few samples")
+    parser.add_argument(
+        "--quick", action="store_true", help="a network that has hardly learned, and few samples"
+    )
     args = parser.parse_args()
     if not args.out.absolute().parent.is_dir():
-        parser.error(f"--out {args.out}: {args.out.absolute().parent} does not exist; create it first")
+        parser.error(
+            f"--out {args.out}: {args.out.absolute().parent} does not exist; create it first"
+        )
     args.out.mkdir(exist_ok=True)
     began = time.perf_counter()
     steps, count = (200, 500) if args.quick else (6000, 20_000)
@@ -217,17 +277,33 @@ def main() -> None:
     print(
         table(
             forward_rows,
-            dict(t="t", alpha_bar="alpha_bar", w1="W1 exact", ks="KS exact", w1_normal="W1 N(0,1)", ks_normal="KS N(0,1)"),
+            dict(
+                t="t",
+                alpha_bar="alpha_bar",
+                w1="W1 exact",
+                ks="KS exact",
+                w1_normal="W1 N(0,1)",
+                ks_normal="KS N(0,1)",
+            ),
         )
     )
     spread = variances(args.seed)
-    print(f"\nvariance at t = 999: {spread['preserving'][-1]:.3f} preserving, {spread['exploding'][-1]:.3f} exploding")
+    print(
+        f"\nvariance at t = 999: {spread['preserving'][-1]:.3f} preserving, {spread['exploding'][-1]:.3f} exploding"
+    )
 
     network = train(data, steps, args.seed)
     trained = time.perf_counter() - began
     print(f"\nnetwork trained, {steps} steps, {trained:.0f} s so far; {count} samples each:")
     samples, paths, reverse_rows = reverse(network, data, count, args.seed)
-    columns = dict(solver="", steps="steps", w1_data="W1 to data", ks_data="KS to data", w1="W1 to mixture", ks="KS to mixture")
+    columns = dict(
+        solver="",
+        steps="steps",
+        w1_data="W1 to data",
+        ks_data="KS to data",
+        w1="W1 to mixture",
+        ks="KS to mixture",
+    )
     print(table(reverse_rows, columns))
 
     jumped, jump_rows = one_jump(network, data, count, args.seed)
@@ -238,11 +314,31 @@ def main() -> None:
             dict(by="eps by", mean="mean", std="deviation", w1="W1 to mixture", ks="KS"),
         )
     )
-    print("x_T no longer says where a point came from: the best guess is the mean of all data, where there is none.")
+    print(
+        "x_T no longer says where a point came from: the best guess is the mean of all data, where there is none."
+    )
 
-    numbers = dict(seed=args.seed, forward=forward_rows, variance=spread, reverse=reverse_rows, one_jump=jump_rows)
+    numbers = dict(
+        seed=args.seed,
+        forward=forward_rows,
+        variance=spread,
+        reverse=reverse_rows,
+        one_jump=jump_rows,
+    )
     (args.out / "numbers.json").write_text(json.dumps(numbers, indent=1) + "\n")
-    figures.draw(args.out, data, chain, STAGES, Mixture, spread, SCHEDULE, samples, reverse_rows, paths, jumped)
+    figures.draw(
+        args.out,
+        data,
+        chain,
+        STAGES,
+        Mixture,
+        spread,
+        SCHEDULE,
+        samples,
+        reverse_rows,
+        paths,
+        jumped,
+    )
     print(f"\n{time.perf_counter() - began:.0f} s -> {args.out}/")
 
 

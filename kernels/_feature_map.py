@@ -36,7 +36,13 @@ class FeatureMap:
         bordered: bool = True,
     ) -> FeatureMap:
         count = images * (height + bordered) * (width + bordered)
-        return cls(torch.empty(count, channels, dtype=dtype, device=device), images, height, width, bordered)
+        return cls(
+            torch.empty(count, channels, dtype=dtype, device=device),
+            images,
+            height,
+            width,
+            bordered,
+        )
 
     @classmethod
     def of(cls, x: Tensor, dtype: torch.dtype | None = None, bordered: bool = True) -> FeatureMap:
@@ -57,7 +63,9 @@ class FeatureMap:
     @property
     def grid(self) -> Tensor:
         """[N, H (+ 1), W (+ 1), C], the border included."""
-        return self.rows.view(self.images, self.height + self.bordered, self.width + self.bordered, self.channels)
+        return self.rows.view(
+            self.images, self.height + self.bordered, self.width + self.bordered, self.channels
+        )
 
     @property
     def pixels(self) -> Tensor:
@@ -71,7 +79,15 @@ class FeatureMap:
             return self.rows.new_empty(self.images, 0, self.channels)
         return torch.cat([self.grid[:, 0], self.grid[:, 1:, 0]], dim=1)
 
-    def expect(self, name: str, images: int, height: int, width: int, channels: int, bordered: bool | None = None) -> None:
+    def expect(
+        self,
+        name: str,
+        images: int,
+        height: int,
+        width: int,
+        channels: int,
+        bordered: bool | None = None,
+    ) -> None:
         """Raises ValueError where the map is not what a launch needs: a kernel would read or write beyond it."""
         shape = (self.images, self.height, self.width, self.channels)
         if shape != (images, height, width, channels) or bordered not in (None, self.bordered):

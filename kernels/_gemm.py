@@ -14,9 +14,19 @@ from ._triton import PRESENT, tl, triton
 
 E4M3_MAX = 448.0
 # fp32 operands would be rounded to TF32 unless told otherwise; the others have one precision
-PRECISION = {torch.float32: "ieee", torch.float16: "tf32", torch.bfloat16: "tf32", torch.float8_e4m3fn: "tf32"}
+PRECISION = {
+    torch.float32: "ieee",
+    torch.float16: "tf32",
+    torch.bfloat16: "tf32",
+    torch.float8_e4m3fn: "tf32",
+}
 TRITON_TYPE: dict[torch.dtype, Any] = (
-    {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float8_e4m3fn: tl.float8e4nv}
+    {
+        torch.float32: tl.float32,
+        torch.float16: tl.float16,
+        torch.bfloat16: tl.bfloat16,
+        torch.float8_e4m3fn: tl.float8e4nv,
+    }
     if PRESENT
     else {}
 )
@@ -71,7 +81,17 @@ class Tiles:
     tma: bool
 
 
-def cut(target: Target, dtype: torch.dtype, c: int, k: int, rows: int, *, tma: bool, warps: int, shrinks: float = 0) -> Tiles:
+def cut(
+    target: Target,
+    dtype: torch.dtype,
+    c: int,
+    k: int,
+    rows: int,
+    *,
+    tma: bool,
+    warps: int,
+    shrinks: float = 0,
+) -> Tiles:
     """Tiles for a product of `rows` rows, c channels (a tap) and k outputs; tma, warps: on a GPU that has TMA.
 
     128 rows and the outputs as `outputs_of` says; or 64 by 32, if `shrinks` rounds of those do it all: few images wait for
@@ -80,7 +100,9 @@ def cut(target: Target, dtype: torch.dtype, c: int, k: int, rows: int, *, tma: b
     tiles.
     """
     if dtype == torch.float32:
-        return Tiles(64, min(64, outputs_of(k)), divisor(c, 32), 8, 2, target.processors, tma and target.tma)
+        return Tiles(
+            64, min(64, outputs_of(k)), divisor(c, 32), 8, 2, target.processors, tma and target.tma
+        )
     block_n, modern, stages = outputs_of(k), target.tma, 3
     few = triton.cdiv(rows, 64) * triton.cdiv(k, min(32, block_n)) <= shrinks * target.processors
     block_m, block_n = (64, min(32, block_n)) if few else (128, block_n)
@@ -88,9 +110,15 @@ def cut(target: Target, dtype: torch.dtype, c: int, k: int, rows: int, *, tma: b
     if target.sm != 90 or k % block_n:
         warps = 8
     if block_m == 64 or (modern and block_n < 128):
-        warps = 8 if (modern and k % block_n and block_n > 64) or (modern and target.sm >= 100) else 4
+        warps = (
+            8 if (modern and k % block_n and block_n > 64) or (modern and target.sm >= 100) else 4
+        )
     if tma and modern:
-        stages = 4 if block_m == 128 else min(8, 96 * 1024 // ((block_m + block_n) * block_k * dtype.itemsize))
+        stages = (
+            4
+            if block_m == 128
+            else min(8, 96 * 1024 // ((block_m + block_n) * block_k * dtype.itemsize))
+        )
     return Tiles(block_m, block_n, block_k, warps, stages, target.processors, tma and modern)
 
 
@@ -100,7 +128,11 @@ def outputs_of(k: int) -> int:
     """
     return min(
         (128, 64, 32, 16),
-        key=lambda block_n: (triton.cdiv(k, block_n) * max(block_n, 64), triton.cdiv(k, block_n) * block_n, -block_n),
+        key=lambda block_n: (
+            triton.cdiv(k, block_n) * max(block_n, 64),
+            triton.cdiv(k, block_n) * block_n,
+            -block_n,
+        ),
     )
 
 
@@ -127,7 +159,9 @@ def launch_conv(kernel: Any, t: Tiles, tiles: int, *args: Any, **constants: Any)
     """Launches `kernel` over `tiles` tiles: all at once, or, where operands come by TMA, in a persistent grid."""
     padded = "DEPTH" in constants
     if not padded and any(constants.get(name, 0) % t.block_k for name in ("C", "C2")):
-        raise ValueError(f"{constants['C']} channels; tiles of {t.block_k} channels a step need a multiple of them")
+        raise ValueError(
+            f"{constants['C']} channels; tiles of {t.block_k} channels a step need a multiple of them"
+        )
     with torch.cuda.device_of(next(a for a in args if isinstance(a, Tensor))):
         kernel[(min(tiles, t.programs) if t.tma else tiles,)](
             *args,
@@ -140,14 +174,18 @@ def launch_conv(kernel: Any, t: Tiles, tiles: int, *args: Any, **constants: Any)
         )
 
 
-def quantise(weight: Tensor, dtype: torch.dtype, x_scale: float = 1.0) -> tuple[Tensor, Tensor | None]:
+def quantise(
+    weight: Tensor, dtype: torch.dtype, x_scale: float = 1.0
+) -> tuple[Tensor, Tensor | None]:
     """weight [K, ...] in `dtype`; for e4m3 each output channel fills the type's range, and [K] fp32 says what a unit of the
     product with an input of scale `x_scale` is worth.
     """
     if dtype != torch.float8_e4m3fn:
         return weight.to(dtype).contiguous(), None
     unit = weight.double().abs().amax(1).clamp(min=1e-30) / E4M3_MAX
-    return (weight.double() / unit[:, None]).clamp(-E4M3_MAX, E4M3_MAX).float().to(dtype).contiguous(), (unit * x_scale).float()
+    return (weight.double() / unit[:, None]).clamp(-E4M3_MAX, E4M3_MAX).float().to(
+        dtype
+    ).contiguous(), (unit * x_scale).float()
 
 
 def pack(weight: Tensor) -> Tensor:
@@ -173,12 +211,17 @@ def cast(x: Tensor | None, compute: torch.dtype | None) -> Tensor | None:
     return x.to(compute)
 
 
-def cost_of_conv(weight: Tensor, others: tuple[FeatureMap | None, ...], out: FeatureMap) -> tuple[int, int]:
+def cost_of_conv(
+    weight: Tensor, others: tuple[FeatureMap | None, ...], out: FeatureMap
+) -> tuple[int, int]:
     """FLOP of a convolution with packed weights over the output's real pixels, and the bytes that must move. others: the maps that
     it reads or writes besides.
     """
     pixels = out.images * out.height * out.width
-    moved = sum(t.numel() * t.element_size() for t in (weight, *(fm.rows for fm in (*others, out) if fm is not None)))
+    moved = sum(
+        t.numel() * t.element_size()
+        for t in (weight, *(fm.rows for fm in (*others, out) if fm is not None))
+    )
     return 2 * pixels * weight.numel(), moved
 
 

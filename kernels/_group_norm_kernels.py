@@ -110,7 +110,11 @@ def zero_border(out_ptr, n, c, used, H, W, C, L: tl.constexpr, OUT: tl.constexpr
 @triton.jit
 def store_pixels(out_ptr, y, n, p, c, inside, H, W, C, BORDER: tl.constexpr):
     pixel_row = p + BORDER * (p // W + W + 2)
-    tl.store(out_ptr + n * (H + BORDER) * (W + BORDER) * C + (pixel_row[:, None] * C + c[None, :]), y, mask=inside)
+    tl.store(
+        out_ptr + n * (H + BORDER) * (W + BORDER) * C + (pixel_row[:, None] * C + c[None, :]),
+        y,
+        mask=inside,
+    )
 
 
 @triton.jit(do_not_specialize=["H", "W", "S", "WIDTH"])
@@ -160,7 +164,23 @@ def _one_pass_kernel(
     mean = of_group(tl.sum(tl.where(inside, x, 0.0), 0), lane, WIDTH, GROUPS) / count
     d = tl.where(inside, x - mean[None, :], 0.0)
     rstd = tl.rsqrt(of_group(tl.sum(d * d, 0), lane, WIDTH, GROUPS) / count + eps)
-    y = finish(d, rstd, gamma_ptr, beta_ptr, table_ptr, c, used, C, unit, inside, saturated_ptr, TIME, SILU, OUT, COUNT)
+    y = finish(
+        d,
+        rstd,
+        gamma_ptr,
+        beta_ptr,
+        table_ptr,
+        c,
+        used,
+        C,
+        unit,
+        inside,
+        saturated_ptr,
+        TIME,
+        SILU,
+        OUT,
+        COUNT,
+    )
     store_pixels(out_ptr, y, n, p, c, inside, H, W, C, BORDER)
     if BORDER:
         zero_border(out_ptr, n, c, used, H, W, C, L, OUT)
@@ -214,7 +234,9 @@ def _apply_kernel(
     known = (chunk < CHUNKS)[:, None] & used[None, :]
     means = tl.load(part_ptr + at, mask=known, other=0.0)
     squares = tl.load(part_ptr + at + 1, mask=known, other=0.0)
-    counts = (tl.maximum(tl.minimum(CHUNK, H * W - chunk * CHUNK), 0) * WIDTH).to(tl.float32)[:, None]
+    counts = (tl.maximum(tl.minimum(CHUNK, H * W - chunk * CHUNK), 0) * WIDTH).to(tl.float32)[
+        :, None
+    ]
     count = (H * W * WIDTH).to(tl.float32)
     mean = tl.sum(means * counts, 0) / count
     off = tl.where(known, means - mean[None, :], 0.0)
@@ -228,7 +250,21 @@ def _apply_kernel(
     if TIME == 1:
         x += tl.load(table_ptr + c, mask=used, other=0.0)[None, :]
     y = finish(
-        x - mean[None, :], rstd, gamma_ptr, beta_ptr, table_ptr, c, used, C, unit, inside, saturated_ptr, TIME, SILU, OUT, COUNT
+        x - mean[None, :],
+        rstd,
+        gamma_ptr,
+        beta_ptr,
+        table_ptr,
+        c,
+        used,
+        C,
+        unit,
+        inside,
+        saturated_ptr,
+        TIME,
+        SILU,
+        OUT,
+        COUNT,
     )
     store_pixels(out_ptr, y, n, p, c, inside, H, W, C, BORDER)
     if BORDER and tile == 0:

@@ -11,13 +11,27 @@ from ._triton import tl, triton
 @triton.jit
 def load_pixels(x_ptr, x2_ptr, n, p, c, inside, W, IMAGE, C1, C, TWO: tl.constexpr):
     """fp32 [P, L]: pixels p, channels c of image n of a bordered map, or of two joined along the channels."""
-    pixel_row = (p + p // W + W + 2)[:, None]  # a border row, and a border pixel a row; within the image, so 32 bits will do
+    pixel_row = (p + p // W + W + 2)[
+        :, None
+    ]  # a border row, and a border pixel a row; within the image, so 32 bits will do
     if TWO:
-        x = tl.load(x_ptr + n * IMAGE * C1 + (pixel_row * C1 + c[None, :]), mask=inside & (c < C1)[None, :], other=0.0)
+        x = tl.load(
+            x_ptr + n * IMAGE * C1 + (pixel_row * C1 + c[None, :]),
+            mask=inside & (c < C1)[None, :],
+            other=0.0,
+        )
         second = x2_ptr + n * IMAGE * (C - C1) - C1
-        x2 = tl.load(second + (pixel_row * (C - C1) + c[None, :]), mask=inside & (c >= C1)[None, :], other=0.0)
-        return tl.where((c < C1)[None, :], x, x2).to(tl.float32)  # joined before they are widened: fewer registers
-    return tl.load(x_ptr + n * IMAGE * C + (pixel_row * C + c[None, :]), mask=inside, other=0.0).to(tl.float32)
+        x2 = tl.load(
+            second + (pixel_row * (C - C1) + c[None, :]),
+            mask=inside & (c >= C1)[None, :],
+            other=0.0,
+        )
+        return tl.where((c < C1)[None, :], x, x2).to(
+            tl.float32
+        )  # joined before they are widened: fewer registers
+    return tl.load(x_ptr + n * IMAGE * C + (pixel_row * C + c[None, :]), mask=inside, other=0.0).to(
+        tl.float32
+    )
 
 
 @triton.jit
@@ -73,13 +87,17 @@ def _statistics_kernel(
         inside = (p < last)[:, None] & used[None, :]
         x = load_pixels(x_ptr, x2_ptr, n, p, c, inside, W, (H + 1) * (W + 1), C1, C, TWO)
         if TIME == 1:
-            x += tl.load(table_ptr + tl.load(time_row_ptr + n).to(tl.int64) * S + c, mask=used, other=0.0)[None, :]
+            x += tl.load(
+                table_ptr + tl.load(time_row_ptr + n).to(tl.int64) * S + c, mask=used, other=0.0
+            )[None, :]
         count = (tl.minimum(last - first, P) * WIDTH).to(tl.float32)
         here = of_group(tl.sum(tl.where(inside, x, 0.0), 0), lane, WIDTH, GROUPS) / count
         d = tl.where(inside, x - here[None, :], 0.0)
         delta = here - mean
         total = seen + count
-        squares += of_group(tl.sum(d * d, 0), lane, WIDTH, GROUPS) + delta * delta * (seen * count / total)
+        squares += of_group(tl.sum(d * d, 0), lane, WIDTH, GROUPS) + delta * delta * (
+            seen * count / total
+        )
         mean += delta * (count / total)
         seen = total
     groups = C // WIDTH
@@ -114,19 +132,36 @@ def merge_tiles(stats_ptr, n, c, known, C, H, W, ROWS, PARTS, T: tl.constexpr, L
         begin = tl.minimum(e // PARTS * ROWS, (H + 1) * (W + 1))
         end = tl.minimum(begin + ROWS, (H + 1) * (W + 1))
         counts = (pixels_before(end, H, W) - pixels_before(begin, H, W)).to(tl.float32)
-        count = tl.maximum(tl.sum(counts, 0), 1.0)  # a chunk of wide images' first tiles may be all border
+        count = tl.maximum(
+            tl.sum(counts, 0), 1.0
+        )  # a chunk of wide images' first tiles may be all border
         here = tl.sum(means * counts[:, None], 0) / count
         off = means - here[None, :]
         delta = here - mean
         total = seen + count
-        squares += tl.sum(deviations + off * off * counts[:, None], 0) + delta * delta * (seen * count / total)
+        squares += tl.sum(deviations + off * off * counts[:, None], 0) + delta * delta * (
+            seen * count / total
+        )
         mean += delta * (count / total)
         seen = total
     return tl.where(known, mean, 0.0), tl.where(known, squares, 0.0)
 
 
 @triton.jit(
-    do_not_specialize=["H", "W", "S", "WIDTH", "TILED_H", "TILED_W", "ROWS", "PARTS", "TILED_H2", "TILED_W2", "ROWS2", "PARTS2"]
+    do_not_specialize=[
+        "H",
+        "W",
+        "S",
+        "WIDTH",
+        "TILED_H",
+        "TILED_W",
+        "ROWS",
+        "PARTS",
+        "TILED_H2",
+        "TILED_W2",
+        "ROWS2",
+        "PARTS2",
+    ]
 )
 def _combine_kernel(
     stats_ptr,
@@ -163,14 +198,20 @@ def _combine_kernel(
     lane = tl.arange(0, L)
     c = tl.program_id(0) % blocks * USED + lane
     used = (lane < USED) & (c < C)
-    mean, squares = merge_tiles(stats_ptr, n, c, used & (c < C1), C1, TILED_H, TILED_W, ROWS, PARTS, T, L)
+    mean, squares = merge_tiles(
+        stats_ptr, n, c, used & (c < C1), C1, TILED_H, TILED_W, ROWS, PARTS, T, L
+    )
     if TWO:
         joined = used & (c >= C1)
-        mean2, squares2 = merge_tiles(stats2_ptr, n, c - C1, joined, C - C1, TILED_H2, TILED_W2, ROWS2, PARTS2, T, L)
+        mean2, squares2 = merge_tiles(
+            stats2_ptr, n, c - C1, joined, C - C1, TILED_H2, TILED_W2, ROWS2, PARTS2, T, L
+        )
         mean += mean2
         squares += squares2
     if TIME == 1:
-        mean += tl.load(table_ptr + tl.load(time_row_ptr + n).to(tl.int64) * S + c, mask=used, other=0.0)
+        mean += tl.load(
+            table_ptr + tl.load(time_row_ptr + n).to(tl.int64) * S + c, mask=used, other=0.0
+        )
     of_all = of_group(mean, lane, WIDTH, GROUPS) / WIDTH
     off = tl.where(used, mean - of_all, 0.0)
     squares = of_group(squares + off * off * (H * W).to(tl.float32), lane, WIDTH, GROUPS)

@@ -38,4 +38,10 @@ def overlapped(on: bool) -> Iterator[None]:
 def launch_options(warps: int, **more: Any) -> dict[str, Any]:
     """Keyword arguments of a launch. Multiplications and additions fuse here, whatever this release of Triton does by default."""
     on = _OVERLAPPED.get()
-    return dict(PDL=on, num_warps=warps, enable_fp_fusion=True, **more, **(dict(launch_pdl=True) if on else {}))
+    return dict(
+        PDL=on,
+        num_warps=warps,
+        enable_fp_fusion=True,
+        **more,
+        **(dict(launch_pdl=True) if on else {}),
+    )

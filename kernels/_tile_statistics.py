@@ -46,7 +46,9 @@ class Tiling:
     def by_tile(self, pixels: Tensor) -> Tensor:
         """[N, C, height, width] -> [N, tiles, rows, C], zero on the border and behind the image."""
         rows = F.pad(pixels, (1, 0, 1, 0)).permute(0, 2, 3, 1).flatten(1, 2)
-        return F.pad(rows, (0, 0, 0, self.tiles * self.rows - rows.shape[1])).unflatten(1, (self.tiles, self.rows))
+        return F.pad(rows, (0, 0, 0, self.tiles * self.rows - rows.shape[1])).unflatten(
+            1, (self.tiles, self.rows)
+        )
 
     def counts(self, like: Tensor) -> Tensor:
         """[entries]: pixels of each, in the type of `like`."""
@@ -89,9 +91,13 @@ class KeepsStatistics:
 
     def expect_stats(self, out: FeatureMap, stats: FeatureMap | None) -> None:
         if stats is not None:
-            stats.expect("stats", out.images, self.tiling(out).entries, 2, out.channels, bordered=False)
+            stats.expect(
+                "stats", out.images, self.tiling(out).entries, 2, out.channels, bordered=False
+            )
 
-    def write_stats(self, out: FeatureMap, stats: FeatureMap | None, compute: torch.dtype | None) -> None:
+    def write_stats(
+        self, out: FeatureMap, stats: FeatureMap | None, compute: torch.dtype | None
+    ) -> None:
         """Statistics of what `out` holds, in fp32 at least; for the fallback."""
         if stats is not None:
             pixels = out.pixels.to(torch.float64 if compute == torch.float64 else torch.float32)
@@ -100,7 +106,11 @@ class KeepsStatistics:
 
 def row_tiles(x: FeatureMap, block_m: int, by_image: bool) -> int:
     """Tiles of block_m rows; by_image: restarting at every image."""
-    return x.images * triton.cdiv(x.image_rows, block_m) if by_image else triton.cdiv(len(x.rows), block_m)
+    return (
+        x.images * triton.cdiv(x.image_rows, block_m)
+        if by_image
+        else triton.cdiv(len(x.rows), block_m)
+    )
 
 
 @triton.jit
@@ -134,7 +144,15 @@ def counted_rows(m0, rows, inside, IMAGE):
 
 @triton.jit
 def store_statistics(
-    stats_ptr, entry, out, counted, o0, K, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, AT_ONCE: tl.constexpr = 32
+    stats_ptr,
+    entry,
+    out,
+    counted,
+    o0,
+    K,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    AT_ONCE: tl.constexpr = 32,
 ):
     """Stores the statistics of the rows `counted` of outputs o0 ... as they are stored, out [BLOCK_M, BLOCK_N].
 
@@ -143,7 +161,9 @@ def store_statistics(
     if BLOCK_N > AT_ONCE:
         left, right = halves(out, BLOCK_M, BLOCK_N)
         store_statistics(stats_ptr, entry, left, counted, o0, K, BLOCK_M, BLOCK_N // 2, AT_ONCE)
-        store_statistics(stats_ptr, entry, right, counted, o0 + BLOCK_N // 2, K, BLOCK_M, BLOCK_N // 2, AT_ONCE)
+        store_statistics(
+            stats_ptr, entry, right, counted, o0 + BLOCK_N // 2, K, BLOCK_M, BLOCK_N // 2, AT_ONCE
+        )
     else:
         cols = o0 + tl.arange(0, BLOCK_N)
         count = tl.maximum(tl.sum(counted.to(tl.float32), 0), 1.0)

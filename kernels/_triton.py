@@ -61,7 +61,9 @@ def image_strides(x: Tensor, name: str) -> tuple[int, int, int]:
             f"{name} {tuple(x.shape)} has strides {x.stride()}; expected whole images, channels-first or channels-last"
         )
     if (c - 1) * channel + (h * w - 1) * pixel >= 2**31 - 2**16:
-        raise ValueError(f"{name} {tuple(x.shape)}: one image spans more than 2^31 elements")  # offsets inside an image are int32
+        raise ValueError(
+            f"{name} {tuple(x.shape)}: one image spans more than 2^31 elements"
+        )  # offsets inside an image are int32
     return image, channel, pixel
 
 
@@ -74,7 +76,12 @@ def is_element_order(x: Tensor, strides: tuple[int, int, int]) -> bool:
 def check_per_image(batch: int, device: torch.device, **vectors: Tensor) -> None:
     """ValueError unless every one of `vectors` is integer, [batch], contiguous and on `device`."""
     for name, v in vectors.items():
-        if v.shape != (batch,) or v.dtype not in (torch.int32, torch.int64) or v.device != device or not v.is_contiguous():
+        if (
+            v.shape != (batch,)
+            or v.dtype not in (torch.int32, torch.int64)
+            or v.device != device
+            or not v.is_contiguous()
+        ):
             raise ValueError(
                 f"{name} is {v.dtype} {tuple(v.shape)} on {v.device}; expected int32 or int64 [{batch}], contiguous, on {device}"
             )

@@ -36,10 +36,15 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, heads: int, scale: floa
 
 
 def fold(
-    q: tuple[Tensor, Tensor], k: tuple[Tensor, Tensor], v: tuple[Tensor, Tensor], out: tuple[Tensor, Tensor]
+    q: tuple[Tensor, Tensor],
+    k: tuple[Tensor, Tensor],
+    v: tuple[Tensor, Tensor],
+    out: tuple[Tensor, Tensor],
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """From (weight [C, C], bias [C]) of the four projections to the two of the folded form: ((M^T, m), (V, v)), in fp64."""
-    (wq, bq), (wk, _), (wv, bv), (wo, block_out) = ((w.double(), b.double()) for w, b in (q, k, v, out))
+    (wq, bq), (wk, _), (wv, bv), (wo, block_out) = (
+        (w.double(), b.double()) for w, b in (q, k, v, out)
+    )
     return (wk.T @ wq, wk.T @ bq), (wo @ wv, wo @ bv + block_out)
 
 
@@ -113,7 +118,9 @@ def _attention_kernel(
     if FOLDED:
         for o0 in range(0, C, BLOCK_OUT):
             cols = o0 + tl.arange(0, BLOCK_OUT)
-            w = tl.load(w_ptr + cols[:, None] * C + d[None, :], mask=(cols < C)[:, None] & real, other=0.0)
+            w = tl.load(
+                w_ptr + cols[:, None] * C + d[None, :], mask=(cols < C)[:, None] & real, other=0.0
+            )
             y = tl.dot(mixed, w.T, input_precision=PRECISION)
             y += tl.load(bias_ptr + cols, mask=cols < C, other=0.0)[None, :]
             at = pixel_row[:, None] * C + cols[None, :]
@@ -121,7 +128,11 @@ def _attention_kernel(
             y += residual_scale * tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
             tl.store(y_ptr + at, y.to(OUT), mask=inside)
     else:
-        tl.store(y_ptr + pixel_row[:, None] * C + (head * D + d)[None, :], mixed.to(OUT), mask=(pixel < PIXELS)[:, None] & real)
+        tl.store(
+            y_ptr + pixel_row[:, None] * C + (head * D + d)[None, :],
+            mixed.to(OUT),
+            mask=(pixel < PIXELS)[:, None] & real,
+        )
     if m0 == 0:
         zero = tl.zeros((16, DP), tl.float32).to(OUT)
         for e in range(0, W + 1, 16):
@@ -176,14 +187,18 @@ class MultiHeadAttention:
         q, k, v = (qkv.rows[:, i * c :] for i in range(3))
         _launch(self.target, q, k, v, out, self.heads, 3 * c, 3 * c, None, None, None, 0.0)
 
-    def fallback(self, qkv: FeatureMap, out: FeatureMap, compute: torch.dtype | None = None) -> None:
+    def fallback(
+        self, qkv: FeatureMap, out: FeatureMap, compute: torch.dtype | None = None
+    ) -> None:
         q, k, v = cast(qkv.grid.flatten(1, 2), compute).chunk(3, dim=2)
         y = attention_reference(q, k, v, self.heads, (out.channels // self.heads) ** -0.5)
         out.write(y.transpose(1, 2).unflatten(2, (out.height, out.width)))
 
     def cost(self, qkv: FeatureMap, out: FeatureMap) -> tuple[int, int]:
         pixels, size = out.height * out.width, qkv.rows.element_size()
-        return 4 * out.images * pixels * pixels * out.channels, size * (qkv.rows.numel() + out.rows.numel())
+        return 4 * out.images * pixels * pixels * out.channels, size * (
+            qkv.rows.numel() + out.rows.numel()
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,16 +213,39 @@ class FoldedAttention:
 
     @classmethod
     def of(
-        cls, weight: Tensor, bias: Tensor, dtype: torch.dtype, target: Target = H100, residual_scale: float = 1.0
+        cls,
+        weight: Tensor,
+        bias: Tensor,
+        dtype: torch.dtype,
+        target: Target = H100,
+        residual_scale: float = 1.0,
     ) -> FoldedAttention:
         return cls(weight.to(dtype).contiguous(), bias.float(), target, residual_scale)
 
     def run(self, q: FeatureMap, x: FeatureMap, out: FeatureMap, residual: FeatureMap) -> None:
         c = out.channels
-        _launch(self.target, q.rows, x.rows, x.rows, out, 1, c, c, self.weight, self.bias, residual.rows, self.residual_scale)
+        _launch(
+            self.target,
+            q.rows,
+            x.rows,
+            x.rows,
+            out,
+            1,
+            c,
+            c,
+            self.weight,
+            self.bias,
+            residual.rows,
+            self.residual_scale,
+        )
 
     def fallback(
-        self, q: FeatureMap, x: FeatureMap, out: FeatureMap, residual: FeatureMap, compute: torch.dtype | None = None
+        self,
+        q: FeatureMap,
+        x: FeatureMap,
+        out: FeatureMap,
+        residual: FeatureMap,
+        compute: torch.dtype | None = None,
     ) -> None:
         queries, keys = (cast(fm.grid.flatten(1, 2), compute) for fm in (q, x))
         y = attention_reference(queries, keys, keys, 1, out.channels**-0.5)
@@ -215,10 +253,14 @@ class FoldedAttention:
         y = y.transpose(1, 2).unflatten(2, (out.height, out.width))
         out.write(y + self.residual_scale * cast(residual.pixels, y.dtype))
 
-    def cost(self, q: FeatureMap, x: FeatureMap, out: FeatureMap, residual: FeatureMap) -> tuple[int, int]:
+    def cost(
+        self, q: FeatureMap, x: FeatureMap, out: FeatureMap, residual: FeatureMap
+    ) -> tuple[int, int]:
         pixels, c = out.height * out.width, out.channels
         moved = sum(fm.rows.numel() * fm.rows.element_size() for fm in (q, x, out, residual))
-        return out.images * pixels * c * (4 * pixels + 2 * c), moved + self.weight.numel() * self.weight.element_size()
+        return out.images * pixels * c * (
+            4 * pixels + 2 * c
+        ), moved + self.weight.numel() * self.weight.element_size()
 
 
 def _launch(

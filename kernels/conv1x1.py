@@ -12,12 +12,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._feature_map import FeatureMap
-from ._gemm import PRECISION, TRITON_TYPE, Tiles, cast, cost_of_conv, launch_conv, load_rows, pixel_of
+from ._gemm import (
+    PRECISION,
+    TRITON_TYPE,
+    Tiles,
+    cast,
+    cost_of_conv,
+    launch_conv,
+    load_rows,
+    pixel_of,
+)
 from ._launch import begin
 from ._triton import tl, triton
 
 
-def conv1x1_reference(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None, scale: float = 1.0) -> Tensor:
+def conv1x1_reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None = None,
+    scale: float = 1.0,
+) -> Tensor:
     """x [N, C, H, W], weight [K, C], residual [N, K, H, W] -> W x + bias + scale * residual, pixel by pixel."""
     y = F.conv2d(x, weight[:, :, None, None], bias)
     return y if residual is None else y + scale * residual
@@ -56,10 +71,20 @@ def _conv1x1_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in range(C // BLOCK_K):
         a = load_rows(x_ptr, m0, k * BLOCK_K, ROWS, C, BLOCK_M, BLOCK_K)
-        acc = tl.dot(a, load_rows(w_ptr, o0, k * BLOCK_K, K, C + C2, BLOCK_N, BLOCK_K).T, acc, input_precision=PRECISION)
+        acc = tl.dot(
+            a,
+            load_rows(w_ptr, o0, k * BLOCK_K, K, C + C2, BLOCK_N, BLOCK_K).T,
+            acc,
+            input_precision=PRECISION,
+        )
     for k in range(C2 // BLOCK_K):
         a = load_rows(x2_ptr, m0, k * BLOCK_K, ROWS, C2, BLOCK_M, BLOCK_K)
-        acc = tl.dot(a, load_rows(w_ptr, o0, C + k * BLOCK_K, K, C + C2, BLOCK_N, BLOCK_K).T, acc, input_precision=PRECISION)
+        acc = tl.dot(
+            a,
+            load_rows(w_ptr, o0, C + k * BLOCK_K, K, C + C2, BLOCK_N, BLOCK_K).T,
+            acc,
+            input_precision=PRECISION,
+        )
     rows = m0 + tl.arange(0, BLOCK_M)
     cols = o0 + tl.arange(0, BLOCK_N)
     at = rows.to(tl.int64)[:, None] * K + cols[None, :]
@@ -88,10 +113,28 @@ class Conv1x1:
     name = "conv1x1"
 
     @classmethod
-    def of(cls, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, tiles: Tiles, residual_scale: float = 1.0) -> Conv1x1:
-        return cls(weight.to(dtype).contiguous(), None if bias is None else bias.float(), tiles, residual_scale)
+    def of(
+        cls,
+        weight: Tensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        tiles: Tiles,
+        residual_scale: float = 1.0,
+    ) -> Conv1x1:
+        return cls(
+            weight.to(dtype).contiguous(),
+            None if bias is None else bias.float(),
+            tiles,
+            residual_scale,
+        )
 
-    def run(self, x: FeatureMap, out: FeatureMap, x2: FeatureMap | None = None, residual: FeatureMap | None = None) -> None:
+    def run(
+        self,
+        x: FeatureMap,
+        out: FeatureMap,
+        x2: FeatureMap | None = None,
+        residual: FeatureMap | None = None,
+    ) -> None:
         t, k = self.tiles, len(self.weight)
         second = 0 if x2 is None else x2.channels
         for name, fm, c in (
@@ -144,9 +187,15 @@ class Conv1x1:
 
     def grid(self, out: FeatureMap, **_: FeatureMap) -> int:
         """Tiles of the product."""
-        return triton.cdiv(len(out.rows), self.tiles.block_m) * triton.cdiv(len(self.weight), self.tiles.block_n)
+        return triton.cdiv(len(out.rows), self.tiles.block_m) * triton.cdiv(
+            len(self.weight), self.tiles.block_n
+        )
 
     def cost(
-        self, x: FeatureMap, out: FeatureMap, x2: FeatureMap | None = None, residual: FeatureMap | None = None
+        self,
+        x: FeatureMap,
+        out: FeatureMap,
+        x2: FeatureMap | None = None,
+        residual: FeatureMap | None = None,
     ) -> tuple[int, int]:
         return cost_of_conv(self.weight, (x, x2, residual), out)

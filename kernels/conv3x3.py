@@ -14,13 +14,39 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._feature_map import FeatureMap
-from ._gemm import PRECISION, TRITON_TYPE, Tiles, box, cast, cost_of_conv, launch_conv, load_rows, pack, quantise, unpack
+from ._gemm import (
+    PRECISION,
+    TRITON_TYPE,
+    Tiles,
+    box,
+    cast,
+    cost_of_conv,
+    launch_conv,
+    load_rows,
+    pack,
+    quantise,
+    unpack,
+)
 from ._launch import begin
-from ._tile_statistics import KeepsStatistics, count_tiles, counted_rows, first_row, halves, row_tiles, store_statistics
+from ._tile_statistics import (
+    KeepsStatistics,
+    count_tiles,
+    counted_rows,
+    first_row,
+    halves,
+    row_tiles,
+    store_statistics,
+)
 from ._triton import tl, triton
 
 
-def conv3x3_reference(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None, scale: float = 1.0) -> Tensor:
+def conv3x3_reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None = None,
+    scale: float = 1.0,
+) -> Tensor:
     """x [N, C, H, W], weight [K, C, 3, 3], residual [N, K, H, W] -> conv(x) + bias + scale * residual."""
     y = F.conv2d(x, weight, bias, padding=1)
     return y if residual is None else y + scale * residual
@@ -81,7 +107,17 @@ def _finish_conv3x3(
         if STATS:
             # after a residual a thread holds columns as it loaded them, and cutting between them would move them all
             at_once: tl.constexpr = BLOCK_N if RESIDUAL else 32
-            store_statistics(stats_ptr, tile, out, counted_rows(m0, rows, inside, IMAGE), o0, K, BLOCK_M, BLOCK_N, at_once)
+            store_statistics(
+                stats_ptr,
+                tile,
+                out,
+                counted_rows(m0, rows, inside, IMAGE),
+                o0,
+                K,
+                BLOCK_M,
+                BLOCK_N,
+                at_once,
+            )
 
 
 @triton.jit(do_not_specialize=["ROWS", "WP", "IMAGE"])
@@ -198,9 +234,17 @@ class Conv3x3(KeepsStatistics):
     ) -> Conv3x3:
         """From weight [K, C, 3, 3] and bias [K]; x_scale: what one unit of an e4m3 input is worth."""
         packed, scale = quantise(pack(weight), dtype, x_scale)
-        return cls(packed, None if bias is None else bias.float(), tiles, scale, residual_scale, bounded)
+        return cls(
+            packed, None if bias is None else bias.float(), tiles, scale, residual_scale, bounded
+        )
 
-    def run(self, x: FeatureMap, out: FeatureMap, residual: FeatureMap | None = None, stats: FeatureMap | None = None) -> None:
+    def run(
+        self,
+        x: FeatureMap,
+        out: FeatureMap,
+        residual: FeatureMap | None = None,
+        stats: FeatureMap | None = None,
+    ) -> None:
         t, k = self.tiles, len(self.weight)
         x.expect("x", x.images, x.height, x.width, self.weight.shape[1] // 9, bordered=True)
         out.expect("out", x.images, x.height, x.width, k)
@@ -213,7 +257,12 @@ class Conv3x3(KeepsStatistics):
             self.grid(x, stats),
             box(x.rows, t.block_m, t.block_k, t.tma),
             box(self.weight, t.block_n, t.block_k, t.tma),
-            box(out.rows, t.block_m, t.block_n if stats is None else t.block_n // 2, t.tma and out.bordered),
+            box(
+                out.rows,
+                t.block_m,
+                t.block_n if stats is None else t.block_n // 2,
+                t.tma and out.bordered,
+            ),
             self.bias if self.bias is not None else self.weight,
             self.scale if self.scale is not None else self.weight,
             x.rows if residual is None else residual.rows,
@@ -232,7 +281,11 @@ class Conv3x3(KeepsStatistics):
             DENSE=not out.bordered,
             STATS=stats is not None,
             PRECISION=PRECISION[x.rows.dtype],
-            IMPRECISE=0 if self.scale is None else t.block_k if self.bounded else None,  # None: as Triton does it
+            IMPRECISE=0
+            if self.scale is None
+            else t.block_k
+            if self.bounded
+            else None,  # None: as Triton does it
         )
 
     def fallback(
@@ -256,10 +309,16 @@ class Conv3x3(KeepsStatistics):
 
     def grid(self, x: FeatureMap, stats: FeatureMap | None = None, **_: FeatureMap) -> int:
         """Tiles of the product."""
-        return row_tiles(x, self.tiles.block_m, stats is not None) * triton.cdiv(len(self.weight), self.tiles.block_n)
+        return row_tiles(x, self.tiles.block_m, stats is not None) * triton.cdiv(
+            len(self.weight), self.tiles.block_n
+        )
 
     def cost(
-        self, x: FeatureMap, out: FeatureMap, residual: FeatureMap | None = None, stats: FeatureMap | None = None
+        self,
+        x: FeatureMap,
+        out: FeatureMap,
+        residual: FeatureMap | None = None,
+        stats: FeatureMap | None = None,
     ) -> tuple[int, int]:
         """FLOP (of real pixels) and the fewest bytes that must move."""
         return cost_of_conv(self.weight, (x, residual, stats), out)

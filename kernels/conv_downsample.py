@@ -12,18 +12,33 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._feature_map import FeatureMap
-from ._gemm import PRECISION, TRITON_TYPE, Tiles, cast, cost_of_conv, launch_conv, load_rows, pack, pixel_of, unpack
+from ._gemm import (
+    PRECISION,
+    TRITON_TYPE,
+    Tiles,
+    cast,
+    cost_of_conv,
+    launch_conv,
+    load_rows,
+    pack,
+    pixel_of,
+    unpack,
+)
 from ._launch import begin
 from ._tile_statistics import KeepsStatistics, counted_rows, first_row, row_tiles, store_statistics
 from ._triton import tl, triton
 
 
-def conv_downsample_reference(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> Tensor:
+def conv_downsample_reference(
+    x: Tensor, weight: Tensor, bias: Tensor | None, padding: int
+) -> Tensor:
     """x [N, C, H, W], weight [K, C, 3, 3] -> [N, K, H / 2, W / 2], stride 2.
 
     padding 1: one zero all around (OpenAI). padding 0: one on the right and at the bottom (Ho et al.; TensorFlow's SAME).
     """
-    return F.conv2d(F.pad(x, (padding, 1, padding, 1)), weight, bias, stride=2)[..., : x.shape[2] // 2, : x.shape[3] // 2]
+    return F.conv2d(F.pad(x, (padding, 1, padding, 1)), weight, bias, stride=2)[
+        ..., : x.shape[2] // 2, : x.shape[3] // 2
+    ]
 
 
 @triton.jit(do_not_specialize=["ROWS", "ROWS_IN", "H", "W"])
@@ -64,9 +79,17 @@ def _conv_downsample_kernel(
     for k in range(9 * per_tap):
         tap = k // per_tap
         source = first + (tap // 3) * WP + tap % 3
-        at = source.to(tl.int64)[:, None] * C + ((k % per_tap) * BLOCK_K + tl.arange(0, BLOCK_K))[None, :]
+        at = (
+            source.to(tl.int64)[:, None] * C
+            + ((k % per_tap) * BLOCK_K + tl.arange(0, BLOCK_K))[None, :]
+        )
         a = tl.load(x_ptr + at, mask=(inside & (source < ROWS_IN))[:, None], other=0.0)
-        acc = tl.dot(a, load_rows(w_ptr, o0, k * BLOCK_K, K, 9 * C, BLOCK_N, BLOCK_K).T, acc, input_precision=PRECISION)
+        acc = tl.dot(
+            a,
+            load_rows(w_ptr, o0, k * BLOCK_K, K, 9 * C, BLOCK_N, BLOCK_K).T,
+            acc,
+            input_precision=PRECISION,
+        )
     cols = o0 + tl.arange(0, BLOCK_N)
     acc += tl.load(bias_ptr + cols, mask=cols < K, other=0.0)[None, :]
     out = tl.where(inside[:, None], acc, 0.0).to(OUT)
@@ -74,7 +97,15 @@ def _conv_downsample_kernel(
     tl.store(y_ptr + at, out, mask=(rows < ROWS)[:, None] & (cols < K)[None, :])
     if STATS:
         store_statistics(
-            stats_ptr, tile, out, counted_rows(m0, rows, inside, (H + 1) * (W + 1)), o0, K, BLOCK_M, BLOCK_N, AT_ONCE=16
+            stats_ptr,
+            tile,
+            out,
+            counted_rows(m0, rows, inside, (H + 1) * (W + 1)),
+            o0,
+            K,
+            BLOCK_M,
+            BLOCK_N,
+            AT_ONCE=16,
         )
 
 
@@ -92,12 +123,16 @@ class ConvDownsample(KeepsStatistics):
     name = "conv_downsample"
 
     @classmethod
-    def of(cls, weight: Tensor, bias: Tensor, padding: int, dtype: torch.dtype, tiles: Tiles) -> ConvDownsample:
+    def of(
+        cls, weight: Tensor, bias: Tensor, padding: int, dtype: torch.dtype, tiles: Tiles
+    ) -> ConvDownsample:
         return cls(pack(weight).to(dtype).contiguous(), bias.float(), padding, tiles)
 
     def run(self, x: FeatureMap, out: FeatureMap, stats: FeatureMap | None = None) -> None:
         t, k = self.tiles, len(self.weight)
-        x.expect("x", x.images, 2 * out.height, 2 * out.width, self.weight.shape[1] // 9, bordered=True)
+        x.expect(
+            "x", x.images, 2 * out.height, 2 * out.width, self.weight.shape[1] // 9, bordered=True
+        )
         out.expect("out", x.images, out.height, out.width, k, bordered=True)
         self.expect_stats(out, stats)
         launch_conv(
@@ -121,14 +156,26 @@ class ConvDownsample(KeepsStatistics):
             PRECISION=PRECISION[x.rows.dtype],
         )
 
-    def fallback(self, x: FeatureMap, out: FeatureMap, stats: FeatureMap | None = None, compute: torch.dtype | None = None) -> None:
-        y = conv_downsample_reference(cast(x.pixels, compute), unpack(cast(self.weight, compute), 3), None, self.padding)
+    def fallback(
+        self,
+        x: FeatureMap,
+        out: FeatureMap,
+        stats: FeatureMap | None = None,
+        compute: torch.dtype | None = None,
+    ) -> None:
+        y = conv_downsample_reference(
+            cast(x.pixels, compute), unpack(cast(self.weight, compute), 3), None, self.padding
+        )
         out.write(y + self.bias.to(y.dtype)[:, None, None])
         self.write_stats(out, stats, compute)
 
     def grid(self, out: FeatureMap, stats: FeatureMap | None = None, **_: FeatureMap) -> int:
         """Tiles of the product."""
-        return row_tiles(out, self.tiles.block_m, stats is not None) * triton.cdiv(len(self.weight), self.tiles.block_n)
+        return row_tiles(out, self.tiles.block_m, stats is not None) * triton.cdiv(
+            len(self.weight), self.tiles.block_n
+        )
 
-    def cost(self, x: FeatureMap, out: FeatureMap, stats: FeatureMap | None = None) -> tuple[int, int]:
+    def cost(
+        self, x: FeatureMap, out: FeatureMap, stats: FeatureMap | None = None
+    ) -> tuple[int, int]:
         return cost_of_conv(self.weight, (x, stats), out)

@@ -12,13 +12,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._feature_map import FeatureMap
-from ._gemm import PRECISION, TRITON_TYPE, Tiles, cast, cost_of_conv, launch_conv, load_rows, pack, pixel_of, power_of_two, unpack
+from ._gemm import (
+    PRECISION,
+    TRITON_TYPE,
+    Tiles,
+    cast,
+    cost_of_conv,
+    launch_conv,
+    load_rows,
+    pack,
+    pixel_of,
+    power_of_two,
+    unpack,
+)
 from ._launch import begin
 from ._tile_statistics import KeepsStatistics, counted_rows, first_row, row_tiles, store_statistics
 from ._triton import tl, triton
 
 
-def conv_in_reference(x: Tensor, weight: Tensor, bias: Tensor | None, center: bool = False) -> Tensor:
+def conv_in_reference(
+    x: Tensor, weight: Tensor, bias: Tensor | None, center: bool = False
+) -> Tensor:
     """x [N, C, H, W], weight [K, C, 3, 3] -> conv(x) + bias, [N, K, H, W]; conv(2 x - 1) where `center`, zero beyond the image."""
     return F.conv2d(2 * x - 1 if center else x, weight, bias, padding=1)
 
@@ -59,7 +73,9 @@ def _conv_in_kernel(
         tap = depth // C
         dy, dx = tap // 3 - 1, tap % 3 - 1
         sy, sx = y[:, None] + dy[None, :], x[:, None] + dx[None, :]
-        seen = inside[:, None] & (depth < 9 * C)[None, :] & (sy >= 0) & (sy < H) & (sx >= 0) & (sx < W)
+        seen = (
+            inside[:, None] & (depth < 9 * C)[None, :] & (sy >= 0) & (sy < H) & (sx >= 0) & (sx < W)
+        )
         at = ((image.to(tl.int64)[:, None] * H + sy) * W + sx) * C + (depth % C)[None, :]
         a = tl.load(x_ptr + at, mask=seen, other=0.0)
         if CENTER:
@@ -73,7 +89,15 @@ def _conv_in_kernel(
     tl.store(y_ptr + at, out, mask=(rows < ROWS)[:, None] & (cols < K)[None, :])
     if STATS:
         store_statistics(
-            stats_ptr, tile, out, counted_rows(m0, rows, inside, (H + 1) * (W + 1)), o0, K, BLOCK_M, BLOCK_N, AT_ONCE=16
+            stats_ptr,
+            tile,
+            out,
+            counted_rows(m0, rows, inside, (H + 1) * (W + 1)),
+            o0,
+            K,
+            BLOCK_M,
+            BLOCK_N,
+            AT_ONCE=16,
         )
 
 
@@ -95,10 +119,18 @@ class ConvIn(KeepsStatistics):
     name = "conv_in"
 
     @classmethod
-    def of(cls, weight: Tensor, bias: Tensor, dtype: torch.dtype, tiles: Tiles, center: bool = False) -> ConvIn:
+    def of(
+        cls, weight: Tensor, bias: Tensor, dtype: torch.dtype, tiles: Tiles, center: bool = False
+    ) -> ConvIn:
         packed = pack(weight)
         depth = -(-packed.shape[1] // tiles.block_k) * tiles.block_k
-        return cls(F.pad(packed, (0, depth - packed.shape[1])).to(dtype).contiguous(), bias.float(), weight.shape[1], center, tiles)
+        return cls(
+            F.pad(packed, (0, depth - packed.shape[1])).to(dtype).contiguous(),
+            bias.float(),
+            weight.shape[1],
+            center,
+            tiles,
+        )
 
     @staticmethod
     def block_k(channels: int) -> int:
@@ -131,17 +163,29 @@ class ConvIn(KeepsStatistics):
             PRECISION=PRECISION[self.weight.dtype],
         )
 
-    def fallback(self, x: FeatureMap, out: FeatureMap, stats: FeatureMap | None = None, compute: torch.dtype | None = None) -> None:
+    def fallback(
+        self,
+        x: FeatureMap,
+        out: FeatureMap,
+        stats: FeatureMap | None = None,
+        compute: torch.dtype | None = None,
+    ) -> None:
         weight = cast(self.weight[:, : 9 * self.channels], compute)
         pixels = 2 * x.pixels - 1 if self.center else x.pixels
-        seen = pixels.to(self.weight.dtype).to(weight.dtype)  # rounded to the operands' type, as the kernel does
+        seen = pixels.to(self.weight.dtype).to(
+            weight.dtype
+        )  # rounded to the operands' type, as the kernel does
         y = conv_in_reference(seen, unpack(weight, 3), None)
         out.write(y + self.bias.to(y.dtype)[:, None, None])
         self.write_stats(out, stats, compute)
 
     def grid(self, out: FeatureMap, stats: FeatureMap | None = None, **_: FeatureMap) -> int:
         """Tiles of the product."""
-        return row_tiles(out, self.tiles.block_m, stats is not None) * triton.cdiv(len(self.weight), self.tiles.block_n)
+        return row_tiles(out, self.tiles.block_m, stats is not None) * triton.cdiv(
+            len(self.weight), self.tiles.block_n
+        )
 
-    def cost(self, x: FeatureMap, out: FeatureMap, stats: FeatureMap | None = None) -> tuple[int, int]:
+    def cost(
+        self, x: FeatureMap, out: FeatureMap, stats: FeatureMap | None = None
+    ) -> tuple[int, int]:
         return cost_of_conv(self.weight[:, : 9 * self.channels], (x, stats), out)

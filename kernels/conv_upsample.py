@@ -14,9 +14,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._feature_map import FeatureMap
-from ._gemm import PRECISION, TRITON_TYPE, Tiles, box, cast, cost_of_conv, launch_conv, load_rows, unpack
+from ._gemm import (
+    PRECISION,
+    TRITON_TYPE,
+    Tiles,
+    box,
+    cast,
+    cost_of_conv,
+    launch_conv,
+    load_rows,
+    unpack,
+)
 from ._launch import begin
-from ._tile_statistics import KeepsStatistics, Tiling, count_tiles, counted_rows, first_row, row_tiles, store_statistics
+from ._tile_statistics import (
+    KeepsStatistics,
+    Tiling,
+    count_tiles,
+    counted_rows,
+    first_row,
+    row_tiles,
+    store_statistics,
+)
 from ._triton import tl, triton
 
 
@@ -32,7 +50,9 @@ def pack_parities(weight: Tensor) -> Tensor:
     taps 0 and 1 and the next through tap 2. Columns alike. Summed in fp64.
     """
     w = weight.double()
-    fold = w.new_tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])  # [parity, tap of 2, tap of 3]
+    fold = w.new_tensor(
+        [[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]]
+    )  # [parity, tap of 2, tap of 3]
     parities = torch.einsum("pai,qbj,kcij->pqkabc", fold, fold, w)
     return parities.flatten(3).flatten(0, 2)
 
@@ -97,8 +117,14 @@ def _conv_upsample_kernel(
         inside = (y >= 0) & (x_ >= 0)
         acc += tl.load(bias_ptr + cols, mask=cols < K, other=0.0)[None, :]
         out = tl.where(inside[:, None], acc, 0.0).to(OUT)
-        out_pixel_row = image.to(tl.int64) * ((2 * H + 1) * (2 * W + 1)) + (out_y + 1) * (2 * W + 1) + out_x + 1
-        tl.store(y_ptr + out_pixel_row[:, None] * K + cols[None, :], out, mask=exists[:, None] & (cols < K)[None, :])
+        out_pixel_row = (
+            image.to(tl.int64) * ((2 * H + 1) * (2 * W + 1)) + (out_y + 1) * (2 * W + 1) + out_x + 1
+        )
+        tl.store(
+            y_ptr + out_pixel_row[:, None] * K + cols[None, :],
+            out,
+            mask=exists[:, None] & (cols < K)[None, :],
+        )
         if STATS:
             counted = counted_rows(m0, rows, inside, IMAGE)
             store_statistics(stats_ptr, tile // n_out, out, counted, o0, K, BLOCK_M, BLOCK_N)
@@ -142,7 +168,13 @@ class ConvUpsample(KeepsStatistics):
             PRECISION=PRECISION[x.rows.dtype],
         )
 
-    def fallback(self, x: FeatureMap, out: FeatureMap, stats: FeatureMap | None = None, compute: torch.dtype | None = None) -> None:
+    def fallback(
+        self,
+        x: FeatureMap,
+        out: FeatureMap,
+        stats: FeatureMap | None = None,
+        compute: torch.dtype | None = None,
+    ) -> None:
         weights, bias = cast(self.weight, compute).chunk(4), cast(self.bias, compute)
         pixels = cast(x.pixels, compute)
         n, _, h, w = pixels.shape
@@ -159,8 +191,14 @@ class ConvUpsample(KeepsStatistics):
 
     def grid(self, x: FeatureMap, stats: FeatureMap | None = None, **_: FeatureMap) -> int:
         """Tiles of the four products."""
-        return row_tiles(x, self.tiles.block_m, stats is not None) * triton.cdiv(len(self.weight) // 4, self.tiles.block_n) * 4
+        return (
+            row_tiles(x, self.tiles.block_m, stats is not None)
+            * triton.cdiv(len(self.weight) // 4, self.tiles.block_n)
+            * 4
+        )
 
-    def cost(self, x: FeatureMap, out: FeatureMap, stats: FeatureMap | None = None) -> tuple[int, int]:
+    def cost(
+        self, x: FeatureMap, out: FeatureMap, stats: FeatureMap | None = None
+    ) -> tuple[int, int]:
         flops, moved = cost_of_conv(self.weight, (x, stats), out)
         return flops // 4, moved  # an output pixel sees one parity's filter

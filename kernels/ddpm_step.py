@@ -15,24 +15,53 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._triton import check_per_image, check_table, image_strides, is_element_order, launches_kernel, tl, triton
+from ._triton import (
+    check_per_image,
+    check_table,
+    image_strides,
+    is_element_order,
+    launches_kernel,
+    tl,
+    triton,
+)
 from .noise import BLOCK, NUM_WARPS, REVERSE, grid, image_normals, noise_reference, place
 
-COLUMNS = ("x_0_x", "x_0_out", "clip", "mean_x_0", "mean_x", "mean_out", "mean_old", "sigma", "log_sigma_min", "log_sigma_max")
+COLUMNS = (
+    "x_0_x",
+    "x_0_out",
+    "clip",
+    "mean_x_0",
+    "mean_x",
+    "mean_out",
+    "mean_old",
+    "sigma",
+    "log_sigma_min",
+    "log_sigma_max",
+)
 WIDTH = tl.constexpr(len(COLUMNS))
 
 
 def x_0_reference(x_t: Tensor, out: Tensor, table: Tensor, step: Tensor) -> Tensor:
     """x_t [B, C, H, W]; out [B, C or 2C, H, W]; table [R, 10]; step [B] -> x_0 as the network sees it, in the table's dtype."""
     x_0_x, x_0_out, clip = table[step.long()].T[:3, :, None, None, None]
-    return torch.clamp(x_0_x * x_t.to(table.dtype) + x_0_out * out[:, : x_t.shape[1]].to(table.dtype), -clip, clip)
+    return torch.clamp(
+        x_0_x * x_t.to(table.dtype) + x_0_out * out[:, : x_t.shape[1]].to(table.dtype), -clip, clip
+    )
 
 
 def ddpm_step_reference(
-    x_t: Tensor, out: Tensor, z: Tensor, table: Tensor, step: Tensor, learned: bool = False, old: Tensor | None = None
+    x_t: Tensor,
+    out: Tensor,
+    z: Tensor,
+    table: Tensor,
+    step: Tensor,
+    learned: bool = False,
+    old: Tensor | None = None,
 ) -> Tensor:
     """x_t, z, old [B, C, H, W]; out likewise, learned [B, 2C, H, W]; table [R, 10]; step [B] -> x_{t-1} in the table's dtype."""
-    mean_x_0, mean_x, mean_out, mean_old, sigma, log_min, log_max = table[step.long()].T[3:, :, None, None, None]
+    mean_x_0, mean_x, mean_out, mean_old, sigma, log_min, log_max = table[step.long()].T[
+        3:, :, None, None, None
+    ]
     x_0 = x_0_reference(x_t, out, table, step)
     x_t, out, z = x_t.to(table.dtype), out.to(table.dtype), z.to(table.dtype)
     if learned:
@@ -77,12 +106,18 @@ def _ddpm_step_kernel(
     x_ptr += n.to(tl.int64) * x_image
     out_ptr += n.to(tl.int64) * out_image
     x_at = element if X_DENSE else element % CHANNELS * x_channel + element // CHANNELS * x_pixel
-    out_at = element if OUT_DENSE else element % CHANNELS * out_channel + element // CHANNELS * out_pixel
+    out_at = (
+        element if OUT_DENSE else element % CHANNELS * out_channel + element // CHANNELS * out_pixel
+    )
 
     # the step is read on the device, so one CUDA graph serves every step, and images may be at different steps
     table_ptr += tl.load(step_ptr + n).to(tl.int64) * WIDTH
     x_0_x, x_0_out, clip = tl.load(table_ptr), tl.load(table_ptr + 1), tl.load(table_ptr + 2)
-    mean_x_0, mean_x, mean_out = tl.load(table_ptr + 3), tl.load(table_ptr + 4), tl.load(table_ptr + 5)
+    mean_x_0, mean_x, mean_out = (
+        tl.load(table_ptr + 3),
+        tl.load(table_ptr + 4),
+        tl.load(table_ptr + 5),
+    )
     sigma = tl.load(table_ptr + 7)
 
     x_t = tl.load(x_ptr + x_at, mask=inside)
@@ -90,7 +125,9 @@ def _ddpm_step_kernel(
     if LEARNED:
         v = tl.load(out_ptr + CHANNELS * out_channel + out_at, mask=inside).to(tl.float32)
         fraction = (v + 1) * 0.5
-        learned_sigma = tl.exp(fraction * tl.load(table_ptr + 9) + (1 - fraction) * tl.load(table_ptr + 8))
+        learned_sigma = tl.exp(
+            fraction * tl.load(table_ptr + 9) + (1 - fraction) * tl.load(table_ptr + 8)
+        )
         sigma = tl.where(sigma > 0, learned_sigma, 0.0)
     # a NaN must come out as NaN, not as a clipped pixel
     x_0 = tl.clamp(x_0_x * x_t + x_0_out * out, -clip, clip, propagate_nan=tl.PropagateNan.ALL)
@@ -99,16 +136,27 @@ def _ddpm_step_kernel(
         old_ptr += n.to(tl.int64) * x_image  # laid out as x_t is
         mean_old = tl.load(table_ptr + 6)
         old = tl.load(old_ptr + x_at, mask=inside)
-        mean = mean + tl.where(mean_old != 0, mean_old * old, 0.0)  # what no step has written is not even multiplied by 0
+        mean = mean + tl.where(
+            mean_old != 0, mean_old * old, 0.0
+        )  # what no step has written is not even multiplied by 0
         tl.store(old_ptr + x_at, x_0, mask=inside)
     tl.store(x_ptr + x_at, mean + sigma * z, mask=inside)
 
 
 def _check(
-    x_t: Tensor, out: Tensor, table: Tensor, step: Tensor, seed: Tensor, image: Tensor, learned: bool, old: Tensor | None
+    x_t: Tensor,
+    out: Tensor,
+    table: Tensor,
+    step: Tensor,
+    seed: Tensor,
+    image: Tensor,
+    learned: bool,
+    old: Tensor | None,
 ) -> None:
     if x_t.ndim != 4 or x_t.dtype != torch.float32:
-        raise ValueError(f"x_t is {x_t.dtype} {tuple(x_t.shape)}; expected float32 [B, C, H, W]: the state is never kept in less")
+        raise ValueError(
+            f"x_t is {x_t.dtype} {tuple(x_t.shape)}; expected float32 [B, C, H, W]: the state is never kept in less"
+        )
     b, c, h, w = x_t.shape
     expected = (b, 2 * c if learned else c, h, w)
     if out.shape != expected or not out.is_floating_point() or out.device != x_t.device:
@@ -117,14 +165,28 @@ def _check(
             f"expected floating {expected} on {x_t.device}{' (mean and variance)' if learned else ''}"
         )
     image_strides(x_t, "x_t"), image_strides(out, "the network's output")
-    if old is not None and (old.dtype, old.shape, old.stride(), old.device) != (x_t.dtype, x_t.shape, x_t.stride(), x_t.device):
-        raise ValueError(f"old is {old.dtype} {tuple(old.shape)}, strides {old.stride()}; expected a tensor like x_t")
+    if old is not None and (old.dtype, old.shape, old.stride(), old.device) != (
+        x_t.dtype,
+        x_t.shape,
+        x_t.stride(),
+        x_t.device,
+    ):
+        raise ValueError(
+            f"old is {old.dtype} {tuple(old.shape)}, strides {old.stride()}; expected a tensor like x_t"
+        )
     check_table("table", table, len(COLUMNS), x_t.device)
     check_per_image(b, x_t.device, step=step, seed=seed, image=image)
 
 
 def _launch(
-    x_t: Tensor, out: Tensor, table: Tensor, step: Tensor, seed: Tensor, image: Tensor, learned: bool, old: Tensor | None
+    x_t: Tensor,
+    out: Tensor,
+    table: Tensor,
+    step: Tensor,
+    seed: Tensor,
+    image: Tensor,
+    learned: bool,
+    old: Tensor | None,
 ) -> None:
     b, c, h, w = x_t.shape
     x_strides, out_strides = image_strides(x_t, "x_t"), image_strides(out, "the network's output")
@@ -180,7 +242,9 @@ def ddpm_step(
         _launch(x_t, out, table, step, seed, image, learned, old)
         return
     z = torch.zeros((), dtype=x_t.dtype, device=x_t.device)
-    if x_t.is_cuda or table[step.long(), COLUMNS.index("sigma")].any():  # DDIM draws no noise, so a CPU makes none
+    if (
+        x_t.is_cuda or table[step.long(), COLUMNS.index("sigma")].any()
+    ):  # DDIM draws no noise, so a CPU makes none
         z = noise_reference(seed, image, step, REVERSE, tuple(x_t.shape[1:]))
     x_prev = ddpm_step_reference(x_t, out, z, table, step, learned, old)
     if old is not None:

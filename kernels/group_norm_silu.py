@@ -48,13 +48,17 @@ def _modulated(y: Tensor, silu: bool, scale: Tensor | None, offset: Tensor | Non
     return F.silu(y) if silu else y
 
 
-def norm_from_statistics(x: Tensor, mean: Tensor, squares: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
+def norm_from_statistics(
+    x: Tensor, mean: Tensor, squares: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float
+) -> Tensor:
     """`F.group_norm` of x [N, C, H, W]; mean, squares [N, C]: of each channel, and the sum of squared deviations from it."""
     size = x.shape[2] * x.shape[3]
     means, squares = (v.unflatten(1, (groups, -1)) for v in (mean, squares))
     center = means.mean(2, keepdim=True)
     variance = (squares + (means - center).square() * size).mean(2, keepdim=True) / size
-    y = (x.to(mean.dtype).unflatten(1, (groups, -1)) - center[..., None, None]) * (variance + eps).rsqrt()[..., None, None]
+    y = (x.to(mean.dtype).unflatten(1, (groups, -1)) - center[..., None, None]) * (
+        variance + eps
+    ).rsqrt()[..., None, None]
     return (y.flatten(1, 2) * weight[:, None, None] + bias[:, None, None]).to(x.dtype)
 
 
@@ -90,11 +94,20 @@ class GroupNormSiLU:
 
     def blocks(self, x: FeatureMap) -> Blocks:
         # scale and shift take registers too
-        return Blocks.of(x.height * x.width, len(self.gamma), self.width, HELD // 2 if self.time == "scale_shift" else HELD)
+        return Blocks.of(
+            x.height * x.width,
+            len(self.gamma),
+            self.width,
+            HELD // 2 if self.time == "scale_shift" else HELD,
+        )
 
     def scratch_elements(self, x: FeatureMap) -> int:
         """fp32 elements that the two-pass form needs for its statistics; 0 in one pass."""
-        return 0 if self.blocks(x).one_pass else x.images * (1 if self.tilings else MOST_CHUNKS) * self.groups * 2
+        return (
+            0
+            if self.blocks(x).one_pass
+            else x.images * (1 if self.tilings else MOST_CHUNKS) * self.groups * 2
+        )
 
     def run(
         self,
@@ -121,20 +134,45 @@ class GroupNormSiLU:
         b, c = self.blocks(x), len(self.gamma)
         self._expect(x, out, x2, scratch, stats, stats2)
         second = x if x2 is None else x2
-        sources, times = (x.rows, second.rows), (self.gamma, self.gamma) if table is None else (table[:, self.column :], time_row)
-        numbers = (x.height, x.width, x.channels, c, 0 if table is None else table.stride(0), self.width)
-        cut = dict(P=b.pixels, L=b.lanes, USED=b.used, GROUPS=self._groups(b.used), TWO=x2 is not None)
+        sources, times = (
+            (x.rows, second.rows),
+            (self.gamma, self.gamma) if table is None else (table[:, self.column :], time_row),
+        )
+        numbers = (
+            x.height,
+            x.width,
+            x.channels,
+            c,
+            0 if table is None else table.stride(0),
+            self.width,
+        )
+        cut = dict(
+            P=b.pixels, L=b.lanes, USED=b.used, GROUPS=self._groups(b.used), TWO=x2 is not None
+        )
         cut |= launch_options(b.warps)
         mode = 0 if self.time is None else 1 if self.time == "add" else 2
         write = dict(
-            TIME=mode, SILU=self.silu, BORDER=int(out.bordered), OUT=TRITON_TYPE[out.rows.dtype], COUNT=saturated is not None
+            TIME=mode,
+            SILU=self.silu,
+            BORDER=int(out.bordered),
+            OUT=TRITON_TYPE[out.rows.dtype],
+            COUNT=saturated is not None,
         )
         scale = (1 / self.unit, self.gamma if saturated is None else saturated)
         blocks = triton.cdiv(c, b.used)
         with torch.cuda.device_of(x.rows):
             if b.one_pass:
                 _one_pass_kernel[(x.images * blocks,)](
-                    *sources, out.rows, self.gamma, self.beta, *times, *numbers, self.eps, *scale, **cut, **write
+                    *sources,
+                    out.rows,
+                    self.gamma,
+                    self.beta,
+                    *times,
+                    *numbers,
+                    self.eps,
+                    *scale,
+                    **cut,
+                    **write,
                 )
                 return
             assert scratch is not None
@@ -145,7 +183,9 @@ class GroupNormSiLU:
                 self._combine(stats, stats2, part, x.images, times, numbers, mode)
             chunks = triton.cdiv(size, chunk)
             if stats is None:
-                _statistics_kernel[(x.images * chunks * blocks,)](*sources, part, *times, *numbers, chunk, chunks, TIME=mode, **cut)
+                _statistics_kernel[(x.images * chunks * blocks,)](
+                    *sources, part, *times, *numbers, chunk, chunks, TIME=mode, **cut
+                )
             _apply_kernel[(x.images * triton.cdiv(size, b.pixels) * blocks,)](
                 *sources,
                 out.rows,
@@ -207,11 +247,15 @@ class GroupNormSiLU:
         stats2: FeatureMap | None,
     ) -> None:
         c = len(self.gamma)
-        x.expect("x", x.images, x.height, x.width, c if x2 is None else c - x2.channels, bordered=True)
+        x.expect(
+            "x", x.images, x.height, x.width, c if x2 is None else c - x2.channels, bordered=True
+        )
         out.expect("out", x.images, x.height, x.width, c)
         if x2 is not None:
             x2.expect("x2", x.images, x.height, x.width, x2.channels, bordered=True)
-        if not self.blocks(x).one_pass and (scratch is None or scratch.rows.numel() < self.scratch_elements(x)):
+        if not self.blocks(x).one_pass and (
+            scratch is None or scratch.rows.numel() < self.scratch_elements(x)
+        ):
             raise ValueError(
                 f"norms of {x.height}x{x.width} pixels take two passes and need scratch of {self.scratch_elements(x)} elements"
             )
@@ -238,20 +282,27 @@ class GroupNormSiLU:
         compute: torch.dtype | None = None,
     ) -> None:
         # channels-first, where torch takes the mean before the squared deviations; channels-last it subtracts squares on a CPU
-        pixels = cast(x.pixels if x2 is None else torch.cat([x.pixels, x2.pixels], dim=1), compute).contiguous()
+        pixels = cast(
+            x.pixels if x2 is None else torch.cat([x.pixels, x2.pixels], dim=1), compute
+        ).contiguous()
         c, more = len(self.gamma), {}
         if table is not None and time_row is not None:
-            entries = table[time_row.long(), self.column : self.column + (2 * c if self.time == "scale_shift" else c)].to(
-                pixels.dtype
-            )
+            entries = table[
+                time_row.long(),
+                self.column : self.column + (2 * c if self.time == "scale_shift" else c),
+            ].to(pixels.dtype)
             names = ("scale", "offset") if self.time == "scale_shift" else ("shift",)
             more = dict(zip(names, entries.split(c, dim=1), strict=True))
         gamma, beta = self.gamma.to(pixels.dtype), self.beta.to(pixels.dtype)
         if stats is None:
-            y = group_norm_silu_reference(pixels, gamma, beta, self.groups, self.eps, self.silu, **more)
+            y = group_norm_silu_reference(
+                pixels, gamma, beta, self.groups, self.eps, self.silu, **more
+            )
         else:
             shift = more.pop("shift", None)
-            mean, squares = self._channels([stats] if stats2 is None else [stats, stats2], pixels.dtype)
+            mean, squares = self._channels(
+                [stats] if stats2 is None else [stats, stats2], pixels.dtype
+            )
             if shift is not None:
                 pixels, mean = pixels + shift[:, :, None, None], mean + shift
             y = norm_from_statistics(pixels, mean, squares, gamma, beta, self.groups, self.eps)
@@ -266,8 +317,13 @@ class GroupNormSiLU:
     def _channels(self, statistics: list[FeatureMap], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Mean and squared deviations of every channel, [N, C] each, in fp32 at least."""
         dtype = torch.promote_types(dtype, torch.float32)
-        per_map = [channel_statistics(s.grid.to(dtype), tiling) for s, tiling in zip(statistics, self.tilings, strict=True)]
-        return torch.cat([mean for mean, _ in per_map], dim=1), torch.cat([squares for _, squares in per_map], dim=1)
+        per_map = [
+            channel_statistics(s.grid.to(dtype), tiling)
+            for s, tiling in zip(statistics, self.tilings, strict=True)
+        ]
+        return torch.cat([mean for mean, _ in per_map], dim=1), torch.cat(
+            [squares for _, squares in per_map], dim=1
+        )
 
     def cost(
         self,
@@ -281,6 +337,11 @@ class GroupNormSiLU:
         """No FLOP worth counting, and the bytes that must move: twice the input's where one pass does not hold it and its writer
         kept no statistics.
         """
-        once, more = [fm for fm in (x, x2) if fm is not None], [fm for fm in (stats, stats2) if fm is not None]
+        once, more = (
+            [fm for fm in (x, x2) if fm is not None],
+            [fm for fm in (stats, stats2) if fm is not None],
+        )
         twice = [] if self.blocks(x).one_pass or more else once
-        return 0, sum(fm.rows.numel() * fm.rows.element_size() for fm in (*once, *twice, *more, out))
+        return 0, sum(
+            fm.rows.numel() * fm.rows.element_size() for fm in (*once, *twice, *more, out)
+        )

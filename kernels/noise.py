@@ -22,7 +22,10 @@ from ._triton import check_per_image, launches_kernel, tl, triton
 X_T, REVERSE, Q_SAMPLE, TRAIN_T, LABEL, DEQUANTISE, SHUFFLE = range(7)
 
 PHILOX_M0, PHILOX_M1 = tl.constexpr(0xD2511F53), tl.constexpr(0xCD9E8D57)  # multipliers
-PHILOX_W0, PHILOX_W1 = tl.constexpr(0x9E3779B9), tl.constexpr(0xBB67AE85)  # what the key grows by each round
+PHILOX_W0, PHILOX_W1 = (
+    tl.constexpr(0x9E3779B9),
+    tl.constexpr(0xBB67AE85),
+)  # what the key grows by each round
 
 # Box-Muller's constants, every one exact in fp32; the polynomials are minimax.
 # -2 log(1 + f) = f (Q[0] + Q[1] f + ...) on sqrt(1/2) <= 1 + f < sqrt(2), relative error 4e-8
@@ -62,7 +65,12 @@ def philox_reference(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) ->
     for _ in range(10):
         # int64 products wrap, which leaves both halves right once they are masked
         p0, p1 = c0 * PHILOX_M0.value, c2 * PHILOX_M1.value
-        c0, c1, c2, c3 = ((p1 >> 32) & word) ^ c1 ^ k0, p1 & word, ((p0 >> 32) & word) ^ c3 ^ k1, p0 & word
+        c0, c1, c2, c3 = (
+            ((p1 >> 32) & word) ^ c1 ^ k0,
+            p1 & word,
+            ((p0 >> 32) & word) ^ c3 ^ k1,
+            p0 & word,
+        )
         k0, k1 = (k0 + PHILOX_W0.value) & word, (k1 + PHILOX_W1.value) & word
     return c0, c1, c2, c3
 
@@ -76,9 +84,13 @@ def box_muller_reference(radius_word: Tensor, angle_word: Tensor) -> tuple[Tenso
     exponent = bits >> 23
     f = ((bits & 0x7FFFFF) + SQRT_HALF.value).view(torch.float32) - 1.0  # u = 2^exponent (1 + f)
     minus_2_log_u = exponent.float() * MINUS_2_LN2.value + f * _horner(f, Q.value)
-    radius = minus_2_log_u.double().sqrt().float()  # fp32 sqrt is a bit off on some CPUs; the rounded fp64 root is exact
+    radius = (
+        minus_2_log_u.double().sqrt().float()
+    )  # fp32 sqrt is a bit off on some CPUs; the rounded fp64 root is exact
 
-    turned = (angle_word + 0x20000000) & 0xFFFFFFFF  # quadrant in the two top bits, nearest axis in the middle
+    turned = (
+        angle_word + 0x20000000
+    ) & 0xFFFFFFFF  # quadrant in the two top bits, nearest axis in the middle
     a = ((turned & 0x3FFFFFFF) - 0x20000000).float() * RADIANS.value  # in [-pi/4, pi/4)
     aa = a * a
     sin, cos = a * _horner(aa, S.value), _horner(aa, C.value)
@@ -86,7 +98,9 @@ def box_muller_reference(radius_word: Tensor, angle_word: Tensor) -> tuple[Tenso
     odd = (quadrant & 1) == 1
     cos_sign = 1.0 - 2.0 * ((quadrant == 1) | (quadrant == 2)).float()
     sin_sign = 1.0 - 2.0 * (quadrant >= 2).float()
-    return radius * cos_sign * torch.where(odd, sin, cos), radius * sin_sign * torch.where(odd, cos, sin)
+    return radius * cos_sign * torch.where(odd, sin, cos), radius * sin_sign * torch.where(
+        odd, cos, sin
+    )
 
 
 def _horner(x: Tensor, coefficients: tuple[float, ...]) -> Tensor:
@@ -101,19 +115,31 @@ def words_reference(seed: Tensor, image: Tensor, noise_row: Tensor, tag: int, co
     return torch.stack(_blocks(seed, image, noise_row, tag, count), dim=-1).flatten(1)[:, :count]
 
 
-def normals_reference(seed: Tensor, image: Tensor, noise_row: Tensor, tag: int, count: int) -> Tensor:
+def normals_reference(
+    seed: Tensor, image: Tensor, noise_row: Tensor, tag: int, count: int
+) -> Tensor:
     """The first `count` normals of each image's stream: fp32 [B, count]."""
     w0, w1, w2, w3 = _blocks(seed, image, noise_row, tag, count)
-    return torch.stack((*box_muller_reference(w0, w1), *box_muller_reference(w2, w3)), dim=-1).flatten(1)[:, :count]
+    return torch.stack(
+        (*box_muller_reference(w0, w1), *box_muller_reference(w2, w3)), dim=-1
+    ).flatten(1)[:, :count]
 
 
-def noise_reference(seed: Tensor, image: Tensor, noise_row: Tensor, tag: int, shape: tuple[int, ...]) -> Tensor:
+def noise_reference(
+    seed: Tensor, image: Tensor, noise_row: Tensor, tag: int, shape: tuple[int, ...]
+) -> Tensor:
     """z [B, C, H, W] of shape (C, H, W), fp32, channels-last in memory."""
     c, h, w = shape
-    return normals_reference(seed, image, noise_row, tag, c * h * w).view(-1, h, w, c).permute(0, 3, 1, 2)
+    return (
+        normals_reference(seed, image, noise_row, tag, c * h * w)
+        .view(-1, h, w, c)
+        .permute(0, 3, 1, 2)
+    )
 
 
-def _blocks(seed: Tensor, image: Tensor, noise_row: Tensor, tag: int, count: int) -> tuple[Tensor, ...]:
+def _blocks(
+    seed: Tensor, image: Tensor, noise_row: Tensor, tag: int, count: int
+) -> tuple[Tensor, ...]:
     word = 0xFFFFFFFF
     seed, image, noise_row = (v.long()[:, None] for v in (seed, image, noise_row))
     block = torch.arange(-(-count // 4), device=seed.device)[None, :]
@@ -144,7 +170,9 @@ def box_muller(radius_word, angle_word):
     f = ((bits & 0x7FFFFF) + SQRT_HALF).to(tl.float32, bitcast=True) - 1.0
     q = (((Q[8] * f + Q[7]) * f + Q[6]) * f + Q[5]) * f + Q[4]
     q = (((q * f + Q[3]) * f + Q[2]) * f + Q[1]) * f + Q[0]
-    radius = tl.sqrt_rn((bits >> 23).to(tl.float32) * MINUS_2_LN2 + f * q).to(tl.uint32, bitcast=True)
+    radius = tl.sqrt_rn((bits >> 23).to(tl.float32) * MINUS_2_LN2 + f * q).to(
+        tl.uint32, bitcast=True
+    )
 
     turned = angle_word + 0x20000000
     a = ((turned & 0x3FFFFFFF).to(tl.int32) - 0x20000000).to(tl.float32) * RADIANS
@@ -165,7 +193,12 @@ def image_words(seed_ptr, image_ptr, noise_row_ptr, n, tag, block):
     image = tl.load(image_ptr + n).to(tl.int64)
     c1 = (tl.load(noise_row_ptr + n).to(tl.int64) | (tag << 24)).to(tl.uint32)
     return philox(
-        block.to(tl.uint32), c1, image.to(tl.uint32), (image >> 32).to(tl.uint32), seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
+        block.to(tl.uint32),
+        c1,
+        image.to(tl.uint32),
+        (image >> 32).to(tl.uint32),
+        seed.to(tl.uint32),
+        (seed >> 32).to(tl.uint32),
     )
 
 
@@ -187,7 +220,9 @@ def place(count, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _noise_kernel(z_ptr, seed_ptr, image_ptr, noise_row_ptr, tag, COUNT, NORMAL: tl.constexpr, BLOCK: tl.constexpr):
+def _noise_kernel(
+    z_ptr, seed_ptr, image_ptr, noise_row_ptr, tag, COUNT, NORMAL: tl.constexpr, BLOCK: tl.constexpr
+):
     n, first = place(COUNT, BLOCK)
     block = first + tl.arange(0, BLOCK)
     element = first * 4 + tl.arange(0, 4 * BLOCK)
@@ -208,17 +243,30 @@ def grid(count: int, batch: int) -> tuple[int]:
     """Programs for `count` elements in each of `batch` images, image by image: see `place`."""
     programs = triton.cdiv(count, 4 * BLOCK) * batch
     if programs >= 2**31:
-        raise ValueError(f"{batch} images of {count} elements; one launch takes at most {2**31 // (programs // batch)} such images")
+        raise ValueError(
+            f"{batch} images of {count} elements; one launch takes at most {2**31 // (programs // batch)} such images"
+        )
     return (programs,)
 
 
-def _fill(out: Tensor, seed: Tensor, image: Tensor, noise_row: Tensor, tag: int, normal: bool) -> None:
+def _fill(
+    out: Tensor, seed: Tensor, image: Tensor, noise_row: Tensor, tag: int, normal: bool
+) -> None:
     """Launches the kernel that writes every element of out [B, count]."""
     batch, count = out.shape
     if out.numel():
         with torch.cuda.device_of(out):
             _noise_kernel[grid(count, batch)](
-                out, seed, image, noise_row, tag, count, NORMAL=normal, BLOCK=BLOCK, num_warps=NUM_WARPS, enable_fp_fusion=False
+                out,
+                seed,
+                image,
+                noise_row,
+                tag,
+                count,
+                NORMAL=normal,
+                BLOCK=BLOCK,
+                num_warps=NUM_WARPS,
+                enable_fp_fusion=False,
             )
 
 
@@ -237,7 +285,9 @@ def words(seed: Tensor, image: Tensor, noise_row: Tensor, tag: int, count: int) 
 
 
 @torch.library.custom_op("ddpm_fast::noise", mutates_args=())
-def noise(seed: Tensor, image: Tensor, noise_row: Tensor, tag: int, channels: int, height: int, width: int) -> Tensor:
+def noise(
+    seed: Tensor, image: Tensor, noise_row: Tensor, tag: int, channels: int, height: int, width: int
+) -> Tensor:
     """Standard normals for each image: fp32 [B, C, H, W], channels-last in memory, written once.
 
     seed, image [B] integer (64-bit patterns); noise_row [B] integer in 0..2^24-1, which noise of the image: for a
@@ -260,4 +310,6 @@ def _(seed, image, noise_row, tag, count):
 
 @noise.register_fake
 def _(seed, image, noise_row, tag, channels, height, width):
-    return seed.new_empty(len(seed), height, width, channels, dtype=torch.float32).permute(0, 3, 1, 2)
+    return seed.new_empty(len(seed), height, width, channels, dtype=torch.float32).permute(
+        0, 3, 1, 2
+    )

@@ -9,7 +9,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._triton import check_per_image, check_table, image_strides, is_element_order, launches_kernel, tl, triton
+from ._triton import (
+    check_per_image,
+    check_table,
+    image_strides,
+    is_element_order,
+    launches_kernel,
+    tl,
+    triton,
+)
 from .noise import BLOCK, NUM_WARPS, Q_SAMPLE, grid, image_normals, noise_reference, place
 
 
@@ -20,7 +28,9 @@ def target_reference(eps: Tensor, x_0: Tensor | None, coef: Tensor, t: Tensor) -
     return target if x_0 is None else target + of_x_0 * x_0.to(coef.dtype)
 
 
-def noise_mse_reference(out: Tensor, eps: Tensor, x_0: Tensor | None, coef: Tensor, t: Tensor) -> Tensor:
+def noise_mse_reference(
+    out: Tensor, eps: Tensor, x_0: Tensor | None, coef: Tensor, t: Tensor
+) -> Tensor:
     """out, eps, x_0 [B, C, H, W] -> [B], the mean of (out - target)^2 over each image, in coef's dtype."""
     return (out.to(coef.dtype) - target_reference(eps, x_0, coef, t)).square().mean((1, 2, 3))
 
@@ -58,23 +68,34 @@ def _noise_mse_kernel(
     t = tl.load(t_ptr + n).to(tl.int64)
     target = tl.load(coef_ptr + 2 * t) * eps
     if WITH_X_0:
-        x_0_at = element if X_0_DENSE else element % CHANNELS * x_0_channel + element // CHANNELS * x_0_pixel
+        x_0_at = (
+            element
+            if X_0_DENSE
+            else element % CHANNELS * x_0_channel + element // CHANNELS * x_0_pixel
+        )
         x_0 = tl.load(x_0_ptr + n.to(tl.int64) * x_0_image + x_0_at, mask=inside).to(tl.float32)
         target = target + tl.load(coef_ptr + 2 * t + 1) * x_0
-    out_at = element if OUT_DENSE else element % CHANNELS * out_channel + element // CHANNELS * out_pixel
+    out_at = (
+        element if OUT_DENSE else element % CHANNELS * out_channel + element // CHANNELS * out_pixel
+    )
     out = tl.load(out_ptr + n.to(tl.int64) * out_image + out_at, mask=inside).to(tl.float32)
     difference = out - target
     if GRADIENT:  # of the loss with respect to out; channels-last, in element order
         scale = tl.load(loss_gradient_ptr + n) * (2.0 / ELEMENTS)
         tl.store(result_ptr + n.to(tl.int64) * ELEMENTS + element, scale * difference, mask=inside)
     else:  # one sum for each program, added up outside in a fixed order: no atomics
-        tl.store(result_ptr + tl.program_id(0), tl.sum(tl.where(inside, difference * difference, 0.0)))
+        tl.store(
+            result_ptr + tl.program_id(0), tl.sum(tl.where(inside, difference * difference, 0.0))
+        )
 
 
 def _launch(result, loss_gradient, out, x_0, coef, t, noise_row, seed, image) -> None:
     """Into `result`: the programs' sums, or with `loss_gradient` the gradient."""
     b, c, h, w = out.shape
-    out_strides, x_0_strides = image_strides(out, "out"), (0, 0, 0) if x_0 is None else image_strides(x_0, "x_0")
+    out_strides, x_0_strides = (
+        image_strides(out, "out"),
+        (0, 0, 0) if x_0 is None else image_strides(x_0, "x_0"),
+    )
     with torch.cuda.device_of(out):
         _noise_mse_kernel[grid(c * h * w, b)](
             result,
@@ -127,14 +148,24 @@ def _check(out, x_0, coef, t, noise_row, seed, image) -> None:
     image_strides(out, "out")
     if x_0 is not None:
         if x_0.shape != out.shape or not x_0.is_floating_point() or x_0.device != out.device:
-            raise ValueError(f"x_0 is {x_0.dtype} {tuple(x_0.shape)} on {x_0.device}; expected floating {tuple(out.shape)}")
+            raise ValueError(
+                f"x_0 is {x_0.dtype} {tuple(x_0.shape)} on {x_0.device}; expected floating {tuple(out.shape)}"
+            )
         image_strides(x_0, "x_0")
     check_table("coef", coef, 2, out.device)
     check_per_image(len(out), out.device, t=t, noise_row=noise_row, seed=seed, image=image)
 
 
 @torch.library.custom_op("ddpm_fast::noise_mse", mutates_args=())
-def noise_mse(out: Tensor, x_0: Tensor | None, coef: Tensor, t: Tensor, noise_row: Tensor, seed: Tensor, image: Tensor) -> Tensor:
+def noise_mse(
+    out: Tensor,
+    x_0: Tensor | None,
+    coef: Tensor,
+    t: Tensor,
+    noise_row: Tensor,
+    seed: Tensor,
+    image: Tensor,
+) -> Tensor:
     """The mean of (out - target)^2 over each image, target = of_eps eps + of_x_0 x_0 with the eps that `q_sample` drew.
 
     out    [B, C, H, W] fp32, fp16 or bf16, channels-first or channels-last, or a slice of channels; read once
@@ -167,7 +198,9 @@ def noise_mse_gradient(
         return _launch_gradient(loss_gradient, out, x_0, coef, t, noise_row, seed, image)
     eps = noise_reference(seed, image, noise_row, Q_SAMPLE, tuple(out.shape[1:]))
     scale = (loss_gradient * (2.0 / max(1, out[0].numel() if len(out) else 1)))[:, None, None, None]
-    return _empty_gradient(out).copy_(scale * (out.to(coef.dtype) - target_reference(eps, x_0, coef, t)))
+    return _empty_gradient(out).copy_(
+        scale * (out.to(coef.dtype) - target_reference(eps, x_0, coef, t))
+    )
 
 
 @noise_mse.register_fake

@@ -8,7 +8,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._triton import check_per_image, check_table, image_strides, is_element_order, launches_kernel, tl, triton
+from ._triton import (
+    check_per_image,
+    check_table,
+    image_strides,
+    is_element_order,
+    launches_kernel,
+    tl,
+    triton,
+)
 from .noise import BLOCK, NUM_WARPS, Q_SAMPLE, grid, image_normals, noise_reference, place
 
 
@@ -38,17 +46,23 @@ def _q_sample_kernel(
 ):
     n, first = place(ELEMENTS, BLOCK)
     eps = image_normals(seed_ptr, image_ptr, noise_row_ptr, n, TAG, first + tl.arange(0, BLOCK))
-    element = first * 4 + tl.arange(0, 4 * BLOCK)  # [4 * BLOCK], x_t's own order: it is channels-last
+    element = first * 4 + tl.arange(
+        0, 4 * BLOCK
+    )  # [4 * BLOCK], x_t's own order: it is channels-last
     inside = element < ELEMENTS
 
     t = tl.load(t_ptr + n).to(tl.int64)
     signal, sigma = tl.load(coef_ptr + 2 * t), tl.load(coef_ptr + 2 * t + 1)
-    offset = element if DENSE else element % CHANNELS * x_0_channel + element // CHANNELS * x_0_pixel
+    offset = (
+        element if DENSE else element % CHANNELS * x_0_channel + element // CHANNELS * x_0_pixel
+    )
     x_0 = tl.load(x_0_ptr + n.to(tl.int64) * x_0_image + offset, mask=inside).to(tl.float32)
     tl.store(x_t_ptr + n.to(tl.int64) * ELEMENTS + element, x_0 * signal + eps * sigma, mask=inside)
 
 
-def _check(x_0: Tensor, coef: Tensor, t: Tensor, noise_row: Tensor, seed: Tensor, image: Tensor) -> None:
+def _check(
+    x_0: Tensor, coef: Tensor, t: Tensor, noise_row: Tensor, seed: Tensor, image: Tensor
+) -> None:
     if x_0.ndim != 4 or not x_0.is_floating_point():
         raise ValueError(f"x_0 is {x_0.dtype} {tuple(x_0.shape)}; expected floating [B, C, H, W]")
     image_strides(x_0, "x_0")
@@ -61,7 +75,9 @@ def _empty_x_t(x_0: Tensor) -> Tensor:
     return x_0.new_empty(b, h, w, c, dtype=torch.float32).permute(0, 3, 1, 2)
 
 
-def _launch(x_0: Tensor, coef: Tensor, t: Tensor, noise_row: Tensor, seed: Tensor, image: Tensor) -> Tensor:
+def _launch(
+    x_0: Tensor, coef: Tensor, t: Tensor, noise_row: Tensor, seed: Tensor, image: Tensor
+) -> Tensor:
     x_t = _empty_x_t(x_0)
     b, c, h, w = x_0.shape
     strides = image_strides(x_0, "x_0")
@@ -88,7 +104,9 @@ def _launch(x_0: Tensor, coef: Tensor, t: Tensor, noise_row: Tensor, seed: Tenso
 
 
 @torch.library.custom_op("ddpm_fast::q_sample", mutates_args=())
-def q_sample(x_0: Tensor, coef: Tensor, t: Tensor, noise_row: Tensor, seed: Tensor, image: Tensor) -> Tensor:
+def q_sample(
+    x_0: Tensor, coef: Tensor, t: Tensor, noise_row: Tensor, seed: Tensor, image: Tensor
+) -> Tensor:
     """Draw x_t ~ q(x_t | x_0) for every image at its own timestep (Ho et al. 2020, eq. 4).
 
     x_0    [B, C, H, W] fp32, fp16 or bf16, channels-first or channels-last; read once

@@ -18,7 +18,13 @@ ROWS, LANES = 32, 64  # of a program's tile
 
 def resample_reference(x: Tensor, to: str) -> Tensor:
     """x [N, C, H, W]: "half": means of 2x2 blocks, "double": each pixel a 2x2 block, "same": itself."""
-    return F.avg_pool2d(x, 2) if to == "half" else F.interpolate(x, scale_factor=2.0, mode="nearest") if to == "double" else x
+    return (
+        F.avg_pool2d(x, 2)
+        if to == "half"
+        else F.interpolate(x, scale_factor=2.0, mode="nearest")
+        if to == "double"
+        else x
+    )
 
 
 @triton.jit(do_not_specialize=["COUNT", "H", "W"])
@@ -46,7 +52,9 @@ def _resample_kernel(
     seen = inside[:, None] & real
     if TO == "half":
         WP = 2 * W + 1
-        at = (image.to(tl.int64) * ((2 * H + 1) * WP) + (2 * y + 1) * WP + 2 * x + 1)[:, None] * C + c[None, :]
+        at = (image.to(tl.int64) * ((2 * H + 1) * WP) + (2 * y + 1) * WP + 2 * x + 1)[
+            :, None
+        ] * C + c[None, :]
         v = tl.load(x_ptr + at, mask=seen, other=0.0).to(tl.float32)
         v += tl.load(x_ptr + at + C, mask=seen, other=0.0).to(tl.float32)
         v += tl.load(x_ptr + at + WP * C, mask=seen, other=0.0).to(tl.float32)
@@ -55,9 +63,15 @@ def _resample_kernel(
     else:
         S: tl.constexpr = 2 if TO == "double" else 1
         WP = W // S + 1
-        at = (image.to(tl.int64) * ((H // S + 1) * WP) + (y // S + 1) * WP + x // S + 1)[:, None] * C + c[None, :]
+        at = (image.to(tl.int64) * ((H // S + 1) * WP) + (y // S + 1) * WP + x // S + 1)[
+            :, None
+        ] * C + c[None, :]
         v = tl.load(x_ptr + at, mask=seen, other=0.0).to(tl.float32)
-    tl.store(y_ptr + rows.to(tl.int64)[:, None] * C + c[None, :], v.to(OUT), mask=(rows < COUNT)[:, None] & real)
+    tl.store(
+        y_ptr + rows.to(tl.int64)[:, None] * C + c[None, :],
+        v.to(OUT),
+        mask=(rows < COUNT)[:, None] & real,
+    )
 
 
 @dataclass(frozen=True, eq=False)

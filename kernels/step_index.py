@@ -15,7 +15,9 @@ from ._triton import check_per_image, launches_kernel, tl, triton
 BLOCK = 256
 
 
-def advance_reference(step: Tensor, t_of: Tensor, label: Tensor, classes: int, by: int) -> tuple[Tensor, Tensor, Tensor]:
+def advance_reference(
+    step: Tensor, t_of: Tensor, label: Tensor, classes: int, by: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """step, label [B], t_of [R] -> (step, t, time_row) [B], each in int64."""
     step = (step.long() + by).clamp(max=len(t_of) - 1)
     t = t_of[step]
@@ -23,7 +25,9 @@ def advance_reference(step: Tensor, t_of: Tensor, label: Tensor, classes: int, b
 
 
 @triton.jit(do_not_specialize=["B", "R", "classes", "by"])
-def _advance_kernel(step_ptr, t_of_ptr, t_ptr, time_row_ptr, label_ptr, B, R, classes, by, BLOCK: tl.constexpr):
+def _advance_kernel(
+    step_ptr, t_of_ptr, t_ptr, time_row_ptr, label_ptr, B, R, classes, by, BLOCK: tl.constexpr
+):
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     exists = n < B
     step = tl.load(step_ptr + n, mask=exists, other=0) + by
@@ -31,22 +35,41 @@ def _advance_kernel(step_ptr, t_of_ptr, t_ptr, time_row_ptr, label_ptr, B, R, cl
     tl.store(step_ptr + n, step, mask=exists)
     t = tl.load(t_of_ptr + step, mask=exists, other=0)
     tl.store(t_ptr + n, t, mask=exists)
-    tl.store(time_row_ptr + n, t * classes + tl.load(label_ptr + n, mask=exists, other=0), mask=exists)
+    tl.store(
+        time_row_ptr + n, t * classes + tl.load(label_ptr + n, mask=exists, other=0), mask=exists
+    )
 
 
-def advance(step: Tensor, t_of: Tensor, t: Tensor, time_row: Tensor, label: Tensor, classes: int, by: int = 1) -> None:
+def advance(
+    step: Tensor,
+    t_of: Tensor,
+    t: Tensor,
+    time_row: Tensor,
+    label: Tensor,
+    classes: int,
+    by: int = 1,
+) -> None:
     """`advance_reference` in place: step, t and time_row are overwritten.
 
     step [B] int32; t, time_row, label [B] int64; t_of [R] int64, the timestep at each step; classes 1 where there are none.
     ValueError for wrong shapes, types or devices.
     """
     check_per_image(len(step), step.device, step=step, t=t, time_row=time_row, label=label)
-    if (step.dtype, t.dtype, time_row.dtype, label.dtype, t_of.dtype) != (torch.int32, *[torch.int64] * 4) or t_of.ndim != 1:
-        raise ValueError(f"step is {step.dtype}, t_of {t_of.dtype} {tuple(t_of.shape)}; expected int32, and int64 [R]")
+    if (step.dtype, t.dtype, time_row.dtype, label.dtype, t_of.dtype) != (
+        torch.int32,
+        *[torch.int64] * 4,
+    ) or t_of.ndim != 1:
+        raise ValueError(
+            f"step is {step.dtype}, t_of {t_of.dtype} {tuple(t_of.shape)}; expected int32, and int64 [R]"
+        )
     if launches_kernel(step, "advance"):
         with torch.cuda.device_of(step):
             grid = (triton.cdiv(len(step), BLOCK),)
-            _advance_kernel[grid](step, t_of, t, time_row, label, len(step), len(t_of), classes, by, BLOCK=BLOCK)
+            _advance_kernel[grid](
+                step, t_of, t, time_row, label, len(step), len(t_of), classes, by, BLOCK=BLOCK
+            )
         return
-    for out, value in zip((step, t, time_row), advance_reference(step, t_of, label, classes, by), strict=True):
+    for out, value in zip(
+        (step, t, time_row), advance_reference(step, t_of, label, classes, by), strict=True
+    ):
         out.copy_(value)

@@ -17,7 +17,9 @@ from ._launch import begin
 from ._triton import tl, triton
 
 
-def time_embedding_reference(time: Tensor, classes: Tensor, t: Tensor, label: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def time_embedding_reference(
+    time: Tensor, classes: Tensor, t: Tensor, label: Tensor, weight: Tensor, bias: Tensor
+) -> Tensor:
     """time [T, D], classes [K, D], t and label [N], weight [S, D], bias [S] -> [N, S]."""
     return F.linear(F.silu(time[t.long()] + classes[label.long()]), weight, bias)
 
@@ -57,7 +59,11 @@ def _time_embedding_kernel(
         acc = tl.dot((a * tl.sigmoid(a)).to(w.dtype), w.T, acc, input_precision=PRECISION)
     cols = o0 + tl.arange(0, BLOCK_N)
     acc += tl.load(bias_ptr + cols, mask=cols < S, other=0.0)[None, :]
-    tl.store(out_ptr + n.to(tl.int64)[:, None] * S + cols[None, :], acc, mask=exists[:, None] & (cols < S)[None, :])
+    tl.store(
+        out_ptr + n.to(tl.int64)[:, None] * S + cols[None, :],
+        acc,
+        mask=exists[:, None] & (cols < S)[None, :],
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,15 +99,26 @@ class TimeEmbeddingProjection:
             PRECISION=PRECISION[self.weight.dtype],
         )
 
-    def fallback(self, out: FeatureMap, t: Tensor, label: Tensor, compute: torch.dtype | None = None) -> None:
+    def fallback(
+        self, out: FeatureMap, t: Tensor, label: Tensor, compute: torch.dtype | None = None
+    ) -> None:
         weight = cast(self.weight, compute)
-        seen = F.silu(self.time[t.long()] + self.classes[label.long()]).to(self.weight.dtype).to(weight.dtype)
+        seen = (
+            F.silu(self.time[t.long()] + self.classes[label.long()])
+            .to(self.weight.dtype)
+            .to(weight.dtype)
+        )
         out.rows.copy_(F.linear(seen, weight) + self.bias.to(weight.dtype))
 
     def grid(self, out: FeatureMap, **_: FeatureMap) -> int:
         """Tiles of the product."""
-        return triton.cdiv(out.images, self.tiles.block_m) * triton.cdiv(len(self.weight), self.tiles.block_n)
+        return triton.cdiv(out.images, self.tiles.block_m) * triton.cdiv(
+            len(self.weight), self.tiles.block_n
+        )
 
     def cost(self, out: FeatureMap, **_: object) -> tuple[int, int]:
         s, d = self.weight.shape
-        return 2 * out.images * s * d, self.weight.numel() * self.weight.element_size() + out.rows.numel() * 4
+        return (
+            2 * out.images * s * d,
+            self.weight.numel() * self.weight.element_size() + out.rows.numel() * 4,
+        )

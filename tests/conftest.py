@@ -34,7 +34,9 @@ def pytest_report_header():
         found = f"triton {triton.__version__}{', interpreting' if INTERPRETED else ''}"
     except ImportError:
         found = "no triton"
-    return f"torch {torch.__version__}, {found}, {torch.cuda.get_device_name() if GPU else 'no GPU'}"
+    return (
+        f"torch {torch.__version__}, {found}, {torch.cuda.get_device_name() if GPU else 'no GPU'}"
+    )
 
 
 @pytest.fixture(autouse=True)

@@ -81,7 +81,11 @@ def test_every_package_has_a_rank():
 
 def test_no_file_level_cycle():
     """Depth-first search; the lazily loaded public names of ddpm_fast/__init__.py are not imports of its users."""
-    graph = {m: {t for t in targets if t != "ddpm_fast"} for m, targets in GRAPH.items() if m != "ddpm_fast"}
+    graph = {
+        m: {t for t in targets if t != "ddpm_fast"}
+        for m, targets in GRAPH.items()
+        if m != "ddpm_fast"
+    }
     done, path = set(), []
 
     def visit(module):

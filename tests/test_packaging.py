@@ -12,7 +12,9 @@ ROOT = Path(__file__).parent.parent
 
 
 def python(code, *flags):
-    done = subprocess.run([sys.executable, *flags, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, *flags, "-c", code], capture_output=True, text=True, cwd=ROOT
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -28,7 +30,9 @@ def dist(tmp_path_factory):
     """The directory with the built wheel and sdist."""
     pytest.importorskip("build")
     out = tmp_path_factory.mktemp("dist")
-    built = subprocess.run([sys.executable, "-m", "build", "--outdir", out, ROOT], capture_output=True, text=True)
+    built = subprocess.run(
+        [sys.executable, "-m", "build", "--outdir", out, ROOT], capture_output=True, text=True
+    )
     assert built.returncode == 0, built.stdout + built.stderr
     return out
 
@@ -53,20 +57,38 @@ def test_installed_wheel_samples(dist, tmp_path):
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
 
     def run(*command):
-        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+        done = subprocess.run(
+            command, capture_output=True, text=True, cwd=tmp_path, env=environment
+        )
         assert done.returncode == 0, done.stderr
         return done.stdout
 
     interpreter = tmp_path / "env" / "bin" / "python"
-    run(sys.executable, "-m", "pip", "--python", interpreter, "install", "--no-index", "--no-deps", wheel)
+    run(
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        interpreter,
+        "install",
+        "--no-index",
+        "--no-deps",
+        wheel,
+    )
     (packages,) = (tmp_path / "env").glob("lib/python*/site-packages")
-    (packages / "running.pth").write_text("\n".join(p for p in sys.path if p.endswith("site-packages")))
+    (packages / "running.pth").write_text(
+        "\n".join(p for p in sys.path if p.endswith("site-packages"))
+    )
 
-    assert run(interpreter, "-c", "import ddpm_fast; print(ddpm_fast.__file__)").startswith(str(packages))
+    assert run(interpreter, "-c", "import ddpm_fast; print(ddpm_fast.__file__)").startswith(
+        str(packages)
+    )
     weights = ROOT / "weights" / "fashion-mnist-32"
     options = ["--solver", "ddim", "--steps", "2", "--engine", "reference", "--out", "one.png"]
     script = tmp_path / "env" / "bin" / "ddpm-fast"
-    assert "1 images of seed 0" in run(script, "sample", "--weights", weights, "--images", "1", *options)
+    assert "1 images of seed 0" in run(
+        script, "sample", "--weights", weights, "--images", "1", *options
+    )
     assert Image.open(tmp_path / "one.png").size == (68, 68)
 
 
@@ -104,7 +126,10 @@ def test_import_adds_little_to_torch(figure):
     code = "import time, torch; began = time.perf_counter(); import ddpm_fast{}; print(time.perf_counter() - began)"
     bare = min(float(python(code.format(""))) for _ in range(3))
     sampler = min(float(python(code.format("; ddpm_fast.Sampler"))) for _ in range(3))
-    figure("import ddpm_fast beyond import torch; with its Sampler (and Triton)", f"{bare:.3f} s; {sampler:.3f} s")
+    figure(
+        "import ddpm_fast beyond import torch; with its Sampler (and Triton)",
+        f"{bare:.3f} s; {sampler:.3f} s",
+    )
     assert bare < 0.3
 
 
@@ -113,11 +138,16 @@ def test_public_names():
 
     assert all(getattr(ddpm_fast, name).__name__ == name for name in ddpm_fast.__all__)
     assert set(ddpm_fast.__all__) == set(ddpm_fast._HOME)
-    assert dir(ddpm_fast) == sorted(ddpm_fast.__all__) and not [name for name in dir(ddpm_fast) if name.startswith("_")]
+    assert dir(ddpm_fast) == sorted(ddpm_fast.__all__) and not [
+        name for name in dir(ddpm_fast) if name.startswith("_")
+    ]
     with pytest.raises(AttributeError, match="no attribute 'Unet'"):
         _ = ddpm_fast.Unet
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE", "Makefile", "constraints.txt"])
+@pytest.mark.parametrize(
+    "name",
+    ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE", "Makefile", "constraints.txt"],
+)
 def test_the_house_is_whole(name):
     assert (ROOT / name).stat().st_size > 0

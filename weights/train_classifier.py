@@ -43,8 +43,13 @@ for step in range(steps):
     optimizer.step()
     scheduler.step()
     if (step + 1) % 200 == 0:
-        print(f"step {step + 1} of {steps}: loss {loss.item():.3f}, {time.time() - began:.0f} s", flush=True)
+        print(
+            f"step {step + 1} of {steps}: loss {loss.item():.3f}, {time.time() - began:.0f} s",
+            flush=True,
+        )
 classifier.eval()
-right = classifier.probabilities(torch.from_numpy(test.images)).argmax(1) == torch.from_numpy(test.labels)
+right = classifier.probabilities(torch.from_numpy(test.images)).argmax(1) == torch.from_numpy(
+    test.labels
+)
 save_classifier(args.out, classifier)
 print(f"test accuracy {right.float().mean():.4f}, {time.time() - began:.0f} s -> {args.out}")

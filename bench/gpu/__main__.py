@@ -43,7 +43,9 @@ def tests(bench: Bench) -> Iterator[Row]:
     if bench.tiny:  # shows that the command works; Triton's interpreter runs the kernels elsewhere
         command += ["-k", "gpu"]
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=subprocess.STDOUT, text=True, start_new_session=True) as child:
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=pipe, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    ) as child:
         try:
             output, _ = child.communicate(timeout=max(1, bench.deadline - time.monotonic() - 2))
         except subprocess.TimeoutExpired:
@@ -53,7 +55,9 @@ def tests(bench: Bench) -> Iterator[Row]:
             return
     lines = [line for line in output.splitlines() if line.strip()]
     failed = child.returncode not in ((0, 5) if bench.tiny else (0,))  # 5: no test ran
-    yield dict(what="tests", failed=failed, summary=lines[-1] if lines else "", output=output[-6000:])
+    yield dict(
+        what="tests", failed=failed, summary=lines[-1] if lines else "", output=output[-6000:]
+    )
 
 
 # name -> (part, budget in seconds): the most important figures come last; the sum is below eight minutes
@@ -85,7 +89,9 @@ def budget(bench: Bench, seconds: float) -> Iterator[None]:
 
     bench.deadline = time.monotonic() + seconds
     previous = signal.signal(signal.SIGALRM, on_alarm)
-    signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)  # repeated, in case a library catches the first
+    signal.setitimer(
+        signal.ITIMER_REAL, seconds, 1.0
+    )  # repeated, in case a library catches the first
     try:
         yield
     finally:
@@ -116,13 +122,25 @@ def table_of(rows: list[Row]) -> str:
     """One line per row: name, conditions and figures."""
     lines = []
     for row in rows:
-        shown = {k: v for k, v in row.items() if k not in ("what", "output", "runs", "bytes") and v is not None}
-        lines.append(f"  {row['what']:26} " + "  ".join(f"{k} {_short(v)}" for k, v in shown.items()))
+        shown = {
+            k: v
+            for k, v in row.items()
+            if k not in ("what", "output", "runs", "bytes") and v is not None
+        }
+        lines.append(
+            f"  {row['what']:26} " + "  ".join(f"{k} {_short(v)}" for k, v in shown.items())
+        )
     return "\n".join(lines)
 
 
 def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else "x".join(map(str, value)) if isinstance(value, list) else str(value)
+    return (
+        f"{value:.4g}"
+        if isinstance(value, float)
+        else "x".join(map(str, value))
+        if isinstance(value, list)
+        else str(value)
+    )
 
 
 def load_or_create(out: Path, tiny: bool, resumed: bool) -> Row:
@@ -137,7 +155,9 @@ def load_or_create(out: Path, tiny: bool, resumed: bool) -> Row:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tiny", action="store_true", help="tiny sizes on the CPU")
     parser.add_argument("--out", type=Path, help=f"JSON file (default: {OUT}/gpu-DATE.json)")
     parser.add_argument("--only", nargs="+", metavar="PART", help=f"some of {', '.join(PARTS)}")
@@ -146,7 +166,9 @@ def main() -> int:
     if bench.device.type == "cpu" and not args.tiny:
         parser.error("no GPU found; --tiny runs the same in tiny sizes on the CPU")
     if unknown := set(args.only or ()) - set(PARTS):
-        parser.error(f"unknown part {', '.join(sorted(unknown))}; expected some of {', '.join(PARTS)}")
+        parser.error(
+            f"unknown part {', '.join(sorted(unknown))}; expected some of {', '.join(PARTS)}"
+        )
     out = args.out or OUT / f"gpu-{datetime.now(timezone.utc):%Y-%m-%d-%H%M}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -154,11 +176,15 @@ def main() -> int:
     except ValueError as error:
         parser.error(str(error))
 
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # fp32 without TF32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = (
+        False  # fp32 without TF32
+    )
     for name, (part, seconds) in PARTS.items():
         if args.only and name not in args.only:
             continue
-        measured = result["parts"][name] = run(bench, name, part, 10 * seconds if args.tiny else seconds)
+        measured = result["parts"][name] = run(
+            bench, name, part, 10 * seconds if args.tiny else seconds
+        )
         results.write(out, result)
         print(f"{name} ({measured['seconds']} s)\n{table_of(measured['rows'])}", flush=True)
     result["parts"] = {name: result["parts"][name] for name in PARTS if name in result["parts"]}

@@ -42,11 +42,20 @@ class Bench:
     def network(self, name: str = "cifar10") -> UNet:
         """A network of `bench.workloads` with random weights, on the device."""
         torch.manual_seed(0)
-        return UNet(TINY_UNET if self.tiny else NETWORKS[name]).eval().requires_grad_(False).to(self.device)
+        return (
+            UNet(TINY_UNET if self.tiny else NETWORKS[name])
+            .eval()
+            .requires_grad_(False)
+            .to(self.device)
+        )
 
     def inputs(self, unet: UNet, batch: int) -> tuple[Tensor, Tensor]:
         """x_t in channels-last layout and timesteps, the same in every run."""
         generator = torch.Generator().manual_seed(batch)
         c = unet.config
-        x = torch.randn(batch, c.in_channels, *(c.size or (32, 32)), generator=generator).to(self.device)
-        return x.contiguous(memory_format=torch.channels_last), torch.arange(batch, device=self.device) % 1000
+        x = torch.randn(batch, c.in_channels, *(c.size or (32, 32)), generator=generator).to(
+            self.device
+        )
+        return x.contiguous(memory_format=torch.channels_last), torch.arange(
+            batch, device=self.device
+        ) % 1000

@@ -34,4 +34,10 @@ def kernels(bench: Bench) -> Iterator[Row]:
                     timing = bench.measure(case.call, captured=True)
                     rate = case.bytes / timing.median
                     share = rate / bench.copy_rate if bench.copy_rate else None
-                    yield dict(what=case.name, **where, **row_of(timing), tb_per_s=rate / 1e12, share_of_copy=share)
+                    yield dict(
+                        what=case.name,
+                        **where,
+                        **row_of(timing),
+                        tb_per_s=rate / 1e12,
+                        share_of_copy=share,
+                    )

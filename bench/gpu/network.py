@@ -31,7 +31,13 @@ def self_check(bench: Bench) -> Iterator[Row]:
         for batch in (2,) if bench.tiny else (1, 256):
             fused = FusedUNet(unet, batch, dtype, check=False)
             if fused.plan().fallbacks:  # no kernels on this device
-                yield dict(what="self-check", dtype=dtype, batch=batch, launches=len(fused.plan()), summary="fallbacks only")
+                yield dict(
+                    what="self-check",
+                    dtype=dtype,
+                    batch=batch,
+                    launches=len(fused.plan()),
+                    summary="fallbacks only",
+                )
                 continue
             start = time.monotonic()
             results = verify(fused.spec())
@@ -59,10 +65,17 @@ def invariance(bench: Bench) -> Iterator[Row]:
         for batch in sizes[:-1]:
             fused = FusedUNet(unet, batch, dtype, check=False)
             same = all(
-                torch.equal(fused(x[i : i + batch], t[i : i + batch]), expected[i : i + batch]) for i in (0, sizes[-1] - batch)
+                torch.equal(fused(x[i : i + batch], t[i : i + batch]), expected[i : i + batch])
+                for i in (0, sizes[-1] - batch)
             )
             # fallbacks call libraries, whose algorithm depends on the batch size
-            yield dict(what="invariance", dtype=dtype, batch=batch, same=same, failed=not same and fused.invariant)
+            yield dict(
+                what="invariance",
+                dtype=dtype,
+                batch=batch,
+                same=same,
+                failed=not same and fused.invariant,
+            )
 
 
 def launches(bench: Bench) -> Iterator[Row]:
@@ -74,8 +87,14 @@ def launches(bench: Bench) -> Iterator[Row]:
         plan.run()
         for launch, count in distinct(list(plan)):
             arguments = plan.arguments(launch)
-            plain = bench.measure(partial(launch.op.fallback, **arguments, compute=None), captured=True)
-            kernel = plain if launch.name in plan.fallbacks else bench.measure(partial(launch.op.run, **arguments), captured=True)
+            plain = bench.measure(
+                partial(launch.op.fallback, **arguments, compute=None), captured=True
+            )
+            kernel = (
+                plain
+                if launch.name in plan.fallbacks
+                else bench.measure(partial(launch.op.run, **arguments), captured=True)
+            )
             e = estimate(launch, GPUS["h100"])
             yield dict(
                 what=launch.op.name,
@@ -105,7 +124,9 @@ def forward(bench: Bench) -> Iterator[Row]:
         x, t = bench.inputs(unet, batch)
         with torch.no_grad():
             exact = unet(x, t)
-            yield _forward_row("reference fp32", batch, bench.measure(partial(unet, x, t)).median, 0.0, 0.0)
+            yield _forward_row(
+                "reference fp32", batch, bench.measure(partial(unet, x, t)).median, 0.0, 0.0
+            )
         # torch.compile takes half a minute per batch size
         for baseline in [*baselines, compiled] if compiled and batch == 256 else baselines:
             error = relative_error(baseline.forward(x, t), exact)
@@ -115,7 +136,9 @@ def forward(bench: Bench) -> Iterator[Row]:
             fused = FusedUNet(unet, batch, **options)
             error = relative_error(fused(x, t), exact)
             seconds = bench.measure(fused.load(x, t).run, captured=True).median
-            row = _forward_row(f"FusedUNet {name}", batch, seconds, error, TOLERANCES[options["dtype"]])
+            row = _forward_row(
+                f"FusedUNet {name}", batch, seconds, error, TOLERANCES[options["dtype"]]
+            )
             yield row | dict(fallbacks=len(fused.plan().fallbacks), launches=len(fused.plan()))
 
 
@@ -133,4 +156,6 @@ def _forms(bench: Bench, batch: int) -> Iterator[tuple[str, dict[str, Any]]]:
 def _forward_row(name: str, batch: int, seconds: float, error: float, tolerance: float) -> Row:
     if not error <= tolerance:
         return dict(what=name, batch=batch, error=error, failed=True, summary="wrong: not timed")
-    return dict(what=name, batch=batch, ms=1e3 * seconds, image_steps_per_s=batch / seconds, error=error)
+    return dict(
+        what=name, batch=batch, ms=1e3 * seconds, image_steps_per_s=batch / seconds, error=error
+    )

@@ -53,7 +53,9 @@ def _network(bench: Bench, network: str, batches: tuple[int, ...]) -> Iterator[R
             continue
         for batch in candidate.batches:
             row = _loop(bench, baseline, unet, batch, TOLERANCES[candidate.dtype])
-            where = dict(engine=candidate.engine, dtype=candidate.dtype, network=network, batch=batch)
+            where = dict(
+                engine=candidate.engine, dtype=candidate.dtype, network=network, batch=batch
+            )
             yield dict(what=baseline.name, **where, **row)
         del baseline
         gc.collect()  # graphs and compiled code hold memory
@@ -66,7 +68,12 @@ def _candidates(bench: Bench, unet: UNet, batches: tuple[int, ...]) -> Iterator[
     workloads = {dtype: Workload(Checkpoint(unet, SCHEDULE), dtype) for dtype in bench.dtypes}
     few = tuple(batch for batch in batches if batch <= 256)
     for dtype, workload in workloads.items():
-        yield Candidate("ddpm_fast", dtype, partial(DdpmFast, workload, "fused"), batches if dtype == "fp8" else few)
+        yield Candidate(
+            "ddpm_fast",
+            dtype,
+            partial(DdpmFast, workload, "fused"),
+            batches if dtype == "fp8" else few,
+        )
     bf16 = workloads["bf16"]
     yield Candidate("plain PyTorch", "bf16", partial(Plain, bf16), few)
     yield Candidate("diffusers", "bf16", partial(Diffusers, bf16), few)
@@ -103,8 +110,12 @@ def _error(bench: Bench, baseline: Baseline, unet: UNet, batch: int) -> float:
     """Relative error of a forward pass against fp32, on a few of the images."""
     c, few = unet.config, slice(0, 8)
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(batch, c.in_channels, *(c.size or (32, 32)), generator=generator).to(bench.device)
-    x = x.contiguous(memory_format=torch.channels_last)  # as in the loops: another layout is compiled again
+    x = torch.randn(batch, c.in_channels, *(c.size or (32, 32)), generator=generator).to(
+        bench.device
+    )
+    x = x.contiguous(
+        memory_format=torch.channels_last
+    )  # as in the loops: another layout is compiled again
     t = torch.arange(batch, device=bench.device) * 37 % 1000
     return relative_error(baseline.forward(x, t)[few], unet(x[few], t[few]))
 
@@ -118,10 +129,19 @@ def _shipped(bench: Bench) -> Iterator[Row]:
         return
     count, steps = (2, 2) if bench.tiny else (256, 50)
     for dtype in ("fp32", "bf16"):
-        sampler = Sampler.from_pretrained(ROOT / "weights" / "fashion-mnist-32", bench.device, dtype)
+        sampler = Sampler.from_pretrained(
+            ROOT / "weights" / "fashion-mnist-32", bench.device, dtype
+        )
         sampler.sample(count, solver="ddim", steps=2, batch_size=count)
-        timing = bench.measure(partial(sampler.sample, count, solver="ddim", steps=steps, batch_size=count))
+        timing = bench.measure(
+            partial(sampler.sample, count, solver="ddim", steps=steps, batch_size=count)
+        )
         rate = count / timing.median
         yield dict(
-            what="shipped weights, ddim", engine=sampler.engine.name, dtype=dtype, batch=count, steps=steps, images_per_s=rate
+            what="shipped weights, ddim",
+            engine=sampler.engine.name,
+            dtype=dtype,
+            batch=count,
+            steps=steps,
+            images_per_s=rate,
         )

@@ -40,13 +40,25 @@ class SpeedTarget:
         """ "goal", "bar" or "neither"; None without a value."""
         if value is None:
             return None
-        return "goal" if self.meets(value, self.goal) else "bar" if self.meets(value, self.bar) else "neither"
+        return (
+            "goal"
+            if self.meets(value, self.goal)
+            else "bar"
+            if self.meets(value, self.bar)
+            else "neither"
+        )
 
     def measured(self, parts: dict[str, Any]) -> float | None:
         """The value in the parts of a result; None if it was not measured."""
-        if self.metric is Metric.COPY_SHARE:  # in fp32, the better of the two layouts' larger images
+        if (
+            self.metric is Metric.COPY_SHARE
+        ):  # in fp32, the better of the two layouts' larger images
             rows = parts.get("kernels", {}).get("rows", [])
-            shares = [r["share_of_copy"] for r in rows if (r["what"], r.get("dtype")) == (self.kernel, "float32")]
+            shares = [
+                r["share_of_copy"]
+                for r in rows
+                if (r["what"], r.get("dtype")) == (self.kernel, "float32")
+            ]
             return max((share for share in shares if share), default=None)
         rate = self._rate(parts, "ddpm_fast", self.dtype)
         if rate is None or self.metric is Metric.RATE:
@@ -60,18 +72,41 @@ class SpeedTarget:
         case = (engine, dtype, self.network, self.batch)
         for part in ("celebahq256", "sampling"):
             for r in parts.get(part, {}).get("rows", []):
-                if "image_steps_per_s" in r and (r["engine"], r["dtype"], r["network"], r["batch"]) == case:
+                if (
+                    "image_steps_per_s" in r
+                    and (r["engine"], r["dtype"], r["network"], r["batch"]) == case
+                ):
                     return r["image_steps_per_s"]
         return None
 
 
 TARGETS = (
-    SpeedTarget("q_sample, fp32: share of the copy rate", Metric.COPY_SHARE, 0.70, 0.70, kernel="q_sample"),
-    SpeedTarget("ddpm_step, fp32: share of the copy rate", Metric.COPY_SHARE, 0.85, 0.85, kernel="ddpm_step"),
-    SpeedTarget("CelebA-HQ 256, batch 16, bf16: times torch.compile", Metric.SPEEDUP, 1.6, 2.0, "celebahq256", 16),
+    SpeedTarget(
+        "q_sample, fp32: share of the copy rate", Metric.COPY_SHARE, 0.70, 0.70, kernel="q_sample"
+    ),
+    SpeedTarget(
+        "ddpm_step, fp32: share of the copy rate", Metric.COPY_SHARE, 0.85, 0.85, kernel="ddpm_step"
+    ),
+    SpeedTarget(
+        "CelebA-HQ 256, batch 16, bf16: times torch.compile",
+        Metric.SPEEDUP,
+        1.6,
+        2.0,
+        "celebahq256",
+        16,
+    ),
     SpeedTarget("CIFAR-10, batch 1, bf16: ms a step", Metric.MS_PER_STEP, 0.6, 0.5, batch=1),
-    SpeedTarget("CIFAR-10, batch 1024, fp8: img-steps/s", Metric.RATE, 45_000, 60_000, batch=1024, dtype="fp8"),
-    SpeedTarget("CIFAR-10, batch 256, fp8: times torch.compile bf16", Metric.SPEEDUP, 2.2, 2.7, dtype="fp8"),
+    SpeedTarget(
+        "CIFAR-10, batch 1024, fp8: img-steps/s",
+        Metric.RATE,
+        45_000,
+        60_000,
+        batch=1024,
+        dtype="fp8",
+    ),
+    SpeedTarget(
+        "CIFAR-10, batch 256, fp8: times torch.compile bf16", Metric.SPEEDUP, 2.2, 2.7, dtype="fp8"
+    ),
     SpeedTarget("CIFAR-10, batch 256, bf16: times torch.compile", Metric.SPEEDUP, 1.7, 2.0),
 )
 
@@ -84,5 +119,14 @@ def compare_with_targets(parts: dict[str, Any]) -> list[Row]:
         reached = target.reached(value)
         shown = "not measured" if value is None else f"{value:,.4g}"
         line = f"{target.what:52} {shown:>12}   bar {target.bar:g}, goal {target.goal:g}: {reached or 'unknown'}"
-        rows.append(dict(what=target.what, value=value, bar=target.bar, goal=target.goal, reached=reached, line=line))
+        rows.append(
+            dict(
+                what=target.what,
+                value=value,
+                bar=target.bar,
+                goal=target.goal,
+                reached=reached,
+                line=line,
+            )
+        )
     return rows

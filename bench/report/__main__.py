@@ -21,16 +21,29 @@ from ddpm_fast.utils.files import write_atomically
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="compare the tables with the results, write nothing")
-    parser.add_argument("--results", type=Path, metavar="DIR", help="results to commit, as `make bench` writes them")
-    parser.add_argument("--machine", help="with --results: folder below bench/results, such as cpu-amd-zen4")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="compare the tables with the results, write nothing"
+    )
+    parser.add_argument(
+        "--results", type=Path, metavar="DIR", help="results to commit, as `make bench` writes them"
+    )
+    parser.add_argument(
+        "--machine", help="with --results: folder below bench/results, such as cpu-amd-zen4"
+    )
     args = parser.parse_args()
     if (args.results is None) != (args.machine is None) or (args.check and args.results):
         parser.error("--results and --machine go together, without --check")
     if args.results is not None:
         try:
-            print("\n".join(f"{path.relative_to(ROOT)} written" for path in commit(args.results, args.machine)))
+            print(
+                "\n".join(
+                    f"{path.relative_to(ROOT)} written"
+                    for path in commit(args.results, args.machine)
+                )
+            )
         except ValueError as error:
             parser.error(str(error))
     stale = []

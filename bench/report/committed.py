@@ -75,7 +75,9 @@ def commit(source: Path, machine: str) -> list[Path]:
         cpu = json.loads(new.read_text())["environment"]["cpu"]
         known = json.loads(old.read_text())["environment"]["cpu"] if old.exists() else cpu
         if old.parent.name == machine and cpu != known:
-            raise ValueError(f"{new} is of {cpu}; expected {known} as in {old}; give another --machine")
+            raise ValueError(
+                f"{new} is of {cpu}; expected {known} as in {old}; give another --machine"
+            )
     for new, old in files.items():
         old.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(new, old)

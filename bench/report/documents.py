@@ -6,7 +6,14 @@ import re
 
 from bench.report.tables import TABLES
 
-DOCUMENTS = ("README.md", "README.zh.md", "docs/performance.md", "docs/benchmarking.md", "docs/cpu.md", "docs/precision.md")
+DOCUMENTS = (
+    "README.md",
+    "README.zh.md",
+    "docs/performance.md",
+    "docs/benchmarking.md",
+    "docs/cpu.md",
+    "docs/precision.md",
+)
 
 
 def with_new_tables(text: str) -> str:

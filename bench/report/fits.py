@@ -32,7 +32,10 @@ class Fit:
             factors, *_ = np.linalg.lstsq(columns, np.ones(len(n)), rcond=None)
             errors = columns @ factors - 1
             if min(factors) > 0 and (best is None or errors @ errors < best[0]):
-                best = errors @ errors, cls(powers, tuple(map(float, factors)), float(abs(errors).max()))
+                best = (
+                    errors @ errors,
+                    cls(powers, tuple(map(float, factors)), float(abs(errors).max())),
+                )
         assert best is not None
         return best[1]
 
@@ -41,4 +44,6 @@ class Fit:
 
     def __str__(self) -> str:
         terms = {0: "", 1: " n", 2: " n²", 4: " n⁴"}
-        return " + ".join(f"{f:.3g}{terms[p]}" for f, p in zip(self.factors, self.powers, strict=True))
+        return " + ".join(
+            f"{f:.3g}{terms[p]}" for f, p in zip(self.factors, self.powers, strict=True)
+        )

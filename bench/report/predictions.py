@@ -70,12 +70,19 @@ def predict_step(config: UNetConfig, batch: int, dtype: str) -> StepPrediction:
         parts["gaps"] += GAP
         parts[bound] += e.predicted - GAP
     elements = batch * plan.x.channels * plan.x.height * plan.x.width
-    parts["memory"] += elements * 20 / H100.copy  # ddpm_step reads x_t, output and the last x_0, and writes x_t-1 and x_0
+    parts["memory"] += (
+        elements * 20 / H100.copy
+    )  # ddpm_step reads x_t, output and the last x_0, and writes x_t-1 and x_0
     parts["gaps"] += 2 * GAP  # of ddpm_step and of the step index
     parameters = sum(p.numel() for p in unet.parameters())
     size = plan.arena.size + parameters * (1 if dtype == "fp8" else 2) + 5 * 4 * elements
-    floor, forward = 1e3 * sum(e.floor for e in estimates), 1e3 * sum(e.predicted for e in estimates)
-    return StepPrediction(batch, len(estimates), floor, forward, {k: 1e3 * v for k, v in parts.items()}, size)
+    floor, forward = (
+        1e3 * sum(e.floor for e in estimates),
+        1e3 * sum(e.predicted for e in estimates),
+    )
+    return StepPrediction(
+        batch, len(estimates), floor, forward, {k: 1e3 * v for k, v in parts.items()}, size
+    )
 
 
 def predict(network: str, batch: int, dtype: str) -> StepPrediction:
@@ -124,7 +131,11 @@ def of_target(target: SpeedTarget) -> float | None:
 def best_rates() -> list[tuple[str, float, str]]:
     """(engine, its best image-steps per second on the CIFAR-10 network, "predicted" or "measured")"""
     rates = [
-        (f"ddpm_fast {dtype}", max(predict("cifar10", batch, dtype).rate for batch in (256, 1024)), "predicted")
+        (
+            f"ddpm_fast {dtype}",
+            max(predict("cifar10", batch, dtype).rate for batch in (256, 1024)),
+            "predicted",
+        )
         for dtype in ("fp8", "bf16")
     ]
     for engine, dtype in (("torch.compile", "bf16"), ("eager", "bf16"), ("eager", "fp32")):

@@ -13,7 +13,12 @@ from bench.studies.precision import markdown
 from ddpm_fast.benchmark.timer import Row
 
 NAMES = {"cifar10": "CIFAR-10", "celebahq256": "CelebA-HQ 256", "fashion-mnist-32": "Fashion-MNIST"}
-PREDICTED = [("cifar10", 1, "bf16"), ("cifar10", 16, "bf16"), ("cifar10", 256, "bf16"), ("cifar10", 256, "fp8")]
+PREDICTED = [
+    ("cifar10", 1, "bf16"),
+    ("cifar10", 16, "bf16"),
+    ("cifar10", 256, "bf16"),
+    ("cifar10", 256, "fp8"),
+]
 PREDICTED += [("cifar10", 1024, "fp8"), ("celebahq256", 16, "bf16"), ("celebahq256", 16, "fp8")]
 
 
@@ -28,12 +33,42 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 def predicted_table() -> str:
     rows = []
     for network, batch, dtype in PREDICTED:
-        p, compiled, ratio = predict(network, batch, dtype), compiled_ms(network, batch), speedup(network, batch, dtype)
-        cells = [f"{NAMES[network]}, {batch}", dtype, str(p.launches + 2), f"{p.floor:.3g}", f"{p.forward:.3g}", f"{p.step:.3g}"]
-        cells += [f"{p.rate:,.0f}", "" if compiled is None else f"{compiled:g}", "" if ratio is None else f"{ratio:.2f}"]
+        p, compiled, ratio = (
+            predict(network, batch, dtype),
+            compiled_ms(network, batch),
+            speedup(network, batch, dtype),
+        )
+        cells = [
+            f"{NAMES[network]}, {batch}",
+            dtype,
+            str(p.launches + 2),
+            f"{p.floor:.3g}",
+            f"{p.forward:.3g}",
+            f"{p.step:.3g}",
+        ]
+        cells += [
+            f"{p.rate:,.0f}",
+            "" if compiled is None else f"{compiled:g}",
+            "" if ratio is None else f"{ratio:.2f}",
+        ]
         rows.append(cells)
-    head = ["network, batch", "type", "launches a step", "floor ms", "forward ms, predicted", "step ms, predicted"]
-    return table([*head, "img-steps/s, predicted", "torch.compile bf16 step ms, measured", "ratio, predicted"], rows)
+    head = [
+        "network, batch",
+        "type",
+        "launches a step",
+        "floor ms",
+        "forward ms, predicted",
+        "step ms, predicted",
+    ]
+    return table(
+        [
+            *head,
+            "img-steps/s, predicted",
+            "torch.compile bf16 step ms, measured",
+            "ratio, predicted",
+        ],
+        rows,
+    )
 
 
 def targets_table() -> str:
@@ -41,9 +76,17 @@ def targets_table() -> str:
     rows = []
     for target in TARGETS:
         value = of_target(target)
-        shown = "see [gpu.md](gpu.md)" if value is None else f"{value:,.3g}" if value < 1000 else f"{value:,.0f}"
+        shown = (
+            "see [gpu.md](gpu.md)"
+            if value is None
+            else f"{value:,.3g}"
+            if value < 1000
+            else f"{value:,.0f}"
+        )
         reached = {"goal": "the goal", "bar": "the bar"}.get(target.reached(value) or "", "")
-        rows.append([target.what, f"{target.bar:,g}", f"{target.goal:,g}", shown, reached, "not yet"])
+        rows.append(
+            [target.what, f"{target.bar:,g}", f"{target.goal:,g}", shown, reached, "not yet"]
+        )
     return table(["", "bar", "goal", "predicted", "reaches", "measured"], rows)
 
 
@@ -52,7 +95,9 @@ def cost_table() -> str:
     rows = []
     for name, rate, kind in best_rates():
         hours = lambda steps, rate=rate: 50_000 * steps / rate / 3600
-        rows.append([name, kind, f"{rate:,.0f}", f"{hours(1000):,.2f} h", f"{60 * hours(50):,.1f} min"])
+        rows.append(
+            [name, kind, f"{rate:,.0f}", f"{hours(1000):,.2f} h", f"{60 * hours(50):,.1f} min"]
+        )
     return table(["", "", "image-steps/s", "50,000 images, T = 1000", "50 DDIM steps"], rows)
 
 
@@ -66,9 +111,13 @@ def scaling_table() -> str:
         measured[f"{cores}, Fashion-MNIST, fp32: measured"] = machine.read("scaling")["series"]
     for where, s in measured.items():
         fits = [Fit.of(name, s[name]) if name in s else None for name in axes]
-        rows.append([where, *("" if f is None else f"{f} (within {f.max_error:.0%})" for f in fits)])
+        rows.append(
+            [where, *("" if f is None else f"{f} (within {f.max_error:.0%})" for f in fits)]
+        )
         rows.append(["its memory", *(_memory_range(s[name]) if name in s else "" for name in axes)])
-    return table(["", "ms a step, n images", "n pixels a side", "n channels", "ms a loop, n steps"], rows)
+    return table(
+        ["", "ms a step, n images", "n pixels a side", "n channels", "ms a loop, n steps"], rows
+    )
 
 
 def _memory_range(rows: list[Row]) -> str:
@@ -82,8 +131,21 @@ def bound_table() -> str:
     for d in ("bf16", "fp8"):
         for r in series(d)["batch"]:
             if r["x"] in (1, 4, 16, 64, 256, 1024):
-                rows.append([f"{d}, {r['x']}", *(f"{r['parts'][k] / r['ms']:.0%}" for k in ("gaps", "memory", "products"))])
-    return table(["CIFAR-10, type, batch", "gaps between launches", "launches bound by memory", "launches bound by products"], rows)
+                rows.append(
+                    [
+                        f"{d}, {r['x']}",
+                        *(f"{r['parts'][k] / r['ms']:.0%}" for k in ("gaps", "memory", "products")),
+                    ]
+                )
+    return table(
+        [
+            "CIFAR-10, type, batch",
+            "gaps between launches",
+            "launches bound by memory",
+            "launches bound by products",
+        ],
+        rows,
+    )
 
 
 # ---- measured
@@ -122,26 +184,39 @@ def cpu_table(what: str) -> str:
 
 def _times(f: Row) -> str:
     low, high = f["speedup_range"]
-    return f"**{f['ms']:.3g}**" if low == high == 1 else f"{f['ms']:.3g} ({f['speedup']:.2f}: {low:.2f} to {high:.2f})"
+    return (
+        f"**{f['ms']:.3g}**"
+        if low == high == 1
+        else f"{f['ms']:.3g} ({f['speedup']:.2f}: {low:.2f} to {high:.2f})"
+    )
 
 
 def cpu_starts() -> str:
     """Seconds from the start of the process to the first images of ten steps: cold, and with filled caches."""
 
     def cell(row: Row) -> str:
-        return f"{row['first_image_s']:.1f}" + (f", {row['warm_first_image_s']:.1f}" if "warm_first_image_s" in row else "")
+        return f"{row['first_image_s']:.1f}" + (
+            f", {row['warm_first_image_s']:.1f}" if "warm_first_image_s" in row else ""
+        )
 
     return per_cpu(partial(_engines, cell=cell, which=[0]))
 
 
 def cpu_memory() -> str:
     """Peak memory of the engine's whole process in MiB."""
-    return per_cpu(partial(_engines, cell=lambda row: f"{row['peak_bytes'] / 2**20:,.0f}", which=[1]))
+    return per_cpu(
+        partial(_engines, cell=lambda row: f"{row['peak_bytes'] / 2**20:,.0f}", which=[1])
+    )
 
 
 def _engines(machine: Machine, cell: Cell, which: list[int] | None = None) -> str:
     """A row per engine, a column per case of both networks, or for the cases `which`."""
-    cases = [(n, c) for n in NETWORKS for i, c in enumerate(machine.read(n)["cases"]) if which is None or i in which]
+    cases = [
+        (n, c)
+        for n in NETWORKS
+        for i, c in enumerate(machine.read(n)["cases"])
+        if which is None or i in which
+    ]
     names = list(dict.fromkeys(row["engine"] for _, case in cases for row in case["rows"]))
     rows = []
     for name in names:
@@ -160,7 +235,10 @@ def _where(machine: Machine) -> str:
     for n in NETWORKS:
         r = machine.read(n)
         e, case = r["environment"], r["cases"][0]
-        rounds = "; ".join(f"{c['rounds']} rounds, loops of {c['steps']} steps at batch {c['batch']}" for c in r["cases"])
+        rounds = "; ".join(
+            f"{c['rounds']} rounds, loops of {c['steps']} steps at batch {c['batch']}"
+            for c in r["cases"]
+        )
         lines.append(
             f"{NAMES[n]}: {e['cpu']}, {case['threads']} threads, torch {e['torch']}, {r['date'][:10]}, `{r['command']}`; {rounds}."
         )
@@ -174,7 +252,13 @@ HEAD = [
     "speedup over diffusers eager",
     "",
 ]
-HEAD_ZH = ["", "ddpm_fast（毫秒/图/步）", "相对最快的其他引擎的加速比", "相对 diffusers eager 的加速比", ""]
+HEAD_ZH = [
+    "",
+    "ddpm_fast（毫秒/图/步）",
+    "相对最快的其他引擎的加速比",
+    "相对 diffusers eager 的加速比",
+    "",
+]
 
 
 def readme_table(head: list[str], measured: str = "measured", predicted: str = "predicted") -> str:
@@ -189,14 +273,18 @@ def readme_table(head: list[str], measured: str = "measured", predicted: str = "
                 eager = next(row for row in others if row["engine"] == "diffusers")
                 where = f"{cpu}, {NAMES[n]}, {case['batch']}, fp32"
                 ms = f"{first['loop']['ms']:.3g}"
-                rows.append([where, ms, f"{best['engine']}: {_speedup(best)}", _speedup(eager), measured])
+                rows.append(
+                    [where, ms, f"{best['engine']}: {_speedup(best)}", _speedup(eager), measured]
+                )
     for network, batch, dtype in PREDICTED:
         ratio, step = speedup(network, batch, dtype), predict(network, batch, dtype).step
         if ratio is not None:
             eager_ms = dict(h100_steps(network, "eager", "bf16")).get(batch)
             over_eager = f"{eager_ms / step:.1f}" if eager_ms else ""
             where = f"H100, {NAMES[network]}, {batch}, {dtype}"
-            rows.append([where, f"{step / batch:.3g}", f"torch.compile: {ratio:.2f}", over_eager, predicted])
+            rows.append(
+                [where, f"{step / batch:.3g}", f"torch.compile: {ratio:.2f}", over_eager, predicted]
+            )
     return table(head, rows)
 
 
@@ -212,8 +300,27 @@ def other_network_table() -> str:
     for row in r["rows"]:
         n, loop = r["networks"][row["engine"]], row["loop"]
         per_flop = f"{loop['ms'] / n['flops'] * 1e9:.2f}"
-        rows.append([row["engine"], f"{n['parameters']:,}", f"{n['flops'] / 1e9:.2f}", str(row["batch"]), _times(loop), per_flop])
-    return table(["", "parameters", "GFLOP an image and step", "batch", "ms an image and step", "ms a GFLOP"], rows)
+        rows.append(
+            [
+                row["engine"],
+                f"{n['parameters']:,}",
+                f"{n['flops'] / 1e9:.2f}",
+                str(row["batch"]),
+                _times(loop),
+                per_flop,
+            ]
+        )
+    return table(
+        [
+            "",
+            "parameters",
+            "GFLOP an image and step",
+            "batch",
+            "ms an image and step",
+            "ms a GFLOP",
+        ],
+        rows,
+    )
 
 
 def precision_table() -> str:

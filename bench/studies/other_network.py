@@ -38,10 +38,18 @@ def _network(width: int) -> Any:
 
         stub: Any = types.ModuleType("torchvision")
         stub.transforms = stub.utils = types.ModuleType("torchvision.transforms")
-        sys.modules.update({"torchvision": stub, "torchvision.transforms": stub.transforms, "torchvision.utils": stub.utils})
+        sys.modules.update(
+            {
+                "torchvision": stub,
+                "torchvision.transforms": stub.transforms,
+                "torchvision.utils": stub.utils,
+            }
+        )
     import denoising_diffusion_pytorch as package
 
-    return package, package.Unet(width, dim_mults=(1, 2, 2, 2), full_attn=(False, True, False, False)).eval().requires_grad_(False)
+    return package, package.Unet(
+        width, dim_mults=(1, 2, 2, 2), full_attn=(False, True, False, False)
+    ).eval().requires_grad_(False)
 
 
 def _flops(network: Any) -> int:
@@ -61,15 +69,22 @@ def worker(flops: int, threads: int) -> None:
     torch.set_num_threads(threads)
     width = min(range(32, 193, 8), key=lambda width: abs(_flops(_network(width)[1]) - flops))
     package, network = _network(width)
-    diffusion = package.GaussianDiffusion(network, image_size=32, timesteps=1000, sampling_timesteps=STEPS).eval()
-    send(width=width, flops=_flops(network), parameters=sum(p.numel() for p in network.parameters()))
+    diffusion = package.GaussianDiffusion(
+        network, image_size=32, timesteps=1000, sampling_timesteps=STEPS
+    ).eval()
+    send(
+        width=width, flops=_flops(network), parameters=sum(p.numel() for p in network.parameters())
+    )
     for line in sys.stdin:
         batch = json.loads(line)["batch"]
         start = time.perf_counter()
         with torch.no_grad():
             images = diffusion.sample(batch_size=batch)
         seconds = time.perf_counter() - start
-        send(seconds=seconds, valid=bool(images.isfinite().all()) and images.shape == (batch, 3, 32, 32))
+        send(
+            seconds=seconds,
+            valid=bool(images.isfinite().all()) and images.shape == (batch, 3, 32, 32),
+        )
 
 
 # ---- in this environment
@@ -88,7 +103,14 @@ def compare(python: str, batches: list[int], rounds: int = 6) -> dict[str, Any]:
     unet = UNet(NETWORKS["cifar10"]).eval()
     sampler = Sampler(unet, NoiseSchedule.linear(), (3, 32, 32))
     cost = unet_cost(unet.config)
-    command = [python, str(Path(__file__)), "--worker", str(cost.flops), "--threads", str(torch.get_num_threads())]
+    command = [
+        python,
+        str(Path(__file__)),
+        "--worker",
+        str(cost.flops),
+        "--threads",
+        str(torch.get_num_threads()),
+    ]
     rows = []
     with JsonWorker(NAME, environment=dict(PYTHONPATH=""), command=command) as process:
         network = process.receive()
@@ -97,7 +119,9 @@ def compare(python: str, batches: list[int], rounds: int = 6) -> dict[str, Any]:
             if name == NAME:
                 answer = process.request(dict(batch=batch))
                 if not answer["valid"]:
-                    raise RuntimeError(f"{NAME} returned no images of the expected shape, or NaN or Inf")
+                    raise RuntimeError(
+                        f"{NAME} returned no images of the expected shape, or NaN or Inf"
+                    )
                 return answer["seconds"]
             start = time.perf_counter()
             sampler.sample(batch, solver="ddim", steps=STEPS, batch_size=batch, output="float")
@@ -111,14 +135,26 @@ def compare(python: str, batches: list[int], rounds: int = 6) -> dict[str, Any]:
                     per_step = seconds(name, batch) / batch / STEPS
                     values.extend([per_step] * (i > 0))  # the first round is a warm-up
             for name, values in times.items():
-                rows.append(dict(engine=name, batch=batch, loop=summarize(values, times["ddpm_fast"])))
+                rows.append(
+                    dict(engine=name, batch=batch, loop=summarize(values, times["ddpm_fast"]))
+                )
     fast = dict(flops=cost.flops, parameters=cost.parameters, engine=sampler.engine.name)
-    return dict(**provenance(), steps=STEPS, rounds=rounds, networks={"ddpm_fast": fast, NAME: network}, rows=rows)
+    return dict(
+        **provenance(),
+        steps=STEPS,
+        rounds=rounds,
+        networks={"ddpm_fast": fast, NAME: network},
+        rows=rows,
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--python", help="Python of the environment with denoising-diffusion-pytorch")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--python", help="Python of the environment with denoising-diffusion-pytorch"
+    )
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--out", type=Path, help="JSON file")
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
@@ -127,15 +163,21 @@ def main() -> None:
     if args.worker:
         return worker(args.worker, args.threads)
     if not args.python:
-        parser.error("--python is missing; give the Python of an environment with denoising-diffusion-pytorch")
+        parser.error(
+            "--python is missing; give the Python of an environment with denoising-diffusion-pytorch"
+        )
     result = compare(args.python, args.batch)
     for name, network in result["networks"].items():
-        print(f"{name}: {network['parameters']:,} parameters, {network['flops'] / 1e9:.2f} GFLOP per image per step")
+        print(
+            f"{name}: {network['parameters']:,} parameters, {network['flops'] / 1e9:.2f} GFLOP per image per step"
+        )
     for row in result["rows"]:
         loop = row["loop"]
         low, high = loop["speedup_range"]
         ratio = f"{loop['speedup']:.2f} ({low:.2f} to {high:.2f})"
-        print(f"  batch {row['batch']}: {row['engine']:28} {loop['ms']:7.2f} ms per image per step, ddpm_fast speedup {ratio}")
+        print(
+            f"  batch {row['batch']}: {row['engine']:28} {loop['ms']:7.2f} ms per image per step, ddpm_fast speedup {ratio}"
+        )
     if args.out:
         from ddpm_fast.benchmark.results import write
 

@@ -38,7 +38,11 @@ from ddpm_fast.kernels.ddpm_step import ddpm_step_reference, x_0_reference
 from ddpm_fast.utils.files import write_atomically
 
 CASES: list[tuple[str, str, float, float | None]] = [
-    *(("ddpm", v, 0.0, c) for v in ("fixed_small", "fixed_large", "learned", "learned_range") for c in (1.0, None)),
+    *(
+        ("ddpm", v, 0.0, c)
+        for v in ("fixed_small", "fixed_large", "learned", "learned_range")
+        for c in (1.0, None)
+    ),
     *(("ddim", "", eta, c) for eta in (0.0, 0.5, 1.0) for c in (1.0, None)),
     *((s, "", 0.0, c) for s in ("dpm++2m", "dpm++2m-sde") for c in (1.0, None)),
 ]
@@ -49,16 +53,29 @@ def rows() -> Iterator[dict[str, Any]]:
     for solver, variance, eta, clip in CASES:
         for prediction in PREDICTIONS:
             net, x = network(prediction, variance), start()
-            kwargs: dict[str, Any] = dict(prediction=prediction, variance=variance or "fixed_large", clip=clip, eta=eta)
+            kwargs: dict[str, Any] = dict(
+                prediction=prediction, variance=variance or "fixed_large", clip=clip, eta=eta
+            )
             exact = papers(solver, prediction, variance, eta, clip, net, x)
             result = run_table(PRESETS["exact"].table(SCHEDULE, solver, T, **kwargs), net, x)
-            row: dict[str, Any] = dict(solver=solver, variance=variance, eta=eta, clip=clip, prediction=prediction)
+            row: dict[str, Any] = dict(
+                solver=solver, variance=variance, eta=eta, clip=clip, prediction=prediction
+            )
             row.update(ddpm_fast=error(result, exact), diffusers=None, difference=None, preset=None)
             if not (solver.startswith("dpm") and clip):  # diffusers' has no clip
                 baseline = diffusers_loop(solver, prediction, variance, eta, clip, net, x)
                 row.update(diffusers=error(baseline, exact), difference=error(result, baseline))
-                same_preset = run_table(PRESETS["diffusers"].table(SCHEDULE, solver, T, **kwargs), net, x)
-                row.update(preset=error(same_preset, diffusers_loop(solver, prediction, variance, eta, clip, net, x, default=True)))
+                same_preset = run_table(
+                    PRESETS["diffusers"].table(SCHEDULE, solver, T, **kwargs), net, x
+                )
+                row.update(
+                    preset=error(
+                        same_preset,
+                        diffusers_loop(
+                            solver, prediction, variance, eta, clip, net, x, default=True
+                        ),
+                    )
+                )
             yield row
 
 
@@ -66,9 +83,14 @@ def inversion_rows() -> Iterator[dict[str, Any]]:
     """DDIM inversion against diffusers' DDIMInverseScheduler, whose network sees the timestep that a step leads to."""
     import diffusers
 
-    for prediction in ("eps", "v"):  # from a clean image, x_0-prediction says nothing about eps: diffusers divides by zero
+    for prediction in (
+        "eps",
+        "v",
+    ):  # from a clean image, x_0-prediction says nothing about eps: diffusers divides by zero
         net, x = network(prediction, ""), start() * 0.3
-        scheduler: Any = diffusers.DDIMInverseScheduler(prediction_type=NAMES[prediction], clip_sample=False)
+        scheduler: Any = diffusers.DDIMInverseScheduler(
+            prediction_type=NAMES[prediction], clip_sample=False
+        )
         scheduler.set_timesteps(len(T))
         y = x
         for t in scheduler.timesteps.tolist():
@@ -76,16 +98,31 @@ def inversion_rows() -> Iterator[dict[str, Any]]:
         table = ddim_inversion_table(SCHEDULE, T, prediction, sees="target")
         exact = x.double()
         for i, t in enumerate(table.t):
-            bar, bar_to = 1.0 if i == 0 else SCHEDULE.alpha_bar[table.t[i - 1]], SCHEDULE.alpha_bar[t]
+            bar, bar_to = (
+                1.0 if i == 0 else SCHEDULE.alpha_bar[table.t[i - 1]],
+                SCHEDULE.alpha_bar[t],
+            )
             out = net(exact, int(t))
             if prediction == "eps":
                 x_0, eps = (exact - np.sqrt(1 - bar) * out) / np.sqrt(bar), out
             else:
-                x_0, eps = np.sqrt(bar) * exact - np.sqrt(1 - bar) * out, np.sqrt(bar) * out + np.sqrt(1 - bar) * exact
+                x_0, eps = (
+                    np.sqrt(bar) * exact - np.sqrt(1 - bar) * out,
+                    np.sqrt(bar) * out + np.sqrt(1 - bar) * exact,
+                )
             exact = np.sqrt(bar_to) * x_0 + np.sqrt(1 - bar_to) * eps
         result = run_table(table, net, x)
-        row: dict[str, Any] = dict(solver="ddim inversion", variance="", eta=0.0, clip=None, prediction=prediction, preset=None)
-        yield row | dict(ddpm_fast=error(result, exact), diffusers=error(y, exact), difference=error(result, y))
+        row: dict[str, Any] = dict(
+            solver="ddim inversion",
+            variance="",
+            eta=0.0,
+            clip=None,
+            prediction=prediction,
+            preset=None,
+        )
+        yield row | dict(
+            ddpm_fast=error(result, exact), diffusers=error(y, exact), difference=error(result, y)
+        )
 
 
 # ---- orders
@@ -105,9 +142,16 @@ def flow_error(solver: str, steps: int) -> float:
     z = torch.linspace(-3, 3, 61, dtype=torch.float64)[:, None, None, None]
     x, old = np.sqrt(chain.alpha_bar[-1]) * MEAN + spread(-1) * z, torch.zeros_like(z)
     for i, t_i in enumerate(table.t):
-        eps = np.sqrt(chain.noise_var[t_i]) * (x - np.sqrt(chain.alpha_bar[t_i]) * MEAN) / spread(t_i) ** 2
+        eps = (
+            np.sqrt(chain.noise_var[t_i])
+            * (x - np.sqrt(chain.alpha_bar[t_i]) * MEAN)
+            / spread(t_i) ** 2
+        )
         row = torch.full((len(z),), i)
-        x, old = ddpm_step_reference(x, eps, torch.zeros_like(x), coef, row, old=old), x_0_reference(x, eps, coef, row)
+        x, old = (
+            ddpm_step_reference(x, eps, torch.zeros_like(x), coef, row, old=old),
+            x_0_reference(x, eps, coef, row),
+        )
     return float((x - (np.sqrt(chain.alpha_bar[0]) * MEAN + spread(0) * z)).abs().max())
 
 
@@ -131,9 +175,17 @@ def report() -> str:
     ]
     for r in [*rows(), *inversion_rows()]:
         option = r["variance"] or (f"eta {r['eta']:g}" if r["solver"] == "ddim" else "")
-        figures = " | ".join(short(r[name]) for name in ("ddpm_fast", "diffusers", "difference", "preset"))
-        lines.append(f"| {r['solver']} | {option} | {r['clip'] or 'none'} | {r['prediction']} | {figures} |")
-    lines += ["", f"| order | {' | '.join(f'N = {n}' for n in STEPS)} | slope |", "|---" * (len(STEPS) + 2) + "|"]
+        figures = " | ".join(
+            short(r[name]) for name in ("ddpm_fast", "diffusers", "difference", "preset")
+        )
+        lines.append(
+            f"| {r['solver']} | {option} | {r['clip'] or 'none'} | {r['prediction']} | {figures} |"
+        )
+    lines += [
+        "",
+        f"| order | {' | '.join(f'N = {n}' for n in STEPS)} | slope |",
+        "|---" * (len(STEPS) + 2) + "|",
+    ]
     for solver in ("ddim", "dpm++2m"):
         slope, errors = order(solver)
         lines.append(f"| {solver} | {' | '.join(f'{e:.2e}' for e in errors)} | {slope:.3f} |")
@@ -141,7 +193,9 @@ def report() -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, help="Markdown file for the tables")
     args = parser.parse_args()
     text = report()

@@ -31,7 +31,11 @@ def network(prediction: str, variance: str) -> Net:
     def call(x: Tensor, t: int) -> Tensor:
         a, n = np.sqrt(SCHEDULE.alpha_bar[t]), np.sqrt(SCHEDULE.noise_var[t])
         x64 = x.double()
-        x_0 = MEAN + a * STD**2 / (a * a * STD**2 + n * n) * (x64 - a * MEAN) + 0.1 * torch.sin(2 * x64)
+        x_0 = (
+            MEAN
+            + a * STD**2 / (a * a * STD**2 + n * n) * (x64 - a * MEAN)
+            + 0.1 * torch.sin(2 * x64)
+        )
         of_x, of_out = conversion("x_0", prediction, a, n)
         out = of_x * x64 + of_out * x_0
         if variance == "learned":
@@ -44,13 +48,18 @@ def network(prediction: str, variance: str) -> Net:
 
 
 def start() -> Tensor:
-    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(0), dtype=torch.float64).float()
+    return torch.randn(
+        SHAPE, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    ).float()
 
 
 def noises(count: int) -> list[Tensor]:
     image = torch.arange(SHAPE[0])
     seed = torch.full_like(image, 7)
-    return [noise_reference(seed, image, torch.full_like(image, i), REVERSE, SHAPE[1:]) for i in range(count)]
+    return [
+        noise_reference(seed, image, torch.full_like(image, i), REVERSE, SHAPE[1:])
+        for i in range(count)
+    ]
 
 
 def run_table(table: StepTable, net: Net, x: Tensor) -> Tensor:
@@ -60,14 +69,18 @@ def run_table(table: StepTable, net: Net, x: Tensor) -> Tensor:
     coef, image = table.to("cpu")[1], torch.arange(len(x))
     for i, t in enumerate(table.t):
         row = torch.full_like(image, i)
-        ddpm_step(x, net(x, int(t)), coef, row, torch.full_like(image, 7), image, table.learned, old)
+        ddpm_step(
+            x, net(x, int(t)), coef, row, torch.full_like(image, 7), image, table.learned, old
+        )
     return x
 
 
 # ---- the papers' formulas, fp64
 
 
-def papers(solver: str, prediction: str, variance: str, eta: float, clip: float | None, net: Net, x: Tensor) -> Tensor:
+def papers(
+    solver: str, prediction: str, variance: str, eta: float, clip: float | None, net: Net, x: Tensor
+) -> Tensor:
     """Song et al. 2021 eq. 12; Ho et al. 2020 eqs. 7, 15 on Nichol & Dhariwal's respaced chain; Lu et al. 2022b, algorithm 2."""
     x, before = x.double(), None
     bar_of = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
@@ -85,7 +98,10 @@ def papers(solver: str, prediction: str, variance: str, eta: float, clip: float 
         if solver == "ddpm":
             beta = 1 - bar / bar_to
             tilde = beta * (1 - bar_to) / (1 - bar)
-            mean = np.sqrt(bar_to) * beta / (1 - bar) * x_0 + np.sqrt(bar / bar_to) * (1 - bar_to) / (1 - bar) * x
+            mean = (
+                np.sqrt(bar_to) * beta / (1 - bar) * x_0
+                + np.sqrt(bar / bar_to) * (1 - bar_to) / (1 - bar) * x
+            )
             if variance == "learned" and second is not None:
                 var: Any = second.exp()
             elif second is not None and not last:
@@ -108,7 +124,11 @@ def papers(solver: str, prediction: str, variance: str, eta: float, clip: float 
             if solver == "dpm++2m":
                 x = noise_to / noise * x - np.sqrt(bar_to) * (decay - 1) * d
             else:
-                x = noise_to / noise * decay * x + np.sqrt(bar_to) * (1 - decay**2) * d + noise_to * np.sqrt(1 - decay**2) * z
+                x = (
+                    noise_to / noise * decay * x
+                    + np.sqrt(bar_to) * (1 - decay**2) * d
+                    + noise_to * np.sqrt(1 - decay**2) * z
+                )
     return x
 
 
@@ -116,7 +136,14 @@ def papers(solver: str, prediction: str, variance: str, eta: float, clip: float 
 
 
 def diffusers_loop(
-    solver: str, prediction: str, variance: str, eta: float, clip: float | None, net: Net, x: Tensor, default: bool = False
+    solver: str,
+    prediction: str,
+    variance: str,
+    eta: float,
+    clip: float | None,
+    net: Net,
+    x: Tensor,
+    default: bool = False,
 ) -> Tensor:
     """`default`: DDIM with the network's eps and the clipped x_0, as diffusers' pipelines run it."""
     import diffusers
@@ -124,12 +151,16 @@ def diffusers_loop(
     common: dict[str, Any] = dict(prediction_type=NAMES[prediction])
     scheduler: Any
     if solver == "ddpm":
-        scheduler = diffusers.DDPMScheduler(variance_type=variance, clip_sample=clip is not None, **common)
+        scheduler = diffusers.DDPMScheduler(
+            variance_type=variance, clip_sample=clip is not None, **common
+        )
     elif solver == "ddim":
         scheduler = diffusers.DDIMScheduler(clip_sample=clip is not None, **common)
     else:
         kind = "sde-dpmsolver++" if solver.endswith("sde") else "dpmsolver++"
-        scheduler = diffusers.DPMSolverMultistepScheduler(algorithm_type=kind, lower_order_final=False, **common)
+        scheduler = diffusers.DPMSolverMultistepScheduler(
+            algorithm_type=kind, lower_order_final=False, **common
+        )
     if solver.startswith("dpm"):
         scheduler.set_timesteps(timesteps=T.tolist())
     else:

@@ -46,7 +46,9 @@ ROWS = {
 }
 PARTS = ("layers", "forward", "cifar10", "ddpm", "kid")
 BATCH = 16
-STATES: dict[str, Any] = dict(images=BATCH, seed=2, solver="ddim", steps=10)  # where errors of single passes are taken
+STATES: dict[str, Any] = dict(
+    images=BATCH, seed=2, solver="ddim", steps=10
+)  # where errors of single passes are taken
 DDPM: dict[str, Any] = dict(images=16, seed=0, solver="ddpm", steps=1000)
 KID: dict[str, Any] = dict(images=512, seed=0, solver="ddim", steps=50)
 Call = tuple[Tensor, ...]
@@ -67,13 +69,25 @@ class PrecisionStudy:
 
     def fused(self, row: str) -> FusedUNet:
         calibration = load_calibration(self.weights, self.unet) if row == "fp8" else None
-        return FusedUNet(self.unet, BATCH, ROWS[row], "cpu", calibration=calibration, count_saturated=True)
+        return FusedUNet(
+            self.unet, BATCH, ROWS[row], "cpu", calibration=calibration, count_saturated=True
+        )
 
     def sampler(self, model: Callable[..., Tensor]) -> Sampler:
         c, config = self.checkpoint, self.unet.config
         assert config.size is not None
         shape = (config.in_channels, *config.size)
-        return Sampler(model, c.schedule, shape, c.prediction, c.variance, c.clip, config.num_classes, "cpu", engine="reference")
+        return Sampler(
+            model,
+            c.schedule,
+            shape,
+            c.prediction,
+            c.variance,
+            c.clip,
+            config.num_classes,
+            "cpu",
+            engine="reference",
+        )
 
     def draw(self, row: str, request: dict[str, Any], output: str) -> Tensor:
         model = self.unet if row == "fp32" else self.fused(row)
@@ -85,14 +99,25 @@ class PrecisionStudy:
         """Each 3x3 convolution's product alone (no bias, no residual) on the exact input: relative error against fp32."""
         errors = layer_errors(self.fused("fp32"), self.fused(row), states(self))
         worst = max(errors, key=lambda name: errors[name])
-        return dict(worst=worst, largest=errors[worst], median=float(np.median(list(errors.values()))), errors=errors, calls=STATES)
+        return dict(
+            worst=worst,
+            largest=errors[worst],
+            median=float(np.median(list(errors.values()))),
+            errors=errors,
+            calls=STATES,
+        )
 
     def forward(self, row: str) -> dict[str, Any]:
         """The whole network against the reference, along a trajectory of the reference."""
         fused, pairs = self.fused(row), []
         for call in states(self):
             exact = self.unet(*call)
-            pairs.append((float((fused(*call).double() - exact).square().sum()), float(exact.double().square().sum())))
+            pairs.append(
+                (
+                    float((fused(*call).double() - exact).square().sum()),
+                    float(exact.double().square().sum()),
+                )
+            )
         each = [(e / n) ** 0.5 for e, n in pairs]
         error = (sum(e for e, _ in pairs) / sum(n for _, n in pairs)) ** 0.5
         return dict(error=error, by_step=each, saturated=fused.saturated(), calls=STATES)
@@ -101,8 +126,15 @@ class PrecisionStudy:
     def cifar10(self, row: str) -> dict[str, Any]:
         """One pass of the CIFAR-10 network of Ho et al. with random weights, on noise: no weights of it ship."""
         unet = channels_last(network_of(NETWORKS["cifar10"]))
-        call = (torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)), torch.tensor([900, 100]))
-        calibration = calibrate(Checkpoint(unet, NoiseSchedule.linear()), images=2, steps=3) if row == "fp8" else None
+        call = (
+            torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)),
+            torch.tensor([900, 100]),
+        )
+        calibration = (
+            calibrate(Checkpoint(unet, NoiseSchedule.linear()), images=2, steps=3)
+            if row == "fp8"
+            else None
+        )
         fused, exact = FusedUNet(unet, 2, ROWS[row], "cpu", calibration=calibration), unet(*call)
         return dict(error=relative_error(fused(*call), exact), wide=fused.keep_bf16)
 
@@ -123,12 +155,26 @@ class PrecisionStudy:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "drawn.npy"
             np.save(path, self.draw(row, KID, "uint8").numpy())
-            command = [sys.executable, "-m", "ddpm_fast", "eval", "--json", "--samples", str(path), "--data-dir", str(self.data)]
-            done = subprocess.run([*command, "--fit", "pad"], cwd=ROOT, capture_output=True, text=True)
+            command = [
+                sys.executable,
+                "-m",
+                "ddpm_fast",
+                "eval",
+                "--json",
+                "--samples",
+                str(path),
+                "--data-dir",
+                str(self.data),
+            ]
+            done = subprocess.run(
+                [*command, "--fit", "pad"], cwd=ROOT, capture_output=True, text=True
+            )
             if done.returncode:
                 raise SystemExit(done.stderr.strip())
         report = json.loads(done.stdout)
-        return dict(**KID, kid=report["kid"], floor=report["kid_floor"], real_images=report["real_images"])
+        return dict(
+            **KID, kid=report["kid"], floor=report["kid_floor"], real_images=report["real_images"]
+        )
 
 
 # ---- single passes
@@ -174,7 +220,10 @@ def product(plan: Plan, launch: Launch, pixels: Tensor) -> Tensor:
     """Output of a convolution for fp32 pixels [N, C, H, W], which are first rounded to its operands' type."""
     read, wrote = launch.reads["x"], launch.out
     unit = next(getattr(before.op, "unit", 1.0) for before in plan if before.out is read)
-    x, out = (FeatureMap.empty(b.images, b.height, b.width, b.channels, b.dtype, "cpu", b.bordered) for b in (read, wrote))
+    x, out = (
+        FeatureMap.empty(b.images, b.height, b.width, b.channels, b.dtype, "cpu", b.bordered)
+        for b in (read, wrote)
+    )
     x.write(pixels / unit)
     op: Any = launch.op
     replace(op, bias=None).fallback(x=x, out=out, compute=plan.compute)
@@ -190,28 +239,50 @@ def read(out: Path) -> dict[str, Any]:
 
 def markdown(rows: dict[str, Any]) -> str:
     """The table of docs/precision.md; a part that is missing leaves its cells empty."""
-    head = ("type", "largest error of a layer", "median", "forward: median of steps", "at t = 0", "CIFAR-10")
+    head = (
+        "type",
+        "largest error of a layer",
+        "median",
+        "forward: median of steps",
+        "at t = 0",
+        "CIFAR-10",
+    )
     lines: list[tuple[str, ...]] = [(*head, "PSNR: mean, dB", "least, dB", "KID"), ("---",) * 9]
     for name, row in ((name, rows[name]) for name in ROWS if name in rows):
         layers, forward, cifar, ddpm, kid = (row.get(part) for part in PARTS)
         by_step = sorted(forward["by_step"][:-1]) if forward else []
         worst = f" ({layers['worst']})" if layers and layers["largest"] else ""
-        cells = [f"{layers['largest']:.2g}{worst}", f"{layers['median']:.2g}"] if layers else ["", ""]
-        cells += [f"{by_step[len(by_step) // 2]:.2g}", f"{forward['by_step'][-1]:.2g}"] if forward else ["", ""]
+        cells = (
+            [f"{layers['largest']:.2g}{worst}", f"{layers['median']:.2g}"] if layers else ["", ""]
+        )
+        cells += (
+            [f"{by_step[len(by_step) // 2]:.2g}", f"{forward['by_step'][-1]:.2g}"]
+            if forward
+            else ["", ""]
+        )
         cells += [f"{cifar['error']:.2g}" if cifar else ""]
-        cells += [f"{ddpm['mean']:.1f}", f"{ddpm['least']:.1f}"] if ddpm and "mean" in ddpm else ["", ""]
+        cells += (
+            [f"{ddpm['mean']:.1f}", f"{ddpm['least']:.1f}"] if ddpm and "mean" in ddpm else ["", ""]
+        )
         cells += [f"{kid['kid'][0]:.3f} +- {kid['kid'][1]:.3f}" if kid else ""]
         lines.append((name, *cells))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--weights", type=Path, default=ROOT / "weights" / "fashion-mnist-32")
     parser.add_argument(
-        "--data-dir", type=Path, default=Path("/usr/share/datasets/fashion-mnist"), help="Fashion-MNIST's IDX files"
+        "--data-dir",
+        type=Path,
+        default=Path("/usr/share/datasets/fashion-mnist"),
+        help="Fashion-MNIST's IDX files",
     )
-    parser.add_argument("--out", type=Path, default=OUT / "precision.json", help="JSON file (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=OUT / "precision.json", help="JSON file (default: %(default)s)"
+    )
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     args = parser.parse_args()
@@ -221,11 +292,17 @@ def main() -> None:
         for row in args.rows:
             if part not in read(args.out)["rows"].get(row, {}):
                 start = time.perf_counter()
-                figures = getattr(study, part)(row) | dict(seconds=round(time.perf_counter() - start, 1))
+                figures = getattr(study, part)(row) | dict(
+                    seconds=round(time.perf_counter() - start, 1)
+                )
                 result = read(args.out)  # again: another process may have written in the meantime
                 result["rows"].setdefault(row, {})[part] = figures
                 write(args.out, result)
-            shown = {k: v for k, v in read(args.out)["rows"][row][part].items() if not isinstance(v, dict | list) or k == "kid"}
+            shown = {
+                k: v
+                for k, v in read(args.out)["rows"][row][part].items()
+                if not isinstance(v, dict | list) or k == "kid"
+            }
             print(row, part, shown, flush=True)
     print(markdown(read(args.out)["rows"]))
 

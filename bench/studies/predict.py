@@ -17,7 +17,9 @@ from ddpm_fast.kernels import ddpm_step, noise, noise_mse, q_sample
 from ddpm_fast.utils.triton_tools import Compiled, RecordedLaunch, compile_launch, record_launches
 
 COPY_RATE = 3.02e12  # bytes read + written per second, measured on one H100 SXM
-ISSUE_RATE = 132 * 4 * 32 * 1.7e9  # lanes x instructions per second: processors x schedulers x lanes x clock
+ISSUE_RATE = (
+    132 * 4 * 32 * 1.7e9
+)  # lanes x instructions per second: processors x schedulers x lanes x clock
 
 
 class Operation(Enum):
@@ -56,7 +58,10 @@ class Case:
         operation = self.operation.value + ", history" * self.history + ", v" * self.reads_x_0
         layout = "channels-last" if self.channels_last else "channels-first"
         shape = "x".join(map(str, self.shape))
-        return " ".join([operation, str(self.dtype).removeprefix("torch."), shape, layout] + ["learned"] * self.learned)
+        return " ".join(
+            [operation, str(self.dtype).removeprefix("torch."), shape, layout]
+            + ["learned"] * self.learned
+        )
 
     @property
     def bytes_per_element(self) -> int:
@@ -131,19 +136,35 @@ def launch_of(case: Case) -> RecordedLaunch:
         index, step_index = torch.empty(b, dtype=torch.int64), torch.empty(b, dtype=torch.int32)
         match case.operation:
             case Operation.NOISE | Operation.WORDS:
-                out, normal = torch.empty(b, c * h * w, dtype=case.dtype), case.operation is Operation.NOISE
+                out, normal = (
+                    torch.empty(b, c * h * w, dtype=case.dtype),
+                    case.operation is Operation.NOISE,
+                )
                 noise._fill(out, index, index, step_index, noise.X_T, normal=normal)
             case Operation.Q_SAMPLE:
-                q_sample._launch(images(c, case.dtype), torch.empty(1000, 2), index, step_index, index, index)
+                q_sample._launch(
+                    images(c, case.dtype), torch.empty(1000, 2), index, step_index, index, index
+                )
             case Operation.NOISE_MSE | Operation.NOISE_MSE_GRADIENT:
                 x_0 = images(c, torch.float32) if case.reads_x_0 else None
-                arguments = images(c, case.dtype), x_0, torch.empty(1000, 2), index, step_index, index, index
+                arguments = (
+                    images(c, case.dtype),
+                    x_0,
+                    torch.empty(1000, 2),
+                    index,
+                    step_index,
+                    index,
+                    index,
+                )
                 if case.operation is Operation.NOISE_MSE:
                     noise_mse._launch_loss(*arguments)
                 else:
                     noise_mse._launch_gradient(torch.empty(b), *arguments)
             case Operation.DDPM_STEP:
-                x_t, out = images(c, torch.float32), images(2 * c if case.learned else c, case.dtype)
+                x_t, out = (
+                    images(c, torch.float32),
+                    images(2 * c if case.learned else c, case.dtype),
+                )
                 table = torch.empty(1000, len(ddpm_step.COLUMNS))
                 old = images(c, torch.float32) if case.history else None
                 ddpm_step._launch(x_t, out, table, step_index, index, index, case.learned, old)
@@ -155,7 +176,9 @@ def predict(case: Case, sm: int) -> Prediction:
     launch = launch_of(case)
     compiled = compile_launch(launch, sm)
     per_thread = 4 * launch.args["BLOCK"] / (32 * launch.options["num_warps"])
-    return Prediction(case.name, sm, compiled, len(compiled.sass) / per_thread, case.bytes_per_element)
+    return Prediction(
+        case.name, sm, compiled, len(compiled.sass) / per_thread, case.bytes_per_element
+    )
 
 
 def main() -> None:
@@ -166,7 +189,9 @@ def main() -> None:
             p = predict(case, sm)
             shares = "{:.0%} to {:.0%}".format(*p.shares) if sm == 90 else ""
             c = p.compiled
-            print(f"{p.name:58} {sm:3} {c.registers:4} {c.spills:6} {c.shared:6} {p.instructions:8.1f} {p.bytes:8}  {shares}")
+            print(
+                f"{p.name:58} {sm:3} {c.registers:4} {c.spills:6} {c.shared:6} {p.instructions:8.1f} {p.bytes:8}  {shares}"
+            )
 
 
 if __name__ == "__main__":

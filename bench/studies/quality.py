@@ -42,10 +42,33 @@ ROWS: list[tuple[str, int, int, tuple[str, ...]]] = [
 ]
 
 
-def run(weights: Path, data: Path, solver: str, steps: int, images: int, options: tuple[str, ...]) -> dict[str, Any]:
+def run(
+    weights: Path, data: Path, solver: str, steps: int, images: int, options: tuple[str, ...]
+) -> dict[str, Any]:
     """One row, by a child process."""
-    command = [sys.executable, "-m", "ddpm_fast", "eval", "--json", "--quiet", "--weights", str(weights), "--fit", "pad"]
-    command += ["--data-dir", str(data), "--solver", solver, "--steps", str(steps), "--images", str(images), *options]
+    command = [
+        sys.executable,
+        "-m",
+        "ddpm_fast",
+        "eval",
+        "--json",
+        "--quiet",
+        "--weights",
+        str(weights),
+        "--fit",
+        "pad",
+    ]
+    command += [
+        "--data-dir",
+        str(data),
+        "--solver",
+        solver,
+        "--steps",
+        str(steps),
+        "--images",
+        str(images),
+        *options,
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{' '.join(command[1:])}: {done.stderr.strip()}")
@@ -68,7 +91,11 @@ def draw(rows: list[dict[str, Any]], out: Path) -> None:
     }
     plot, axes = figure()
     for name, (solver, options, colour, style) in lines.items():
-        points = sorted((r["steps"], *r["kid"]) for r in rows if (r["solver"], r["options"]) == (solver, options))
+        points = sorted(
+            (r["steps"], *r["kid"])
+            for r in rows
+            if (r["solver"], r["options"]) == (solver, options)
+        )
         if points:
             steps, kid, deviation = zip(*points, strict=True)
             axes.errorbar(steps, kid, deviation, fmt=style, color=colour, capsize=3, label=name)
@@ -82,20 +109,35 @@ def draw(rows: list[dict[str, Any]], out: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--weights", type=Path, default=ROOT / "weights" / "fashion-mnist-32")
     parser.add_argument("--data-dir", type=Path, required=True, help="Fashion-MNIST's IDX files")
-    parser.add_argument("--out", type=Path, default=OUT / "quality.json", help="JSON file (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=OUT / "quality.json", help="JSON file (default: %(default)s)"
+    )
     parser.add_argument("--plot", type=Path, help="figure, .png")
     args = parser.parse_args()
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    result: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else dict(environment=environment(), rows=[])
+    result: dict[str, Any] = (
+        json.loads(args.out.read_text())
+        if args.out.exists()
+        else dict(environment=environment(), rows=[])
+    )
     for row in ROWS:
         solver, steps, _, options = row
-        if not any((r["solver"], r["steps"], r["options"]) == (solver, steps, " ".join(options)) for r in result["rows"]):
+        if not any(
+            (r["solver"], r["steps"], r["options"]) == (solver, steps, " ".join(options))
+            for r in result["rows"]
+        ):
             result["rows"].append(run(args.weights, args.data_dir, *row))
             write(args.out, result)
-        r = next(r for r in result["rows"] if (r["solver"], r["steps"], r["options"]) == (solver, steps, " ".join(options)))
+        r = next(
+            r
+            for r in result["rows"]
+            if (r["solver"], r["steps"], r["options"]) == (solver, steps, " ".join(options))
+        )
         print(
             f"{solver:12} {steps:5} steps {r['options']:32} {r['images']:5} images  KID {r['kid'][0]:7.4f} +- {r['kid'][1]:.4f}  "
             f"floor {r['kid_floor'][0]:7.4f} +- {r['kid_floor'][1]:.4f}",

@@ -55,7 +55,9 @@ def _loop(config: UNetConfig, steps: int) -> dict[str, Any]:
 
 def _sampler(config: UNetConfig, size: int) -> Sampler:
     torch.manual_seed(0)
-    return Sampler(UNet(config).eval(), NoiseSchedule.linear(), (config.in_channels, size, size), engine="cpu")
+    return Sampler(
+        UNet(config).eval(), NoiseSchedule.linear(), (config.in_channels, size, size), engine="cpu"
+    )
 
 
 def _timed(call: Callable[[], object], sampler: Sampler, steps: int) -> dict[str, Any]:
@@ -67,8 +69,12 @@ def _timed(call: Callable[[], object], sampler: Sampler, steps: int) -> dict[str
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=OUT / "scaling.json", help="JSON file (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", type=Path, default=OUT / "scaling.json", help="JSON file (default: %(default)s)"
+    )
     args = parser.parse_args()
     args.out.parent.mkdir(parents=True, exist_ok=True)
     write(args.out, measured())

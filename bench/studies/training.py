@@ -67,13 +67,22 @@ def autocast_to(precision: str, device: torch.device) -> Any:
 def images() -> ImageData:
     """Noise in the shape of Fashion-MNIST: the time does not depend on the images."""
     generator = np.random.default_rng(0)
-    return ImageData(generator.integers(0, 256, (4096, 32, 32, 1), dtype=np.uint8), generator.integers(0, 10, 4096))
+    return ImageData(
+        generator.integers(0, 256, (4096, 32, 32, 1), dtype=np.uint8),
+        generator.integers(0, 10, 4096),
+    )
 
 
 def ddpm_fast(
-    channels: tuple[int, ...], batch: int, precision: str, device: torch.device, compile: bool = False
+    channels: tuple[int, ...],
+    batch: int,
+    precision: str,
+    device: torch.device,
+    compile: bool = False,
 ) -> tuple[Step, Loss]:
-    config = TrainConfig(batch, learning_rate=RATE, ema_decays=(DECAY,), mixed_precision=precision, compile=compile)
+    config = TrainConfig(
+        batch, learning_rate=RATE, ema_decays=(DECAY,), mixed_precision=precision, compile=compile
+    )
     trainer = Trainer(network(channels), NoiseSchedule.linear(), images(), config, device)
 
     def loss_of(x_t: Tensor, t: Tensor, labels: Tensor, eps: Tensor) -> Tensor:
@@ -83,13 +92,17 @@ def ddpm_fast(
     return trainer.step, loss_of
 
 
-def pytorch_norm(channels: tuple[int, ...], batch: int, precision: str, device: torch.device) -> tuple[Step, Loss]:
+def pytorch_norm(
+    channels: tuple[int, ...], batch: int, precision: str, device: torch.device
+) -> tuple[Step, Loss]:
     """`Trainer` with PyTorch's GroupNorm instead of the CPU engine's."""
     cpu_ops.native = None  # type: ignore[assignment]  # in this worker process alone
     return ddpm_fast(channels, batch, precision, device)
 
 
-def plain(channels: tuple[int, ...], batch: int, precision: str, device: torch.device) -> tuple[Step, Loss]:
+def plain(
+    channels: tuple[int, ...], batch: int, precision: str, device: torch.device
+) -> tuple[Step, Loss]:
     unet = network(channels).to(device)
     average = [p.detach().clone() for p in unet.parameters()]
     bar = torch.from_numpy(NoiseSchedule.linear().alpha_bar.copy()).float().to(device)
@@ -103,10 +116,14 @@ def plain(channels: tuple[int, ...], batch: int, precision: str, device: torch.d
             for mean, p in zip(average, unet.parameters(), strict=True):
                 mean.lerp_(p, 1 - DECAY)
 
-    return _plain_loop(unet, lambda x, t, labels: unet(x, t, labels), noised, update, batch, precision, device)
+    return _plain_loop(
+        unet, lambda x, t, labels: unet(x, t, labels), noised, update, batch, precision, device
+    )
 
 
-def diffusers(channels: tuple[int, ...], batch: int, precision: str, device: torch.device) -> tuple[Step, Loss]:
+def diffusers(
+    channels: tuple[int, ...], batch: int, precision: str, device: torch.device
+) -> tuple[Step, Loss]:
     from diffusers import DDPMScheduler, UNet2DModel
     from diffusers.training_utils import EMAModel
 
@@ -117,18 +134,36 @@ def diffusers(channels: tuple[int, ...], batch: int, precision: str, device: tor
     scheduler: Any = DDPMScheduler()
     average = EMAModel(unet.parameters(), decay=DECAY)
     call = lambda x, t, labels: unet(x, t, class_labels=labels).sample
-    return _plain_loop(unet, call, scheduler.add_noise, lambda: average.step(unet.parameters()), batch, precision, device)
+    return _plain_loop(
+        unet,
+        call,
+        scheduler.add_noise,
+        lambda: average.step(unet.parameters()),
+        batch,
+        precision,
+        device,
+    )
 
 
 def _plain_loop(
-    unet: Any, call: Any, noised: Any, update: Step, batch: int, precision: str, device: torch.device
+    unet: Any,
+    call: Any,
+    noised: Any,
+    update: Step,
+    batch: int,
+    precision: str,
+    device: torch.device,
 ) -> tuple[Step, Loss]:
     """The training step of diffusers' train_unconditional.py."""
     data = images()
     x_all = torch.from_numpy(data.images).permute(0, 3, 1, 2) / 127.5 - 1
     y_all = torch.from_numpy(np.asarray(data.labels))
-    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x_all, y_all), batch, shuffle=True, drop_last=True)
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=RATE, betas=(0.95, 0.999), weight_decay=1e-6)
+    loader = torch.utils.data.DataLoader(
+        torch.utils.data.TensorDataset(x_all, y_all), batch, shuffle=True, drop_last=True
+    )
+    optimizer = torch.optim.AdamW(
+        unet.parameters(), lr=RATE, betas=(0.95, 0.999), weight_decay=1e-6
+    )
 
     def batches() -> Any:
         while True:
@@ -198,20 +233,29 @@ def _seconds(step: Step, count: int, device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def compare(names: list[str], channels: list[int], batch: int, precision: str, rounds: int, steps: int) -> dict[str, Any]:
+def compare(
+    names: list[str], channels: list[int], batch: int, precision: str, rounds: int, steps: int
+) -> dict[str, Any]:
     """Images per second of every engine, and the speedup of the first: median over rounds, with their range."""
     times: dict[str, list[float]] = {name: [] for name in names}
     with ExitStack() as stack:
         workers = {
             name: stack.enter_context(
-                JsonWorker("bench.studies.training", ["--worker", json.dumps([name, channels, batch, precision])])
+                JsonWorker(
+                    "bench.studies.training",
+                    ["--worker", json.dumps([name, channels, batch, precision])],
+                )
             )
             for name in names
         }
         hello = {name: process.receive() for name, process in workers.items()}
         losses = {name: message["loss"] for name, message in hello.items()}
-        if max(losses.values()) - min(losses.values()) > LOSS_TOLERANCES[precision] * max(losses.values()):
-            raise RuntimeError(f"the losses of the engines on one input differ, so nothing is timed: {losses}")
+        if max(losses.values()) - min(losses.values()) > LOSS_TOLERANCES[precision] * max(
+            losses.values()
+        ):
+            raise RuntimeError(
+                f"the losses of the engines on one input differ, so nothing is timed: {losses}"
+            )
         for process in workers.values():
             process.request(dict(steps=2))
         for _ in range(rounds):
@@ -231,28 +275,48 @@ def compare(names: list[str], channels: list[int], batch: int, precision: str, r
                 loss=losses[name],
             )
         )
-    settings = dict(channels=",".join(map(str, channels)), batch_size=batch, precision=precision, rounds=rounds, steps=steps)
+    settings = dict(
+        channels=",".join(map(str, channels)),
+        batch_size=batch,
+        precision=precision,
+        rounds=rounds,
+        steps=steps,
+    )
     return dict(**settings, rows=rows)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--channels", type=lambda text: [int(c) for c in text.split(",")], default=[32, 64, 96])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--channels", type=lambda text: [int(c) for c in text.split(",")], default=[32, 64, 96]
+    )
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--precision", default="no", choices=["no", "bf16"], help="mixed precision")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=8, help="per round")
     parser.add_argument("--compile", action="store_true", help="compare `compiled` too")
-    parser.add_argument("--norms", action="store_true", help="compare GroupNorm of the CPU engine and of PyTorch only")
+    parser.add_argument(
+        "--norms",
+        action="store_true",
+        help="compare GroupNorm of the CPU engine and of PyTorch only",
+    )
     parser.add_argument("--out", type=Path, help="JSON file")
     parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         return worker(*args.worker)
-    default = [name for name in ENGINES if name != "PyTorch's norm" and (args.compile or name != "compiled")]
+    default = [
+        name
+        for name in ENGINES
+        if name != "PyTorch's norm" and (args.compile or name != "compiled")
+    ]
     names = list(NORMS) if args.norms else default
     result = compare(names, args.channels, args.batch_size, args.precision, args.rounds, args.steps)
-    print(f"channels {result['channels']}, batch {args.batch_size}, {args.precision}; {args.rounds} rounds of {args.steps} steps")
+    print(
+        f"channels {result['channels']}, batch {args.batch_size}, {args.precision}; {args.rounds} rounds of {args.steps} steps"
+    )
     for row in result["rows"]:
         low, high = row["speedup_range"]
         print(

@@ -27,18 +27,33 @@ from bench.workloads import NETWORKS
 from ddpm_fast import UNet
 from ddpm_fast.engines.fused.unet import FusedUNet
 from ddpm_fast.kernels._gemm import Target
-from ddpm_fast.utils.triton_tools import Compiled, RecordedLaunch, compile_launch, launch_key, record_launches
+from ddpm_fast.utils.triton_tools import (
+    Compiled,
+    RecordedLaunch,
+    compile_launch,
+    launch_key,
+    record_launches,
+)
 
 PROCESSORS = {80: 108, 89: 128, 90: 132, 100: 148, 120: 170}
 SHARED = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB that a program may take
 HOT = ("_conv3x3_kernel", "_conv_upsample_kernel")
-PRODUCTS = (*HOT, "_conv_downsample_kernel", "_conv1x1_kernel", "_conv_in_kernel", "_attention_kernel", "_time_embedding_kernel")
+PRODUCTS = (
+    *HOT,
+    "_conv_downsample_kernel",
+    "_conv1x1_kernel",
+    "_conv_in_kernel",
+    "_attention_kernel",
+    "_time_embedding_kernel",
+)
 UNITS = {80: "mma.sync", 89: "mma.sync", 120: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 # Local-memory instructions that a norm may have where its block fills a thread's 128 registers, on an architecture other than
 # sm_90: beside two thousand that wait for memory; releases differ by one or two. In products none.
 SPILLS_OF_NORMS = 8
 # name -> (dtype, accumulation) of `FusedUNet`
-PRECISIONS = {name: (name, "bounded") for name in ("fp32", "fp16", "bf16", "fp8")} | {"fp8-unbounded": ("fp8", "unbounded")}
+PRECISIONS = {name: (name, "bounded") for name in ("fp32", "fp16", "bf16", "fp8")} | {
+    "fp8-unbounded": ("fp8", "unbounded")
+}
 FP32 = (["fashion_mnist"], [1], ["fp32"])
 
 
@@ -59,7 +74,9 @@ class Case:
         return self.launch.args.get("PRECISION") == "ieee"
 
 
-def launches_of(net: str, batch: int, dtype: str, sm: int, overlap: bool = False) -> Iterator[tuple[str, RecordedLaunch]]:
+def launches_of(
+    net: str, batch: int, dtype: str, sm: int, overlap: bool = False
+) -> Iterator[tuple[str, RecordedLaunch]]:
     """(name, launch) for every kernel that a forward pass starts."""
     with torch.device("meta"):
         unet = UNet(NETWORKS[net])
@@ -74,7 +91,13 @@ def launches_of(net: str, batch: int, dtype: str, sm: int, overlap: bool = False
             yield f"{net} {planned.name}", launch
 
 
-def distinct(nets: Iterable[str], batches: Iterable[int], dtypes: Iterable[str], sm: int, overlap: bool = False) -> list[Case]:
+def distinct(
+    nets: Iterable[str],
+    batches: Iterable[int],
+    dtypes: Iterable[str],
+    sm: int,
+    overlap: bool = False,
+) -> list[Case]:
     cases: dict[tuple[Any, ...], Case] = {}
     for net in nets:
         for dtype in dtypes:
@@ -89,7 +112,9 @@ def distinct(nets: Iterable[str], batches: Iterable[int], dtypes: Iterable[str],
 def with_fp32(cases: list[Case]) -> list[Case]:
     """The cases, and the products of one fp32 plan for sm_90 that are not among them."""
     known = {launch_key(case.launch) for case in cases}
-    return cases + [c for c in distinct(*FP32, 90) if c.kernel in PRODUCTS and launch_key(c.launch) not in known]
+    return cases + [
+        c for c in distinct(*FP32, 90) if c.kernel in PRODUCTS and launch_key(c.launch) not in known
+    ]
 
 
 def faults(case: Case, c: Compiled) -> list[str]:
@@ -103,7 +128,11 @@ def faults(case: Case, c: Compiled) -> list[str]:
         wrong.append(f"{c.shared} bytes of shared memory, {SHARED[case.sm]} KiB are there")
     if case.launch.options.get("launch_pdl") and not waits_first(c.ptx):
         wrong.append("does not wait for the launch before it")
-    return wrong + narrow_accesses(case, c) + (faults_of_product(case, c) if case.kernel in PRODUCTS else [])
+    return (
+        wrong
+        + narrow_accesses(case, c)
+        + (faults_of_product(case, c) if case.kernel in PRODUCTS else [])
+    )
 
 
 def narrow_accesses(case: Case, c: Compiled) -> list[str]:
@@ -113,7 +142,11 @@ def narrow_accesses(case: Case, c: Compiled) -> list[str]:
         return []
     wrong = [line.split()[0] for line in c.sass if re.match(r"(LDG|STG)\S*\.[US](8|16)\b", line)]
     reads_map = case.kernel != "_conv_in_kernel"  # but pixels of one to four channels
-    if reads_map and not c.count("UTMALDG") and not any(re.match(r"LDG\S*\.(128|256)", line) for line in c.sass):
+    if (
+        reads_map
+        and not c.count("UTMALDG")
+        and not any(re.match(r"LDG\S*\.(128|256)", line) for line in c.sass)
+    ):
         wrong.append("no loads of 16 bytes")
     widths = "64|128|256" if getattr(a.get("OUT"), "primitive_bitwidth", 16) == 8 else "128|256"
     writes_map = case.kernel not in ("_statistics_kernel", "_combine_kernel") and not a.get("DENSE")
@@ -156,7 +189,9 @@ def _compile(index: int) -> tuple[int, Compiled | str, float]:
     return index, result, time.perf_counter() - start
 
 
-def compile_all(cases: list[Case], processes: int = 2) -> Iterator[tuple[Case, Compiled | str, float]]:
+def compile_all(
+    cases: list[Case], processes: int = 2
+) -> Iterator[tuple[Case, Compiled | str, float]]:
     """Yields (case, compiled code or the reason of a failure, seconds)."""
     _CASES[:] = cases
     with multiprocessing.get_context("fork").Pool(processes) as pool:
@@ -183,7 +218,9 @@ def row_of(case: Case, c: Compiled | None, seconds: float) -> dict[str, Any]:
     channels = f"{a['C']}" if isinstance(a.get("C"), int) else ""
     if isinstance(a.get("K"), int):
         channels += (f"+{a['C2']}" if a.get("C2") else "") + f" -> {a['K']}"
-    flags = ", ".join(k.lower() for k in ("RESIDUAL", "SCALED", "DENSE", "STATS", "TWO", "FOLDED") if a.get(k))
+    flags = ", ".join(
+        k.lower() for k in ("RESIDUAL", "SCALED", "DENSE", "STATS", "TWO", "FOLDED") if a.get(k)
+    )
     flags += ", unbounded" if a.get("SCALED") and a["IMPRECISE"] is None else ""
     return dict(
         sm=case.sm,
@@ -215,7 +252,18 @@ COLUMNS = dict(
     step="instructions a K step",
 )
 WIDTHS = dict(
-    sm=3, kernel=13, first=54, channels=14, tile=21, flags=16, warps=2, registers=3, shared=3, spills=2, step=3, seconds=5
+    sm=3,
+    kernel=13,
+    first=54,
+    channels=14,
+    tile=21,
+    flags=16,
+    warps=2,
+    registers=3,
+    shared=3,
+    spills=2,
+    step=3,
+    seconds=5,
 )
 
 
@@ -231,20 +279,36 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--net", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 16, 256])
     parser.add_argument("--dtype", nargs="+", choices=list(PRECISIONS), default=["bf16", "fp8"])
-    parser.add_argument("--sm", nargs="+", type=int, choices=list(PROCESSORS), default=[80, 90, 100])
-    parser.add_argument("--overlap", action="store_true", help="launches that overlap with the end of those before them")
+    parser.add_argument(
+        "--sm", nargs="+", type=int, choices=list(PROCESSORS), default=[80, 90, 100]
+    )
+    parser.add_argument(
+        "--overlap",
+        action="store_true",
+        help="launches that overlap with the end of those before them",
+    )
     parser.add_argument("--markdown", type=Path, help="Markdown file for the table")
     args = parser.parse_args()
     import triton
 
     rows, failed = [], 0
     for sm in args.sm:
-        cases, start, serial = distinct(args.net, args.batch, args.dtype, sm, args.overlap), time.perf_counter(), 0.0
-        cases = with_fp32(cases) if sm == 90 and set(FP32[0]) <= set(args.net) and not args.overlap else cases
+        cases, start, serial = (
+            distinct(args.net, args.batch, args.dtype, sm, args.overlap),
+            time.perf_counter(),
+            0.0,
+        )
+        cases = (
+            with_fp32(cases)
+            if sm == 90 and set(FP32[0]) <= set(args.net) and not args.overlap
+            else cases
+        )
         for case, result, seconds in compile_all(cases):
             serial += seconds
             wrong = [result] if isinstance(result, str) else faults(case, result)

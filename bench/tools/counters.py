@@ -35,11 +35,18 @@ MEASURED_IN_ONES = ("launches", "compilations", "replays", "host calls", "new te
 
 def counters() -> Row:
     """name -> {counter: number}"""
-    plans = {f"{name}, batch {batch}, {dtype}": of_plan(name, batch, dtype) for name, batch, dtype in CASES}
+    plans = {
+        f"{name}, batch {batch}, {dtype}": of_plan(name, batch, dtype)
+        for name, batch, dtype in CASES
+    }
     return plans | {f"a step, {engine}": of_step(engine) for engine in ("fused", "reference")}
 
 
-CASES = [(name, 16 if name == "celebahq256" else 256, dtype) for name in NETWORKS for dtype in ("bf16", "fp8")]
+CASES = [
+    (name, 16 if name == "celebahq256" else 256, dtype)
+    for name in NETWORKS
+    for dtype in ("bf16", "fp8")
+]
 CASES += [("cifar10", 1, "bf16")]
 
 
@@ -86,11 +93,15 @@ class _Calls(TorchDispatchMode):
         super().__init__()
         self.calls = self.made = 0
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         out = function(*args, **(kwargs or {}))
         self.calls += 1
         inputs = {a.untyped_storage().data_ptr() for a in args if isinstance(a, torch.Tensor)}
-        self.made += isinstance(out, torch.Tensor) and out.untyped_storage().data_ptr() not in inputs
+        self.made += (
+            isinstance(out, torch.Tensor) and out.untyped_storage().data_ptr() not in inputs
+        )
         return out
 
 
@@ -101,7 +112,9 @@ def of_step(engine: str, steps: int = 10) -> Row:
     shape = (TINY_UNET.in_channels, *(TINY_UNET.size or (8, 8)))
     sampler = Sampler(unet, NoiseSchedule.linear(), shape, engine=engine)
     if engine == "fused":
-        sampler.engine = FusedEngine(unet, shape, "fp32", sampler.device, len(sampler.schedule), graph=_Replayed)
+        sampler.engine = FusedEngine(
+            unet, shape, "fp32", sampler.device, len(sampler.schedule), graph=_Replayed
+        )
     table = sampler.table(steps=steps)
     state = sampler.begin(torch.arange(2), 0)
     with _Calls() as counted:
@@ -112,13 +125,19 @@ def of_step(engine: str, steps: int = 10) -> Row:
             pass
         calls, made = counted.calls - before[0], counted.made - before[1]
     each = steps - 1
-    return {"replays": _Replayed.replays / each, "host calls": calls / each, "new tensors": made / each}
+    return {
+        "replays": _Replayed.replays / each,
+        "host calls": calls / each,
+        "new tensors": made / each,
+    }
 
 
 def worse(current: Row, pinned: Row) -> list[str]:
     """A line per counter that grew, that is not pinned, or that is pinned but not counted."""
     lines = [f"{name}: not pinned" for name in current.keys() - pinned.keys()]
-    lines += [f"{name}: pinned, but not counted any more" for name in pinned.keys() - current.keys()]
+    lines += [
+        f"{name}: pinned, but not counted any more" for name in pinned.keys() - current.keys()
+    ]
     for name in current.keys() & pinned.keys():
         for counter, value in current[name].items():
             before = pinned[name].get(counter, 0)
@@ -129,7 +148,9 @@ def worse(current: Row, pinned: Row) -> list[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--update", action="store_true", help="pin the current values")
     args = parser.parse_args()
     current = counters()
@@ -139,7 +160,11 @@ def main() -> int:
         return 0
     lines = worse(current, json.loads(PINNED.read_text()))
     print(
-        "\n".join([*lines, "worse; if that is meant: python -m bench.tools.counters --update"] if lines else ["nothing got worse"])
+        "\n".join(
+            [*lines, "worse; if that is meant: python -m bench.tools.counters --update"]
+            if lines
+            else ["nothing got worse"]
+        )
     )
     return int(bool(lines))
 

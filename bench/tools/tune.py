@@ -50,10 +50,14 @@ def key_of(fused: FusedUNet, launch: Launch) -> str | None:
     channels = tiles.block_k if op.name == "conv_in" else x.channels
     if op.name == "conv1x1" and "x2" in launch.reads:
         channels = tiles.block_k
-    return tile_key(op.name, fused.target, op.weight.dtype, channels, launch.out.channels, x.height, x.width)
+    return tile_key(
+        op.name, fused.target, op.weight.dtype, channels, launch.out.channels, x.height, x.width
+    )
 
 
-def tune(fused: FusedUNet, plan: Plan, seconds: float) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
+def tune(
+    fused: FusedUNet, plan: Plan, seconds: float
+) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
     """(overrides, rows of what was measured); launch by launch, so that each finds what it reads in the arena."""
     best: dict[str, dict[str, Any]] = {}
     rows: list[dict[str, Any]] = []
@@ -65,12 +69,17 @@ def tune(fused: FusedUNet, plan: Plan, seconds: float) -> tuple[dict[str, dict[s
             changed, measured = tune_one(plan, launch, fused.device, seconds)
             rows += [dict(key=key, **row) for row in measured]
             best |= {str(key): changed} if changed else {}
-            print(f"{key}: {measured[0]['us']:.1f} us by the rule{f', {changed}' if changed else ''}", flush=True)
+            print(
+                f"{key}: {measured[0]['us']:.1f} us by the rule{f', {changed}' if changed else ''}",
+                flush=True,
+            )
         plan.run_one(launch)
     return best, rows
 
 
-def tune_one(plan: Plan, launch: Launch, device: torch.device, seconds: float) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def tune_one(
+    plan: Plan, launch: Launch, device: torch.device, seconds: float
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """(what to change, empty for nothing; what was measured, the rule's choice first)"""
     op: Any = launch.op
     rule = measure(partial(plan.run_one, launch), device, seconds, captured=True)
@@ -80,18 +89,28 @@ def tune_one(plan: Plan, launch: Launch, device: torch.device, seconds: float) -
         other = replace(launch, op=replace(op, tiles=replace(op.tiles, **changed)))
         try:
             check = check_launch(plan, other)
-            seconds_taken = measure(partial(plan.run_one, other), device, seconds, captured=True).median if check.passed else 0.0
+            seconds_taken = (
+                measure(partial(plan.run_one, other), device, seconds, captured=True).median
+                if check.passed
+                else 0.0
+            )
         except Exception as error:  # too much shared memory, or another error of the compiler
             rows.append(dict(changed=changed, failed=f"{type(error).__name__}: {str(error)[:200]}"))
             continue
-        rows.append(dict(changed=changed, us=1e6 * seconds_taken) if check.passed else dict(changed=changed, failed=check.reason))
+        rows.append(
+            dict(changed=changed, us=1e6 * seconds_taken)
+            if check.passed
+            else dict(changed=changed, failed=check.reason)
+        )
         if check.passed and seconds_taken < least:
             best, least = changed, seconds_taken
     return best, rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--net", choices=list(NETWORKS), default="cifar10")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--dtype", choices=["fp16", "bf16", "fp8"], default="bf16")

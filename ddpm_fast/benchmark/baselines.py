@@ -80,9 +80,13 @@ class Plain:
     """The reference UNet in a plain PyTorch loop: channels-last, no synchronization."""
 
     def __init__(self, workload: Workload, compiled: bool = False) -> None:
-        self.name = f"torch.compile {workload.dtype}" if compiled else f"plain PyTorch {workload.dtype}"
+        self.name = (
+            f"torch.compile {workload.dtype}" if compiled else f"plain PyTorch {workload.dtype}"
+        )
         self.workload, self.dtype = workload, workload.torch_dtype
-        unet = channels_last(UNet(workload.unet.config).eval().requires_grad_(False).to(workload.device, self.dtype))
+        unet = channels_last(
+            UNet(workload.unet.config).eval().requires_grad_(False).to(workload.device, self.dtype)
+        )
         unet.load_state_dict(workload.unet.state_dict())
         self.model: Callable[..., Tensor] = _compiled(unet, workload) if compiled else unet
 
@@ -93,12 +97,25 @@ class Plain:
     @torch.no_grad()
     def loop(self, count: int, steps: int) -> Tensor:
         s, c = self.workload, self.workload.checkpoint
-        table = EXACT.table(c.schedule, "ddpm", choose_timesteps(len(c.schedule), steps), c.prediction, "fixed_large", c.clip)
+        table = EXACT.table(
+            c.schedule,
+            "ddpm",
+            choose_timesteps(len(c.schedule), steps),
+            c.prediction,
+            "fixed_large",
+            c.clip,
+        )
         x, labels = s.x_T(count), s.labels(count)
         for at, row in zip(table.t, table.coef.tolist(), strict=True):
             x_0_x, x_0_out, clip, mean_x_0, mean_x, _, _, sigma, *_ = row
-            out = self.forward(x, torch.full((count,), int(at), device=s.device), labels)[:, : x.shape[1]]
-            x = mean_x_0 * (x_0_x * x + x_0_out * out).clamp(-clip, clip) + mean_x * x + sigma * torch.randn_like(x)
+            out = self.forward(x, torch.full((count,), int(at), device=s.device), labels)[
+                :, : x.shape[1]
+            ]
+            x = (
+                mean_x_0 * (x_0_x * x + x_0_out * out).clamp(-clip, clip)
+                + mean_x * x
+                + sigma * torch.randn_like(x)
+            )
         return x
 
 
@@ -107,7 +124,9 @@ def _compiled(model: nn.Module, workload: Workload) -> Callable[..., Tensor]:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(workload.folder / "inductor")
     import torch._inductor.config as inductor
 
-    torch._dynamo.config.recompile_limit = 1000  # one for each batch size; past the limit torch silently runs eagerly
+    torch._dynamo.config.recompile_limit = (
+        1000  # one for each batch size; past the limit torch silently runs eagerly
+    )
     on_gpu = workload.device.type == "cuda"
     inductor.freezing = not on_gpu  # weights as constants, packed for the CPU
     return torch.compile(model, mode="reduce-overhead" if on_gpu else None, dynamic=False)
@@ -121,7 +140,11 @@ class Diffusers:
             from diffusers import DDPMScheduler
         except ImportError:
             raise Unavailable("diffusers is not installed") from None
-        self.name, self.workload, self.dtype = f"diffusers {workload.dtype}", workload, workload.torch_dtype
+        self.name, self.workload, self.dtype = (
+            f"diffusers {workload.dtype}",
+            workload,
+            workload.torch_dtype,
+        )
         model: Any = DiffusersUNet(workload.unet)
         self.model: Any = model.to(workload.device, self.dtype)
         if self.dtype != torch.float32:
@@ -140,7 +163,9 @@ class Diffusers:
         self.scheduler.set_timesteps(steps, device=self.workload.device)
         x = self.workload.x_T(count, self.dtype)
         for t in self.scheduler.timesteps:
-            x = self.scheduler.step(self.output(x, t.expand(count).contiguous(), labels), t, x).prev_sample
+            x = self.scheduler.step(
+                self.output(x, t.expand(count).contiguous(), labels), t, x
+            ).prev_sample
         return x
 
     def output(self, x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
@@ -156,7 +181,9 @@ class DiffusersUNet(nn.Module):
         from diffusers import UNet2DModel
 
         if len(set(unet.config.levels_of("layers"))) > 1:
-            raise Unavailable(f"has one layers_per_block for all levels; this network has {unet.config.layers}")
+            raise Unavailable(
+                f"has one layers_per_block for all levels; this network has {unet.config.layers}"
+            )
         self.unet: Any = UNet2DModel.from_config(unet.config.to_diffusers())
         self.unet.load_state_dict(unet.state_dict())
         self.eval().requires_grad_(False)
@@ -215,7 +242,9 @@ class OnnxRuntime(Diffusers):
         path = self.workload.folder / f"batch-{batch}.onnx"
         if not path.exists():
             try:
-                torch.onnx.export(self.model, self.workload.inputs(batch), path, dynamo=True, verbose=False)
+                torch.onnx.export(
+                    self.model, self.workload.inputs(batch), path, dynamo=True, verbose=False
+                )
             except ImportError as error:
                 raise Unavailable(f"cannot be exported to: {error}") from None
         return path
@@ -227,9 +256,13 @@ class OnnxRuntime(Diffusers):
             raise Unavailable("onnxruntime is not installed") from None
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(
+            str(path), options, providers=["CPUExecutionProvider"]
+        )
         names = [i.name for i in session.get_inputs()]
-        return lambda *args: torch.from_numpy(session.run(None, dict(zip(names, args, strict=True)))[0])
+        return lambda *args: torch.from_numpy(
+            session.run(None, dict(zip(names, args, strict=True)))[0]
+        )
 
 
 class OpenVINO(OnnxRuntime):
@@ -242,7 +275,11 @@ class OpenVINO(OnnxRuntime):
             import openvino
         except ImportError:
             raise Unavailable("openvino is not installed") from None
-        hints = dict(INFERENCE_PRECISION_HINT="f32", PERFORMANCE_HINT="LATENCY", INFERENCE_NUM_THREADS=torch.get_num_threads())
+        hints = dict(
+            INFERENCE_PRECISION_HINT="f32",
+            PERFORMANCE_HINT="LATENCY",
+            INFERENCE_NUM_THREADS=torch.get_num_threads(),
+        )
         request = openvino.Core().compile_model(str(path), "CPU", hints).create_infer_request()
         return lambda *args: torch.from_numpy(np.array(request.infer(list(args))[0]))
 

@@ -35,11 +35,24 @@ def bars(axes: Any, result: Result) -> None:
         for row in case["rows"]:
             loop = row["loop"]
             color = (
-                BLUE if row["engine"] == cases[0]["rows"][0]["engine"] else OTHERS[(names.index(row["engine"]) - 1) % len(OTHERS)]
+                BLUE
+                if row["engine"] == cases[0]["rows"][0]["engine"]
+                else OTHERS[(names.index(row["engine"]) - 1) % len(OTHERS)]
             )
             error = [[loop["ms"] - loop["low"]], [loop["high"] - loop["ms"]]]
-            axes.barh(at, loop["ms"], xerr=error, color=color, height=0.8, error_kw=dict(elinewidth=0.8, capsize=2))
-            speedup = "" if loop["speedup_range"] == [1, 1] else f", ddpm_fast {loop['speedup']:.2f} times as fast"
+            axes.barh(
+                at,
+                loop["ms"],
+                xerr=error,
+                color=color,
+                height=0.8,
+                error_kw=dict(elinewidth=0.8, capsize=2),
+            )
+            speedup = (
+                ""
+                if loop["speedup_range"] == [1, 1]
+                else f", ddpm_fast {loop['speedup']:.2f} times as fast"
+            )
             text = f" {loop['ms']:.3g} ms{speedup}"
             axes.text(max(loop["ms"], loop["high"]), at, text, va="center", fontsize=8)
             ticks.append((at, row["name"]))
@@ -51,7 +64,11 @@ def bars(axes: Any, result: Result) -> None:
     axes.invert_yaxis()
     axes.set_xlabel("sampling loop: ms per image per step")
     what = "; ".join(f"batch {c['batch']}" for c in cases)
-    axes.set_title(f"{result['network']['name']}, {what}, {cases[0]['dtype']} on {_device(cases[0])}", loc="left", fontsize=9)
+    axes.set_title(
+        f"{result['network']['name']}, {what}, {cases[0]['dtype']} on {_device(cases[0])}",
+        loc="left",
+        fontsize=9,
+    )
 
 
 def throughput(axes: Any, result: Result) -> None:
@@ -66,24 +83,38 @@ def throughput(axes: Any, result: Result) -> None:
         x, y = [batch for batch, _ in line], [1e3 / loop["ms"] for _, loop in line]
         below = [1e3 / loop["ms"] - 1e3 / loop["high"] for _, loop in line]
         above = [1e3 / loop["low"] - 1e3 / loop["ms"] for _, loop in line]
-        style: dict[str, Any] = dict(color=OTHERS[i % len(OTHERS)], marker=MARKERS[i % len(MARKERS)], linewidth=1)
+        style: dict[str, Any] = dict(
+            color=OTHERS[i % len(OTHERS)], marker=MARKERS[i % len(MARKERS)], linewidth=1
+        )
         if name in highlighted:
             dashes = ("-", "--", ":")[highlighted.index(name) % 3]
             style = dict(color=BLUE, marker="o", linewidth=2, linestyle=dashes)
         axes.errorbar(x, y, yerr=[below, above], capsize=2, label=name, **style)
     every = sorted({case["batch"] for case in result["cases"]})
-    axes.set(xscale="log", xlabel="batch size", ylabel="images x steps per second, sampling loops", ylim=(0, None))
+    axes.set(
+        xscale="log",
+        xlabel="batch size",
+        ylabel="images x steps per second, sampling loops",
+        ylim=(0, None),
+    )
     axes.set_xticks(every, [str(b) for b in every])
     axes.minorticks_off()
     axes.legend(frameon=False, fontsize=8)
-    axes.set_title(f"{result['network']['name']} on {_device(result['cases'][0])}", loc="left", fontsize=9)
+    axes.set_title(
+        f"{result['network']['name']} on {_device(result['cases'][0])}", loc="left", fontsize=9
+    )
 
 
 def _device(case: dict[str, Any]) -> str:
     return case["device_name"] + (f", {case['threads']} threads" if case["device"] == "cpu" else "")
 
 
-def roofline(axes: Any, points: Iterable[dict[str, Any]], ceilings: Iterable[dict[str, Any]], predicted: bool = False) -> None:
+def roofline(
+    axes: Any,
+    points: Iterable[dict[str, Any]],
+    ceilings: Iterable[dict[str, Any]],
+    predicted: bool = False,
+) -> None:
     """FLOP per second over FLOP per byte (Williams et al. 2009): a point per kernel, as large as its share of the time."""
     every = list(points)
     whole = sum(p["seconds"] * p["times"] for p in every)
@@ -116,16 +147,40 @@ def roofline(axes: Any, points: Iterable[dict[str, Any]], ceilings: Iterable[dic
             axes.annotate(text, (least, c["per_s"]), (2, 3), textcoords="offset points", fontsize=8)
         else:
             end = min(most, 1.3 * peak / c["per_s"])
-            axes.plot([least, end], [least * c["per_s"], end * c["per_s"]], color="black", linewidth=1, linestyle="--")
+            axes.plot(
+                [least, end],
+                [least * c["per_s"], end * c["per_s"]],
+                color="black",
+                linewidth=1,
+                linestyle="--",
+            )
             text = f"{c['what']}: {_si(c['per_s'])}B/s"
-            axes.annotate(text, (least, least * c["per_s"]), (8, 0), textcoords="offset points", fontsize=8, va="top")
+            axes.annotate(
+                text,
+                (least, least * c["per_s"]),
+                (8, 0),
+                textcoords="offset points",
+                fontsize=8,
+                va="top",
+            )
     rest = sum(p["seconds"] * p["times"] for p in every if not p["flops"]) / whole
     if rest > 0.005:
         names = ", ".join(dict.fromkeys(p["what"] for p in every if not p["flops"]))
         axes.plot([], [], " ", label=f"no FLOP counted, {rest:.0%}: {names}")
-    axes.set(xscale="log", yscale="log", xlabel="FLOP per byte, each operand counted once", ylabel="FLOP per second")
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="FLOP per byte, each operand counted once",
+        ylabel="FLOP per second",
+    )
     axes.legend(frameon=False, fontsize=8, loc="lower right")
-    where = "predicted" if predicted else "one image on one core" if points[0]["images"] == 1 else f"batch {points[0]['images']}"
+    where = (
+        "predicted"
+        if predicted
+        else "one image on one core"
+        if points[0]["images"] == 1
+        else f"batch {points[0]['images']}"
+    )
     axes.set_title(f"every kernel of a forward pass, {where}", loc="left", fontsize=9)
 
 

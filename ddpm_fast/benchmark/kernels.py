@@ -42,7 +42,11 @@ def _ceilings(device: torch.device, dtype: str, tiny: bool) -> Iterator[Point]:
     kind = {"fp32": torch.float32, "fp16": torch.float16}.get(dtype, torch.bfloat16)
     a, b = (torch.randn(n, n, device=device).to(kind) for _ in range(2))
     if dtype == "fp8":
-        a8, b8, one = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn).T, torch.ones((), device=device)
+        a8, b8, one = (
+            a.to(torch.float8_e4m3fn),
+            b.to(torch.float8_e4m3fn).T,
+            torch.ones((), device=device),
+        )
         seconds = timer(lambda: torch._scaled_mm(a8, b8, one, one, out_dtype=torch.bfloat16)).median
     else:
         seconds = timer(lambda: a @ b).median
@@ -62,7 +66,11 @@ def kernel_times(workload: Workload, batch: int) -> list[Point]:
     engine: Engine = workload.sampler().engine
     if isinstance(engine, CPUEngine):
         return instructions(engine, workload)
-    return launches(engine, workload, batch) if engine.name == "fused" and workload.device.type == "cuda" else []
+    return (
+        launches(engine, workload, batch)
+        if engine.name == "fused" and workload.device.type == "cuda"
+        else []
+    )
 
 
 def launches(engine: Any, workload: Workload, batch: int) -> list[Point]:
@@ -83,7 +91,10 @@ def distinct(plan: list[Launch]) -> Iterator[tuple[Launch, int]]:
     """Yields the first launch of each kind, and the number of launches of that kind."""
     seen: dict[tuple[Any, ...], list[Launch]] = {}
     for launch in plan:
-        shapes = tuple((k, b.height, b.width, b.channels, b.bordered, b.dtype) for k, b in launch.buffers.items())
+        shapes = tuple(
+            (k, b.height, b.width, b.channels, b.bordered, b.dtype)
+            for k, b in launch.buffers.items()
+        )
         seen.setdefault((launch.op.name, shapes), []).append(launch)
     for group in seen.values():
         yield group[0], len(group)
@@ -107,7 +118,9 @@ def instructions(engine: CPUEngine, workload: Workload) -> list[Point]:
     def seconds(repeated: np.ndarray[Any, Any]) -> float:
         def call() -> None:
             job[: JOB.index("yield_to_others")] = [0, 1, 1, item.ctypes.data, 0]
-            executor._work(job.ctypes.data, repeated.ctypes.data, repeated.ctypes.data, len(repeated), 0, 1)
+            executor._work(
+                job.ctypes.data, repeated.ctypes.data, repeated.ctypes.data, len(repeated), 0, 1
+            )
 
         return measure(call, torch.device("cpu"), 0.02).median
 
@@ -117,7 +130,16 @@ def instructions(engine: CPUEngine, workload: Workload) -> list[Point]:
         what, flops, moved = cost
         if cost not in by_cost:
             repeats = max(1, min(200, 10**6 // max(flops // 20, moved, 1)))
-            each = max(seconds(np.concatenate([program[:1], np.repeat(row[None], repeats, axis=0)])) - idle, 1e-9) / repeats
-            by_cost[cost] = dict(what=what, times=0, flops=flops, bytes=moved, seconds=each, images=1)
+            each = (
+                max(
+                    seconds(np.concatenate([program[:1], np.repeat(row[None], repeats, axis=0)]))
+                    - idle,
+                    1e-9,
+                )
+                / repeats
+            )
+            by_cost[cost] = dict(
+                what=what, times=0, flops=flops, bytes=moved, seconds=each, images=1
+            )
         by_cost[cost]["times"] += 1
     return list(by_cost.values())

@@ -20,14 +20,21 @@ from ..utils.files import write_atomically
 from .workload import Workload
 
 Result = dict[str, Any]
-NORMALIZER = "plain PyTorch"  # the engine whose time in the same rounds cancels what slows the whole machine
+NORMALIZER = (
+    "plain PyTorch"  # the engine whose time in the same rounds cancels what slows the whole machine
+)
 
 
 def empty_result(workload: Workload, name: str, timesteps: int) -> Result:
     """Result without cases."""
     config, size = workload.unet.config, workload.shape[1:]
     cost = unet_cost(config, size)
-    network = dict(name=name, parameters=cost.parameters, gflop_per_image=round(cost.flops / 1e9, 3), timesteps=timesteps)
+    network = dict(
+        name=name,
+        parameters=cost.parameters,
+        gflop_per_image=round(cost.flops / 1e9, 3),
+        timesteps=timesteps,
+    )
     return dict(**provenance(), network=network, cases=[], ceilings=[], kernels=[])
 
 
@@ -35,7 +42,11 @@ def provenance() -> Result:
     """Command, date and environment of this process."""
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     module = getattr(sys.modules["__main__"], "__spec__", None)  # of python -m
-    program = [Path(sys.argv[0]).name] if module is None else ["python", "-m", module.name.removesuffix(".__main__")]
+    program = (
+        [Path(sys.argv[0]).name]
+        if module is None
+        else ["python", "-m", module.name.removesuffix(".__main__")]
+    )
     return dict(command=shlex.join([*program, *sys.argv[1:]]), date=now, environment=environment())
 
 
@@ -48,10 +59,16 @@ def read(path: Path) -> Result:
     """Reads a result; ValueError if the file is not one."""
     try:
         result = json.loads(path.read_text())
-        _ = [(c["steps"], c["threads"], row["loop"]["speedup"]) for c in result["cases"] for row in c["rows"]]
+        _ = [
+            (c["steps"], c["threads"], row["loop"]["speedup"])
+            for c in result["cases"]
+            for row in c["rows"]
+        ]
         _ = result["network"]["name"]
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a result of ddpm-fast bench ({type(error).__name__}: {error})") from None
+        raise ValueError(
+            f"{path} is not a result of ddpm-fast bench ({type(error).__name__}: {error})"
+        ) from None
     return result
 
 
@@ -60,7 +77,11 @@ def read(path: Path) -> Result:
 
 def table_of(case: dict[str, Any], network: dict[str, Any]) -> str:
     """Table of a case for a terminal: milliseconds per image per step, speedups of ddpm_fast, and the rest."""
-    where = f"{case['device']}, {case['threads']} threads" if case["device"] == "cpu" else case["device"]
+    where = (
+        f"{case['device']}, {case['threads']} threads"
+        if case["device"] == "cpu"
+        else case["device"]
+    )
     lines = [
         f"{network['name']}: {network['parameters']:,} parameters, {network['gflop_per_image']} GFLOP per image per step; "
         f"batch {case['batch']}, {case['dtype']}, {where}, {case['rounds']} rounds, loops of {case['steps']} steps",
@@ -68,19 +89,31 @@ def table_of(case: dict[str, Any], network: dict[str, Any]) -> str:
         f"{'images/s':>9} {'peak MiB':>8} {'first image':>11}",
     ]
     for row in case["rows"]:
-        cells = [f"{row['forward']['ms']:11.4g}", _speedup(row["forward"]), f"{row['loop']['ms']:9.4g}", _speedup(row["loop"])]
+        cells = [
+            f"{row['forward']['ms']:11.4g}",
+            _speedup(row["forward"]),
+            f"{row['loop']['ms']:9.4g}",
+            _speedup(row["loop"]),
+        ]
         warm = f", {row['warm_first_image_s']:.1f} s cached" if "warm_first_image_s" in row else ""
         rest = f"{row['images_per_s']:9.3g} {row['peak_bytes'] / 2**20:8.0f} {row['first_image_s']:9.1f} s{warm}"
         lines.append(f"  {row['name']:26} {cells[0]}  {cells[1]} {cells[2]}  {cells[3]} {rest}")
     lines += [f"  {name} left out: {reason}" for name, reason in case["left_out"].items()]
     lines += [f"  {line}" for line in faster_baselines(case)]
     t = network["timesteps"]
-    return "\n".join([*lines, f"  ms: per image per step; images/s: of all {t} steps; ranges: 95 % confidence of the median"])
+    return "\n".join(
+        [
+            *lines,
+            f"  ms: per image per step; images/s: of all {t} steps; ranges: 95 % confidence of the median",
+        ]
+    )
 
 
 def _speedup(summary: dict[str, Any]) -> str:
     low, high = summary["speedup_range"]
-    return f"{'':20}" if low == high == 1 else f"{summary['speedup']:5.2f} ({low:5.2f} to {high:5.2f})"
+    return (
+        f"{'':20}" if low == high == 1 else f"{summary['speedup']:5.2f} ({low:5.2f} to {high:5.2f})"
+    )
 
 
 def faster_baselines(case: dict[str, Any]) -> list[str]:
@@ -129,13 +162,19 @@ class Change:
 def same_case(old: Result, network: dict[str, Any], case: dict[str, Any]) -> dict[str, Any]:
     """The older result's case of this network, batch, precision, size, device and thread count; ValueError if there is none."""
     if old["network"] != network:
-        differences = {k: (old["network"].get(k), v) for k, v in network.items() if old["network"].get(k) != v}
-        listed = ", ".join(f"{k} is {then} there, {now} here" for k, (then, now) in differences.items())
+        differences = {
+            k: (old["network"].get(k), v) for k, v in network.items() if old["network"].get(k) != v
+        }
+        listed = ", ".join(
+            f"{k} is {then} there, {now} here" for k, (then, now) in differences.items()
+        )
         raise ValueError(f"the older result is of another network: {listed}")
     keys = ("batch", "dtype", "size", "device_name", "threads")
     matches = [c for c in old["cases"] if all(c.get(k) == case[k] for k in keys)]
     if not matches:
-        expected, first = (", ".join(f"{k} {c.get(k)}" for k in keys) for c in (case, old["cases"][0]))
+        expected, first = (
+            ", ".join(f"{k} {c.get(k)}" for k in keys) for c in (case, old["cases"][0])
+        )
         raise ValueError(f"the older result has no case of {expected}; its first is of {first}")
     return matches[0]
 
@@ -171,7 +210,10 @@ def _change(what: str, old: Summaries, new: Summaries) -> Change:
         significant = fast_new["low"] > fast_old["high"] or fast_new["high"] < fast_old["low"]
         return Change(what, fast_old["ms"], fast_new["ms"], change, significant, False)
     change = plain_old["speedup"] / plain_new["speedup"] - 1
-    (low_old, high_old), (low_new, high_new) = plain_old["speedup_range"], plain_new["speedup_range"]
+    (low_old, high_old), (low_new, high_new) = (
+        plain_old["speedup_range"],
+        plain_new["speedup_range"],
+    )
     significant = high_new < low_old or low_new > high_old
     return Change(what, fast_old["ms"], fast_new["ms"], change, significant, True)
 

@@ -29,8 +29,15 @@ from .worker import Setting
 from .workload import Workload
 
 Case = dict[str, Any]  # one batch size in one precision, as written to JSON
-TOLERANCES = {"fp32": 1e-5, "fp16": 5e-3, "bf16": 0.05, "fp8": 0.15}  # relative error of a forward pass against fp64
-STEP_TOLERANCE = 1e-4  # of ddpm_fast's images against the reference's steps with the same network outputs
+TOLERANCES = {
+    "fp32": 1e-5,
+    "fp16": 5e-3,
+    "bf16": 0.05,
+    "fp8": 0.15,
+}  # relative error of a forward pass against fp64
+STEP_TOLERANCE = (
+    1e-4  # of ddpm_fast's images against the reference's steps with the same network outputs
+)
 FIRST_STEPS = 10  # of the first loop of a process
 TIMEOUT = 900  # seconds for an answer: compilers take minutes
 MIN_ROUNDS = 6  # the interval of a median of so many values holds with a probability of 95 %
@@ -74,9 +81,13 @@ class EngineProcess:
     def __init__(self, engine: str, setting: Setting) -> None:
         self.engine = engine
         caches = ("DDPM_FAST_CACHE", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
-        variables = {} if setting.folder is None else {name: f"{setting.folder}/{name}" for name in caches}
+        variables = (
+            {} if setting.folder is None else {name: f"{setting.folder}/{name}" for name in caches}
+        )
         self.start_time = time.perf_counter()
-        self._worker = JsonWorker("ddpm_fast.benchmark.worker", [engine, json.dumps(asdict(setting))], variables)
+        self._worker = JsonWorker(
+            "ddpm_fast.benchmark.worker", [engine, json.dumps(asdict(setting))], variables
+        )
         try:
             hello = self._checked(self._worker.receive(TIMEOUT))
         except BaseException:
@@ -117,7 +128,9 @@ class ReferenceCheck:
         error = relative_error(results["output"], self._exact(x.double(), *rest).cpu())
         allowed = TOLERANCES[self.workload.dtype]
         if not error <= allowed:
-            raise RuntimeError(f"not timed: the relative error of its output is {error:.1e}; expected at most {allowed:.1e}")
+            raise RuntimeError(
+                f"not timed: the relative error of its output is {error:.1e}; expected at most {allowed:.1e}"
+            )
         images, clip = results["images"], self.workload.checkpoint.clip
         if not images.isfinite().all() or (clip is not None and images.abs().max() > 1.05 * clip):
             raise RuntimeError("not timed: its loop does not end in images")
@@ -175,7 +188,11 @@ def case_of(setting: Setting, batch: int, workload: Workload) -> Case:
 
 @contextmanager
 def comparison(
-    setting: Setting, engines: list[str], first_batch: int, effort: Effort, log: Callable[[str], None] = print
+    setting: Setting,
+    engines: list[str],
+    first_batch: int,
+    effort: Effort,
+    log: Callable[[str], None] = print,
 ) -> Iterator[Comparison]:
     """Context manager that starts the engines one after another, and ends them.
 
@@ -203,7 +220,9 @@ def comparison(
 class Comparison:
     """Engines that run one workload. Speedups are those of the first engine over the others."""
 
-    def __init__(self, setting: Setting, effort: Effort, log: Callable[[str], None], folder: Path) -> None:
+    def __init__(
+        self, setting: Setting, effort: Effort, log: Callable[[str], None], folder: Path
+    ) -> None:
         self.setting, self.effort, self.log, self.folder = setting, effort, log, folder
         self.workload = setting.workload()
         self.check = ReferenceCheck(self.workload)
@@ -264,19 +283,34 @@ class Comparison:
             with self._or_left_out(process.engine):
                 errors[process.engine] = self.check.error(process, batch)
         steps = self.effort.steps or steps or self._steps(batch)
-        times: dict[str, dict[str, list[float]]] = {do: {p.engine: [] for p in self.processes} for do in ("forward", "loop")}
+        times: dict[str, dict[str, list[float]]] = {
+            do: {p.engine: [] for p in self.processes} for do in ("forward", "loop")
+        }
         start, rounds = time.perf_counter(), 0
         while rounds < MIN_ROUNDS or time.perf_counter() - start < self.effort.seconds:
-            for process in random.Random(rounds).sample(self.processes, len(self.processes)):  # another order each time
+            for process in random.Random(rounds).sample(
+                self.processes, len(self.processes)
+            ):  # another order each time
                 time.sleep(self.effort.rest)
                 with self._or_left_out(process.engine):
                     for do in times:
                         per_image = batch * (steps if do == "loop" else 1)
-                        answer = process.request(do, batch=batch, steps=steps, duration=self.effort.burst)
-                        times[do][process.engine].append(statistics.median(answer["times"]) / per_image)
+                        answer = process.request(
+                            do, batch=batch, steps=steps, duration=self.effort.burst
+                        )
+                        times[do][process.engine].append(
+                            statistics.median(answer["times"]) / per_image
+                        )
             rounds += 1
-        rows = [self._row(process, batch, errors[process.engine], times) for process in self.processes]
-        more = dict(steps=steps, rounds=rounds, load=round(os.getloadavg()[0], 2), left_out=dict(self.left_out))
+        rows = [
+            self._row(process, batch, errors[process.engine], times) for process in self.processes
+        ]
+        more = dict(
+            steps=steps,
+            rounds=rounds,
+            load=round(os.getloadavg()[0], 2),
+            left_out=dict(self.left_out),
+        )
         return dict(**case_of(self.setting, batch, self.workload), **more, rows=rows)
 
     def _steps(self, batch: int) -> int:
@@ -284,14 +318,22 @@ class Comparison:
         few, slowest = min(4, self.timesteps), 0.0
         for process in list(self.processes):
             with self._or_left_out(process.engine):
-                slowest = max(slowest, process.request("loop", batch=batch, steps=few)["seconds"] / few)
+                slowest = max(
+                    slowest, process.request("loop", batch=batch, steps=few)["seconds"] / few
+                )
         return max(few, min(50, self.timesteps, round(1 / slowest)))
 
     @property
     def timesteps(self) -> int:
         return len(self.workload.checkpoint.schedule)
 
-    def _row(self, process: EngineProcess, batch: int, error: float, times: dict[str, dict[str, list[float]]]) -> dict[str, Any]:
+    def _row(
+        self,
+        process: EngineProcess,
+        batch: int,
+        error: float,
+        times: dict[str, dict[str, list[float]]],
+    ) -> dict[str, Any]:
         first, engine = self.processes[0].engine, process.engine
         row = dict(engine=engine, name=process.name, reason=process.reason, error=_short(error))
         row |= {do: summarize(seconds[engine], seconds[first]) for do, seconds in times.items()}

@@ -26,7 +26,11 @@ def row_of(timing: Timing) -> Row:
 
 
 def measure(
-    call: Callable[[], object], device: torch.device, seconds: float = 0.5, least: int = 5, captured: bool = False
+    call: Callable[[], object],
+    device: torch.device,
+    seconds: float = 0.5,
+    least: int = 5,
+    captured: bool = False,
 ) -> Timing:
     """Times `call` after a warm-up: by CUDA events on a GPU, by the host's clock on a CPU.
 

@@ -59,7 +59,9 @@ class Setting:
     def workload(self) -> Workload:
         """Loads the checkpoint onto the device."""
         checkpoint = load_pretrained(self.weights)
-        calibration = load_calibration(self.weights, checkpoint.unet) if self.dtype == "fp8" else None
+        calibration = (
+            load_calibration(self.weights, checkpoint.unet) if self.dtype == "fp8" else None
+        )
         channels_last(checkpoint.unet.requires_grad_(False).to(self.device))
         size = None if self.size is None else (self.size[0], self.size[1])
         folder = None if self.folder is None else Path(self.folder)
@@ -76,7 +78,9 @@ class Worker:
 
     def __init__(self, name: str, setting: Setting) -> None:
         torch.set_num_threads(setting.threads)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # fp32 without TF32
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = (
+            False  # fp32 without TF32
+        )
         if torch.device(setting.device).type == "cuda":
             torch.cuda.set_device(setting.device)
         self.workload = setting.workload()
@@ -112,7 +116,9 @@ class Worker:
         images = self.baseline.loop(batch, steps)
         expected = (batch, *self.workload.shape)
         if tuple(images.shape) != expected:
-            raise RuntimeError(f"its loop returned images of shape {tuple(images.shape)}; expected {expected}")
+            raise RuntimeError(
+                f"its loop returned images of shape {tuple(images.shape)}; expected {expected}"
+            )
         results = dict(output=first_and_last(output), images=first_and_last(images))
         if isinstance(self.baseline, DdpmFast):
             sampler = self.workload.sampler("reference", "fp32", self.baseline.forward)
@@ -155,7 +161,10 @@ def main() -> None:
             send(worker.answer(request))
     except (Unavailable, ValueError) as error:
         send(dict(unavailable=str(error)))
-    except (RuntimeError, MemoryError) as error:  # of this engine: the comparison goes on without it
+    except (
+        RuntimeError,
+        MemoryError,
+    ) as error:  # of this engine: the comparison goes on without it
         first_line = (str(error).splitlines() or [""])[0]
         send(dict(unavailable=f"{type(error).__name__}: {first_line}"))
 

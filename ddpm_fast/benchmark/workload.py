@@ -61,11 +61,24 @@ class Workload:
             raise Unavailable(f"does not compute in {self.dtype}")
         return DTYPES[self.dtype]
 
-    def sampler(self, engine: str = "auto", dtype: str | None = None, model: Callable[..., Tensor] | None = None) -> Sampler:
+    def sampler(
+        self,
+        engine: str = "auto",
+        dtype: str | None = None,
+        model: Callable[..., Tensor] | None = None,
+    ) -> Sampler:
         """Sampler of this network, or of another function with its signature."""
         c = self.checkpoint
         options = (c.prediction, c.variance, c.clip, self.unet.config.num_classes, self.device)
-        return Sampler(model or c.unet, c.schedule, self.shape, *options, engine, dtype or self.dtype, self.calibration)
+        return Sampler(
+            model or c.unet,
+            c.schedule,
+            self.shape,
+            *options,
+            engine,
+            dtype or self.dtype,
+            self.calibration,
+        )
 
     def labels(self, count: int) -> Tensor | None:
         classes = self.unet.config.num_classes
@@ -74,7 +87,9 @@ class Workload:
     def inputs(self, batch: int) -> tuple[Tensor, ...]:
         """x_t, t and, for a network with classes, labels: the same for every engine."""
         g = torch.Generator().manual_seed(batch)
-        x = torch.randn(batch, *self.shape, generator=g).contiguous(memory_format=torch.channels_last)
+        x = torch.randn(batch, *self.shape, generator=g).contiguous(
+            memory_format=torch.channels_last
+        )
         t = torch.randint(0, len(self.checkpoint.schedule), (batch,), generator=g)
         labels = self.labels(batch)
         return x.to(self.device), t.to(self.device), *(() if labels is None else (labels,))

@@ -8,7 +8,16 @@ from pathlib import Path
 from ..diffusion.schedule import NoiseSchedule
 from ..models.unet import UNet
 from ..utils.files import write_directory_atomically
-from .diffusers import INDEX, PREDICTIONS, SCHEDULER, VARIANCES, folder_files, read_json, read_scheduler, read_unet
+from .diffusers import (
+    INDEX,
+    PREDICTIONS,
+    SCHEDULER,
+    VARIANCES,
+    folder_files,
+    read_json,
+    read_scheduler,
+    read_unet,
+)
 
 
 @dataclass(frozen=True)
@@ -36,7 +45,9 @@ def load_pretrained(directory: str | Path) -> Checkpoint:
     """
     directory = Path(directory)
     if not directory.is_dir():
-        raise ValueError(f"{directory} is not a directory; expected a checkpoint with unet/ and scheduler/")
+        raise ValueError(
+            f"{directory} is not a directory; expected a checkpoint with unet/ and scheduler/"
+        )
     return Checkpoint(read_unet(directory), *read_scheduler(read_json(directory / SCHEDULER)))
 
 
@@ -55,13 +66,22 @@ def save_pretrained(
     Raises:
         ValueError: an argument is unknown or out of range, or `directory` exists and is not a checkpoint.
     """
-    for name, value, known in (("prediction", prediction, PREDICTIONS), ("variance", variance, VARIANCES)):
+    for name, value, known in (
+        ("prediction", prediction, PREDICTIONS),
+        ("variance", variance, VARIANCES),
+    ):
         if value not in known.values():
-            raise ValueError(f"{name} {value!r}; expected one of {', '.join(sorted(set(known.values())))}")
+            raise ValueError(
+                f"{name} {value!r}; expected one of {', '.join(sorted(set(known.values())))}"
+            )
     if clip is not None and not clip > 0:
         raise ValueError(f"clip = {clip}; expected a positive bound, or None")
     directory = Path(directory)
-    if directory.exists() and not (directory / INDEX).is_file() and (directory.is_file() or any(directory.iterdir())):
+    if (
+        directory.exists()
+        and not (directory / INDEX).is_file()
+        and (directory.is_file() or any(directory.iterdir()))
+    ):
         raise ValueError(f"{directory} exists and is not a checkpoint; choose another directory")
     if not directory.absolute().parent.is_dir():
         raise ValueError(f"{directory.absolute().parent} is not a directory; create it first")

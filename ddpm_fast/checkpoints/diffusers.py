@@ -62,7 +62,9 @@ def read_unet(directory: Path) -> UNet:
     return unet.eval()
 
 
-def folder_files(unet: UNet, schedule: NoiseSchedule, prediction: str, variance: str, clip: float | None) -> dict[str, bytes]:
+def folder_files(
+    unet: UNet, schedule: NoiseSchedule, prediction: str, variance: str, clip: float | None
+) -> dict[str, bytes]:
     """The files of a checkpoint by relative path."""
     from safetensors.torch import save
 
@@ -84,7 +86,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
     except FileNotFoundError:
-        raise ValueError(f"{path} is missing; expected a diffusers folder with unet/ and scheduler/") from None
+        raise ValueError(
+            f"{path} is missing; expected a diffusers folder with unet/ and scheduler/"
+        ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(content, dict):
@@ -99,8 +103,13 @@ def read_weights(folder: Path, unet: UNet) -> dict[str, torch.Tensor]:
 
     path = folder / WEIGHTS
     if not path.is_file():
-        others = ", ".join(sorted(p.name for p in folder.iterdir() if p.suffix != ".json")) or "no weights"
-        raise ValueError(f"{path} is missing ({others} found); only one safetensors file is read, never a pickle")
+        others = (
+            ", ".join(sorted(p.name for p in folder.iterdir() if p.suffix != ".json"))
+            or "no weights"
+        )
+        raise ValueError(
+            f"{path} is missing ({others} found); only one safetensors file is read, never a pickle"
+        )
     try:
         weights = {_current_name(k): v for k, v in load_file(path).items()}
     except (SafetensorError, OSError) as error:
@@ -108,12 +117,20 @@ def read_weights(folder: Path, unet: UNet) -> dict[str, torch.Tensor]:
     expected = unet.state_dict()
     if wrong := sorted(set(weights) ^ set(expected)):
         kind = "unexpected" if wrong[0] in weights else "missing"
-        raise ValueError(f"{path}: {kind} parameter {wrong[0]} ({len(wrong)} names differ from the configuration's network)")
+        raise ValueError(
+            f"{path}: {kind} parameter {wrong[0]} ({len(wrong)} names differ from the configuration's network)"
+        )
     for name, value in weights.items():
         # attention layers of old checkpoints are 1x1 convolutions
-        value = weights[name] = value.reshape(expected[name].shape) if value.numel() == expected[name].numel() else value
+        value = weights[name] = (
+            value.reshape(expected[name].shape)
+            if value.numel() == expected[name].numel()
+            else value
+        )
         if value.shape != expected[name].shape:
-            raise ValueError(f"{path}: {name} has shape {tuple(value.shape)}; expected {tuple(expected[name].shape)}")
+            raise ValueError(
+                f"{path}: {name} has shape {tuple(value.shape)}; expected {tuple(expected[name].shape)}"
+            )
         if not value.isfinite().all():
             raise ValueError(f"{path}: {name} contains NaN or Inf")
     return weights
@@ -122,14 +139,21 @@ def read_weights(folder: Path, unet: UNet) -> dict[str, torch.Tensor]:
 def _current_name(name: str) -> str:
     """diffusers' names before 2023 (the google/ddpm-* repositories): attention's query, key, value, proj_attn."""
     if ".attentions." in name:
-        for old, new in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0")):
+        for old, new in (
+            ("query", "to_q"),
+            ("key", "to_k"),
+            ("value", "to_v"),
+            ("proj_attn", "to_out.0"),
+        ):
             name = name.replace(f".{old}.", f".{new}.")
     return name
 
 
 def read_scheduler(config: Mapping[str, Any]) -> tuple[NoiseSchedule, str, str, float | None]:
     """(schedule, prediction, variance, clip) from diffusers' scheduler_config.json."""
-    values = {k: v for k, v in config.items() if not k.startswith("_") and k not in _SCHEDULER_CHOICES}
+    values = {
+        k: v for k, v in config.items() if not k.startswith("_") and k not in _SCHEDULER_CHOICES
+    }
     if unknown := sorted(set(values) - set(_SCHEDULER_DEFAULTS)):
         raise ValueError(f"unknown key {', '.join(unknown)} in scheduler_config.json")
     d = {**_SCHEDULER_DEFAULTS, **values}
@@ -138,7 +162,9 @@ def read_scheduler(config: Mapping[str, Any]) -> tuple[NoiseSchedule, str, str, 
             raise ValueError(f"scheduler_config.json: {key}={d[key]} is not supported")
     for key, known in (("prediction_type", PREDICTIONS), ("variance_type", VARIANCES)):
         if str(d[key]) not in known:
-            raise ValueError(f"scheduler_config.json: {key}={d[key]!r} is not supported; supported: {', '.join(known)}")
+            raise ValueError(
+                f"scheduler_config.json: {key}={d[key]!r} is not supported; supported: {', '.join(known)}"
+            )
     for key in ("beta_start", "beta_end", "clip_sample_range"):
         if not isinstance(d[key], (int, float)) or not d[key] > 0:
             raise ValueError(f"scheduler_config.json: {key}={d[key]!r}; expected a positive number")
@@ -151,15 +177,23 @@ def read_scheduler(config: Mapping[str, Any]) -> tuple[NoiseSchedule, str, str, 
 
 def schedule_of_diffusers(name: str, timesteps: int = 1000) -> NoiseSchedule:
     """The schedule of diffusers' DDPMScheduler(beta_schedule=name): linear, scaled_linear, squaredcos_cap_v2 or sigmoid."""
-    return _read_schedule({**_SCHEDULER_DEFAULTS, "beta_schedule": name, "num_train_timesteps": timesteps})
+    return _read_schedule(
+        {**_SCHEDULER_DEFAULTS, "beta_schedule": name, "num_train_timesteps": timesteps}
+    )
 
 
 def _read_schedule(d: Mapping[str, Any]) -> NoiseSchedule:
     start, end, count = d["beta_start"], d["beta_end"], d["num_train_timesteps"]
     if d["trained_betas"] is not None:
         betas = d["trained_betas"]
-        if not isinstance(betas, list) or len(betas) != count or not all(isinstance(b, float) for b in betas):
-            raise ValueError(f"scheduler_config.json: trained_betas must be a list of num_train_timesteps={count!r} numbers")
+        if (
+            not isinstance(betas, list)
+            or len(betas) != count
+            or not all(isinstance(b, float) for b in betas)
+        ):
+            raise ValueError(
+                f"scheduler_config.json: trained_betas must be a list of num_train_timesteps={count!r} numbers"
+            )
         return NoiseSchedule.from_betas(betas)
     if d["beta_schedule"] == "linear":
         return NoiseSchedule.linear(start, end, count)
@@ -167,16 +201,22 @@ def _read_schedule(d: Mapping[str, Any]) -> NoiseSchedule:
         return NoiseSchedule.scaled_linear(start, end, count)
     if d["beta_schedule"] == "squaredcos_cap_v2":
         return NoiseSchedule.cosine(count)
-    if d["beta_schedule"] == "sigmoid":  # beta itself is a sigmoid here, unlike NoiseSchedule.sigmoid
+    if (
+        d["beta_schedule"] == "sigmoid"
+    ):  # beta itself is a sigmoid here, unlike NoiseSchedule.sigmoid
         unit = NoiseSchedule.linear(timesteps=count)  # validates the count
-        return NoiseSchedule.from_betas(start + (end - start) / (1 + np.exp(-np.linspace(-6, 6, len(unit)))))
+        return NoiseSchedule.from_betas(
+            start + (end - start) / (1 + np.exp(-np.linspace(-6, 6, len(unit))))
+        )
     raise ValueError(
         f"scheduler_config.json: beta_schedule={d['beta_schedule']!r} is not supported; "
         "supported: linear, scaled_linear, squaredcos_cap_v2, sigmoid, or trained_betas"
     )
 
 
-def scheduler_config(schedule: NoiseSchedule, prediction: str, variance: str, clip: float | None) -> dict[str, Any]:
+def scheduler_config(
+    schedule: NoiseSchedule, prediction: str, variance: str, clip: float | None
+) -> dict[str, Any]:
     """The scheduler_config.json of diffusers' DDPMScheduler."""
     names = {prediction: name for name, prediction in PREDICTIONS.items()}
     linear = NoiseSchedule.linear(schedule.beta[0], schedule.beta[-1], len(schedule))
@@ -186,7 +226,9 @@ def scheduler_config(schedule: NoiseSchedule, prediction: str, variance: str, cl
         beta_start=float(schedule.beta[0]),
         beta_end=float(schedule.beta[-1]),
         beta_schedule="linear",
-        trained_betas=None if np.array_equal(schedule.beta, linear.beta) else schedule.beta.tolist(),
+        trained_betas=None
+        if np.array_equal(schedule.beta, linear.beta)
+        else schedule.beta.tolist(),
         variance_type=variance,
         clip_sample=clip is not None,
         clip_sample_range=1.0 if clip is None else clip,

@@ -31,12 +31,37 @@ def _options(command: Any) -> Any:
         click.option("--weights", type=PATH, required=True, help="Checkpoint: a diffusers folder."),
         click.option("--device", help="cpu, cuda, cuda:1 ...  [default: the GPU if there is one]"),
         click.option("--size", help="HEIGHTxWIDTH in pixels.  [default: as trained]"),
-        click.option("--baselines", help=f"Comma-separated: {known}, package.module:Class; or none.  [default: all]"),
-        click.option("--seconds", type=decimal, default=30, show_default=True, help="Time per batch size."),
-        click.option("--steps", type=click.IntRange(1), help="Steps per loop.  [default: about a second of the slowest engine]"),
-        click.option("--out", type=PATH, default="bench.json", show_default=True, help="Results file; next to it a figure, .png."),
-        click.option("--compare", type=PATH, help="Older results file: exit code 1 if ddpm_fast is slower than there."),
-        click.option("--threshold", type=decimal, default=5, show_default=True, help="Tolerance of --compare in percent."),
+        click.option(
+            "--baselines",
+            help=f"Comma-separated: {known}, package.module:Class; or none.  [default: all]",
+        ),
+        click.option(
+            "--seconds", type=decimal, default=30, show_default=True, help="Time per batch size."
+        ),
+        click.option(
+            "--steps",
+            type=click.IntRange(1),
+            help="Steps per loop.  [default: about a second of the slowest engine]",
+        ),
+        click.option(
+            "--out",
+            type=PATH,
+            default="bench.json",
+            show_default=True,
+            help="Results file; next to it a figure, .png.",
+        ),
+        click.option(
+            "--compare",
+            type=PATH,
+            help="Older results file: exit code 1 if ddpm_fast is slower than there.",
+        ),
+        click.option(
+            "--threshold",
+            type=decimal,
+            default=5,
+            show_default=True,
+            help="Tolerance of --compare in percent.",
+        ),
         click.option("--json", "as_json", is_flag=True, help="Print one JSON object."),
     ]
     for option in reversed(options):
@@ -53,7 +78,9 @@ def bench() -> None:
     """
 
 
-_DTYPE = click.option("--dtype", type=click.Choice(list(DTYPES)), help="[default: bf16 on a GPU, else fp32]")
+_DTYPE = click.option(
+    "--dtype", type=click.Choice(list(DTYPES)), help="[default: bf16 on a GPU, else fp32]"
+)
 
 
 @bench.command()
@@ -77,7 +104,10 @@ def throughput(batch_size: int, dtype: str | None, **options: Any) -> None:
 @bench.command()
 @_options
 @click.option("--batch-sizes", default="1,4,16,64", show_default=True)
-@click.option("--dtypes", help=f"Comma-separated: {', '.join(DTYPES)}.  [default: bf16,fp8 on a GPU, else fp32]")
+@click.option(
+    "--dtypes",
+    help=f"Comma-separated: {', '.join(DTYPES)}.  [default: bf16,fp8 on a GPU, else fp32]",
+)
 def sweep(batch_sizes: str, dtypes: str | None, **options: Any) -> None:
     """Several batch sizes and precisions."""
     try:
@@ -85,10 +115,14 @@ def sweep(batch_sizes: str, dtypes: str | None, **options: Any) -> None:
     except ValueError:
         batches = []
     if not batches or min(batches) < 1:
-        raise ValueError(f"--batch-sizes is {batch_sizes}; expected positive integers such as 1,4,16")
+        raise ValueError(
+            f"--batch-sizes is {batch_sizes}; expected positive integers such as 1,4,16"
+        )
     kinds: list[str | None] = [None] if dtypes is None else list(dtypes.split(","))
     if any(d not in (None, *DTYPES) for d in kinds):
-        raise ValueError(f"--dtypes is {dtypes}; expected some of {', '.join(DTYPES)}, separated by commas")
+        raise ValueError(
+            f"--dtypes is {dtypes}; expected some of {', '.join(DTYPES)}, separated by commas"
+        )
     _run(batches, kinds, several=True, **options)
 
 
@@ -116,14 +150,23 @@ def _run(
         torch.cuda.set_device(on)
     elif "fp8" in dtypes:
         raise ValueError(f"fp8 is unsupported on {on}; give --dtype fp32, fp16 or bf16")
-    settings = [Setting(str(weights), str(d), str(on), torch.get_num_threads(), parse_size(size)) for d in dtypes]
+    settings = [
+        Setting(str(weights), str(d), str(on), torch.get_num_threads(), parse_size(size))
+        for d in dtypes
+    ]
     workload = settings[0].workload()
     chain = len(workload.checkpoint.schedule)
     if steps is not None and steps > chain:
-        raise ValueError(f"--steps is {steps}; expected at most {chain}, the timesteps of this checkpoint")
+        raise ValueError(
+            f"--steps is {steps}; expected at most {chain}, the timesteps of this checkpoint"
+        )
     result = results.empty_result(workload, weights.resolve().name, chain)
     old = _older(compare, out)
-    planned = [(s, batch, _steps_of(old, result, case_of(s, batch, workload))) for s in settings for batch in batches]
+    planned = [
+        (s, batch, _steps_of(old, result, case_of(s, batch, workload)))
+        for s in settings
+        for batch in batches
+    ]
     log: Callable[[str], None] = lambda line: click.echo(line, err=as_json)
     warn: Callable[[str], None] = lambda line: click.echo(line, err=True)
     for setting in settings:
@@ -138,7 +181,9 @@ def _run(
     results.write(out, result)
     if figure is not None:
         draw(result, figure)
-    log(f"-> {out}" + (f", {figure}" if figure else "; for a figure: pip install 'ddpm-fast[plot]'"))
+    log(
+        f"-> {out}" + (f", {figure}" if figure else "; for a figure: pip install 'ddpm-fast[plot]'")
+    )
     _report([] if old is None else results.changes(old, result), threshold, result, as_json, log)
 
 
@@ -156,7 +201,10 @@ def _report(
     if as_json:
         print_report(result | dict(slower=[change.line() for change in worse]), True, "")
     if worse:
-        click.echo(f"ddpm-fast: {len(worse)} of {len(changes)} times are longer by more than {threshold:g} %", err=True)
+        click.echo(
+            f"ddpm-fast: {len(worse)} of {len(changes)} times are longer by more than {threshold:g} %",
+            err=True,
+        )
         sys.exit(1)
 
 
@@ -165,11 +213,15 @@ def _older(compare: Path | None, out: Path) -> dict[str, Any] | None:
     if compare is None:
         return None
     if compare.resolve() == out.resolve():
-        raise ValueError(f"--compare is {compare}, the file that --out would overwrite; give another --out")
+        raise ValueError(
+            f"--compare is {compare}, the file that --out would overwrite; give another --out"
+        )
     return results.read(compare)
 
 
-def _steps_of(old: dict[str, Any] | None, result: dict[str, Any], case: dict[str, Any]) -> int | None:
+def _steps_of(
+    old: dict[str, Any] | None, result: dict[str, Any], case: dict[str, Any]
+) -> int | None:
     """Steps per loop of the older file. ValueError, before any long work, if it has no such case."""
     return None if old is None else results.same_case(old, result["network"], case)["steps"]
 
@@ -178,9 +230,13 @@ def _baselines(text: str | None) -> list[str]:
     if text is None:
         return [name for name in BASELINES if name != DDPM_FAST]
     names = [] if text == "none" else [name.strip() for name in text.split(",")]
-    if wrong := [name for name in names if (name not in BASELINES and ":" not in name) or name == DDPM_FAST]:
+    if wrong := [
+        name for name in names if (name not in BASELINES and ":" not in name) or name == DDPM_FAST
+    ]:
         known = ", ".join(name for name in BASELINES if name != DDPM_FAST)
-        raise ValueError(f"--baselines has the unknown engine {wrong[0]!r}; expected {known}, package.module:Class, or none")
+        raise ValueError(
+            f"--baselines has the unknown engine {wrong[0]!r}; expected {known}, package.module:Class, or none"
+        )
     return list(dict.fromkeys(names))
 
 

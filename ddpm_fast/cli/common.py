@@ -22,17 +22,34 @@ PATH = click.Path(path_type=Path)
 def solver_options(default: str) -> Callable[[Any], Any]:
     """--solver, --steps, --spacing, --eta, --variance and --preset."""
     options = [
-        click.option("--solver", type=click.Choice(SOLVERS), default=default, show_default=True, help="Update rule."),
         click.option(
-            "--steps", help="A count, or sections such as 10,20,30 or ddim50.  [default: all for ddpm, 50 for ddim, else 20]"
+            "--solver",
+            type=click.Choice(SOLVERS),
+            default=default,
+            show_default=True,
+            help="Update rule.",
         ),
         click.option(
-            "--spacing", type=click.Choice(SPACINGS), help="Selection of timesteps, if not all.  [default: the preset's, linspace]"
+            "--steps",
+            help="A count, or sections such as 10,20,30 or ddim50.  [default: all for ddpm, 50 for ddim, else 20]",
         ),
         click.option(
-            "--eta", type=float, default=0.0, show_default=True, help="Noise of ddim: 0 is deterministic, 1 as much as ddpm."
+            "--spacing",
+            type=click.Choice(SPACINGS),
+            help="Selection of timesteps, if not all.  [default: the preset's, linspace]",
         ),
-        click.option("--variance", type=click.Choice(VARIANCES), help="Noise of ddpm.  [default: the checkpoint's]"),
+        click.option(
+            "--eta",
+            type=float,
+            default=0.0,
+            show_default=True,
+            help="Noise of ddim: 0 is deterministic, 1 as much as ddpm.",
+        ),
+        click.option(
+            "--variance",
+            type=click.Choice(VARIANCES),
+            help="Noise of ddpm.  [default: the checkpoint's]",
+        ),
         click.option(
             "--preset",
             type=click.Choice(list(PRESETS)),
@@ -56,9 +73,13 @@ def parse_images(text: str) -> range:
     try:
         indices = range(int(first), int(last) + 1) if dash else range(int(first))
     except ValueError:
-        raise ValueError(f"--images {text}: expected a count such as 64, or a range such as 100-199") from None
+        raise ValueError(
+            f"--images {text}: expected a count such as 64, or a range such as 100-199"
+        ) from None
     if not indices or indices[0] < 0:
-        raise ValueError(f"--images {text}: no image selected; expected a count such as 64, or a range such as 100-199")
+        raise ValueError(
+            f"--images {text}: no image selected; expected a count such as 64, or a range such as 100-199"
+        )
     check_indices(indices)
     return indices
 

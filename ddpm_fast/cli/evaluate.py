@@ -15,7 +15,16 @@ from ..data.datasets import FITS, ImageData, has_test_split, load_images
 from ..diffusion.presets import PRESETS, preset_of
 from ..evaluation.classifier import Classifier, load_classifier
 from ..evaluation.likelihood import bits_per_dimension
-from ..evaluation.metrics import CONFIDENT, FEATURES, FID_FROM, ClassScores, Features, class_scores, fid, kid
+from ..evaluation.metrics import (
+    CONFIDENT,
+    FEATURES,
+    FID_FROM,
+    ClassScores,
+    Features,
+    class_scores,
+    fid,
+    kid,
+)
 from ..sampling.callbacks import progress_bar
 from ..sampling.request import SamplingParams
 from ..sampling.sampler import Sampler
@@ -25,18 +34,44 @@ from .common import NETWORK_DTYPES, PATH, parse_steps, pick_device, print_report
 @click.command("eval")
 @click.option("--weights", type=PATH, help="Checkpoint to draw from: a diffusers folder.")
 @click.option("--samples", type=PATH, help="Score these images instead: a folder, .npz or .npy.")
-@click.option("--data-dir", type=PATH, required=True, help="Real images: a folder, .npz, .npy or IDX files.")
-@click.option("--resolution", type=int, default=32, show_default=True, help="Of --samples, in pixels.")
-@click.option("--fit", type=click.Choice(FITS), default="crop", show_default=True, help="As in training.")
-@click.option("--images", type=click.IntRange(4), default=2000, show_default=True, help="Number of images.")
+@click.option(
+    "--data-dir", type=PATH, required=True, help="Real images: a folder, .npz, .npy or IDX files."
+)
+@click.option(
+    "--resolution", type=int, default=32, show_default=True, help="Of --samples, in pixels."
+)
+@click.option(
+    "--fit", type=click.Choice(FITS), default="crop", show_default=True, help="As in training."
+)
+@click.option(
+    "--images", type=click.IntRange(4), default=2000, show_default=True, help="Number of images."
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="0 to 2^64 - 1.")
 @solver_options("ddim")
 @click.option("--batch-size", type=int, default=64, show_default=True, help="Images per batch.")
-@click.option("--bits-per-dim", is_flag=True, help="Compute the bound on the likelihood of real images instead.")
-@click.option("--terms", type=PATH, help="With --bits-per-dim: FILE.npz of all terms; a stopped run resumes from it.")
-@click.option("--classifier", type=PATH, help="Classifier for class scores, such as weights/fashion-mnist-classifier.safetensors.")
+@click.option(
+    "--bits-per-dim",
+    is_flag=True,
+    help="Compute the bound on the likelihood of real images instead.",
+)
+@click.option(
+    "--terms",
+    type=PATH,
+    help="With --bits-per-dim: FILE.npz of all terms; a stopped run resumes from it.",
+)
+@click.option(
+    "--classifier",
+    type=PATH,
+    help="Classifier for class scores, such as weights/fashion-mnist-classifier.safetensors.",
+)
 @click.option("--device", help="cpu, cuda, cuda:1 ...  [default: the GPU if there is one]")
-@click.option("--dtype", type=click.Choice(NETWORK_DTYPES), default="fp32", show_default=True, help="Of the network.")
+@click.option(
+    "--dtype",
+    type=click.Choice(NETWORK_DTYPES),
+    default="fp32",
+    show_default=True,
+    help="Of the network.",
+)
 @click.option("--progress/--quiet", default=None, help="A progress bar.  [default: on a terminal]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def evaluate(as_json: bool, **options: Any) -> None:
@@ -56,7 +91,9 @@ def evaluate(as_json: bool, **options: Any) -> None:
     classifier = load_classifier(options["classifier"]) if options["classifier"] else None
     # all inputs are validated before the long computation
     if options["weights"] is not None:
-        sampler = Sampler.from_pretrained(options["weights"], device, options["dtype"], variance=options["variance"])
+        sampler = Sampler.from_pretrained(
+            options["weights"], device, options["dtype"], variance=options["variance"]
+        )
         sampler.table(_params(options))
         count, (channels, side, _) = options["images"], sampler.shape
     else:
@@ -68,14 +105,18 @@ def evaluate(as_json: bool, **options: Any) -> None:
         classifier.check((side, side, channels))
     test, train = _real(options, count, side, channels)
     start = time.perf_counter()
-    drawn, labels, source = _draw(sampler, options) if options["weights"] else _of(samples, str(options["samples"]))
+    drawn, labels, source = (
+        _draw(sampler, options) if options["weights"] else _of(samples, str(options["samples"]))
+    )
     seconds = time.perf_counter() - start
     report: dict[str, Any] = dict(
         source=source,
         images=len(drawn),
         real_images=len(test),
         features=FEATURES,
-        rounding="as given" if options["samples"] else f"uint8, {PRESETS[options['preset']].rounding}",
+        rounding="as given"
+        if options["samples"]
+        else f"uint8, {PRESETS[options['preset']].rounding}",
         seconds_of_drawing=round(seconds, 1),
     )
     lines = [
@@ -91,13 +132,20 @@ def evaluate(as_json: bool, **options: Any) -> None:
 def _bits(options: dict[str, Any], as_json: bool) -> tuple[dict[str, Any], bool, str]:
     """Bits per dimension: the arguments of `print_report`."""
     if options["weights"] is None or options["samples"] is not None:
-        raise ValueError("bits per dimension are those of a network: give --weights, and no --samples")
+        raise ValueError(
+            "bits per dimension are those of a network: give --weights, and no --samples"
+        )
     sampler = Sampler.from_pretrained(
-        options["weights"], pick_device(options["device"]), options["dtype"], variance=options["variance"]
+        options["weights"],
+        pick_device(options["device"]),
+        options["dtype"],
+        variance=options["variance"],
     )
     channels, side, _ = sampler.shape
     split = "test" if has_test_split(options["data_dir"]) else "train"
-    data = load_images(options["data_dir"], side, options["fit"], channels if channels in (1, 3) else None, split)
+    data = load_images(
+        options["data_dir"], side, options["fit"], channels if channels in (1, 3) else None, split
+    )
     data = _some(data, slice(options["images"]))
     steps, preset = parse_steps(options["steps"]), options["preset"]
     visited = preset_of(preset).timesteps(len(sampler.schedule), "ddpm", steps, options["spacing"])
@@ -115,7 +163,11 @@ def _bits(options: dict[str, Any], as_json: bool) -> tuple[dict[str, Any], bool,
             callback=bar.update,
         )
     seconds = time.perf_counter() - start
-    means = dict(l_0=float(bits.terms[:, 0].mean()), l_t=float(bits.terms[:, 1:].sum(1).mean()), l_T=float(bits.prior.mean()))
+    means = dict(
+        l_0=float(bits.terms[:, 0].mean()),
+        l_t=float(bits.terms[:, 1:].sum(1).mean()),
+        l_T=float(bits.prior.mean()),
+    )
     report = dict(
         weights=str(options["weights"]),
         images=len(data),
@@ -141,9 +193,13 @@ def _bits(options: dict[str, Any], as_json: bool) -> tuple[dict[str, Any], bool,
     return report, as_json, "\n".join(lines)
 
 
-def _add_distances(report: dict[str, Any], features: Features, drawn: Tensor, test: ImageData, train: ImageData) -> list[str]:
+def _add_distances(
+    report: dict[str, Any], features: Features, drawn: Tensor, test: ImageData, train: ImageData
+) -> list[str]:
     """Adds KID, FID and their floors to the report; returns them as lines of text."""
-    real, other_real, sampled = (features(x) for x in (torch.from_numpy(test.images), torch.from_numpy(train.images), drawn))
+    real, other_real, sampled = (
+        features(x) for x in (torch.from_numpy(test.images), torch.from_numpy(train.images), drawn)
+    )
     report.update(kid=kid(real, sampled), kid_floor=kid(real, other_real))
     lines = [
         f"KID        {_with_deviation(report['kid'])}",
@@ -156,7 +212,11 @@ def _add_distances(report: dict[str, Any], features: Features, drawn: Tensor, te
 
 
 def _add_classes(
-    report: dict[str, Any], classifier: Classifier, drawn: Tensor, labels: Tensor | None, test: ImageData
+    report: dict[str, Any],
+    classifier: Classifier,
+    drawn: Tensor,
+    labels: Tensor | None,
+    test: ImageData,
 ) -> list[str]:
     """Adds the classifier's scores of drawn and of real images; returns them as lines of text."""
     real_labels = None if test.labels is None else torch.from_numpy(test.labels)
@@ -170,10 +230,17 @@ def _draw(sampler: Sampler, options: dict[str, Any]) -> tuple[Tensor, Tensor | N
     """(images uint8 [N, H, W, C], labels or None, description)"""
     params = _params(options)
     show = sys.stderr.isatty() if options["progress"] is None else options["progress"]
-    images = sampler.sample(options["images"], params, batch_size=options["batch_size"], progress=show)
-    labels = sampler.labels(options["images"], options["seed"]).cpu() if sampler.num_classes else None
+    images = sampler.sample(
+        options["images"], params, batch_size=options["batch_size"], progress=show
+    )
+    labels = (
+        sampler.labels(options["images"], options["seed"]).cpu() if sampler.num_classes else None
+    )
     solver = f"ddpm {sampler.variance}" if params.solver == "ddpm" else params.solver
-    steps, preset = len(sampler.table(params)), "" if params.preset == "exact" else f" as {params.preset}"
+    steps, preset = (
+        len(sampler.table(params)),
+        "" if params.preset == "exact" else f" as {params.preset}",
+    )
     source = f"{options['weights']}, seed {options['seed']}, {solver} {steps} steps{preset}, {options['dtype']}"
     return images, labels, source
 
@@ -184,17 +251,25 @@ def _params(options: dict[str, Any]) -> SamplingParams:
 
 
 def _of(data: ImageData, name: str) -> tuple[Tensor, Tensor | None, str]:
-    return torch.from_numpy(np.array(data.images)), None if data.labels is None else torch.from_numpy(data.labels), name
+    return (
+        torch.from_numpy(np.array(data.images)),
+        None if data.labels is None else torch.from_numpy(data.labels),
+        name,
+    )
 
 
-def _real(options: dict[str, Any], count: int, resolution: int, channels: int) -> tuple[ImageData, ImageData]:
+def _real(
+    options: dict[str, Any], count: int, resolution: int, channels: int
+) -> tuple[ImageData, ImageData]:
     """Two sets of real images, `count` each or what there is: of the test and the training split, or two parts of one set."""
     source = options["data_dir"]
     train = load_images(source, resolution, options["fit"], channels)
     order = np.random.default_rng(0).permutation(len(train))
     if has_test_split(source):
         test = load_images(source, resolution, options["fit"], channels, split="test")
-        return _some(test, np.random.default_rng(1).permutation(len(test))[:count]), _some(train, order[:count])
+        return _some(test, np.random.default_rng(1).permutation(len(test))[:count]), _some(
+            train, order[:count]
+        )
     count = min(count, len(train) // 2)
     if count < 4:
         raise ValueError(f"{source} holds {len(train)} images; expected at least 8")
@@ -202,7 +277,9 @@ def _real(options: dict[str, Any], count: int, resolution: int, channels: int) -
 
 
 def _some(data: ImageData, chosen: Any) -> ImageData:
-    return ImageData(data.images[chosen], None if data.labels is None else data.labels[chosen], data.classes)
+    return ImageData(
+        data.images[chosen], None if data.labels is None else data.labels[chosen], data.classes
+    )
 
 
 def _with_deviation(value: tuple[float, float]) -> str:
@@ -220,4 +297,7 @@ def _class_lines(drawn: ClassScores, real: ClassScores) -> list[str]:
     ]
     if drawn.right is not None and real.right is not None:
         lines.append(row("label found", drawn.right, real.right))
-    return lines + [row(f"share of class {i}", *pair) for i, pair in enumerate(zip(drawn.shares, real.shares, strict=True))]
+    return lines + [
+        row(f"share of class {i}", *pair)
+        for i, pair in enumerate(zip(drawn.shares, real.shares, strict=True))
+    ]

@@ -24,20 +24,53 @@ from ..utils.cache import cache_dir, cached_files, clear_cache
 from ..utils.environment import environment
 from .common import PATH, megabytes, parse_size, print_report
 
-HEADER = ("launch", "kernel", "input", "output", "operands", "tile", "GFLOP", "MB", "floor us", "predicted", "bound by")
-TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float8_e4m3fn: "e4m3"}
+HEADER = (
+    "launch",
+    "kernel",
+    "input",
+    "output",
+    "operands",
+    "tile",
+    "GFLOP",
+    "MB",
+    "floor us",
+    "predicted",
+    "bound by",
+)
+TYPES = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float8_e4m3fn: "e4m3",
+}
 
 
 @click.command()
 @click.argument("directory", type=PATH, required=False)
-@click.option("--plan", "planned", is_flag=True, help="Print every kernel launch with its cost and its bound.")
-@click.option("--batch-size", type=click.IntRange(1), default=256, show_default=True, help="With --plan.")
-@click.option("--dtype", type=click.Choice(list(DTYPES)), default="bf16", show_default=True, help="With --plan.")
+@click.option(
+    "--plan", "planned", is_flag=True, help="Print every kernel launch with its cost and its bound."
+)
+@click.option(
+    "--batch-size", type=click.IntRange(1), default=256, show_default=True, help="With --plan."
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(list(DTYPES)),
+    default="bf16",
+    show_default=True,
+    help="With --plan.",
+)
 @click.option("--size", help="With --plan: HEIGHTxWIDTH in pixels.  [default: as trained]")
 @click.option(
-    "--gpu", type=click.Choice(list(GPUS)), default="h100", show_default=True, help="With --plan: the GPU to predict for."
+    "--gpu",
+    type=click.Choice(list(GPUS)),
+    default="h100",
+    show_default=True,
+    help="With --plan: the GPU to predict for.",
 )
-@click.option("--cache", is_flag=True, help="Print the contents of the cache folder ($DDPM_FAST_CACHE).")
+@click.option(
+    "--cache", is_flag=True, help="Print the contents of the cache folder ($DDPM_FAST_CACHE)."
+)
 @click.option("--clear", is_flag=True, help="With --cache: remove them.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def info(
@@ -77,14 +110,22 @@ def collect_env(as_json: bool) -> None:
     """Print environment information for bug reports."""
     report = environment()
     width = max(map(len, report))
-    lines = [f"{name:{width}}  {value if value not in (None, []) else 'none'}" for name, value in report.items()]
+    lines = [
+        f"{name:{width}}  {value if value not in (None, []) else 'none'}"
+        for name, value in report.items()
+    ]
     print_report(report, as_json, "\n".join(lines))
 
 
 def _cache(clear: bool, as_json: bool) -> None:
     files = cached_files()
     size = sum(p.stat().st_size for p in files)
-    report = dict(directory=str(cache_dir()), files=[str(p.relative_to(cache_dir())) for p in files], bytes=size, cleared=clear)
+    report = dict(
+        directory=str(cache_dir()),
+        files=[str(p.relative_to(cache_dir())) for p in files],
+        bytes=size,
+        cleared=clear,
+    )
     if clear:
         clear_cache()
     text = f"{cache_dir()}: {len(files)} files, {megabytes(size)}{', removed' if clear else ''}"
@@ -119,7 +160,11 @@ def _describe(directory: Path, c: Checkpoint, as_json: bool) -> None:
 
 
 def _where(flags: Any) -> str:
-    return "attention on " + ", ".join(f"level {i}" for i, f in enumerate(flags) if f) if any(flags) else "no attention"
+    return (
+        "attention on " + ", ".join(f"level {i}" for i, f in enumerate(flags) if f)
+        if any(flags)
+        else "no attention"
+    )
 
 
 # ---- the plan
@@ -136,11 +181,23 @@ def _plan(
 ) -> None:
     """Planned on the meta device for the GPU that was named; the check results are this machine's, if it has any."""
     steps = len(c.schedule)
-    fused = PlannedUNet(c.unet.to("meta"), batch, dtype, "meta", size, steps, target=gpu.target, calibration=calibration)
+    fused = PlannedUNet(
+        c.unet.to("meta"),
+        batch,
+        dtype,
+        "meta",
+        size,
+        steps,
+        target=gpu.target,
+        calibration=calibration,
+    )
     plan = fused.plan()
     estimates = [estimate(launch, gpu) for launch in plan]
     results = _cached_results(fused)
-    rows = [_row(launch, e, results.get(launch.name), fused.keep_bf16) for launch, e in zip(plan, estimates, strict=True)]
+    rows = [
+        _row(launch, e, results.get(launch.name), fused.keep_bf16)
+        for launch, e in zip(plan, estimates, strict=True)
+    ]
     floor, predicted = sum(e.floor for e in estimates), sum(e.predicted for e in estimates)
     flops, moved = sum(e.flops for e in estimates), sum(e.bytes for e in estimates)
     totals = dict(
@@ -165,7 +222,11 @@ def _plan(
         f"arena {megabytes(plan.arena.size)}; self-check: {totals['checks']}",
         f"{gpu.name}, batch {batch}, {dtype}: no faster than {1e3 * floor:.3f} ms; "
         f"predicted {1e3 * predicted:.3f} ms a forward pass, {batch / predicted:,.0f} images a second and step"
-        + ("" if gpu.measured else " (nothing was measured on this GPU: an H100's shares of its peaks)"),
+        + (
+            ""
+            if gpu.measured
+            else " (nothing was measured on this GPU: an H100's shares of its peaks)"
+        ),
     ]
     print_report(dict(**totals, plan=rows), as_json, "\n".join(lines))
 
@@ -182,13 +243,22 @@ def _about_fp8(fused: PlannedUNet, calibration: Calibration | None) -> list[str]
     """Where the units come from, which layers stay in bf16, and why."""
     narrow = sum(_operands(launch) == "e4m3" for launch in fused.plan())
     if calibration is None:
-        return [f"{narrow} convolutions in e4m3, with ranges by rule: ddpm-fast calibrate would look at the activations themselves"]
-    lines = [f"{narrow} convolutions in e4m3, with ranges as calibrated, {len(fused.keep_bf16) or 'none'} kept in bf16"]
+        return [
+            f"{narrow} convolutions in e4m3, with ranges by rule: ddpm-fast calibrate would look at the activations themselves"
+        ]
+    lines = [
+        f"{narrow} convolutions in e4m3, with ranges as calibrated, {len(fused.keep_bf16) or 'none'} kept in bf16"
+    ]
     errors = ((name, calibration.layers[name].error) for name in fused.keep_bf16)
-    return lines + [f"  {name} stays bf16: off by {error:.4f} in e4m3, {calibration.allowed:.4f} allowed" for name, error in errors]
+    return lines + [
+        f"  {name} stays bf16: off by {error:.4f} in e4m3, {calibration.allowed:.4f} allowed"
+        for name, error in errors
+    ]
 
 
-def _row(launch: Launch, e: Estimate, result: CheckResult | None, keep_bf16: list[str]) -> dict[str, Any]:
+def _row(
+    launch: Launch, e: Estimate, result: CheckResult | None, keep_bf16: list[str]
+) -> dict[str, Any]:
     t = getattr(launch.op, "tiles", None)
     first = launch.reads.get("x") or launch.reads.get("qkv") or launch.out
     second = launch.reads.get("x2")
@@ -220,10 +290,24 @@ def _shape(b: Buffer) -> str:
 
 
 def _line(r: dict[str, Any]) -> str:
-    figures = (f"{r['flops'] / 1e9:.2f}", f"{r['bytes'] / 1e6:.2f}", f"{r['floor_us']:.2f}", f"{r['predicted_us']:.2f}")
+    figures = (
+        f"{r['flops'] / 1e9:.2f}",
+        f"{r['bytes'] / 1e6:.2f}",
+        f"{r['floor_us']:.2f}",
+        f"{r['predicted_us']:.2f}",
+    )
     operands = f"{r['operands'] or ''}{' kept' if r['keep_bf16'] else ''}"
     failed = "" if r["check"] in (None, "passed") else f"  FAILED: {r['check']}"
-    return _columns(r["launch"], r["kernel"], r["reads"], r["writes"], operands, r["tile"] or "", *figures, r["bound"] + failed)
+    return _columns(
+        r["launch"],
+        r["kernel"],
+        r["reads"],
+        r["writes"],
+        operands,
+        r["tile"] or "",
+        *figures,
+        r["bound"] + failed,
+    )
 
 
 def _columns(*c: str) -> str:

@@ -26,7 +26,9 @@ _COMMANDS = {
     "calibrate": _Command("calibrate", "calibrate_command", "Calibrate activation ranges for FP8."),
     "bench": _Command("bench", "bench", "Benchmark ddpm_fast against its baselines."),
     "info": _Command("info", "info", "Describe a checkpoint and its cost."),
-    "collect-env": _Command("info", "collect_env", "Print environment information for bug reports."),
+    "collect-env": _Command(
+        "info", "collect_env", "Print environment information for bug reports."
+    ),
 }
 
 
@@ -49,7 +51,9 @@ class _LazyGroup(click.Group):
 
 # both spellings of every flag: --batch-size and --batch_size
 _SETTINGS: dict[str, Any] = dict(
-    help_option_names=["-h", "--help"], token_normalize_func=lambda s: s.replace("_", "-"), max_content_width=110
+    help_option_names=["-h", "--help"],
+    token_normalize_func=lambda s: s.replace("_", "-"),
+    max_content_width=110,
 )
 
 

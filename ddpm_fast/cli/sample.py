@@ -31,7 +31,12 @@ from .common import (
 
 @click.command()
 @click.option("--weights", type=PATH, required=True, help="Checkpoint: a diffusers folder.")
-@click.option("--images", default="64", show_default=True, help="A count, or a range of image indices: 64 or 100-199 (inclusive).")
+@click.option(
+    "--images",
+    default="64",
+    show_default=True,
+    help="A count, or a range of image indices: 64 or 100-199 (inclusive).",
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="0 to 2^64 - 1.")
 @solver_options("ddpm")
 @click.option("--batch-size", type=int, default=64, show_default=True, help="Images per batch.")
@@ -50,9 +55,17 @@ from .common import (
     show_default=True,
     help="Of the network; the state is always fp32. fp8: with the fused engine.",
 )
-@click.option("--engine", type=click.Choice(ENGINES), default="auto", show_default=True, help="What computes the steps.")
+@click.option(
+    "--engine",
+    type=click.Choice(ENGINES),
+    default="auto",
+    show_default=True,
+    help="What computes the steps.",
+)
 @click.option("--size", help="HEIGHTxWIDTH in pixels, such as 32x48.  [default: as trained]")
-@click.option("--progress/--quiet", default=None, help="Show a progress bar.  [default: on a terminal]")
+@click.option(
+    "--progress/--quiet", default=None, help="Show a progress bar.  [default: on a terminal]"
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def sample(
     weights: Path,
@@ -80,14 +93,18 @@ def sample(
     """
     indices = parse_images(images)
     _checked(check_path, out)
-    sampler = Sampler.from_pretrained(weights, pick_device(device), dtype, parse_size(size), variance, engine)
+    sampler = Sampler.from_pretrained(
+        weights, pick_device(device), dtype, parse_size(size), variance, engine
+    )
     sink = _checked(open_sink, out, indices, sampler.shape[0])
     params = SamplingParams(seed, solver, parse_steps(steps), spacing, eta, preset)
     step_count = len(sampler.table(params))
     show = sys.stderr.isatty() if progress is None else progress
     start = time.perf_counter()
     with graceful_shutdown() as shutdown, sink:
-        for first, batch in sampler.stream(indices, params, labels=label, batch_size=batch_size, progress=show, stop=shutdown):
+        for first, batch in sampler.stream(
+            indices, params, labels=label, batch_size=batch_size, progress=show, stop=shutdown
+        ):
             sink.write(first, batch)
     seconds = time.perf_counter() - start
     report = dict(

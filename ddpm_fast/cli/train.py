@@ -38,33 +38,88 @@ def _option(name: str, default: Any, help: str, **more: Any) -> Any:
 
 
 @click.command()
-@_option("--train-data-dir", None, "Folder of images (sub-folders: classes), .npz, .npy, or IDX files.", type=PATH)
+@_option(
+    "--train-data-dir",
+    None,
+    "Folder of images (sub-folders: classes), .npz, .npy, or IDX files.",
+    type=PATH,
+)
 @_option("--dataset-name", None, "Data set of the Hugging Face hub instead (needs its library).")
-@_option("--output-dir", "ddpm-model", "The run: model/, checkpoints, log.jsonl, samples/.", type=PATH)
+@_option(
+    "--output-dir", "ddpm-model", "The run: model/, checkpoints, log.jsonl, samples/.", type=PATH
+)
 @_option("--resolution", 64, "Side of the square training images, in pixels.")
 @_option(
-    "--fit", "crop", "crop: scale and keep the middle; pad: shrink if too large, then centre on black.", type=click.Choice(FITS)
+    "--fit",
+    "crop",
+    "crop: scale and keep the middle; pad: shrink if too large, then centre on black.",
+    type=click.Choice(FITS),
 )
-@_option("--center-crop", True, "Nothing else is done: for scripts that say so.", is_flag=True, hidden=True)
+@_option(
+    "--center-crop",
+    True,
+    "Nothing else is done: for scripts that say so.",
+    is_flag=True,
+    hidden=True,
+)
 @_option("--random-flip", False, "Mirror half of the images.", is_flag=True)
-@_option("--class-labels/--no-class-labels", True, "Train class-conditionally where the data has classes.")
-@_option("--validation-data-dir", None, "Held-out images.  [default: the test split of IDX files, else training images]", type=PATH)
+@_option(
+    "--class-labels/--no-class-labels",
+    True,
+    "Train class-conditionally where the data has classes.",
+)
+@_option(
+    "--validation-data-dir",
+    None,
+    "Held-out images.  [default: the test split of IDX files, else training images]",
+    type=PATH,
+)
 @_option("--channels", "64,128,128", "Width of each level of the network.")
-@_option("--layers", "2", "Residual blocks of each level: one number, or one per level such as 1,1,2.")
-@_option("--attention", None, "Levels with attention, from 0, the finest, such as 1,2.  [default: the coarsest]")
+@_option(
+    "--layers", "2", "Residual blocks of each level: one number, or one per level such as 1,1,2."
+)
+@_option(
+    "--attention",
+    None,
+    "Levels with attention, from 0, the finest, such as 1,2.  [default: the coarsest]",
+)
 @_option("--head-dim", 32, "Channels of an attention head.")
 @_option("--dropout", 0.0, "In every residual block.")
-@_option("--model-config-name-or-path", None, "diffusers' UNet2DModel config.json instead of the five above.", type=PATH)
-@_option("--weights", None, "Start from this checkpoint's network and weights (a diffusers folder).", type=PATH)
+@_option(
+    "--model-config-name-or-path",
+    None,
+    "diffusers' UNet2DModel config.json instead of the five above.",
+    type=PATH,
+)
+@_option(
+    "--weights",
+    None,
+    "Start from this checkpoint's network and weights (a diffusers folder).",
+    type=PATH,
+)
 @_option("--train-batch-size", 16, "Images of one forward pass.")
 @_option("--gradient-accumulation-steps", 1, "Batches of one optimizer step.")
 @_option("--num-epochs", 100, "Passes over the data.")
 @_option("--max-train-steps", None, "Optimizer steps, instead of --num-epochs.", type=int)
-@_option("--max-seconds", None, "Stop after so long, with a checkpoint.", type=click.FloatRange(0, min_open=True))
+@_option(
+    "--max-seconds",
+    None,
+    "Stop after so long, with a checkpoint.",
+    type=click.FloatRange(0, min_open=True),
+)
 @_option("--learning-rate", 1e-4, "At its highest.")
-@_option("--lr-scheduler", "cosine", "How the rate runs.", type=click.Choice([s.replace("_", "-") for s in LR_SCHEDULERS]))
+@_option(
+    "--lr-scheduler",
+    "cosine",
+    "How the rate runs.",
+    type=click.Choice([s.replace("_", "-") for s in LR_SCHEDULERS]),
+)
 @_option("--lr-warmup-steps", 500, "The rate rises over so many steps.")
-@_option("--lr-decay-start", 0.0, "Fraction of the steps before which cosine and linear stay at --learning-rate.")
+@_option(
+    "--lr-decay-start",
+    0.0,
+    "Fraction of the steps before which cosine and linear stay at --learning-rate.",
+)
 @_option("--adam-beta1", 0.95, "AdamW.")
 @_option("--adam-beta2", 0.999, "AdamW.")
 @_option("--adam-weight-decay", 1e-6, "AdamW.")
@@ -73,11 +128,30 @@ def _option(name: str, default: Any, help: str, **more: Any) -> Any:
 @_option("--use-ema/--no-use-ema", True, "Average the weights.")
 @_option("--ema-inv-gamma", 1.0, "The average keeps 1 - (1 + step / inv_gamma)^-power of itself.")
 @_option("--ema-power", 0.75, "See --ema-inv-gamma.")
-@_option("--ema-decays", "0.9999", "And never more than this: one average per value; the first is model/, 0.99 model-ema-0.99/.")
+@_option(
+    "--ema-decays",
+    "0.9999",
+    "And never more than this: one average per value; the first is model/, 0.99 model-ema-0.99/.",
+)
 @_option("--ema-max-decay", None, "diffusers' name for a single --ema-decays.", type=float)
-@_option("--mixed-precision", "no", "Of the network's operations; weights stay fp32.", type=click.Choice(PRECISIONS))
-@_option("--prediction-type", "epsilon", "What the network predicts.", type=click.Choice([*_AS_DIFFUSERS, *PREDICTIONS]))
-@_option("--loss-type", "simple", "What is minimised.", type=click.Choice([s.replace("_", "-") for s in LOSSES]))
+@_option(
+    "--mixed-precision",
+    "no",
+    "Of the network's operations; weights stay fp32.",
+    type=click.Choice(PRECISIONS),
+)
+@_option(
+    "--prediction-type",
+    "epsilon",
+    "What the network predicts.",
+    type=click.Choice([*_AS_DIFFUSERS, *PREDICTIONS]),
+)
+@_option(
+    "--loss-type",
+    "simple",
+    "What is minimised.",
+    type=click.Choice([s.replace("_", "-") for s in LOSSES]),
+)
 @_option("--snr-gamma", 5.0, "Of the loss min-snr.")
 @_option(
     "--timestep-sampling",
@@ -87,17 +161,32 @@ def _option(name: str, default: Any, help: str, **more: Any) -> Any:
 )
 @_option("--ddpm-num-steps", 1000, "T of the noise schedule.")
 @_option("--ddpm-beta-schedule", "linear", "Noise schedule.", type=click.Choice(SCHEDULES))
-@_option("--rescale-betas-zero-snr", False, "Let the schedule end in pure noise; predict sample or v.", is_flag=True)
+@_option(
+    "--rescale-betas-zero-snr",
+    False,
+    "Let the schedule end in pure noise; predict sample or v.",
+    is_flag=True,
+)
 @_option("--seed", 0, "Of everything that is drawn.")
 @_option("--compile/--no-compile", False, "The network through torch.compile.")
-@_option("--deterministic/--no-deterministic", True, "On a GPU: only kernels that repeat to the bit.")
+@_option(
+    "--deterministic/--no-deterministic", True, "On a GPU: only kernels that repeat to the bit."
+)
 @_option("--device", None, "cpu, cuda, cuda:1 ...  [default: the GPU if there is one]")
 @_option("--logging-steps", 50, "A line in log.jsonl every so many steps.", type=click.IntRange(1))
 @_option("--checkpointing-steps", 500, "A checkpoint every so many steps.", type=click.IntRange(1))
 @_option("--checkpoints-total-limit", 2, "How many are kept.", type=click.IntRange(1))
-@_option("--save-model-epochs", 10, "Write model/ every so many epochs; 0: at the end only.", type=click.IntRange(0))
 @_option(
-    "--save-images-epochs", 10, "Draw a grid, take the validation loss every so many epochs; 0: never.", type=click.IntRange(0)
+    "--save-model-epochs",
+    10,
+    "Write model/ every so many epochs; 0: at the end only.",
+    type=click.IntRange(0),
+)
+@_option(
+    "--save-images-epochs",
+    10,
+    "Draw a grid, take the validation loss every so many epochs; 0: never.",
+    type=click.IntRange(0),
 )
 @_option(
     "--eval-images-every",
@@ -105,8 +194,17 @@ def _option(name: str, default: Any, help: str, **more: Any) -> Any:
     "Log KID every so many training images, in whole steps; 0: never. Needs the extra metrics.",
     type=click.IntRange(0),
 )
-@_option("--eval-images", 2000, "Images drawn from every average for KID, by 50 steps of DDIM.", type=click.IntRange(4))
-@_option("--resume-from-checkpoint", None, '"latest", or a checkpoint of this run: go on from it, to the bit.')
+@_option(
+    "--eval-images",
+    2000,
+    "Images drawn from every average for KID, by 50 steps of DDIM.",
+    type=click.IntRange(4),
+)
+@_option(
+    "--resume-from-checkpoint",
+    None,
+    '"latest", or a checkpoint of this run: go on from it, to the bit.',
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout at the end.")
 def train(as_json: bool, **options: Any) -> None:
     """Train a network on your images. A killed run goes on with --resume-from-checkpoint latest."""
@@ -126,7 +224,10 @@ def train(as_json: bool, **options: Any) -> None:
         say("the network is unconditional: the labels are not used")
     trainer = Trainer(unet, _schedule(options, checkpoint), data, config, device)
     per_step = config.train_batch_size * config.gradient_accumulation_steps
-    epoch, evaluation = math.ceil(len(data) / per_step), math.ceil(options["eval_images_every"] / per_step)
+    epoch, evaluation = (
+        math.ceil(len(data) / per_step),
+        math.ceil(options["eval_images_every"] / per_step),
+    )
     every = Every(
         log=options["logging_steps"],
         checkpoint=options["checkpointing_steps"],
@@ -136,43 +237,72 @@ def train(as_json: bool, **options: Any) -> None:
         evaluation=evaluation,
     )
     limit = options["checkpoints_total_limit"]
-    with TrainingRun(directory, trainer, every, limit, validation, say, options["eval_images"]) as run:
+    with TrainingRun(
+        directory, trainer, every, limit, validation, say, options["eval_images"]
+    ) as run:
         if _start(directory, options["resume_from_checkpoint"], say) != start:
             raise ValueError(f"another process has trained in {directory} meanwhile; start again")
         if start is not None:
             run.resume(start)
             say(f"going on from {start}")
-        classes, (count, side, _, channels) = trainer.unet.config.num_classes or "no", data.images.shape
+        classes, (count, side, _, channels) = (
+            trainer.unet.config.num_classes or "no",
+            data.images.shape,
+        )
         say(
             f"{count} images of {channels} x {side} x {side}, {classes} classes; {trainer.weights.numel():,} parameters; "
             f"{config.max_train_steps} steps on {trainer.device}"
         )
         end = run.train(math.inf if options["max_seconds"] is None else options["max_seconds"])
     report = dict(
-        directory=str(directory), model=str(directory / "model"), step=trainer.done, seconds=round(run.spent, 1), ended=end.reason
+        directory=str(directory),
+        model=str(directory / "model"),
+        step=trainer.done,
+        seconds=round(run.spent, 1),
+        ended=end.reason,
     )
-    print_report(report, as_json, f"{end.reason}: step {trainer.done}, {run.spent:.0f} s of training -> {directory / 'model'}")
+    print_report(
+        report,
+        as_json,
+        f"{end.reason}: step {trainer.done}, {run.spent:.0f} s of training -> {directory / 'model'}",
+    )
     if end.interrupted:
         raise click.Abort
 
 
 def _say(line: str, err: bool) -> None:
-    with contextlib.suppress(BrokenPipeError):  # nobody listens any more: no reason to stop training
+    with contextlib.suppress(
+        BrokenPipeError
+    ):  # nobody listens any more: no reason to stop training
         click.echo(line, err=err)
 
 
 def _given(*names: str) -> list[str]:
     """Those of the options that were given on the command line."""
     source = click.get_current_context().get_parameter_source
-    return [f"--{name.replace('_', '-')}" for name in names if source(name) == click.core.ParameterSource.COMMANDLINE]
+    return [
+        f"--{name.replace('_', '-')}"
+        for name in names
+        if source(name) == click.core.ParameterSource.COMMANDLINE
+    ]
 
 
 def _checkpoint(options: dict[str, Any]) -> Checkpoint | None:
     """What --weights names. ValueError where other options would contradict it."""
     if options["weights"] is not None or options["model_config_name_or_path"] is not None:
-        given = _given("weights", "model_config_name_or_path", "channels", "layers", "attention", "head_dim", "dropout")
+        given = _given(
+            "weights",
+            "model_config_name_or_path",
+            "channels",
+            "layers",
+            "attention",
+            "head_dim",
+            "dropout",
+        )
         if len(given) > 1:
-            raise ValueError(f"{given[0]} says what the network is; leave out {', '.join(given[1:])}")
+            raise ValueError(
+                f"{given[0]} says what the network is; leave out {', '.join(given[1:])}"
+            )
     return None if options["weights"] is None else load_pretrained(options["weights"])
 
 
@@ -181,7 +311,9 @@ def _schedule(options: dict[str, Any], checkpoint: Checkpoint | None) -> NoiseSc
     if checkpoint is not None and not _given("ddpm_beta_schedule", "ddpm_num_steps"):
         schedule = checkpoint.schedule
     else:
-        schedule = schedule_of_diffusers(options["ddpm_beta_schedule"].replace("-", "_"), options["ddpm_num_steps"])
+        schedule = schedule_of_diffusers(
+            options["ddpm_beta_schedule"].replace("-", "_"), options["ddpm_num_steps"]
+        )
     return schedule.zero_terminal_snr() if options["rescale_betas_zero_snr"] else schedule
 
 
@@ -198,14 +330,18 @@ def _start(directory: Path, wanted: str | None, say: Any) -> Path | None:
         return None
     found = latest_checkpoint(directory, say)
     if held and found is None:
-        raise ValueError(f"every checkpoint in {directory} is damaged; move them away to start anew")
+        raise ValueError(
+            f"every checkpoint in {directory} is damaged; move them away to start anew"
+        )
     return found
 
 
 def _data(options: dict[str, Any]) -> tuple[ImageData, ImageData | None]:
     source, name = options["train_data_dir"], options["dataset_name"]
     if (source is None) == (name is None):
-        raise ValueError("give --train-data-dir or --dataset-name: a folder of images, an .npz, .npy or IDX file, or a data set")
+        raise ValueError(
+            "give --train-data-dir or --dataset-name: a folder of images, an .npz, .npy or IDX file, or a data set"
+        )
     how = options["resolution"], options["fit"]
     if name is not None:
         data, held_out = load_dataset(name, *how), None
@@ -213,7 +349,9 @@ def _data(options: dict[str, Any]) -> tuple[ImageData, ImageData | None]:
         data = load_images(source, *how)
         held_out = load_images(source, *how, split="test") if has_test_split(source) else None
     if options["validation_data_dir"] is not None:
-        held_out = load_images(options["validation_data_dir"], *how, channels=data.images.shape[3], split="test")
+        held_out = load_images(
+            options["validation_data_dir"], *how, channels=data.images.shape[3], split="test"
+        )
         held_out = held_out.with_classes_of(data)
     if not options["class_labels"]:
         data, held_out = ImageData(data.images), held_out and ImageData(held_out.images)
@@ -228,7 +366,9 @@ def _config(options: dict[str, Any], images: int, checkpoint: Checkpoint | None)
     for name in ("lr_scheduler", "loss_type", "timestep_sampling"):
         given[name] = options[name].replace("-", "_")
     given["ema_decays"] = _ema_decays(options)
-    given["prediction_type"] = _AS_DIFFUSERS.get(options["prediction_type"], options["prediction_type"])
+    given["prediction_type"] = _AS_DIFFUSERS.get(
+        options["prediction_type"], options["prediction_type"]
+    )
     if checkpoint is not None and not _given("prediction_type"):
         given["prediction_type"] = checkpoint.prediction
     return TrainConfig(**given)
@@ -238,7 +378,9 @@ def _ema_decays(options: dict[str, Any]) -> tuple[float, ...]:
     if options["ema_max_decay"] is None:
         return tuple(_numbers("--ema-decays", options["ema_decays"], float, "0.999,0.9999"))
     if _given("ema_decays"):
-        raise ValueError("--ema-max-decay and --ema-decays were both given; leave out --ema-max-decay")
+        raise ValueError(
+            "--ema-max-decay and --ema-decays were both given; leave out --ema-max-decay"
+        )
     return (options["ema_max_decay"],)
 
 
@@ -255,11 +397,23 @@ def _unet(options: dict[str, Any], data: ImageData) -> UNet:
     channels = _numbers("--channels", options["channels"])
     layers = _numbers("--layers", options["layers"], example="1,1,2")
     if len(layers) not in (1, len(channels)) or min(layers) < 1:
-        raise ValueError(f"--layers {options['layers']}; expected one count of at least 1, or {len(channels)}: one per level")
-    attention = [len(channels) - 1] if options["attention"] is None else _numbers("--attention", options["attention"])
+        raise ValueError(
+            f"--layers {options['layers']}; expected one count of at least 1, or {len(channels)}: one per level"
+        )
+    attention = (
+        [len(channels) - 1]
+        if options["attention"] is None
+        else _numbers("--attention", options["attention"])
+    )
     if not all(0 <= level < len(channels) for level in attention):
-        raise ValueError(f"--attention {options['attention']}; expected levels of 0..{len(channels) - 1}")
-    groups = max(g for g in (8, 16, 32) if all(c % g == 0 for c in channels)) if all(c % 8 == 0 for c in channels) else 0
+        raise ValueError(
+            f"--attention {options['attention']}; expected levels of 0..{len(channels) - 1}"
+        )
+    groups = (
+        max(g for g in (8, 16, 32) if all(c % g == 0 for c in channels))
+        if all(c % 8 == 0 for c in channels)
+        else 0
+    )
     if not groups:
         raise ValueError(f"--channels {options['channels']}; expected multiples of 8")
     return UNet(
@@ -287,8 +441,12 @@ def _repeat_to_the_bit() -> None:
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def _numbers(name: str, text: str, kind: Callable[[str], Any] = int, example: str = "64,128,128") -> list[Any]:
+def _numbers(
+    name: str, text: str, kind: Callable[[str], Any] = int, example: str = "64,128,128"
+) -> list[Any]:
     try:
         return [kind(part) for part in text.split(",") if part.strip()]
     except ValueError:
-        raise ValueError(f"{name} {text}; expected numbers with commas between them, such as {example}") from None
+        raise ValueError(
+            f"{name} {text}; expected numbers with commas between them, such as {example}"
+        ) from None

@@ -46,7 +46,9 @@ def _gif(frames: list[Pixels]) -> bytes:
 
     images = [Image.fromarray(frame).quantize(64, dither=Image.Dither.NONE) for frame in frames]
     buffer = io.BytesIO()
-    images[0].save(buffer, "GIF", save_all=True, append_images=images[1:], duration=1000 // PER_SECOND, loop=0)
+    images[0].save(
+        buffer, "GIF", save_all=True, append_images=images[1:], duration=1000 // PER_SECOND, loop=0
+    )
     return buffer.getvalue()
 
 

@@ -33,9 +33,13 @@ class ImageData:
     def __post_init__(self) -> None:
         shape = self.images.shape
         if self.images.dtype != np.uint8 or len(shape) != 4 or not all(shape):
-            raise ValueError(f"images are {self.images.dtype} {shape}; expected uint8 [N, H, W, C] with at least one image")
+            raise ValueError(
+                f"images are {self.images.dtype} {shape}; expected uint8 [N, H, W, C] with at least one image"
+            )
         if self.labels is not None and self.labels.shape != shape[:1]:
-            raise ValueError(f"labels have shape {self.labels.shape}; expected ({len(self.images)},), one per image")
+            raise ValueError(
+                f"labels have shape {self.labels.shape}; expected ({len(self.images)},), one per image"
+            )
         most = len(self.classes) if self.classes is not None else MOST_CLASSES
         if self.labels is not None and not 0 <= self.labels.min() <= self.labels.max() < most:
             raise ValueError(
@@ -50,7 +54,9 @@ class ImageData:
         if self.labels is None or self.classes is None or other.classes is None:
             return self
         if unknown := sorted(set(self.classes) - set(other.classes)):
-            raise ValueError(f"the classes {', '.join(unknown)} are not among those of training: {', '.join(other.classes)}")
+            raise ValueError(
+                f"the classes {', '.join(unknown)} are not among those of training: {', '.join(other.classes)}"
+            )
         number = np.array([other.classes.index(name) for name in self.classes])
         return ImageData(self.images, number[self.labels], other.classes)
 
@@ -73,7 +79,11 @@ class ImageData:
 
 
 def load_images(
-    source: str | Path, resolution: int, fit: str = "crop", channels: int | None = None, split: str = "train"
+    source: str | Path,
+    resolution: int,
+    fit: str = "crop",
+    channels: int | None = None,
+    split: str = "train",
 ) -> ImageData:
     """Loads square images from a path.
 
@@ -95,9 +105,13 @@ def load_images(
     if not is_count(resolution):
         raise ValueError(f"resolution = {resolution!r}; expected pixels, at least 1")
     if fit not in FITS or split not in ("train", "test") or channels not in (None, 1, 3):
-        raise ValueError(f"fit={fit!r}, split={split!r}, channels={channels!r}; expected crop or pad, train or test, 1 or 3")
+        raise ValueError(
+            f"fit={fit!r}, split={split!r}, channels={channels!r}; expected crop or pad, train or test, 1 or 3"
+        )
     if not source.exists():
-        raise ValueError(f"{source} does not exist; expected a folder of images, or an .npz, .npy or IDX file")
+        raise ValueError(
+            f"{source} does not exist; expected a folder of images, or an .npz, .npy or IDX file"
+        )
     if source.is_dir():
         idx_files = sorted(source.glob("*images*idx3*"))
         if not idx_files:
@@ -108,9 +122,13 @@ def load_images(
     elif "idx3" in source.name:
         images, labels = _read_idx_pair(source)
     else:
-        raise ValueError(f"{source}: unknown kind of file; expected a folder of images, or an .npz, .npy or IDX file")
+        raise ValueError(
+            f"{source}: unknown kind of file; expected a folder of images, or an .npz, .npy or IDX file"
+        )
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or not images.size:
-        raise ValueError(f"{source} holds {images.dtype} {images.shape}; expected uint8 [N, H, W] or [N, H, W, C]")
+        raise ValueError(
+            f"{source} holds {images.dtype} {images.shape}; expected uint8 [N, H, W] or [N, H, W, C]"
+        )
     if images.ndim == 3:
         images = images[..., None]
     elif images.shape[3] not in (1, 3) and images.shape[1] in (1, 3):
@@ -118,7 +136,9 @@ def load_images(
     return ImageData(fit_array(images, resolution, fit, channels), labels)
 
 
-def load_dataset(name: str, resolution: int, fit: str = "crop", channels: int | None = None, split: str = "train") -> ImageData:
+def load_dataset(
+    name: str, resolution: int, fit: str = "crop", channels: int | None = None, split: str = "train"
+) -> ImageData:
     """A data set of the Hugging Face hub, or a folder that its library reads; needs the extra `train`.
 
     The first column of images is taken, and a column "label" or "labels" where there is one. See `load_images`.
@@ -126,14 +146,20 @@ def load_dataset(name: str, resolution: int, fit: str = "crop", channels: int | 
     try:
         import datasets
     except ImportError:
-        raise ValueError(f"data set {name}: needs the extra train: pip install 'ddpm-fast[train]'") from None
+        raise ValueError(
+            f"data set {name}: needs the extra train: pip install 'ddpm-fast[train]'"
+        ) from None
     try:
         table = datasets.load_dataset(name, split=split)
     except Exception as error:  # the library raises errors of many types
         raise ValueError(f"data set {name}, split {split}: {error}") from None
-    image = next((k for k, kind in table.features.items() if isinstance(kind, datasets.Image)), None)
+    image = next(
+        (k for k, kind in table.features.items() if isinstance(kind, datasets.Image)), None
+    )
     if image is None:
-        raise ValueError(f"data set {name} has no column of images; its columns: {', '.join(table.features)}")
+        raise ValueError(
+            f"data set {name} has no column of images; its columns: {', '.join(table.features)}"
+        )
     label = next((k for k in ("label", "labels") if k in table.features), None)
     openers = (partial(_image_of, table, i, image) for i in range(len(table)))
     if not len(table):
@@ -155,7 +181,9 @@ def _image_of(table: Any, i: int, column: str) -> Any:
 
 def has_test_split(source: Path) -> bool:
     """True for a folder of IDX files with a test split."""
-    return source.is_dir() and any("t10k" in path.name or "test" in path.name for path in source.glob("*images*idx3*"))
+    return source.is_dir() and any(
+        "t10k" in path.name or "test" in path.name for path in source.glob("*images*idx3*")
+    )
 
 
 def _of_split(source: Path, files: list[Path], split: str) -> Path:
@@ -166,22 +194,34 @@ def _of_split(source: Path, files: list[Path], split: str) -> Path:
         chosen = files
     if len(chosen) != 1:
         names = ", ".join(path.name for path in files)
-        raise ValueError(f"{source} has {len(chosen) or 'no'} files of images for the {split} split among {names}; name one file")
+        raise ValueError(
+            f"{source} has {len(chosen) or 'no'} files of images for the {split} split among {names}; name one file"
+        )
     return chosen[0]
 
 
 def _read_folder(source: Path, resolution: int, fit: str, channels: int | None) -> ImageData:
-    paths = sorted(p for p in source.rglob("*") if p.suffix.lower() in EXTENSIONS and not _hidden(p.relative_to(source)))
+    paths = sorted(
+        p
+        for p in source.rglob("*")
+        if p.suffix.lower() in EXTENSIONS and not _hidden(p.relative_to(source))
+    )
     if not paths:
-        raise ValueError(f"{source} has no images; expected {', '.join(sorted(EXTENSIONS))}, IDX files, or an .npz or .npy file")
+        raise ValueError(
+            f"{source} has no images; expected {', '.join(sorted(EXTENSIONS))}, IDX files, or an .npz or .npy file"
+        )
     homes = [path.relative_to(source).parts[:-1] for path in paths]
     names = sorted({home[0] for home in homes if home})
     if channels is None:
         channels = 1 if all(channels_of(open_image(path)) == 1 for path in paths) else 3
-    images = decode((partial(open_image, path) for path in paths), len(paths), resolution, fit, channels)
+    images = decode(
+        (partial(open_image, path) for path in paths), len(paths), resolution, fit, channels
+    )
     if not all(homes) or len(names) < 2:
         return ImageData(images)
-    return ImageData(images, np.array([names.index(home[0]) for home in homes], np.int64), tuple(names))
+    return ImageData(
+        images, np.array([names.index(home[0]) for home in homes], np.int64), tuple(names)
+    )
 
 
 def _hidden(path: Path) -> bool:
@@ -195,10 +235,21 @@ def _read_numpy(path: Path, split: str) -> tuple[Pixels, IntArray | None]:
             return content, None
         with content:
             pair = next(
-                (p for p in (("images", "labels"), (f"x_{split}", f"y_{split}"), ("arr_0", "arr_1")) if p[0] in content), None
+                (
+                    p
+                    for p in (
+                        ("images", "labels"),
+                        (f"x_{split}", f"y_{split}"),
+                        ("arr_0", "arr_1"),
+                    )
+                    if p[0] in content
+                ),
+                None,
             )
             if pair is None:
-                raise ValueError(f"its arrays are {', '.join(content)}; expected images, x_{split} or arr_0")
+                raise ValueError(
+                    f"its arrays are {', '.join(content)}; expected images, x_{split} or arr_0"
+                )
             labels = content.get(pair[1])
             return content[pair[0]], None if labels is None else _as_labels(pair[1], labels)
     except Exception as error:  # damaged files raise errors of zlib, tokenize and others
@@ -213,7 +264,9 @@ def _as_labels(name: str, labels: NDArray[Any]) -> IntArray:
 
 def _read_idx_pair(path: Path) -> tuple[Pixels, IntArray | None]:
     name = path.name.removesuffix(".gz").replace("images", "labels").replace("idx3", "idx1")
-    label_files = [p for p in (path.with_name(name), path.with_name(f"{name}.gz")) if p.exists() and p != path]
+    label_files = [
+        p for p in (path.with_name(name), path.with_name(f"{name}.gz")) if p.exists() and p != path
+    ]
     return _read_idx(path), _read_idx(label_files[0]).astype(np.int64) if label_files else None
 
 
@@ -228,5 +281,7 @@ def _read_idx(path: Path) -> Pixels:
     shape = np.frombuffer(content, ">u4", count=content[3], offset=4)
     pixels = np.frombuffer(content, np.uint8, offset=4 + 4 * content[3])
     if pixels.size != np.prod(shape, dtype=np.int64):
-        raise ValueError(f"{path} has {pixels.size} bytes of pixels; expected {' x '.join(map(str, shape))}, as its header states")
+        raise ValueError(
+            f"{path} has {pixels.size} bytes of pixels; expected {' x '.join(map(str, shape))}, as its header states"
+        )
     return pixels.reshape(shape)

@@ -36,12 +36,16 @@ def encode_png(image: Pixels, **text: str) -> bytes:
     from PIL.PngImagePlugin import PngInfo
 
     if image.shape[2] not in PNG_CHANNELS:
-        raise ValueError(f"cannot write {image.shape[2]}-channel images as PNG; write .npy or .npz instead")
+        raise ValueError(
+            f"cannot write {image.shape[2]}-channel images as PNG; write .npy or .npz instead"
+        )
     buffer = io.BytesIO()
     chunks = PngInfo()
     for key, value in text.items():
         chunks.add_text(key, value)
-    Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).save(buffer, format="PNG", pnginfo=chunks)
+    Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).save(
+        buffer, format="PNG", pnginfo=chunks
+    )
     return buffer.getvalue()
 
 
@@ -49,7 +53,10 @@ def save_grid(path: Path, images: Pixels, columns: int | None = None) -> None:
     """Writes all images as one PNG grid, small ones enlarged to about 64 pixels."""
     scale = max(1, 64 // max(images.shape[1:3])) if len(images) <= 256 else 1
     columns = columns or math.ceil(math.sqrt(len(images)))
-    write_atomically(path, encode_png(grid(images, columns, scale=scale), rows=str(math.ceil(len(images) / columns))))
+    write_atomically(
+        path,
+        encode_png(grid(images, columns, scale=scale), rows=str(math.ceil(len(images) / columns))),
+    )
 
 
 def first_row(path: Path) -> Pixels:
@@ -59,6 +66,8 @@ def first_row(path: Path) -> Pixels:
     with Image.open(path) as sheet:
         rows = int(sheet.info.get("rows", 0))
         if not rows:
-            raise ValueError(f"{path} was not written by save_grid: it does not record its number of rows")
+            raise ValueError(
+                f"{path} was not written by save_grid: it does not record its number of rows"
+            )
         pixels = np.asarray(sheet).reshape(sheet.height, sheet.width, -1)
     return pixels[: (len(pixels) - GAP) // rows]

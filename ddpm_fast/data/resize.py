@@ -28,7 +28,9 @@ def channels_of(image: Any) -> int:
     return 1 if image.mode in ("1", "L") or image.mode.startswith("I;16") else 3
 
 
-def decode(openers: Iterable[Callable[[], Any]], count: int, resolution: int, fit: str, channels: int) -> Pixels:
+def decode(
+    openers: Iterable[Callable[[], Any]], count: int, resolution: int, fit: str, channels: int
+) -> Pixels:
     """Decodes images in parallel into uint8 [count, resolution, resolution, channels]."""
     out = np.empty((count, resolution, resolution, channels), np.uint8)
 
@@ -59,7 +61,9 @@ def _fit_image(image: Any, resolution: int, fit: str, channels: int) -> Pixels:
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
     elif image.mode in ("I", "F"):
-        raise ValueError(f"mode {image.mode} has no defined range; expected 8 or 16 bits per channel")
+        raise ValueError(
+            f"mode {image.mode} has no defined range; expected 8 or 16 bits per channel"
+        )
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     image = image.convert("L" if channels == 1 else "RGB")
@@ -82,8 +86,12 @@ def fit_array(images: Pixels, resolution: int, fit: str, channels: int | None) -
         raise ValueError(f"images have {c} channels; expected 1 or 3")
     if channels in (None, c) and fit == "pad" and max(h, w) <= resolution:
         top, left = (resolution - h) // 2, (resolution - w) // 2
-        return np.pad(images, ((0, 0), (top, resolution - h - top), (left, resolution - w - left), (0, 0)))
+        return np.pad(
+            images, ((0, 0), (top, resolution - h - top), (left, resolution - w - left), (0, 0))
+        )
     if channels in (None, c) and h == w == resolution:
         return images
-    openers = (partial(Image.fromarray, images[i] if c == 3 else images[i, :, :, 0]) for i in range(n))
+    openers = (
+        partial(Image.fromarray, images[i] if c == 3 else images[i, :, :, 0]) for i in range(n)
+    )
     return decode(openers, n, resolution, fit, channels or c)

@@ -67,5 +67,7 @@ def q_posterior(schedule: NoiseSchedule, x_0: Tensor, x_t: Tensor, t: int) -> tu
 
 def _checked(schedule: NoiseSchedule, eps: Tensor) -> Tensor:
     if not 1 <= len(eps) <= len(schedule):
-        raise ValueError(f"noise for {len(eps)} steps; expected 1 to {len(schedule)}, one for each of the schedule's")
+        raise ValueError(
+            f"noise for {len(eps)} steps; expected 1 to {len(schedule)}, one for each of the schedule's"
+        )
     return eps

@@ -15,7 +15,9 @@ LOSSES = ("simple", "min_snr", "hybrid", "vlb")
 LEARNING_VARIANCE = ("hybrid", "vlb")
 
 
-def target_table(schedule: NoiseSchedule, prediction: str, device: torch.device | str = "cpu") -> Tensor:
+def target_table(
+    schedule: NoiseSchedule, prediction: str, device: torch.device | str = "cpu"
+) -> Tensor:
     """(of_eps, of_x_0) as fp32 [T, 2]: what the network is to predict is of_eps eps + of_x_0 x_0 (`kernels.noise_mse`)."""
     check_prediction(prediction)
     one = np.ones(len(schedule))
@@ -64,19 +66,36 @@ class Objective:
     ) -> None:
         if loss not in LOSSES:
             raise ValueError(f"loss {loss!r}; expected one of {', '.join(LOSSES)}")
-        conversion(prediction, "x_0", schedule.alpha_bar, schedule.noise_var)  # refuses what no sampler could use
+        conversion(
+            prediction, "x_0", schedule.alpha_bar, schedule.noise_var
+        )  # refuses what no sampler could use
         self.schedule, self.prediction, self.loss = schedule, prediction, loss
         self.learned = loss in LEARNING_VARIANCE
         self.variance = "learned_range" if self.learned else "fixed_large"
         self.target = target_table(schedule, prediction, device)
         self.weights = None
         if loss == "min_snr":
-            self.weights = torch.from_numpy(min_snr_weights(schedule, prediction, snr_gamma)).float().to(device)
+            self.weights = (
+                torch.from_numpy(min_snr_weights(schedule, prediction, snr_gamma))
+                .float()
+                .to(device)
+            )
         self.bound = None
         if self.learned:
-            self.bound = Bound(schedule, prediction, self.variance, clip=None, device=device, dtype=torch.float32)
+            self.bound = Bound(
+                schedule, prediction, self.variance, clip=None, device=device, dtype=torch.float32
+            )
 
-    def losses(self, out: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor, row: Tensor, seed: Tensor, image: Tensor) -> Tensor:
+    def losses(
+        self,
+        out: Tensor,
+        x_0: Tensor,
+        x_t: Tensor,
+        t: Tensor,
+        row: Tensor,
+        seed: Tensor,
+        image: Tensor,
+    ) -> Tensor:
         """out: the network's output for x_t, which `q_sample` made of x_0 with (t, row, seed, image). Returns fp32 [B]."""
         channels, total = x_0.shape[1], len(self.schedule)
         if out.shape[1] != channels * (1 + self.learned):
@@ -86,7 +105,15 @@ class Objective:
             )
         if self.loss == "vlb" and self.bound is not None:
             return total * self.bound.terms(out.float(), x_0, x_t, t)
-        simple = noise_mse(out[:, :channels], None if self.prediction == "eps" else x_0, self.target, t, row, seed, image)
+        simple = noise_mse(
+            out[:, :channels],
+            None if self.prediction == "eps" else x_0,
+            self.target,
+            t,
+            row,
+            seed,
+            image,
+        )
         if self.weights is not None:
             return self.weights[t] * simple
         if self.bound is None:

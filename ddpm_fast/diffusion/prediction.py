@@ -32,18 +32,30 @@ def conversion(source: str, target: str, signal: Any, noise: Any) -> tuple[Any, 
     if source == target:
         return zero, one
     if source == "eps":
-        _nowhere_zero(signal, "alpha_bar = 0: the noise alone does not say what x_0 is; let the network predict x_0 or v")
+        _nowhere_zero(
+            signal,
+            "alpha_bar = 0: the noise alone does not say what x_0 is; let the network predict x_0 or v",
+        )
         return (1 / signal, -noise / signal) if target == "x_0" else (-noise / signal, 1 / signal)
     if source == "v":
         return (signal, -noise) if target == "x_0" else (noise, signal)
-    _nowhere_zero(noise, "alpha_bar = 1: x_0 alone does not say what eps is; let the network predict eps or v")
+    _nowhere_zero(
+        noise, "alpha_bar = 1: x_0 alone does not say what eps is; let the network predict eps or v"
+    )
     return (1 / noise, -signal / noise) if target == "eps" else (signal / noise, -1 / noise)
 
 
-def convert(out: Tensor, x_t: Tensor, t: Tensor, schedule: NoiseSchedule, source: str, target: str) -> Tensor:
+def convert(
+    out: Tensor, x_t: Tensor, t: Tensor, schedule: NoiseSchedule, source: str, target: str
+) -> Tensor:
     """The prediction `source` of images x_t [B, C, H, W] at timesteps t [B] as the prediction `target`, in x_t's dtype."""
-    signal, noise = (torch.from_numpy(np.sqrt(v)[t.cpu().numpy()]) for v in (schedule.alpha_bar, schedule.noise_var))
-    of_x, of_out = (v.to(x_t)[:, None, None, None] for v in conversion(source, target, signal, noise))
+    signal, noise = (
+        torch.from_numpy(np.sqrt(v)[t.cpu().numpy()])
+        for v in (schedule.alpha_bar, schedule.noise_var)
+    )
+    of_x, of_out = (
+        v.to(x_t)[:, None, None, None] for v in conversion(source, target, signal, noise)
+    )
     return of_x * x_t + of_out * out
 
 

@@ -16,7 +16,12 @@ from .schedule import Array, NoiseSchedule
 from .solvers import StepTable, check_eta, ddim_table, ddpm_table, dpm_solver_table
 from .timesteps import Steps, choose_timesteps
 
-DEFAULT_STEPS = {"ddpm": None, "ddim": 50, "dpm++2m": 20, "dpm++2m-sde": 20}  # None: the whole chain
+DEFAULT_STEPS = {
+    "ddpm": None,
+    "ddim": 50,
+    "dpm++2m": 20,
+    "dpm++2m-sde": 20,
+}  # None: the whole chain
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,9 @@ class Preset:
                     "floor"      fixed_large: beta_0; fixed_small: 1e-20
     """
 
-    choose: Callable[[int, str, int], NDArray[np.int64]] = lambda total, solver, steps: choose_timesteps(total, steps)
+    choose: Callable[[int, str, int], NDArray[np.int64]] = lambda total, solver, steps: (
+        choose_timesteps(total, steps)
+    )
     single: bool = False
     eps_from: str = "x_0"
     ddim_clip: bool = True
@@ -46,9 +53,15 @@ class Preset:
     @property
     def level(self) -> Callable[[Tensor], Tensor]:
         """Which of 0 ... 255 a value in [-1, 1] becomes."""
-        return {"rounded to the nearest": nearest, "cut off": _cut_off, "half rounded up": _half_up}[self.rounding]
+        return {
+            "rounded to the nearest": nearest,
+            "cut off": _cut_off,
+            "half rounded up": _half_up,
+        }[self.rounding]
 
-    def timesteps(self, total: int, solver: str, steps: Steps, spacing: str | None = None) -> NDArray[np.int64]:
+    def timesteps(
+        self, total: int, solver: str, steps: Steps, spacing: str | None = None
+    ) -> NDArray[np.int64]:
         """The timesteps that `solver` visits, decreasing; a spacing that is asked for counts more than the preset's."""
         if steps is None:
             steps = DEFAULT_STEPS.get(solver)
@@ -73,7 +86,9 @@ class Preset:
         if solver == "ddpm":
             return ddpm_table(chain, t, prediction, variance, clip)
         if solver == "ddim":
-            return ddim_table(chain, t, prediction, eta, clip if self.ddim_clip else None, self.eps_from)
+            return ddim_table(
+                chain, t, prediction, eta, clip if self.ddim_clip else None, self.eps_from
+            )
         return dpm_solver_table(chain, t, prediction, solver == "dpm++2m-sde", clip)
 
 
@@ -107,7 +122,9 @@ class SinglePrecision(NoiseSchedule):
 
 
 def _all(total: int, solver: str, steps: int) -> NDArray[np.int64]:
-    raise ValueError(f"{steps} steps: the preset ho visits all {total} timesteps; leave steps out, or name a spacing")
+    raise ValueError(
+        f"{steps} steps: the preset ho visits all {total} timesteps; leave steps out, or name a spacing"
+    )
 
 
 def _sections(total: int, solver: str, steps: int) -> NDArray[np.int64]:
@@ -115,7 +132,9 @@ def _sections(total: int, solver: str, steps: int) -> NDArray[np.int64]:
 
 
 def _leading(total: int, solver: str, steps: int) -> NDArray[np.int64]:
-    if solver.startswith("dpm++"):  # one more than asked for, and not the last: T-1 is visited, 0 is not
+    if solver.startswith(
+        "dpm++"
+    ):  # one more than asked for, and not the last: T-1 is visited, 0 is not
         return np.round(np.linspace(0, total - 1, steps + 1)).astype(np.int64)[:0:-1]
     return choose_timesteps(total, steps, "leading")
 
@@ -138,7 +157,14 @@ PRESETS: dict[str, Preset] = {
     "ho": Preset(_all, rounding="cut off", erf=False, first_var="posterior"),
     "openai": Preset(_sections, rounding="cut off", erf=False, first_var="posterior"),
     "diffusers": Preset(_leading, single=True, eps_from="network", first_var="floor"),
-    "ddim": Preset(_uniform, single=True, eps_from="network", ddim_clip=False, rounding="half rounded up", first_var="posterior"),
+    "ddim": Preset(
+        _uniform,
+        single=True,
+        eps_from="network",
+        ddim_clip=False,
+        rounding="half rounded up",
+        first_var="posterior",
+    ),
 }
 """
 exact      this package's own: fp64 tables, both ends of the chain visited, rounding to the nearest, exact decoder.

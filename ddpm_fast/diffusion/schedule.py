@@ -36,7 +36,9 @@ class NoiseSchedule:
         right[-1] |= beta[-1] == 1
         bad = np.flatnonzero(~right)
         if bad.size:
-            raise ValueError(f"beta[{bad[0]}] = {beta[bad[0]]}; every beta must lie strictly between 0 and 1 ({bad.size} do not)")
+            raise ValueError(
+                f"beta[{bad[0]}] = {beta[bad[0]]}; every beta must lie strictly between 0 and 1 ({bad.size} do not)"
+            )
         object.__setattr__(self, "beta", _frozen(beta))
 
     # ---- families
@@ -47,22 +49,37 @@ class NoiseSchedule:
         return cls(np.linspace(start, end, _count(timesteps)))
 
     @classmethod
-    def scaled_linear(cls, start: float = 1e-4, end: float = 0.02, timesteps: int = 1000) -> NoiseSchedule:
+    def scaled_linear(
+        cls, start: float = 1e-4, end: float = 0.02, timesteps: int = 1000
+    ) -> NoiseSchedule:
         """sqrt(beta) in equal steps (Rombach et al. 2022, and "quad" in Ho et al.'s code)."""
         return cls(np.linspace(np.sqrt(start), np.sqrt(end), _count(timesteps)) ** 2)
 
     @classmethod
-    def cosine(cls, timesteps: int = 1000, offset: float = 0.008, max_beta: float = 0.999) -> NoiseSchedule:
+    def cosine(
+        cls, timesteps: int = 1000, offset: float = 0.008, max_beta: float = 0.999
+    ) -> NoiseSchedule:
         """alpha_bar = cos^2 of a quarter turn, beta at most `max_beta` (Nichol & Dhariwal 2021, eq. 17)."""
-        return cls._from_alpha_bar(lambda u: np.cos((u + offset) / (1 + offset) * np.pi / 2) ** 2, timesteps, max_beta)
+        return cls._from_alpha_bar(
+            lambda u: np.cos((u + offset) / (1 + offset) * np.pi / 2) ** 2, timesteps, max_beta
+        )
 
     @classmethod
     def sigmoid(
-        cls, timesteps: int = 1000, start: float = -3.0, end: float = 3.0, tau: float = 1.0, max_beta: float = 0.999
+        cls,
+        timesteps: int = 1000,
+        start: float = -3.0,
+        end: float = 3.0,
+        tau: float = 1.0,
+        max_beta: float = 0.999,
     ) -> NoiseSchedule:
         """alpha_bar falls as a sigmoid from `start` to `end` at temperature `tau` (Jabri et al. 2022, algorithm 1)."""
         sigmoid = lambda u: 1 / (1 + np.exp(-(u * (end - start) + start) / tau))
-        return cls._from_alpha_bar(lambda u: (sigmoid(1.0) - sigmoid(u)) / (sigmoid(1.0) - sigmoid(0.0)), timesteps, max_beta)
+        return cls._from_alpha_bar(
+            lambda u: (sigmoid(1.0) - sigmoid(u)) / (sigmoid(1.0) - sigmoid(0.0)),
+            timesteps,
+            max_beta,
+        )
 
     @classmethod
     def from_betas(cls, betas: Sequence[float] | Array) -> NoiseSchedule:
@@ -85,7 +102,9 @@ class NoiseSchedule:
         return self.from_alpha_bar(((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2)
 
     @classmethod
-    def _from_alpha_bar(cls, alpha_bar: Callable[[Array], Array], timesteps: int, max_beta: float) -> NoiseSchedule:
+    def _from_alpha_bar(
+        cls, alpha_bar: Callable[[Array], Array], timesteps: int, max_beta: float
+    ) -> NoiseSchedule:
         """From a continuous alpha_bar(u), u = 0 (clean) ... 1."""
         bar = alpha_bar(np.arange(_count(timesteps) + 1) / timesteps)
         return cls(np.minimum(1 - bar[1:] / bar[:-1], max_beta))
@@ -151,7 +170,11 @@ class NoiseSchedule:
 
     def q_sample_table(self, device: torch.device | str = "cpu") -> torch.Tensor:
         """(sqrt(alpha_bar), sqrt(1 - alpha_bar)) as fp32 [T, 2]: what `kernels.q_sample` reads."""
-        return torch.from_numpy(np.sqrt(np.stack([self.alpha_bar, self.noise_var], axis=1))).float().to(device)
+        return (
+            torch.from_numpy(np.sqrt(np.stack([self.alpha_bar, self.noise_var], axis=1)))
+            .float()
+            .to(device)
+        )
 
     def respaced(self, timesteps: Sequence[int] | NDArray[np.int64]) -> NoiseSchedule:
         """The schedule of the chain that visits only `timesteps` (increasing), with the same alpha_bar there.
@@ -166,13 +189,17 @@ class NoiseSchedule:
             or visited[-1] >= len(self)
             or (np.diff(visited) <= 0).any()
         ):
-            raise ValueError(f"timesteps {list(timesteps)[:8]} ...; expected an increasing list within 0..{len(self) - 1}")
+            raise ValueError(
+                f"timesteps {list(timesteps)[:8]} ...; expected an increasing list within 0..{len(self) - 1}"
+            )
         if len(visited) == len(self):
             return self  # so that "all steps" is this schedule to the bit
         betas, noise = [], 0.0
         wanted = set(visited.tolist())
         for t, (beta, alpha) in enumerate(zip(self.beta, self.alpha, strict=True)):
-            noise = beta + alpha * noise  # 1 - product of alpha since the last visited step, as in noise_var
+            noise = (
+                beta + alpha * noise
+            )  # 1 - product of alpha since the last visited step, as in noise_var
             if t in wanted:
                 betas.append(noise)
                 noise = 0.0
@@ -186,5 +213,7 @@ def _frozen(array: Array) -> Array:
 
 def _count(timesteps: int) -> int:
     if not isinstance(timesteps, (int, np.integer)) or not 1 <= timesteps < 2**24:
-        raise ValueError(f"timesteps = {timesteps!r}; expected an integer from 1 to 2^24 - 1")  # the noise counts steps in 24 bits
+        raise ValueError(
+            f"timesteps = {timesteps!r}; expected an integer from 1 to 2^24 - 1"
+        )  # the noise counts steps in 24 bits
     return int(timesteps)

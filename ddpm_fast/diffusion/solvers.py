@@ -17,7 +17,10 @@ from .prediction import conversion
 from .schedule import Array, NoiseSchedule
 
 VARIANCES = ("fixed_small", "fixed_large", "learned", "learned_range")
-LEARNED = ("learned", "learned_range")  # the network's second half of channels says what the variance is
+LEARNED = (
+    "learned",
+    "learned_range",
+)  # the network's second half of channels says what the variance is
 SOLVERS = ("ddpm", "ddim", "dpm++2m", "dpm++2m-sde")
 ENDS = ("x_0", "t=0")
 
@@ -51,7 +54,9 @@ class StepTable:
         At least one such row follows the last step. ValueError where there is no place for it.
         """
         if rows <= len(self):
-            raise ValueError(f"a table of {len(self)} steps in {rows} rows; expected at least {len(self) + 1}")
+            raise ValueError(
+                f"a table of {len(self)} steps in {rows} rows; expected at least {len(self) + 1}"
+            )
         rest = np.zeros((rows - len(self), len(COLUMNS)))
         rest[:, COLUMNS.index("mean_x")] = 1
         coef = torch.from_numpy(np.concatenate([self.coef, rest])).float()
@@ -72,14 +77,19 @@ class _Steps:
     def down(cls, chain: NoiseSchedule, t: NDArray[np.int64], end: str) -> _Steps:
         """Each step to the next visited timestep; the last to the clean image, or to timestep 0 of the chain."""
         signal, noise, signal_to, noise_to = (
-            np.sqrt(v[::-1]) for v in (chain.alpha_bar, chain.noise_var, chain.alpha_bar_prev, chain.noise_var_prev)
+            np.sqrt(v[::-1])
+            for v in (chain.alpha_bar, chain.noise_var, chain.alpha_bar_prev, chain.noise_var_prev)
         )
         if end not in ENDS:
             raise ValueError(f"end {end!r}; expected one of {', '.join(ENDS)}")
         if end == "t=0":
             if t[-1] != 0 or len(t) == 1:
-                raise ValueError(f'the steps end at t = {t[-1]}; with end="t=0" they must go on to timestep 0')
-            t, signal, noise, signal_to, noise_to = (v[:-1] for v in (t, signal, noise, signal_to, noise_to))
+                raise ValueError(
+                    f'the steps end at t = {t[-1]}; with end="t=0" they must go on to timestep 0'
+                )
+            t, signal, noise, signal_to, noise_to = (
+                v[:-1] for v in (t, signal, noise, signal_to, noise_to)
+            )
         return cls(t, signal, noise, signal_to, noise_to)
 
     def predicted_x_0(self, prediction: str, clip: float | None) -> dict[str, Array]:
@@ -87,7 +97,9 @@ class _Steps:
         of_x, of_out = conversion(prediction, "x_0", self.signal, self.noise)
         if clip is not None and not clip > 0:
             raise ValueError(f"clip = {clip}; expected a positive bound for |x_0|, or None")
-        return dict(x_0_x=of_x, x_0_out=of_out, clip=np.full(len(self.t), np.inf if clip is None else clip))
+        return dict(
+            x_0_x=of_x, x_0_out=of_out, clip=np.full(len(self.t), np.inf if clip is None else clip)
+        )
 
     def table(self, columns: dict[str, Array], learned: bool = False) -> StepTable:
         """Columns by name, absent ones zero."""
@@ -97,7 +109,11 @@ class _Steps:
 
 
 def ddpm_table(
-    schedule: NoiseSchedule, t: NDArray[np.int64], prediction: str = "eps", variance: str = "fixed_large", clip: float | None = 1.0
+    schedule: NoiseSchedule,
+    t: NDArray[np.int64],
+    prediction: str = "eps",
+    variance: str = "fixed_large",
+    clip: float | None = 1.0,
 ) -> StepTable:
     """Ancestral sampling, x_{t-1} ~ N(mean of q(x_{t-1} | x_t, x_0), sigma^2) (Ho et al. 2020, eq. 7 and algorithm 2).
 
@@ -119,7 +135,9 @@ def ddpm_table(
         if variance == "learned":  # v = -1 ... 1 interpolates -1/2 ... 1/2: log sigma = v / 2
             columns |= dict(log_sigma_min=_but_last(-sigma / 2), log_sigma_max=_but_last(sigma / 2))
         else:
-            with np.errstate(divide="ignore"):  # the last step's posterior variance is 0; its logarithm is not used
+            with np.errstate(
+                divide="ignore"
+            ):  # the last step's posterior variance is 0; its logarithm is not used
                 columns["log_sigma_min"] = _but_last(np.log(chain.posterior_var[::-1]) / 2)
             columns["log_sigma_max"] = _but_last(np.log(chain.beta[::-1]) / 2)
     else:
@@ -149,7 +167,9 @@ def ddim_table(
     chain = schedule.respaced(t[::-1])
     steps = _Steps.down(chain, t, end)
     sigma = eta * np.sqrt(chain.posterior_var[::-1])[: len(steps.t)]
-    toward_eps = np.sqrt(np.maximum(steps.noise_to**2 - sigma**2, 0))  # rounding may pass 0 at eta = 1
+    toward_eps = np.sqrt(
+        np.maximum(steps.noise_to**2 - sigma**2, 0)
+    )  # rounding may pass 0 at eta = 1
     return steps.table(_toward(steps, prediction, clip, toward_eps, eps_from) | dict(sigma=sigma))
 
 
@@ -171,7 +191,10 @@ def ddim_inversion_table(
         raise ValueError(f'sees {sees!r}; expected "source" or "target"')
     up = t[::-1]
     chain = schedule.respaced(up)
-    level = np.sqrt(np.concatenate([[1.0], chain.alpha_bar])), np.sqrt(np.concatenate([[0.0], chain.noise_var]))
+    level = (
+        np.sqrt(np.concatenate([[1.0], chain.alpha_bar])),
+        np.sqrt(np.concatenate([[0.0], chain.noise_var])),
+    )
     first = 0 if sees == "target" else 1
     (signal, signal_to), (noise, noise_to) = ((v[first:-1], v[first + 1 :]) for v in level)
     steps = _Steps(up[:-1] if sees == "source" else up, signal, noise, signal_to, noise_to)
@@ -197,13 +220,17 @@ def dpm_solver_table(
     variance. x_0 is clipped, which pixels need at large t and which none of the baselines does. end as in `ddim_table`.
     """
     steps = _Steps.down(schedule.respaced(t[::-1]), t, end)
-    with np.errstate(divide="ignore", invalid="ignore"):  # lambda is -inf without signal and inf without noise
+    with np.errstate(
+        divide="ignore", invalid="ignore"
+    ):  # lambda is -inf without signal and inf without noise
         h = np.log(steps.signal_to / steps.noise_to) - np.log(steps.signal / steps.noise)
         back = np.concatenate([[0.0], h[1:] / (2 * h[:-1])])
     back[np.isinf(h)] = 0
     gain = -steps.signal_to * np.expm1(-2 * h if sde else -h)
     columns = steps.predicted_x_0(prediction, clip)
-    columns |= dict(mean_x_0=gain * (1 + back), mean_old=-gain * back, mean_x=steps.noise_to / steps.noise)
+    columns |= dict(
+        mean_x_0=gain * (1 + back), mean_old=-gain * back, mean_x=steps.noise_to / steps.noise
+    )
     if sde:
         columns["mean_x"] = columns["mean_x"] * np.exp(-h)
         columns["sigma"] = steps.noise_to * np.sqrt(-np.expm1(-2 * h))
@@ -215,17 +242,26 @@ def check_eta(solver: str, eta: float) -> None:
     if solver not in SOLVERS:
         raise ValueError(f"solver {solver!r}; expected one of {', '.join(SOLVERS)}")
     if eta and solver != "ddim":
-        raise ValueError(f'eta = {eta} belongs to solver="ddim"; "ddpm" takes its noise from variance, "dpm++2m-sde" has its own')
+        raise ValueError(
+            f'eta = {eta} belongs to solver="ddim"; "ddpm" takes its noise from variance, "dpm++2m-sde" has its own'
+        )
 
 
-def _toward(steps: _Steps, prediction: str, clip: float | None, toward_eps: Array, eps_from: str) -> dict[str, Array]:
+def _toward(
+    steps: _Steps, prediction: str, clip: float | None, toward_eps: Array, eps_from: str
+) -> dict[str, Array]:
     """The columns of signal_to x_0 + toward_eps eps."""
     columns = steps.predicted_x_0(prediction, clip)
     if eps_from == "network":
         eps_x, eps_out = conversion(prediction, "eps", steps.signal, steps.noise)
-        return columns | dict(mean_x_0=steps.signal_to, mean_x=toward_eps * eps_x, mean_out=toward_eps * eps_out)
+        return columns | dict(
+            mean_x_0=steps.signal_to, mean_x=toward_eps * eps_x, mean_out=toward_eps * eps_out
+        )
     # eps = (x_t - signal x_0) / noise
-    return columns | dict(mean_x_0=steps.signal_to - toward_eps * steps.signal / steps.noise, mean_x=toward_eps / steps.noise)
+    return columns | dict(
+        mean_x_0=steps.signal_to - toward_eps * steps.signal / steps.noise,
+        mean_x=toward_eps / steps.noise,
+    )
 
 
 def _but_last(values: Array) -> Array:

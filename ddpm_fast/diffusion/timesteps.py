@@ -36,7 +36,9 @@ def choose_timesteps(total: int, steps: Steps, spacing: str = "linspace") -> NDA
     if steps is None:
         steps = total
     if not isinstance(steps, (int, np.integer)) or isinstance(steps, bool):
-        raise ValueError(f"steps = {steps!r}; expected a number of steps, a list of timesteps, or sections such as '10,20,30'")
+        raise ValueError(
+            f"steps = {steps!r}; expected a number of steps, a list of timesteps, or sections such as '10,20,30'"
+        )
     if not 1 <= steps <= total:
         raise ValueError(f"{steps} steps; expected 1 to {total}, the length of the training chain")
     if spacing == "leading":
@@ -51,9 +53,13 @@ def choose_timesteps(total: int, steps: Steps, spacing: str = "linspace") -> NDA
 
 
 def _given(total: int, chosen: NDArray[np.int64]) -> NDArray[np.int64]:
-    within = chosen.size and chosen.dtype.kind in "iu" and chosen.max() < total and chosen.min() >= 0
+    within = (
+        chosen.size and chosen.dtype.kind in "iu" and chosen.max() < total and chosen.min() >= 0
+    )
     if not within or (np.diff(chosen) >= 0).any():
-        raise ValueError(f"steps {chosen.tolist()[:8]} ...; expected decreasing timesteps within 0..{total - 1}")
+        raise ValueError(
+            f"steps {chosen.tolist()[:8]} ...; expected decreasing timesteps within 0..{total - 1}"
+        )
     return chosen.astype(np.int64)
 
 
@@ -63,18 +69,24 @@ def _sections(total: int, text: str) -> NDArray[np.int64]:
     try:
         counts = [int(part) for part in text.removeprefix("ddim").split(",")]
     except ValueError:
-        raise ValueError(f"steps {text!r}; expected a number, or sections such as '10,20,30' or 'ddim50'") from None
+        raise ValueError(
+            f"steps {text!r}; expected a number, or sections such as '10,20,30' or 'ddim50'"
+        ) from None
     if stride_only:
         if len(counts) == 1:
             for stride in range(1, total + 1):
                 if -(-total // stride) == counts[0]:
                     return np.arange(0, total, stride)[::-1]
-        raise ValueError(f"steps {text!r}: no integer stride through {total} timesteps takes exactly that many")
+        raise ValueError(
+            f"steps {text!r}: no integer stride through {total} timesteps takes exactly that many"
+        )
     sizes = [total // len(counts) + (i < total % len(counts)) for i in range(len(counts))]
     chosen, first = [], 0
     for size, count in zip(sizes, counts, strict=True):
         if not 1 <= count <= size:
-            raise ValueError(f"steps {text!r}: {count} steps of a section of {size}; expected 1 to {size}")
+            raise ValueError(
+                f"steps {text!r}: {count} steps of a section of {size}; expected 1 to {size}"
+            )
         # the stride is added up, not multiplied: its rounding errors decide ties, and with them which image comes out
         step = (size - 1) / (count - 1) if count > 1 else 1.0
         chosen.append(first + np.round(np.cumsum([0.0] + [step] * (count - 1))).astype(np.int64))

@@ -30,7 +30,9 @@ def gaussian_kl(mean_1: Tensor, log_var_1: Tensor, mean_2: Tensor, log_var_2: Te
     return 0.5 * (log_ratio.exp() - 1 - log_ratio + (mean_1 - mean_2).square() * (-log_var_2).exp())
 
 
-def discretised_gaussian_log_likelihood(x_0: Tensor, mean: Tensor, log_sigma: Tensor, erf: bool = True) -> Tensor:
+def discretised_gaussian_log_likelihood(
+    x_0: Tensor, mean: Tensor, log_sigma: Tensor, erf: bool = True
+) -> Tensor:
     """Log of the probability, in nats, that N(mean, sigma^2) gives the level of x_0 (Ho et al. 2020, eq. 13).
 
     x_0: multiples of 2/255 in [-1, 1]; its level reaches half a level down and up, and to infinity from the first and the last.
@@ -83,11 +85,15 @@ class Bound:
             raise ValueError(f"variance {variance!r}; expected one of {', '.join(VARIANCES)}")
         self.chain, self.variance, self.clip, self.erf = chain, variance, clip, preset.erf
         small, large = chain.posterior_var.copy(), chain.beta.copy()
-        small[0] = 1e-20 if preset.first_var == "floor" else small[1] if len(chain) > 1 else large[0]
+        small[0] = (
+            1e-20 if preset.first_var == "floor" else small[1] if len(chain) > 1 else large[0]
+        )
         if preset.first_var == "posterior":
             large[0] = small[0]
         fixed = large if variance == "fixed_large" else small
-        of_x, of_out = conversion(prediction, "x_0", np.sqrt(chain.alpha_bar), np.sqrt(chain.noise_var))
+        of_x, of_out = conversion(
+            prediction, "x_0", np.sqrt(chain.alpha_bar), np.sqrt(chain.noise_var)
+        )
         columns = [of_x, of_out, chain.posterior_mean_x_0, chain.posterior_mean_x_t]
         columns += [np.log(small), np.log(fixed), np.log(chain.beta)]
         self._table = torch.from_numpy(np.stack(columns, axis=1)).to(device, dtype)
@@ -100,7 +106,9 @@ class Bound:
         """
         dtype, channels = self._table.dtype, x_0.shape[1]
         x_0, x_t, out = x_0.to(dtype), x_t.to(dtype), out.to(dtype)
-        of_x, of_out, mean_x_0, mean_x, log_small, log_fixed, log_beta = self._table[t].T[:, :, None, None, None]
+        of_x, of_out, mean_x_0, mean_x, log_small, log_fixed, log_beta = self._table[t].T[
+            :, :, None, None, None
+        ]
         predicted = of_x * x_t + of_out * out[:, :channels]
         if self.clip is not None:
             predicted = predicted.clamp(-self.clip, self.clip)
@@ -109,7 +117,11 @@ class Bound:
             log_var = log_fixed.expand_as(mean)
         else:
             v = out[:, channels:]
-            log_var = v if self.variance == "learned" else log_small + (v + 1) / 2 * (log_beta - log_small)
+            log_var = (
+                v
+                if self.variance == "learned"
+                else log_small + (v + 1) / 2 * (log_beta - log_small)
+            )
         kl = gaussian_kl(true_mean, log_small, mean, log_var)
         first = (t == 0)[:, None, None, None]
         # what is not chosen must not have a gradient that is not finite, so the decoder sees the image itself there

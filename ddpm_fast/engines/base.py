@@ -35,7 +35,11 @@ def dtype_name(dtype: str | torch.dtype) -> str:
     Raises:
         ValueError: The dtype is not supported.
     """
-    name = dtype if isinstance(dtype, str) else next((k for k, v in DTYPES.items() if v.activations == dtype), str(dtype))
+    name = (
+        dtype
+        if isinstance(dtype, str)
+        else next((k for k, v in DTYPES.items() if v.activations == dtype), str(dtype))
+    )
     if name not in DTYPES:
         raise ValueError(f"dtype {dtype!r}; expected one of {', '.join(DTYPES)}")
     return name
@@ -50,7 +54,9 @@ class SamplingState:
     seed: Tensor  # [B] int64, the seed's 64 bits
     image: Tensor  # [B] int64, image indices
     labels: Tensor | None  # [B] int64
-    x_0: Tensor | None = None  # like x: the prediction of x_0 in the last step, if the solver reads it
+    x_0: Tensor | None = (
+        None  # like x: the prediction of x_0 in the last step, if the solver reads it
+    )
 
 
 class Engine(Protocol):
@@ -72,7 +78,9 @@ class Engine(Protocol):
         """Allocates and compiles what batches of up to `batch_size` images need."""
         ...
 
-    def steps(self, state: SamplingState, table: StepTable, every_step: bool = True) -> Generator[int, None, None]:
+    def steps(
+        self, state: SamplingState, table: StepTable, every_step: bool = True
+    ) -> Generator[int, None, None]:
         """Takes the state through the table in place and yields how many steps are done in total.
 
         An image at the table's end does not change. Nothing here waits for the device. After the

@@ -44,7 +44,9 @@ class EagerEngine:
     def prepare(self, batch_size: int) -> None:
         """Does nothing: memory is allocated in every step."""
 
-    def steps(self, state: SamplingState, table: StepTable, every_step: bool = True) -> Generator[int, None, None]:
+    def steps(
+        self, state: SamplingState, table: StepTable, every_step: bool = True
+    ) -> Generator[int, None, None]:
         """See `Engine.steps`; yields after every step."""
         t, coef = (v.to(state.x.device) for v in table.padded(len(table) + 1))
         if table.multistep and state.x_0 is None:
@@ -71,7 +73,9 @@ class EagerEngine:
         if state.x._version != version:
             raise ValueError("the model changed its input x_t in place; return a new tensor")
         mean = mean_of(out, channels, learned)
-        ddpm_step(state.x, mean, coef, state.step_index, state.seed, state.image, learned, state.x_0)
+        ddpm_step(
+            state.x, mean, coef, state.step_index, state.seed, state.image, learned, state.x_0
+        )
         state.step_index.add_(1).clamp_(max=len(coef) - 1)
 
     def free(self) -> None:
@@ -93,9 +97,15 @@ def compiled(model: Callable[..., Tensor]) -> Callable[..., Tensor]:
         if x.shape not in checked:
             expected = model(x, *rest).double()
             error = float((out.double() - expected).norm() / expected.norm())
-            allowed = COMPILED_ULPS * torch.finfo(out.dtype).eps if out.dtype.itemsize == 2 else COMPILED_ERROR
+            allowed = (
+                COMPILED_ULPS * torch.finfo(out.dtype).eps
+                if out.dtype.itemsize == 2
+                else COMPILED_ERROR
+            )
             if not error <= allowed:
-                raise RuntimeError(f"torch.compile gives another result, off by {error:.1e}; use another engine")
+                raise RuntimeError(
+                    f"torch.compile gives another result, off by {error:.1e}; use another engine"
+                )
             checked.add(x.shape)
         return out
 

@@ -54,7 +54,9 @@ def choose(name: str, request: EngineRequest) -> Engine:
         return _reference(request, "the model is not a ddpm_fast UNet")
     if device == "cuda":
         if precision == "fp32":
-            return _reference(request, "in fp32 cuDNN's convolutions are faster; use bf16, fp16 or fp8")
+            return _reference(
+                request, "in fp32 cuDNN's convolutions are faster; use bf16, fp16 or fp8"
+            )
         if not _triton.PRESENT:
             return _reference(request, "Triton is not installed")
         return _or_reference(_fused, request, f"{precision} on a GPU")
@@ -77,7 +79,9 @@ def _reference(request: EngineRequest, reason: str, compile: bool = False) -> En
     model, dtype = request.model, DTYPES[request.precision].activations
     if request.precision == "fp8":
         name = "compile" if compile else "reference"
-        raise ValueError(f"fp8 needs engine 'fused'; this is engine {name!r} ({reason}): use another dtype or engine")
+        raise ValueError(
+            f"fp8 needs engine 'fused'; this is engine {name!r} ({reason}): use another dtype or engine"
+        )
     if isinstance(model, UNet) and model.dtype != dtype and model.dtype != torch.float64:
         model = channels_last(copy.deepcopy(model).to(dtype))
     return EagerEngine(model, dtype, reason, compile)
@@ -92,8 +96,12 @@ def _fused(request: EngineRequest, reason: str) -> Engine:
 
     r = request
     if not isinstance(r.model, UNet):
-        raise ValueError(f"engine 'fused' takes a UNet; this model is {type(r.model).__name__}: use 'compile' or 'reference'")
-    return FusedEngine(r.model, r.shape, r.precision, r.device, r.timesteps, reason, calibration=r.calibration)
+        raise ValueError(
+            f"engine 'fused' takes a UNet; this model is {type(r.model).__name__}: use 'compile' or 'reference'"
+        )
+    return FusedEngine(
+        r.model, r.shape, r.precision, r.device, r.timesteps, reason, calibration=r.calibration
+    )
 
 
 def _cpu(request: EngineRequest, reason: str) -> Engine:
@@ -101,7 +109,9 @@ def _cpu(request: EngineRequest, reason: str) -> Engine:
 
     r = request
     if not isinstance(r.model, UNet) or r.device.type != "cpu" or r.precision != "fp32":
-        raise ValueError(f"engine 'cpu' takes a UNet in fp32 on a CPU; this is {r.precision} on {r.device}")
+        raise ValueError(
+            f"engine 'cpu' takes a UNet in fp32 on a CPU; this is {r.precision} on {r.device}"
+        )
     return CPUEngine(r.model, r.shape, r.timesteps)
 
 

@@ -16,11 +16,15 @@ from ..utils.files import write_atomically
 class Classifier(nn.Module):
     """Three 3x3 convolutions, each normalised and halved, and two linear layers; x [N, C, size, size] in [-1, 1] -> logits."""
 
-    def __init__(self, num_classes: int = 10, channels: int = 1, size: int = 32, width: int = 32) -> None:
+    def __init__(
+        self, num_classes: int = 10, channels: int = 1, size: int = 32, width: int = 32
+    ) -> None:
         super().__init__()
         self.settings = dict(num_classes=num_classes, channels=channels, size=size, width=width)
         widths = (channels, width, 2 * width, 4 * width)
-        self.convolutions = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in pairwise(widths))
+        self.convolutions = nn.ModuleList(
+            nn.Conv2d(a, b, 3, padding=1) for a, b in pairwise(widths)
+        )
         self.norms = nn.ModuleList(nn.BatchNorm2d(c) for c in widths[1:])
         self.dropout = nn.Dropout(0.3)
         self.hidden = nn.Linear(4 * width * (size // 8) ** 2, 4 * width)
@@ -35,7 +39,9 @@ class Classifier(nn.Module):
         """ValueError for images of another shape (H, W, C) than it was trained on."""
         expected = self.settings["size"], self.settings["size"], self.settings["channels"]
         if shape != expected:
-            raise ValueError(f"images are {shape}; expected {expected}, which this classifier was trained on")
+            raise ValueError(
+                f"images are {shape}; expected {expected}, which this classifier was trained on"
+            )
 
     @torch.no_grad()
     def probabilities(self, images: Tensor, batch_size: int = 256) -> Tensor:

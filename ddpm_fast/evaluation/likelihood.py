@@ -94,7 +94,10 @@ def bits_per_dimension(
     visited = rules.timesteps(len(sampler.schedule), "ddpm", steps)[::-1]
     chain = sampler.schedule.respaced(visited)
     bound = Bound(chain, sampler.prediction, sampler.variance, sampler.clip, rules, sampler.device)
-    coef, label = chain.q_sample_table(sampler.device), torch.from_numpy(visited.copy()).to(sampler.device)
+    coef, label = (
+        chain.q_sample_table(sampler.device),
+        torch.from_numpy(visited.copy()).to(sampler.device),
+    )
     count, total = len(data), len(chain)
     identity = _identity(sampler, data, visited, seed, preset)
     terms, done = np.full(count * total, np.nan), 0
@@ -105,21 +108,37 @@ def bits_per_dimension(
     with inference(sampler.model):
         while done < count * total:
             pair = torch.arange(done, min(done + batch_size, count * total))
-            terms[done : done + len(pair)] = _terms(sampler, bound, data, coef, label, pair, seed).cpu().numpy()
+            terms[done : done + len(pair)] = (
+                _terms(sampler, bound, data, coef, label, pair, seed).cpu().numpy()
+            )
             done += len(pair)
             callback(len(pair))
-            if terms_file is not None and (time.monotonic() - saved > save_every or done == count * total):
+            if terms_file is not None and (
+                time.monotonic() - saved > save_every or done == count * total
+            ):
                 _write(Path(terms_file), identity, terms, done)
                 saved = time.monotonic()
     return Bits(terms.reshape(count, total), _prior(bound, data))
 
 
-def _terms(sampler: Sampler, bound: Bound, data: ImageData, coef: Tensor, label: Tensor, pair: Tensor, seed: int) -> Tensor:
+def _terms(
+    sampler: Sampler,
+    bound: Bound,
+    data: ImageData,
+    coef: Tensor,
+    label: Tensor,
+    pair: Tensor,
+    seed: int,
+) -> Tensor:
     """The terms of (image, step) pairs [B], image by image."""
     device = sampler.device
     image, row = pair // len(label), (pair % len(label)).to(device)
     x_0 = from_uint8(torch.from_numpy(data.images[image.numpy()]).to(device))
-    labels = () if sampler.num_classes is None or data.labels is None else (torch.from_numpy(data.labels)[image].to(device),)
+    labels = (
+        ()
+        if sampler.num_classes is None or data.labels is None
+        else (torch.from_numpy(data.labels)[image].to(device),)
+    )
     image, t = image.to(device), label[row]
     # noise is counted by the timestep that the network sees, so that a respaced chain meets the same
     x_t = q_sample(x_0, coef, row, t, torch.full_like(image, seed_bits(seed)), image)
@@ -129,19 +148,28 @@ def _terms(sampler: Sampler, bound: Bound, data: ImageData, coef: Tensor, label:
 
 
 def _prior(bound: Bound, data: ImageData) -> Array:
-    parts = [bound.prior(from_uint8(torch.from_numpy(data.images[i : i + 512]))) for i in range(0, len(data), 512)]
+    parts = [
+        bound.prior(from_uint8(torch.from_numpy(data.images[i : i + 512])))
+        for i in range(0, len(data), 512)
+    ]
     return torch.cat(parts).cpu().numpy()
 
 
 def _check(sampler: Sampler, data: ImageData) -> None:
     c, h, w = sampler.shape
     if data.images.shape[1:] != (h, w, c):
-        raise ValueError(f"the images are {data.images.shape[1:]}; the network takes {(h, w, c)} (height, width, channels)")
+        raise ValueError(
+            f"the images are {data.images.shape[1:]}; the network takes {(h, w, c)} (height, width, channels)"
+        )
     if sampler.num_classes is not None:
         if data.labels is None:
-            raise ValueError("the data has no labels; expected labels, because the network is class-conditional")
+            raise ValueError(
+                "the data has no labels; expected labels, because the network is class-conditional"
+            )
         if data.labels.max() >= sampler.num_classes:
-            raise ValueError(f"labels up to {data.labels.max()}; the network has {sampler.num_classes} classes")
+            raise ValueError(
+                f"labels up to {data.labels.max()}; the network has {sampler.num_classes} classes"
+            )
 
 
 def _identity(sampler: Sampler, data: ImageData, visited: Any, seed: int, preset: str) -> str:
@@ -150,9 +178,20 @@ def _identity(sampler: Sampler, data: ImageData, visited: Any, seed: int, preset
     if isinstance(sampler.model, torch.nn.Module):
         for tensor in sampler.model.state_dict().values():
             weights.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-    schedule = hashlib.sha256(sampler.schedule.beta.tobytes() + np.ascontiguousarray(visited).tobytes()).hexdigest()
-    settings = [sampler.prediction, sampler.variance, sampler.clip, str(sampler.dtype), preset, seed]
-    return json.dumps(dict(weights=weights.hexdigest(), data=data.digest, schedule=schedule, how=settings))
+    schedule = hashlib.sha256(
+        sampler.schedule.beta.tobytes() + np.ascontiguousarray(visited).tobytes()
+    ).hexdigest()
+    settings = [
+        sampler.prediction,
+        sampler.variance,
+        sampler.clip,
+        str(sampler.dtype),
+        preset,
+        seed,
+    ]
+    return json.dumps(
+        dict(weights=weights.hexdigest(), data=data.digest, schedule=schedule, how=settings)
+    )
 
 
 def _write(path: Path, identity: str, terms: Array, done: int) -> None:
@@ -166,7 +205,11 @@ def _read(path: Path, identity: str, size: int) -> tuple[Array, int]:
         with np.load(path, allow_pickle=False) as arrays:
             recorded, terms, done = str(arrays["identity"]), arrays["terms"], int(arrays["done"])
     except (OSError, KeyError, ValueError, EOFError) as error:
-        raise ValueError(f"{path} holds no bits per dimension: {error}; choose another file") from None
+        raise ValueError(
+            f"{path} holds no bits per dimension: {error}; choose another file"
+        ) from None
     if recorded != identity or terms.shape != (size,):
-        raise ValueError(f"{path} holds another evaluation (other weights, images, steps, seed or preset); choose another file")
+        raise ValueError(
+            f"{path} holds another evaluation (other weights, images, steps, seed or preset); choose another file"
+        )
     return terms, done

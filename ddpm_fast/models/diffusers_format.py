@@ -48,11 +48,17 @@ _COUNT = ("an integer of at least 1", is_count)
 _NUMBER = ("a number", is_number)
 _POSITIVE = ("a positive number", lambda v: is_number(v) and v > 0)
 _FLAG = ("true or false", lambda v: isinstance(v, bool))
-_NAMES = ("a list of names", lambda v: isinstance(v, (list, tuple)) and bool(v) and all(isinstance(n, str) for n in v))
+_NAMES = (
+    "a list of names",
+    lambda v: isinstance(v, (list, tuple)) and bool(v) and all(isinstance(n, str) for n in v),
+)
 _OPTIONAL_COUNT = ("an integer of at least 1, or null", lambda v: v is None or is_count(v))
 # What each key that holds a number, a flag or a list must be: a damaged file is one clear line.
 _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = dict(
-    sample_size=("an integer, a pair of them, or null", lambda v: v is None or is_count(v) or is_counts(v, 2)),
+    sample_size=(
+        "an integer, a pair of them, or null",
+        lambda v: v is None or is_count(v) or is_counts(v, 2),
+    ),
     in_channels=_COUNT,
     out_channels=_COUNT,
     center_input_sample=_FLAG,
@@ -62,7 +68,10 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = dict(
     down_block_types=_NAMES,
     up_block_types=_NAMES,
     block_out_channels=("a list of integers of at least 1", lambda v: is_counts(v, None)),
-    layers_per_block=("an integer of at least 1, or a list of them", lambda v: is_count(v) or is_counts(v)),
+    layers_per_block=(
+        "an integer of at least 1, or a list of them",
+        lambda v: is_count(v) or is_counts(v),
+    ),
     mid_block_scale_factor=_POSITIVE,
     dropout=("a number from 0 to below 1", lambda v: is_number(v) and 0 <= v < 1),
     attention_head_dim=_OPTIONAL_COUNT,
@@ -109,14 +118,20 @@ def arguments_from_diffusers(config: Mapping[str, Any]) -> dict[str, Any]:
     d = {**_DIFFUSERS_DEFAULTS, **values}
     for key, supported in _SUPPORTED.items():
         if d[key] not in supported:
-            raise ValueError(f"{key}={d[key]!r} is not supported; supported: {', '.join(map(repr, supported))}")
+            raise ValueError(
+                f"{key}={d[key]!r} is not supported; supported: {', '.join(map(repr, supported))}"
+            )
     for key, (expected, fits) in _KINDS.items():
         if not fits(d[key]):
-            raise ValueError(f"{key}={d[key]!r} in the UNet2DModel configuration; expected {expected}")
+            raise ValueError(
+                f"{key}={d[key]!r} in the UNet2DModel configuration; expected {expected}"
+            )
     down = [_block(name, _DOWN_BLOCKS, d["downsample_type"]) for name in d["down_block_types"]]
     up = [_block(name, _UP_BLOCKS, d["upsample_type"]) for name in reversed(d["up_block_types"])]
     if not len(down) == len(up) == len(d["block_out_channels"]):
-        raise ValueError("down_block_types, up_block_types and block_out_channels must have one entry per level")
+        raise ValueError(
+            "down_block_types, up_block_types and block_out_channels must have one entry per level"
+        )
     mid_groups = d["attn_norm_num_groups"]
     if mid_groups is None and d["resnet_time_scale_shift"] == "scale_shift":
         mid_groups = 0  # diffusers then leaves this norm out
@@ -155,18 +170,28 @@ def to_diffusers(c: Mapping[str, Any], attends: Sequence[bool]) -> dict[str, Any
         attends: per level, whether any attention runs at its width.
     """
     layers = list(c["layers"])
-    split = [(width, heads) for width, heads, a in zip(c["channels"], c["heads"], attends, strict=True) if a]
+    split = [
+        (width, heads)
+        for width, heads, a in zip(c["channels"], c["heads"], attends, strict=True)
+        if a
+    ]
     head_dims = {width // heads for width, heads in split}
     single = all(heads == 1 for _, heads in split)
     if len(head_dims) > 1 and not single:
-        raise ValueError(f"heads={c['heads']} at channels={c['channels']}: diffusers has one attention_head_dim for all levels")
+        raise ValueError(
+            f"heads={c['heads']} at channels={c['channels']}: diffusers has one attention_head_dim for all levels"
+        )
     if c["mid_attention"] and not c["scale_shift"] and not c["mid_norm_groups"]:
         raise ValueError("mid_norm_groups=0: diffusers leaves this norm out only under scale_shift")
-    down, down_type = _names(list(zip(c["attention"], c["down_resample"], strict=True)), len(attends) - 1, _DOWN_BLOCKS)
+    down, down_type = _names(
+        list(zip(c["attention"], c["down_resample"], strict=True)), len(attends) - 1, _DOWN_BLOCKS
+    )
     up, up_type = _names(list(zip(c["up_attention"], c["up_resample"], strict=True)), 0, _UP_BLOCKS)
     return dict(
         _class_name="UNet2DModel",
-        sample_size=list(c["sample_size"]) if isinstance(c["sample_size"], tuple) else c["sample_size"],
+        sample_size=list(c["sample_size"])
+        if isinstance(c["sample_size"], tuple)
+        else c["sample_size"],
         in_channels=c["in_channels"],
         out_channels=c["out_channels"],
         center_input_sample=c["center_input"],
@@ -178,7 +203,9 @@ def to_diffusers(c: Mapping[str, Any], attends: Sequence[bool]) -> dict[str, Any
         mid_block_type="UNetMidBlock2D",
         up_block_types=up[::-1],
         block_out_channels=list(c["channels"]),
-        layers_per_block=layers[0] if len(set(layers)) == 1 else layers,  # a list: see the module's docstring
+        layers_per_block=layers[0]
+        if len(set(layers)) == 1
+        else layers,  # a list: see the module's docstring
         mid_block_scale_factor=c["mid_scale"],
         downsample_padding=c["downsample_padding"],
         downsample_type=down_type,
@@ -197,7 +224,9 @@ def to_diffusers(c: Mapping[str, Any], attends: Sequence[bool]) -> dict[str, Any
     )
 
 
-def _block(name: str, known: Mapping[str, tuple[bool, str | None]], resample: str) -> tuple[bool, str]:
+def _block(
+    name: str, known: Mapping[str, tuple[bool, str | None]], resample: str
+) -> tuple[bool, str]:
     """(attention, resampling) of a diffusers block name."""
     name = name.removeprefix("UNetRes")
     if name not in known:
@@ -206,14 +235,23 @@ def _block(name: str, known: Mapping[str, tuple[bool, str | None]], resample: st
     return attention, fixed or resample
 
 
-def _names(levels: list[tuple[bool, str]], without: int, known: Mapping[str, tuple[bool, str | None]]) -> tuple[list[str], str]:
+def _names(
+    levels: list[tuple[bool, str]], without: int, known: Mapping[str, tuple[bool, str | None]]
+) -> tuple[list[str], str]:
     """diffusers' block names for (attention, resampling) per level, and the one resampling that its attention blocks share.
 
     `without` is the level that does not resample.
     """
     plain, attending, resnet = known
-    shared = {resample for i, (attention, resample) in enumerate(levels) if attention and i != without}
+    shared = {
+        resample for i, (attention, resample) in enumerate(levels) if attention and i != without
+    }
     if len(shared) > 1:
-        raise ValueError(f"(attention, resampling) {levels}: diffusers has one resampling for all its attention blocks")
-    names = [attending if attention else resnet if resample == "resnet" else plain for attention, resample in levels]
+        raise ValueError(
+            f"(attention, resampling) {levels}: diffusers has one resampling for all its attention blocks"
+        )
+    names = [
+        attending if attention else resnet if resample == "resnet" else plain
+        for attention, resample in levels
+    ]
     return names, (shared or {"conv"}).pop()

@@ -23,5 +23,9 @@ def _sum_of_bits(p: Tensor) -> Tensor:
     flat = (p.permute(0, 2, 3, 1) if channels_last else p).flatten()
     # a parameter may be a view into a larger tensor, at any offset
     alignment = math.gcd(flat.nbytes, flat.storage_offset() * flat.itemsize)
-    word = next(dtype for dtype in (torch.int64, torch.int32, torch.int16, torch.uint8) if alignment % dtype.itemsize == 0)
+    word = next(
+        dtype
+        for dtype in (torch.int64, torch.int32, torch.int16, torch.uint8)
+        if alignment % dtype.itemsize == 0
+    )
     return flat.view(word).sum(dtype=torch.int64)

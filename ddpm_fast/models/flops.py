@@ -39,9 +39,16 @@ class _PeakMemory(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        known = {id(t.untyped_storage()) for t in tree_iter((args, kwargs)) if isinstance(t, torch.Tensor)}
+        known = {
+            id(t.untyped_storage())
+            for t in tree_iter((args, kwargs))
+            if isinstance(t, torch.Tensor)
+        }
         for t in tree_iter(result):
-            if isinstance(t, torch.Tensor) and id(storage := t.untyped_storage()) not in known | self._seen:
+            if (
+                isinstance(t, torch.Tensor)
+                and id(storage := t.untyped_storage()) not in known | self._seen
+            ):
                 self._seen.add(id(storage))
                 self.alive += storage.nbytes()
                 weakref.finalize(storage, self._free, id(storage), storage.nbytes())

@@ -40,7 +40,11 @@ class TimeTable:
         self.classes, self.timesteps = classes or 1, timesteps
         self._weight, self._bias = weight, bias
         self._time = unet.embed(torch.arange(timesteps), None).clone()
-        self._class = unet.class_embedding.weight.detach().clone() if classes else torch.zeros(1, self._time.shape[1])
+        self._class = (
+            unet.class_embedding.weight.detach().clone()
+            if classes
+            else torch.zeros(1, self._time.shape[1])
+        )
         self._table: Tensor | None = None
         if timesteps * self.classes * len(weight) * 4 <= LARGEST:
             both = F.silu(self._time[:, None] + self._class).flatten(0, 1)
@@ -59,5 +63,8 @@ class TimeTable:
             return Rows(self._table, (t * self.classes + labels).numpy())
         pairs = list(zip(t.tolist(), labels.tolist(), strict=True))
         number = {pair: k for k, pair in enumerate(dict.fromkeys(pairs))}
-        each = [F.linear(F.silu(self._time[a] + self._class[b])[None], self._weight, self._bias) for a, b in number]
+        each = [
+            F.linear(F.silu(self._time[a] + self._class[b])[None], self._weight, self._bias)
+            for a, b in number
+        ]
         return Rows(torch.cat(each), np.array([number[pair] for pair in pairs]))

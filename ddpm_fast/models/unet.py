@@ -17,13 +17,17 @@ from torch import Tensor, nn
 from .config import UNetConfig
 
 
-def timestep_embedding(t: Tensor, dim: int, *, cos_first: bool, freq_shift: float, dtype: torch.dtype = torch.float32) -> Tensor:
+def timestep_embedding(
+    t: Tensor, dim: int, *, cos_first: bool, freq_shift: float, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """Sinusoids of the timestep at dim / 2 frequencies from 1 down to 1e-4 (Vaswani et al. 2017, section 3.5).
 
     t [B], integer or floating;  returns [B, dim] in `dtype`.
     """
     half = dim // 2
-    frequency = torch.exp(-math.log(10_000) * torch.arange(half, dtype=dtype, device=t.device) / (half - freq_shift))
+    frequency = torch.exp(
+        -math.log(10_000) * torch.arange(half, dtype=dtype, device=t.device) / (half - freq_shift)
+    )
     angle = t.to(dtype)[:, None] * frequency
     halves = (angle.cos(), angle.sin()) if cos_first else (angle.sin(), angle.cos())
     return torch.cat(halves, dim=1)
@@ -41,7 +45,9 @@ class TimeEmbedding(nn.Module):
         return self.linear_2(F.silu(self.linear_1(sinusoid)))
 
 
-def norm_silu(norm: nn.GroupNorm, x: Tensor, time: Tensor | None = None, silu: bool = True) -> tuple[Tensor, Tensor]:
+def norm_silu(
+    norm: nn.GroupNorm, x: Tensor, time: Tensor | None = None, silu: bool = True
+) -> tuple[Tensor, Tensor]:
     """(SiLU(norm(x + time)), x): time [B, C] or None, SiLU optional; x for the path around the norm, so that a fused form can add
     the two gradients of x.
     """
@@ -55,7 +61,9 @@ class ResBlock(nn.Module):
     x [B, C_in, H, W], temb [B, time_dim] (SiLU already applied) -> [B, C_out, H', W']
     """
 
-    def __init__(self, c: UNetConfig, c_in: int, c_out: int, resample: str | None = None, scale: float = 1.0) -> None:
+    def __init__(
+        self, c: UNetConfig, c_in: int, c_out: int, resample: str | None = None, scale: float = 1.0
+    ) -> None:
         super().__init__()
         self.resample, self.scale, self.scale_shift = resample, scale, c.scale_shift
         self.norm_silu = norm_silu
@@ -90,7 +98,9 @@ class ResBlock(nn.Module):
 class Attention(nn.Module):
     """Self-attention over pixels: x + to_out(softmax(q k^T / sqrt(head dim)) v), q, k, v linear in norm(x)."""
 
-    def __init__(self, channels: int, heads: int, groups: int | None, eps: float, scale: float = 1.0) -> None:
+    def __init__(
+        self, channels: int, heads: int, groups: int | None, eps: float, scale: float = 1.0
+    ) -> None:
         super().__init__()
         self.heads, self.scale = heads, scale
         self.mix: Callable[[Tensor, Tensor, Tensor], Tensor] = F.scaled_dot_product_attention
@@ -103,10 +113,16 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         b, c, h, w = x.shape
-        normed, x = self.norm_silu(self.group_norm, x, silu=False) if self.group_norm is not None else (x, x)
+        normed, x = (
+            self.norm_silu(self.group_norm, x, silu=False)
+            if self.group_norm is not None
+            else (x, x)
+        )
         pixels = normed.flatten(2).transpose(1, 2)  # [B, HW, C]
         q, k, v = (
-            project(pixels).view(b, h * w, self.heads, c // self.heads).transpose(1, 2)  # [B, heads, HW, C / heads]
+            project(pixels)
+            .view(b, h * w, self.heads, c // self.heads)
+            .transpose(1, 2)  # [B, heads, HW, C / heads]
             for project in (self.to_q, self.to_k, self.to_v)
         )
         mixed = self.mix(q, k, v).transpose(1, 2).reshape(b, h * w, c)
@@ -128,7 +144,9 @@ class Downsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.conv.padding == (0, 0):
-            x = F.pad(x, (0, 1, 0, 1))  # right and bottom: TensorFlow's SAME, which Ho et al. trained with
+            x = F.pad(
+                x, (0, 1, 0, 1)
+            )  # right and bottom: TensorFlow's SAME, which Ho et al. trained with
         return self.conv(x)
 
 
@@ -146,11 +164,15 @@ class Upsample(nn.Module):
 class Level(nn.Module):
     """The residual blocks of one level, each with attention where the level has it, then the resampling."""
 
-    def __init__(self, c: UNetConfig, inputs: list[int], c_out: int, attends: bool, heads: int) -> None:
+    def __init__(
+        self, c: UNetConfig, inputs: list[int], c_out: int, attends: bool, heads: int
+    ) -> None:
         super().__init__()
         self.resnets = nn.ModuleList(ResBlock(c, c_in, c_out) for c_in in inputs)
         if attends:
-            self.attentions = nn.ModuleList(Attention(c_out, heads, c.norm_groups, c.norm_eps) for _ in inputs)
+            self.attentions = nn.ModuleList(
+                Attention(c_out, heads, c.norm_groups, c.norm_eps) for _ in inputs
+            )
         self.downsamplers: nn.ModuleList | None = None
         self.upsamplers: nn.ModuleList | None = None
 
@@ -188,7 +210,11 @@ class Middle(nn.Module):
         self.resnets = nn.ModuleList(ResBlock(c, width, width, scale=c.mid_scale) for _ in range(2))
         self.attentions = nn.ModuleList()
         if c.mid_attention:
-            self.attentions.append(Attention(width, c.levels[-1].heads, c.mid_norm_groups or None, c.norm_eps, c.mid_scale))
+            self.attentions.append(
+                Attention(
+                    width, c.levels[-1].heads, c.mid_norm_groups or None, c.norm_eps, c.mid_scale
+                )
+            )
 
     def forward(self, x: Tensor, temb: Tensor) -> Tensor:
         x = self.resnets[0](x, temb)
@@ -213,11 +239,17 @@ class UNet(nn.Module):
         levels, width = c.levels, c.channels[0]
         skips = [width]  # channels of everything that the way down keeps
         for i, at in enumerate(levels):
-            level = Level(c, [width] + [at.channels] * (at.layers - 1), at.channels, at.attention, at.heads)
+            level = Level(
+                c, [width] + [at.channels] * (at.layers - 1), at.channels, at.attention, at.heads
+            )
             skips += [at.channels] * at.layers
             if i < len(levels) - 1:
                 plain = at.down_resample == "conv"
-                down = Downsample(at.channels, c.downsample_padding) if plain else ResBlock(c, at.channels, at.channels, "down")
+                down = (
+                    Downsample(at.channels, c.downsample_padding)
+                    if plain
+                    else ResBlock(c, at.channels, at.channels, "down")
+                )
                 level.downsamplers = nn.ModuleList([down])
                 skips.append(at.channels)
             self.down_blocks.append(level)
@@ -225,9 +257,15 @@ class UNet(nn.Module):
         self.mid_block = Middle(c)
         for i, at in reversed(list(enumerate(levels))):
             widths = [width] + [at.channels] * at.layers
-            level = Level(c, [w + skips.pop() for w in widths], at.channels, at.up_attention, at.heads)
+            level = Level(
+                c, [w + skips.pop() for w in widths], at.channels, at.up_attention, at.heads
+            )
             if i > 0:
-                up = Upsample(at.channels) if at.up_resample == "conv" else ResBlock(c, at.channels, at.channels, "up")
+                up = (
+                    Upsample(at.channels)
+                    if at.up_resample == "conv"
+                    else ResBlock(c, at.channels, at.channels, "up")
+                )
                 level.upsamplers = nn.ModuleList([up])
             self.up_blocks.append(level)
             width = at.channels
@@ -260,7 +298,9 @@ class UNet(nn.Module):
         c = self.config
         # Sinusoids in half precision would merge neighbouring timesteps, so they are computed in fp32 and rounded once.
         dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
-        sinusoid = timestep_embedding(t, c.channels[0], cos_first=c.cos_first, freq_shift=c.freq_shift, dtype=dtype)
+        sinusoid = timestep_embedding(
+            t, c.channels[0], cos_first=c.cos_first, freq_shift=c.freq_shift, dtype=dtype
+        )
         emb = self.time_embedding(sinusoid.to(self.dtype))
         return emb if labels is None else emb + self.class_embedding(labels)
 

@@ -35,16 +35,33 @@ def plot_schedules(schedules: Mapping[str, NoiseSchedule], out: str | Path) -> N
         kind = plain.index(name.removesuffix(ZERO_SNR)) % len(_COLOURS)
         how = dict(color=_COLOURS[kind], linestyle="-" if name in plain else "--", label=name)
         t = np.arange(len(schedule)) / len(schedule)
-        for a, values in zip(axes.flat, (schedule.beta, schedule.alpha_bar, schedule.snr), strict=True):
-            a.plot(t, np.where(values > 0, values, np.nan), **how)  # a ratio of 0 has no place on a logarithmic axis
-    for a, title, scale in zip(axes.flat, ("beta", "alpha_bar", "signal-to-noise ratio"), ("log", "linear", "log"), strict=True):
+        for a, values in zip(
+            axes.flat, (schedule.beta, schedule.alpha_bar, schedule.snr), strict=True
+        ):
+            a.plot(
+                t, np.where(values > 0, values, np.nan), **how
+            )  # a ratio of 0 has no place on a logarithmic axis
+    for a, title, scale in zip(
+        axes.flat,
+        ("beta", "alpha_bar", "signal-to-noise ratio"),
+        ("log", "linear", "log"),
+        strict=True,
+    ):
         a.set(title=title, yscale=scale, xlabel="t / T")
     axes[0, 2].set_ylim(1e-6, 3e4)
-    picture.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False, fontsize=9)
+    picture.legend(
+        *axes[0, 0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=5,
+        frameon=False,
+        fontsize=9,
+    )
     save(picture, out)
 
 
-def forward_strip(schedule: NoiseSchedule, images: Pixels, seed: int, steps: int) -> tuple[list[int], Tensor]:
+def forward_strip(
+    schedule: NoiseSchedule, images: Pixels, seed: int, steps: int
+) -> tuple[list[int], Tensor]:
     """(t, x): the chain from images uint8 [N, H, W, C] through all T steps, kept at `steps` of them: x fp32 [steps, N, C, H, W].
 
     Neighbours belong together: it is one trajectory for each image, with the noise of image 0, 1, ... at every step. The last
@@ -58,19 +75,34 @@ def forward_strip(schedule: NoiseSchedule, images: Pixels, seed: int, steps: int
     seeds = torch.full_like(image, seed_bits(seed))
     kept, states = [round(t) for t in np.linspace(0, len(schedule), steps + 1)[1:] - 1], []
     for t in range(len(schedule)):
-        x = q_step(schedule, x, t, noise.noise(seeds, image, torch.full_like(image, t), noise.Q_SAMPLE, c, h, w))
+        x = q_step(
+            schedule,
+            x,
+            t,
+            noise.noise(seeds, image, torch.full_like(image, t), noise.Q_SAMPLE, c, h, w),
+        )
         if t in kept:
             states.append(x)
     return kept, torch.stack(states)
 
 
-def plot_forward(schedule: NoiseSchedule, images: Pixels, out: str | Path, seed: int = 0, steps: int = 10) -> None:
+def plot_forward(
+    schedule: NoiseSchedule, images: Pixels, out: str | Path, seed: int = 0, steps: int = 10
+) -> None:
     """Each image as a row: itself, then noised further and further by the chain."""
     kept, x = forward_strip(schedule, images, seed, steps)
-    cells = [[images[i], *(to_uint8(x[k, i : i + 1]).numpy()[0] for k in range(len(kept)))] for i in range(len(images))]
-    words = (f"t = {t}\n$\\bar\\alpha_t$ = {_short(schedule.alpha_bar[t])}\nSNR {_short(schedule.snr[t])}" for t in kept)
+    cells = [
+        [images[i], *(to_uint8(x[k, i : i + 1]).numpy()[0] for k in range(len(kept)))]
+        for i in range(len(images))
+    ]
+    words = (
+        f"t = {t}\n$\\bar\\alpha_t$ = {_short(schedule.alpha_bar[t])}\nSNR {_short(schedule.snr[t])}"
+        for t in kept
+    )
     picture = _cells(cells, ["x_0", *words], [""] * len(cells))
-    picture.suptitle("q(x_t | x_{t-1}) step by step: each row is one trajectory", fontsize=10, parse_math=False)
+    picture.suptitle(
+        "q(x_t | x_{t-1}) step by step: each row is one trajectory", fontsize=10, parse_math=False
+    )
     save(picture, out)
 
 
@@ -92,7 +124,12 @@ class Reverse:
 
 
 def reverse_trajectory(
-    sampler: Sampler, indices: Indices, seed: int = 0, labels: Labels = None, moments: int = 10, **how: Any
+    sampler: Sampler,
+    indices: Indices,
+    seed: int = 0,
+    labels: Labels = None,
+    moments: int = 10,
+    **how: Any,
 ) -> Reverse:
     """The images that `sampler.sample(indices, seed=seed, labels=labels, **how)` draws, at `moments` steps; how: solver, steps, ...
 
@@ -101,7 +138,9 @@ def reverse_trajectory(
     table, level = sampler.table(**how), preset_of(how.get("preset", "exact")).level
     image = indices_tensor(check_indices(indices))
     wanted = {round(i) for i in np.linspace(0, len(table), min(moments, len(table)) + 1)[1:] - 1}
-    state = sampler.begin(image, seed_bits(seed), check_labels(labels, len(image), sampler.num_classes))
+    state = sampler.begin(
+        image, seed_bits(seed), check_labels(labels, len(image), sampler.num_classes)
+    )
     state.x_0 = torch.zeros_like(state.x)
     t, x, x_0 = [len(sampler.schedule)], [to_uint8(state.x, level)], [to_uint8(state.x_0, level)]
 
@@ -134,11 +173,15 @@ def frames_of(trajectory: Reverse, scale: int) -> list[Pixels]:
     for k in range(len(trajectory.t)):
         above, below = (_row(v[k], scale) for v in (trajectory.x, trajectory.x_0))
         words = (f"x_t, {trajectory.names[k]}", "x_0 seen")
-        both = np.concatenate([_caption(words[0], above.shape[1]), above, _caption(words[1], above.shape[1]), below])
+        both = np.concatenate(
+            [_caption(words[0], above.shape[1]), above, _caption(words[1], above.shape[1]), below]
+        )
         bar = np.full((6, both.shape[1], 3), 64, np.uint8)
         bar[:, : round(both.shape[1] * k / max(1, len(trajectory.t) - 1))] = (0, 158, 115)
         frame = np.concatenate([both, bar])
-        frames.append(frame[: len(frame) // 2 * 2, : frame.shape[1] // 2 * 2].copy())  # MP4 wants even sides
+        frames.append(
+            frame[: len(frame) // 2 * 2, : frame.shape[1] // 2 * 2].copy()
+        )  # MP4 wants even sides
     return frames
 
 
@@ -154,7 +197,9 @@ def _caption(text: str, width: int) -> Pixels:
     from PIL import Image, ImageDraw, ImageFont
 
     line = Image.new("RGB", (width, CAPTION))
-    ImageDraw.Draw(line).text((4, CAPTION // 2), text, "#DDDDDD", ImageFont.load_default(14), anchor="lm")
+    ImageDraw.Draw(line).text(
+        (4, CAPTION // 2), text, "#DDDDDD", ImageFont.load_default(14), anchor="lm"
+    )
     return np.asarray(line)
 
 
@@ -162,7 +207,11 @@ def _cells(cells: list[list[Any]], titles: list[str], names: list[str]) -> Any:
     """A grid of small images with a title over each column and a name before each row."""
     rows, columns = len(cells), len(cells[0])
     picture, axes = figure(0.95 * columns + 0.4, 0.95 * rows + 0.5, rows, columns)
-    for a, image in zip(np.asarray(axes).reshape(rows, columns).flat, (image for row in cells for image in row), strict=True):
+    for a, image in zip(
+        np.asarray(axes).reshape(rows, columns).flat,
+        (image for row in cells for image in row),
+        strict=True,
+    ):
         a.set_xticks([]), a.set_yticks([])
         for side in a.spines.values():
             side.set_visible(False)

@@ -13,7 +13,9 @@ GREY, BLUE, ORANGE, GREEN, PINK = "#999999", "#0072B2", "#D55E00", "#009E73", "#
 KINDS = (".png", ".svg", ".pdf")
 
 
-def figure(width: float = 8, height: float = 4.5, rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
+def figure(
+    width: float = 8, height: float = 4.5, rows: int = 1, columns: int = 1
+) -> tuple[Any, Any]:
     """An empty figure and its axes: one, or an array [rows, columns]. ValueError without the extra `plot`."""
     empty = _find_figure()(figsize=(width, height), dpi=120, layout="constrained")
     axes = empty.subplots(rows, columns, squeeze=False)
@@ -36,7 +38,9 @@ def check_out(out: str | Path, kinds: tuple[str, ...] = KINDS) -> Path:
     """
     out = Path(out)
     if out.suffix not in kinds:
-        raise ValueError(f"{out}: unknown kind of picture; expected {', '.join(kinds[:-1])} or {kinds[-1]}")
+        raise ValueError(
+            f"{out}: unknown kind of picture; expected {', '.join(kinds[:-1])} or {kinds[-1]}"
+        )
     if not out.absolute().parent.is_dir():
         raise ValueError(f"{out.absolute().parent} does not exist; create it first")
     if out.suffix in KINDS:

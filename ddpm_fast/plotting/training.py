@@ -24,7 +24,9 @@ def plot_loss(run: str | Path, out: str | Path) -> None:
     trained = [line for line in lines if line.get("loss") is not None]
     checked = [line for line in lines if line.get("ema_loss") is not None]
     if not trained:
-        raise ValueError(f"{Path(run) / LOG} holds no losses; expected the directory of a training run")
+        raise ValueError(
+            f"{Path(run) / LOG} holds no losses; expected the directory of a training run"
+        )
     last = trained[-1]
     per_step = last["images"] / last["step"]
     seen, loss = (np.array([line[k] for line in trained], float) for k in ("images", "loss"))
@@ -37,17 +39,43 @@ def plot_loss(run: str | Path, out: str | Path) -> None:
     if len(loss) >= 20:
         width = max(2, len(loss) // 20)
         smooth = np.convolve(loss, np.ones(width) / width, mode="valid")
-        axes.plot(seen[width - 1 :], smooth, color=BLUE, linewidth=1.8, label=f"training, mean over {width} entries")
+        axes.plot(
+            seen[width - 1 :],
+            smooth,
+            color=BLUE,
+            linewidth=1.8,
+            label=f"training, mean over {width} entries",
+        )
     if checked:
         at = [line["step"] * per_step for line in checked]
         which = "held-out images" if checked[-1]["held_out"] else "training images"
-        axes.plot(at, [line["raw_loss"] for line in checked], "s-", color=ORANGE, markersize=4, label=f"weights, on {which}")
         axes.plot(
-            at, [line["ema_loss"] for line in checked], "o-", color=GREEN, markersize=4, label=f"averaged weights, on {which}"
+            at,
+            [line["raw_loss"] for line in checked],
+            "s-",
+            color=ORANGE,
+            markersize=4,
+            label=f"weights, on {which}",
+        )
+        axes.plot(
+            at,
+            [line["ema_loss"] for line in checked],
+            "o-",
+            color=GREEN,
+            markersize=4,
+            label=f"averaged weights, on {which}",
         )
     low = min([*loss, *(line["ema_loss"] for line in checked)])
-    axes.set(xlabel="images seen", ylabel="loss (mean squared error)", yscale="log", ylim=(0.9 * low, 5 * low))
-    axes.set_title(f"{last['step']:,} steps, {last['epoch']:.1f} epochs, {last['seconds'] / 3600:.1f} hours", loc="left")
+    axes.set(
+        xlabel="images seen",
+        ylabel="loss (mean squared error)",
+        yscale="log",
+        ylim=(0.9 * low, 5 * low),
+    )
+    axes.set_title(
+        f"{last['step']:,} steps, {last['epoch']:.1f} epochs, {last['seconds'] / 3600:.1f} hours",
+        loc="left",
+    )
     axes.yaxis.set_major_formatter("{x:.3f}")
     axes.yaxis.set_minor_formatter("{x:.3f}")
     axes.xaxis.set_major_formatter(_count)
@@ -80,8 +108,13 @@ def plot_course(run: str | Path, out: str | Path, rows: int = 10) -> None:
     strips: list[Pixels] = [first_row(found[i - 1]) for i in chosen]
     picture, axes = figure(height=0.62 * len(strips) + 0.5)
     height = len(strips[0])
-    axes.imshow(np.concatenate(strips).squeeze(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-    axes.set_yticks([height * (i + 0.5) for i in range(len(strips))], [f"{int(found[i - 1].stem):,}" for i in chosen])
+    axes.imshow(
+        np.concatenate(strips).squeeze(), cmap="gray", vmin=0, vmax=255, interpolation="nearest"
+    )
+    axes.set_yticks(
+        [height * (i + 0.5) for i in range(len(strips))],
+        [f"{int(found[i - 1].stem):,}" for i in chosen],
+    )
     axes.set_xticks([])
     axes.set_ylabel("step")
     axes.tick_params(length=0)

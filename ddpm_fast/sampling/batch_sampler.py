@@ -27,7 +27,14 @@ from ..models.fingerprint import weights_fingerprint
 from ..models.unet import UNet
 from ..utils.validation import integer
 from .callbacks import Callback
-from .request import SamplingOptions, SamplingParams, as_params, check_start, check_timestep, random_labels
+from .request import (
+    SamplingOptions,
+    SamplingParams,
+    as_params,
+    check_start,
+    check_timestep,
+    random_labels,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -82,7 +89,14 @@ class BatchSampler:
         self._choose()
 
     def _choose(self) -> None:
-        request = EngineRequest(self._given, self.shape, self.precision, self.device, len(self.schedule), self._calibration)
+        request = EngineRequest(
+            self._given,
+            self.shape,
+            self.precision,
+            self.device,
+            len(self.schedule),
+            self._calibration,
+        )
         self.engine: Engine = choose(self._engine_name, request)
         plain = self.engine if isinstance(self.engine, EagerEngine) else None
         self.model = plain.model if plain is not None else self._given
@@ -92,10 +106,18 @@ class BatchSampler:
     def _fingerprint(self) -> bytes:
         """Of the model's weights, if the engine computes with a copy of them; otherwise empty."""
         uncopied = isinstance(self.engine, EagerEngine) and self.model is self._given
-        return b"" if uncopied or not isinstance(self._given, nn.Module) else weights_fingerprint(self._given)
+        return (
+            b""
+            if uncopied or not isinstance(self._given, nn.Module)
+            else weights_fingerprint(self._given)
+        )
 
     def table(
-        self, params: SamplingParams | None = None, *, start: int | None = None, **options: Unpack[SamplingOptions]
+        self,
+        params: SamplingParams | None = None,
+        *,
+        start: int | None = None,
+        **options: Unpack[SamplingOptions],
     ) -> StepTable:
         """The step table of the parameters, or of the same keywords; `start` replaces the first t."""
         p = as_params(params, options)
@@ -103,11 +125,15 @@ class BatchSampler:
         t = preset.timesteps(len(self.schedule), p.solver, p.steps, p.spacing)
         if start is not None:
             t = np.concatenate([[check_timestep(start, len(self.schedule))], t[t < start]])
-        return preset.table(self.schedule, p.solver, t, self.prediction, self.variance, self.clip, p.eta)
+        return preset.table(
+            self.schedule, p.solver, t, self.prediction, self.variance, self.clip, p.eta
+        )
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def begin(self, image: Tensor, seed: int, labels: Tensor | None = None, x: Tensor | None = None) -> SamplingState:
+    def begin(
+        self, image: Tensor, seed: int, labels: Tensor | None = None, x: Tensor | None = None
+    ) -> SamplingState:
         """The state before the first step, from `x` or x_T, with `labels` or random classes."""
         c, h, w = self.shape
         image = image.to(self.device)
@@ -118,8 +144,12 @@ class BatchSampler:
         if x is None:
             x = noise.noise(seeds, image, row, noise.X_T, c, h, w)
         else:
-            x = x.to(self.device, torch.float32, copy=True).contiguous(memory_format=torch.channels_last)
-        return SamplingState(x, row, seeds, image, None if labels is None else labels.to(self.device))
+            x = x.to(self.device, torch.float32, copy=True).contiguous(
+                memory_format=torch.channels_last
+            )
+        return SamplingState(
+            x, row, seeds, image, None if labels is None else labels.to(self.device)
+        )
 
     def run(self, state: SamplingState, table: StepTable, callback: Callback | None = None) -> None:
         """Advances the state through the whole table, in place."""
@@ -129,7 +159,11 @@ class BatchSampler:
             pass
 
     def steps(
-        self, state: SamplingState, table: StepTable, callback: Callback | None = None, stop: Callable[[], bool] | None = None
+        self,
+        state: SamplingState,
+        table: StepTable,
+        callback: Callback | None = None,
+        stop: Callable[[], bool] | None = None,
     ) -> Iterator[int]:
         """Yields the number of steps completed so far; ends early if `stop()` returns True."""
         with closing(self.engine.steps(state, table, every_step=callback is not None)) as steps:

@@ -52,7 +52,9 @@ def calibrate(
         raise ValueError(f"images = {images!r}, steps = {steps!r}; expected integers of at least 1")
     convolutions = e4m3_convolutions(checkpoint.unet)
     if not convolutions:
-        raise ValueError("no convolution of this network can compute in e4m3; expected multiples of 32 channels")
+        raise ValueError(
+            "no convolution of this network can compute in e4m3; expected multiples of 32 channels"
+        )
 
     def run(observe: Callable[[str, nn.Conv2d, Tensor], None]) -> None:
         def hook(name: str, conv: nn.Conv2d) -> Hook:
@@ -61,7 +63,9 @@ def calibrate(
         with ExitStack() as hooks:
             for name, conv in convolutions.items():
                 hooks.callback(conv.register_forward_pre_hook(hook(name, conv)).remove)
-            _sampler(checkpoint, device).sample(images, seed=seed, solver="ddim", steps=steps, output="float", batch_size=BATCH)
+            _sampler(checkpoint, device).sample(
+                images, seed=seed, solver="ddim", steps=steps, output="float", batch_size=BATCH
+            )
 
     amax = dict.fromkeys(convolutions, 0.0)
 
@@ -76,7 +80,10 @@ def calibrate(
         sums[name] += _squares(conv.weight, x, unit_of(amax[name])).cpu()
 
     run(compare)
-    error = {name: float(f"{float((off / exact).sqrt()):.4g}") if exact else 0.0 for name, (off, exact) in sums.items()}
+    error = {
+        name: float(f"{float((off / exact).sqrt()):.4g}") if exact else 0.0
+        for name, (off, exact) in sums.items()
+    }
     made = dict(images=images, steps=steps, solver="ddim", seed=seed)
     return Calibration.of(checkpoint.unet, made, amax, error)
 
@@ -102,4 +109,14 @@ def _sampler(c: Checkpoint, device: torch.device | str | None) -> Sampler:
 
     shape = (config.in_channels, *config.size)
     where = unet.conv_in.weight.device
-    return Sampler(model, c.schedule, shape, c.prediction, c.variance, c.clip, config.num_classes, where, engine="reference")
+    return Sampler(
+        model,
+        c.schedule,
+        shape,
+        c.prediction,
+        c.variance,
+        c.clip,
+        config.num_classes,
+        where,
+        engine="reference",
+    )

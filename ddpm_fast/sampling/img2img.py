@@ -13,7 +13,9 @@ from .batch_sampler import BatchSampler
 from .request import Indices, Labels, check_indices, check_labels, indices_tensor, rows_of
 
 
-def diffuse(sampler: BatchSampler, x_0: Tensor, t: int, indices: Indices | None = None, seed: int = 0) -> Tensor:
+def diffuse(
+    sampler: BatchSampler, x_0: Tensor, t: int, indices: Indices | None = None, seed: int = 0
+) -> Tensor:
     """Samples x_t of x_0 by the forward process, with the noise of the images' indices.
 
     With `sample(..., start=(x_t, t))` this varies given images (Meng et al. 2022).
@@ -28,11 +30,15 @@ def diffuse(sampler: BatchSampler, x_0: Tensor, t: int, indices: Indices | None 
     Returns:
         fp32 [N, C, H, W] on the sampler's device.
     """
-    image = indices_tensor(check_indices(len(x_0) if indices is None else indices)).to(sampler.device)
+    image = indices_tensor(check_indices(len(x_0) if indices is None else indices)).to(
+        sampler.device
+    )
     x_0, t = sampler.check_start((x_0, t), len(image))
     times = torch.full_like(image, t)
     coef = sampler.schedule.q_sample_table(sampler.device)
-    return q_sample(x_0.to(sampler.device), coef, times, times, torch.full_like(image, seed_bits(seed)), image)
+    return q_sample(
+        x_0.to(sampler.device), coef, times, times, torch.full_like(image, seed_bits(seed)), image
+    )
 
 
 def invert(
@@ -63,7 +69,9 @@ def invert(
         raise ValueError(f"batch_size = {batch_size}; expected at least 1")
     x_0, _ = sampler.check_start((x_0, 0), len(x_0))
     if sampler.num_classes is not None and labels is None:
-        raise ValueError("labels are missing, and the network is class-conditional; give the images' classes")
+        raise ValueError(
+            "labels are missing, and the network is class-conditional; give the images' classes"
+        )
     t = choose_timesteps(len(sampler.schedule), steps, spacing)
     table = ddim_inversion_table(sampler.schedule, t, sampler.prediction)
     classes = check_labels(labels, len(x_0), sampler.num_classes)

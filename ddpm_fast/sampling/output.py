@@ -31,12 +31,16 @@ class HostTransfer:
     precision: str
 
     @classmethod
-    def start(cls, x: Tensor, indices: Tensor, output: str, preset: str, precision: str) -> HostTransfer:
+    def start(
+        cls, x: Tensor, indices: Tensor, output: str, preset: str, precision: str
+    ) -> HostTransfer:
         """Starts the conversion of x [N, C, H, W] to `output` and its copy; returns without waiting for either."""
         finite = x.isfinite().flatten(1).all(1)
         images = to_uint8(x, preset_of(preset).level) if output == "uint8" else x.contiguous()
         if not x.is_cuda:
-            return cls(indices, images.cpu() if output == "uint8" else images, finite, None, precision)
+            return cls(
+                indices, images.cpu() if output == "uint8" else images, finite, None, precision
+            )
         finite = copy_to_host(finite)
         images = copy_to_host(images) if output == "uint8" else images
         event = torch.cuda.Event()

@@ -81,8 +81,14 @@ class SamplingParams:
             raise ValueError(f"sampling parameters are not JSON: {error}") from None
         known = [field.name for field in fields(cls)]
         if not isinstance(content, dict) or (unknown := sorted(set(content) - set(known))):
-            given = f"have unknown fields {', '.join(unknown)}" if isinstance(content, dict) else f"are {content!r:.60}"
-            raise ValueError(f"sampling parameters {given}; expected a JSON object with some of {', '.join(known)}")
+            given = (
+                f"have unknown fields {', '.join(unknown)}"
+                if isinstance(content, dict)
+                else f"are {content!r:.60}"
+            )
+            raise ValueError(
+                f"sampling parameters {given}; expected a JSON object with some of {', '.join(known)}"
+            )
         return cls(**content)
 
 
@@ -115,9 +121,13 @@ def as_params(params: SamplingParams | None, options: Mapping[str, Any]) -> Samp
     if params is None:
         return SamplingParams(**options)
     if not isinstance(params, SamplingParams):
-        raise ValueError(f"params is {type(params).__name__}; expected SamplingParams, or keywords such as seed=0, steps=50")
+        raise ValueError(
+            f"params is {type(params).__name__}; expected SamplingParams, or keywords such as seed=0, steps=50"
+        )
     if options:
-        raise ValueError(f"params and {', '.join(options)} were both given; use dataclasses.replace(params, ...)")
+        raise ValueError(
+            f"params and {', '.join(options)} were both given; use dataclasses.replace(params, ...)"
+        )
     return params
 
 
@@ -143,19 +153,27 @@ def check_indices(indices: Indices) -> range | Tensor:
     if not isinstance(indices, (range, list, tuple, Tensor, np.ndarray)):
         indices = range(integer("indices", indices))
         if indices.stop < 0:
-            raise ValueError(f"indices = {indices.stop}; expected a count of at least 0, or a range")
+            raise ValueError(
+                f"indices = {indices.stop}; expected a count of at least 0, or a range"
+            )
     if isinstance(indices, range):
         if indices and (min(indices[0], indices[-1]) < 0 or max(indices[0], indices[-1]) >= 2**63):
-            raise ValueError(f"image indices from {indices[0]} to {indices[-1]}; expected 0 to 2^63 - 1")
+            raise ValueError(
+                f"image indices from {indices[0]} to {indices[-1]}; expected 0 to 2^63 - 1"
+            )
         return indices
     if not len(indices):
         return torch.empty(0, dtype=torch.int64, device="cpu")
     try:
         tensor = torch.as_tensor(indices, device="cpu")
     except (TypeError, ValueError, RuntimeError):
-        raise ValueError(f"indices {str(indices)[:60]}; expected a count, or a range or list of integers") from None
+        raise ValueError(
+            f"indices {str(indices)[:60]}; expected a count, or a range or list of integers"
+        ) from None
     if tensor.ndim != 1 or tensor.is_floating_point() or tensor.dtype == torch.bool:
-        raise ValueError(f"indices are {tensor.dtype} {tuple(tensor.shape)}; expected a count, or a range or list of integers")
+        raise ValueError(
+            f"indices are {tensor.dtype} {tuple(tensor.shape)}; expected a count, or a range or list of integers"
+        )
     if tensor.min() < 0:
         raise ValueError(f"image index {int(tensor.min())}; expected 0 or more")
     return tensor.long()
@@ -163,7 +181,11 @@ def check_indices(indices: Indices) -> range | Tensor:
 
 def indices_tensor(indices: range | Tensor) -> Tensor:
     """Validated image indices as int64 [N] on the CPU."""
-    return indices if isinstance(indices, Tensor) else torch.tensor(list(indices), dtype=torch.int64, device="cpu")
+    return (
+        indices
+        if isinstance(indices, Tensor)
+        else torch.tensor(list(indices), dtype=torch.int64, device="cpu")
+    )
 
 
 def check_labels(labels: Labels, count: int, num_classes: int | None) -> Tensor | None:
@@ -186,9 +208,13 @@ def check_labels(labels: Labels, count: int, num_classes: int | None) -> Tensor 
     except (TypeError, ValueError, RuntimeError):
         valid = False
     if not valid or tensor.shape not in ((), (count,)):
-        raise ValueError(f"labels {str(labels)[:60]}; expected one integer, or {count}, one per image")
+        raise ValueError(
+            f"labels {str(labels)[:60]}; expected one integer, or {count}, one per image"
+        )
     if count and (tensor.min() < 0 or tensor.max() >= num_classes):
-        raise ValueError(f"labels from {tensor.min()} to {tensor.max()}; expected 0..{num_classes - 1}")
+        raise ValueError(
+            f"labels from {tensor.min()} to {tensor.max()}; expected 0..{num_classes - 1}"
+        )
     return tensor.expand(count)
 
 
@@ -201,7 +227,9 @@ def random_labels(seeds: Tensor, indices: Tensor, num_classes: int) -> Tensor:
 def check_start(start: Any, shape: tuple[int, ...], timesteps: int) -> tuple[Tensor, int]:
     """Validates (x_t, t): floating images of `shape` [N, C, H, W] and a timestep below `timesteps`."""
     if not isinstance(start, tuple) or len(start) != 2 or not isinstance(start[0], Tensor):
-        raise ValueError(f"start is {type(start).__name__}; expected (x_t tensor [N, C, H, W], timestep)")
+        raise ValueError(
+            f"start is {type(start).__name__}; expected (x_t tensor [N, C, H, W], timestep)"
+        )
     x, t = start
     if tuple(x.shape) != shape or not x.is_floating_point():
         raise ValueError(f"images are {x.dtype} {tuple(x.shape)}; expected floating {shape}")

@@ -104,7 +104,9 @@ class Sampler(BatchSampler):
         size = size or checkpoint.unet.config.size
         if size is None:
             raise ValueError("the configuration has no sample_size; give size=(height, width)")
-        unet = channels_last(checkpoint.unet.to(device or ("cuda" if torch.cuda.is_available() else "cpu")))
+        unet = channels_last(
+            checkpoint.unet.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        )
         c, shape = checkpoint, (unet.config.in_channels, *size)
         model = (unet, c.schedule, shape, c.prediction, variance or c.variance, c.clip)
         return cls(*model, engine=engine, dtype=dtype or "fp32", calibration=calibration)
@@ -171,7 +173,12 @@ class Sampler(BatchSampler):
         return img2img.diffuse(self, x_0, t, indices, seed)
 
     def invert(
-        self, x_0: Tensor, steps: Steps = 50, labels: Labels = None, spacing: str = "linspace", batch_size: int = 64
+        self,
+        x_0: Tensor,
+        steps: Steps = 50,
+        labels: Labels = None,
+        spacing: str = "linspace",
+        batch_size: int = 64,
     ) -> tuple[Tensor, int]:
         """(x_t, t) from which DDIM leads back to images x_0: see `img2img.invert`."""
         return img2img.invert(self, x_0, steps, labels, spacing, batch_size)

@@ -51,7 +51,9 @@ class Sink:
         indices = indices_tensor(self._indices[self.count : self.count + len(images)])
         if len(indices) < len(images) or (len(images) and int(indices[0]) != first):
             expected = int(indices[0]) if len(indices) else "no more images"
-            raise ValueError(f"a batch of {len(images)} images from index {first}; expected {expected}")
+            raise ValueError(
+                f"a batch of {len(images)} images from index {first}; expected {expected}"
+            )
         self._write(indices.numpy(), images.numpy())
         self.count += len(images)
 
@@ -112,7 +114,11 @@ class FolderSink(Sink):
 
     def __init__(self, path: str | Path, indices: Indices) -> None:
         super().__init__(path, indices)
-        last = max(self._indices[0], self._indices[-1]) if isinstance(self._indices, range) and self._indices else 0
+        last = (
+            max(self._indices[0], self._indices[-1])
+            if isinstance(self._indices, range) and self._indices
+            else 0
+        )
         if isinstance(self._indices, Tensor) and len(self._indices):
             last = int(self._indices.max())
         self._digits = max(6, len(str(last)))
@@ -138,7 +144,9 @@ def open_sink(path: str | Path, indices: Indices, channels: int | None = None) -
     if target.suffix in ARRAYS:
         return ArraySink(target, indices)
     if channels is not None and channels not in PNG_CHANNELS:
-        raise ValueError(f"{path}: cannot write {channels}-channel images as PNG; write {' or '.join(ARRAYS)}")
+        raise ValueError(
+            f"{path}: cannot write {channels}-channel images as PNG; write {' or '.join(ARRAYS)}"
+        )
     return GridSink(target, indices) if target.suffix in GRIDS else FolderSink(target, indices)
 
 
@@ -149,13 +157,19 @@ def check_path(path: str | Path) -> Path:
     if not text or (text.endswith("/") and path.suffix):
         raise ValueError(f"path is {text!r}; expected the name of a file or of a directory")
     if path.suffix and path.suffix not in known and not path.is_dir():
-        raise ValueError(f"{text}: unknown kind of file; expected {', '.join(known)}, or a directory")
+        raise ValueError(
+            f"{text}: unknown kind of file; expected {', '.join(known)}, or a directory"
+        )
     if not path.absolute().parent.is_dir():
-        raise ValueError(f"{text}: the directory {path.absolute().parent} does not exist; create it first")
+        raise ValueError(
+            f"{text}: the directory {path.absolute().parent} does not exist; create it first"
+        )
     if path.suffix in known and path.is_dir():
         raise ValueError(f"{text} is a directory; expected a file name")
     if not path.suffix and path.is_file():
-        raise ValueError(f"{text} is a file; expected a directory, or a name ending in {', '.join(known)}")
+        raise ValueError(
+            f"{text} is a file; expected a directory, or a name ending in {', '.join(known)}"
+        )
     writable = path if path.is_dir() else path.absolute().parent
     if not os.access(writable, os.W_OK):
         raise ValueError(f"{text}: the directory {writable} is not writable; choose another one")

@@ -108,13 +108,19 @@ class BatchStream:
                 rows = torch.arange(first, min(first + size, total), device="cpu")
                 image, count = indices_tensor(self.indices[first : first + size]), len(rows)
                 if self.pad:
-                    rows, image = (torch.cat([v, v[-1:].expand(size - count)]) for v in (rows, image))
+                    rows, image = (
+                        torch.cat([v, v[-1:].expand(size - count)]) for v in (rows, image)
+                    )
                 out_of_memory = False
                 try:
                     sampler.engine.prepare(size)
-                    state = sampler.begin(image, self.seed, rows_of(self.labels, rows), rows_of(self.x_start, rows))
+                    state = sampler.begin(
+                        image, self.seed, rows_of(self.labels, rows), rows_of(self.x_start, rows)
+                    )
                     done = 0
-                    for steps in sampler.steps(state, self.table, without_padding(self.callback, count), self.stop):
+                    for steps in sampler.steps(
+                        state, self.table, without_padding(self.callback, count), self.stop
+                    ):
                         bar.update(count * (steps - done))
                         done = steps
                         yield from completed(transfers)
@@ -122,13 +128,19 @@ class BatchStream:
                     if size == 1:
                         raise
                     out_of_memory = True
-                if out_of_memory:  # after the except clause, because the exception keeps the tensors alive
+                if (
+                    out_of_memory
+                ):  # after the except clause, because the exception keeps the tensors alive
                     size = self._halve(size)
                     continue
                 if done < len(self.table):  # stopped
                     break
                 x = state.x[:count]
-                transfers.append(HostTransfer.start(x, image[:count], self.output, self.preset, sampler.precision))
+                transfers.append(
+                    HostTransfer.start(
+                        x, image[:count], self.output, self.preset, sampler.precision
+                    )
+                )
                 yield from completed(transfers)
                 first += count
         yield from completed(transfers, wait=True)
@@ -136,5 +148,8 @@ class BatchStream:
     def _halve(self, size: int) -> int:
         """Frees the engine's memory and returns half the batch size."""
         self.sampler.engine.free()
-        warnings.warn(f"out of memory with a batch of {size} images; continuing with {size // 2}", stacklevel=3)
+        warnings.warn(
+            f"out of memory with a batch of {size} images; continuing with {size // 2}",
+            stacklevel=3,
+        )
         return size // 2

@@ -24,7 +24,9 @@ def lock(directory: Path) -> Any:
     try:
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        raise ValueError(f"another process is training in {directory}; wait for it, or choose another directory") from None
+        raise ValueError(
+            f"another process is training in {directory}; wait for it, or choose another directory"
+        ) from None
     return held
 
 
@@ -55,7 +57,13 @@ def write_checkpoint(path: Path, state: dict[str, Tensor], header: dict[str, Any
 
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     text = json.dumps(header, sort_keys=True)
-    write_atomically(path, save(tensors, dict(format="pt", version=_VERSION, header=text, sha256=_checksum(tensors, text))))
+    write_atomically(
+        path,
+        save(
+            tensors,
+            dict(format="pt", version=_VERSION, header=text, sha256=_checksum(tensors, text)),
+        ),
+    )
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -70,7 +78,9 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is damaged: {error}") from None
     if metadata.get("version") != _VERSION:
-        raise ValueError(f"{path} is no training checkpoint of format {_VERSION}; resume with the version that wrote it")
+        raise ValueError(
+            f"{path} is no training checkpoint of format {_VERSION}; resume with the version that wrote it"
+        )
     if _checksum(tensors, metadata["header"]) != metadata["sha256"]:
         raise ValueError(f"{path} is damaged: its checksum does not fit")
     return tensors, json.loads(metadata["header"])

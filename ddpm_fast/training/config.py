@@ -69,7 +69,14 @@ class TrainConfig:
                 raise ValueError(f"{name} = {getattr(self, name)}; expected at least 1")
         if integer("lr_warmup_steps", self.lr_warmup_steps) < 0:
             raise ValueError(f"lr_warmup_steps = {self.lr_warmup_steps}; expected at least 0")
-        for name in ("learning_rate", "adam_epsilon", "max_grad_norm", "ema_inv_gamma", "ema_power", "snr_gamma"):
+        for name in (
+            "learning_rate",
+            "adam_epsilon",
+            "max_grad_norm",
+            "ema_inv_gamma",
+            "ema_power",
+            "snr_gamma",
+        ):
             if not is_number(getattr(self, name)) or getattr(self, name) <= 0:
                 raise ValueError(f"{name} = {getattr(self, name)!r}; expected a positive number")
         for name in ("adam_beta1", "adam_beta2", "lr_decay_start"):
@@ -91,7 +98,9 @@ class TrainConfig:
             ("timestep_sampling", TIMESTEP_SAMPLING),
         ):
             if getattr(self, name) not in known:
-                raise ValueError(f"{name} = {getattr(self, name)!r}; expected one of {', '.join(known)}")
+                raise ValueError(
+                    f"{name} = {getattr(self, name)!r}; expected one of {', '.join(known)}"
+                )
         seed_bits(self.seed)
 
     @property
@@ -110,7 +119,9 @@ class TrainConfig:
         start = max(self.lr_warmup_steps, self.lr_decay_start * self.max_train_steps)
         left = 1 - (step - start) / max(1, self.max_train_steps - start)
         left = min(1.0, max(0.0, left))
-        return self.learning_rate * (left if self.lr_scheduler == "linear" else 0.5 * (1 - math.cos(math.pi * left)))
+        return self.learning_rate * (
+            left if self.lr_scheduler == "linear" else 0.5 * (1 - math.cos(math.pi * left))
+        )
 
     def ema_decays_at(self, step: int) -> tuple[float, ...]:
         """What each average keeps of itself at step 0, 1, ...: nothing at first, so that it forgets the random start."""
@@ -121,6 +132,12 @@ class TrainConfig:
 def _decays(value: Any) -> tuple[float, ...]:
     """`ema_decays` as a tuple of floats. ValueError for anything else than different numbers from 0 to below 1."""
     decays = tuple(value) if isinstance(value, (tuple, list)) else ()
-    if not decays or not all(is_number(decay) and 0 <= decay < 1 for decay in decays) or len(set(decays)) < len(decays):
-        raise ValueError(f"ema_decays = {value!r}; expected different numbers from 0 to below 1, such as (0.999, 0.9999)")
+    if (
+        not decays
+        or not all(is_number(decay) and 0 <= decay < 1 for decay in decays)
+        or len(set(decays)) < len(decays)
+    ):
+        raise ValueError(
+            f"ema_decays = {value!r}; expected different numbers from 0 to below 1, such as (0.999, 0.9999)"
+        )
     return tuple(map(float, decays))

@@ -32,7 +32,9 @@ def use_fused_norms(unet: UNet) -> None:
             module.norm_silu = _norm_silu
 
 
-def _norm_silu(norm: nn.GroupNorm, x: Tensor, time: Tensor | None = None, silu: bool = True) -> tuple[Tensor, Tensor]:
+def _norm_silu(
+    norm: nn.GroupNorm, x: Tensor, time: Tensor | None = None, silu: bool = True
+) -> tuple[Tensor, Tensor]:
     if native is None or not native.fits(x, norm.weight):
         return norm_silu(norm, x, time, silu)
     return native.group_norm_silu(x, time, norm.weight, norm.bias, norm.num_groups, norm.eps, silu)
@@ -54,7 +56,9 @@ class _GroupNorm(torch.autograd.Function):
     """F.group_norm on a half-precision x [B, C, ...], its gradient computed in fp32 and rounded once."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float
+    ) -> Tensor:
         b, c, pixels = x.shape[0], x.shape[1], x[0, 0].numel()
         x = x.contiguous(memory_format=_layout(x))
         y, mean, rstd = torch.ops.aten.native_group_norm(x, weight, bias, b, c, pixels, groups, eps)
@@ -66,15 +70,30 @@ class _GroupNorm(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, rstd = ctx.saved_tensors
         b, c, pixels = x.shape[0], x.shape[1], x[0, 0].numel()
-        gradient = gradient.float().contiguous(memory_format=_layout(x))  # the kernel believes that it has x's layout
+        gradient = gradient.float().contiguous(
+            memory_format=_layout(x)
+        )  # the kernel believes that it has x's layout
         dx, dweight, dbias = torch.ops.aten.native_group_norm_backward(
-            gradient, x.float(), mean.float(), rstd.float(), weight.float(), b, c, pixels, ctx.groups, [True, True, True]
+            gradient,
+            x.float(),
+            mean.float(),
+            rstd.float(),
+            weight.float(),
+            b,
+            c,
+            pixels,
+            ctx.groups,
+            [True, True, True],
         )
         return dx.to(x.dtype), dweight, dbias, None, None
 
 
 def _layout(x: Tensor) -> torch.memory_format:
-    return torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+    return (
+        torch.channels_last
+        if x.is_contiguous(memory_format=torch.channels_last)
+        else torch.contiguous_format
+    )
 
 
 def _group_norm(norm: nn.GroupNorm, x: Tensor) -> Tensor:
@@ -100,4 +119,8 @@ def _product(layer: nn.Conv2d | nn.Linear, x: Tensor) -> Tensor:
 def _is_native(dtype: torch.dtype) -> bool:
     """Whether PyTorch's products of this dtype use the CPU's own instructions; without them they run up to ten times slower."""
     mkldnn = torch.ops.mkldnn
-    return mkldnn._is_mkldnn_bf16_supported() if dtype == torch.bfloat16 else mkldnn._is_mkldnn_fp16_supported()
+    return (
+        mkldnn._is_mkldnn_bf16_supported()
+        if dtype == torch.bfloat16
+        else mkldnn._is_mkldnn_fp16_supported()
+    )

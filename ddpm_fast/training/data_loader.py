@@ -34,9 +34,20 @@ class Feed:
     """
 
     def __init__(
-        self, data: ImageData, seed: int, batch_size: int, device: torch.device, random_flip: bool = False, timesteps: int = 1000
+        self,
+        data: ImageData,
+        seed: int,
+        batch_size: int,
+        device: torch.device,
+        random_flip: bool = False,
+        timesteps: int = 1000,
     ) -> None:
-        self.data, self.seed, self.batch_size, self.device = data, seed_bits(seed), batch_size, device
+        self.data, self.seed, self.batch_size, self.device = (
+            data,
+            seed_bits(seed),
+            batch_size,
+            device,
+        )
         self.random_flip, self.timesteps = random_flip, timesteps
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
         self._labels = None if data.labels is None else torch.from_numpy(data.labels).to(device)
@@ -84,7 +95,9 @@ class Feed:
         if self._fetcher is None:
             return self._fetch(number)
         fetching = (
-            self._next[1] if self._next is not None and self._next[0] == number else self._fetcher.submit(self._fetch, number)
+            self._next[1]
+            if self._next is not None and self._next[0] == number
+            else self._fetcher.submit(self._fetch, number)
         )
         fetched = fetching.result()
         self._next = number + 1, self._fetcher.submit(self._fetch, number + 1)
@@ -102,7 +115,10 @@ class Feed:
     def _hold(self) -> Tensor | None:
         if self.device.type == "cpu":
             return None
-        if self.device.type == "cuda" and self.data.images.nbytes > torch.cuda.mem_get_info(self.device)[0] // 2:
+        if (
+            self.device.type == "cuda"
+            and self.data.images.nbytes > torch.cuda.mem_get_info(self.device)[0] // 2
+        ):
             return None
         return torch.from_numpy(self.data.images).to(self.device)
 

@@ -38,14 +38,20 @@ class Averages:
 
     def __init__(self, unet: UNet, config: TrainConfig) -> None:
         self._config = config
-        self.unets = {name: copy.deepcopy(unet).eval().requires_grad_(False) for name in names_of(config)}
-        self.vectors: dict[str, Tensor] = {name: flatten(average) for name, average in self.unets.items()}
+        self.unets = {
+            name: copy.deepcopy(unet).eval().requires_grad_(False) for name in names_of(config)
+        }
+        self.vectors: dict[str, Tensor] = {
+            name: flatten(average) for name, average in self.unets.items()
+        }
 
     @torch.no_grad()
     def update(self, weights: Tensor, step: int) -> None:
         """Takes the flat `weights` after step 0, 1, ... into every average; does not wait for the device."""
         decays = self._config.ema_decays_at(step)
-        for vector, decay in zip(self.vectors.values(), decays, strict=False):  # no vector without EMA
+        for vector, decay in zip(
+            self.vectors.values(), decays, strict=False
+        ):  # no vector without EMA
             vector.lerp_(weights, 1 - decay)
 
     def check_names(self, state: Mapping[str, Tensor]) -> None:

@@ -28,7 +28,15 @@ from ..models.unet import UNet
 from ..sampling.sampler import Sampler
 from ..utils.files import write_atomically
 from ..utils.signals import graceful_shutdown
-from .checkpoints import LOG, checkpoints, lock, read_checkpoint, read_log, step_of, write_checkpoint
+from .checkpoints import (
+    LOG,
+    checkpoints,
+    lock,
+    read_checkpoint,
+    read_log,
+    step_of,
+    write_checkpoint,
+)
 from .ema import MAIN
 from .scores import ImageScore
 from .trainer import Trainer, check_fit
@@ -78,7 +86,12 @@ class TrainingRun:
         say: Callable[[str], Any] = print,
         eval_images: int = 2000,
     ) -> None:
-        self.directory, self.trainer, self.every, self.limit = Path(directory), trainer, every, checkpoints_total_limit
+        self.directory, self.trainer, self.every, self.limit = (
+            Path(directory),
+            trainer,
+            every,
+            checkpoints_total_limit,
+        )
         self.validation, self.say = validation, say
         self.spent = 0.0  # seconds of training, all parts of the run together
         if not self.directory.absolute().parent.is_dir():
@@ -89,7 +102,9 @@ class TrainingRun:
         self._fruitless = 0  # steps in a row without a finite gradient, as far as the log knows
         self._identity = trainer.identity()
         self._check()
-        self._score = ImageScore(self._held_out, eval_images, trainer.device) if every.evaluation else None
+        self._score = (
+            ImageScore(self._held_out, eval_images, trainer.device) if every.evaluation else None
+        )
         self.directory.mkdir(exist_ok=True)
         self._lock = lock(self.directory)
         self._sweep()
@@ -109,8 +124,13 @@ class TrainingRun:
                 raise ValueError(f"validation: {error}") from None
         for model in self._folders().values():
             if model.exists() and not (model / "model_index.json").is_file():
-                raise ValueError(f"{model} exists and is not a checkpoint; choose another directory")
-        for path, is_right in ((self.directory / LOG, Path.is_file), (self.directory / SAMPLES, Path.is_dir)):
+                raise ValueError(
+                    f"{model} exists and is not a checkpoint; choose another directory"
+                )
+        for path, is_right in (
+            (self.directory / LOG, Path.is_file),
+            (self.directory / SAMPLES, Path.is_dir),
+        ):
             if path.exists() and not is_right(path):
                 raise ValueError(f"{path} is in the way; move it, or choose another directory")
 
@@ -120,17 +140,27 @@ class TrainingRun:
         """Goes on from a checkpoint. ValueError if it is damaged, or from a run with other settings, naming them."""
         state, header = read_checkpoint(path)
         settings = header["settings"]
-        if changed := [f"{k} {settings.get(k)} -> {v}" for k, v in self._settings().items() if settings.get(k) != v]:
+        if changed := [
+            f"{k} {settings.get(k)} -> {v}"
+            for k, v in self._settings().items()
+            if settings.get(k) != v
+        ]:
             self.say(f"changed since {path.name}: {', '.join(changed)}")
         then, now = header["identity"], self._identity
-        if changed := [f"{k} was {_short(then.get(k))} and is {_short(now[k])}" for k in now if now[k] != then.get(k)]:
+        if changed := [
+            f"{k} was {_short(then.get(k))} and is {_short(now[k])}"
+            for k in now
+            if now[k] != then.get(k)
+        ]:
             raise ValueError(f"{path} belongs to another run: {'; '.join(changed)}")
         self.trainer.load_state(state, header["step"])
         if header["scaler"]:  # empty where there was no loss scaling
             self.trainer.scaler.load_state_dict(header["scaler"])
         self.spent = header["seconds"]
         kept = [line for line in read_log(self.directory / LOG) if line["step"] <= header["step"]]
-        write_atomically(self.directory / LOG, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        write_atomically(
+            self.directory / LOG, "".join(json.dumps(line) + "\n" for line in kept).encode()
+        )
         for later in checkpoints(self.directory):
             if step_of(later) > header["step"]:  # of a course that is left now, or damaged
                 later.rename(later.with_name(f"abandoned-{later.name}"))
@@ -146,7 +176,11 @@ class TrainingRun:
         try:
             return self._train(max_seconds)
         except OSError as error:
-            kept = "the run can go on from its last checkpoint" if checkpoints(self.directory) else "no checkpoint was there yet"
+            kept = (
+                "the run can go on from its last checkpoint"
+                if checkpoints(self.directory)
+                else "no checkpoint was there yet"
+            )
             raise OSError(f"{error}; what was finished before is kept: {kept}") from None
 
     def _train(self, max_seconds: float) -> RunEnd:
@@ -160,7 +194,9 @@ class TrainingRun:
             self._stop = lambda: shutdown() or time.perf_counter() - began >= max_seconds
             while trainer.done < last:
                 if self._stop():
-                    end = RunEnd(shutdown.name or f"{max_seconds:g} seconds are over", interrupted=shutdown())
+                    end = RunEnd(
+                        shutdown.name or f"{max_seconds:g} seconds are over", interrupted=shutdown()
+                    )
                     break
                 trainer.step()
                 step, self.spent = trainer.done, before + time.perf_counter() - began
@@ -194,7 +230,9 @@ class TrainingRun:
     def _log_means(self, step: int, steps: int, since: float) -> None:
         trainer = self.trainer
         config, means = trainer.config, trainer.means()
-        seconds = time.perf_counter() - since - self._aside  # after `means`, which waits for the device
+        seconds = (
+            time.perf_counter() - since - self._aside
+        )  # after `means`, which waits for the device
         finite = not math.isnan(means["loss"])
         self._fruitless = 0 if finite else self._fruitless + steps
         if self._fruitless >= _PATIENCE or self._fruitless == step:
@@ -221,10 +259,14 @@ class TrainingRun:
     def _validate(self) -> None:
         trainer, data = self.trainer, self._held_out
         networks = {**trainer.averages, "raw": trainer.unet}
-        losses = {f"{name}_loss": trainer.validation_loss(unet, data) for name, unet in networks.items()}
+        losses = {
+            f"{name}_loss": trainer.validation_loss(unet, data) for name, unet in networks.items()
+        }
         self._append(dict(step=trainer.done, **losses, held_out=self.validation is not None))
         which = "held-out images" if self.validation else "training images"
-        self.say(f"step {trainer.done}: loss on {which}: {', '.join(f'{k[:-5]} {v:.4f}' for k, v in losses.items())}")
+        self.say(
+            f"step {trainer.done}: loss on {which}: {', '.join(f'{k[:-5]} {v:.4f}' for k, v in losses.items())}"
+        )
 
     def _evaluate(self) -> None:
         """KID of every average, over the same noise; no line at all where a signal or the time ends it."""
@@ -237,7 +279,9 @@ class TrainingRun:
                 return
             scores[f"{name}_kid"], scores[f"{name}_kid_deviation"] = score
         held_out = self.validation is not None
-        self._append(dict(step=self.trainer.done, **scores, eval_images=self._score.count, held_out=held_out))
+        self._append(
+            dict(step=self.trainer.done, **scores, eval_images=self._score.count, held_out=held_out)
+        )
         kids = ", ".join(f"{name} {scores[f'{name}_kid']:.4f}" for name in self.trainer.averages)
         self.say(f"step {self.trainer.done}: KID of {self._score.count} images: {kids}")
 
@@ -248,7 +292,9 @@ class TrainingRun:
         count, columns = (4 * classes, classes) if classes else (64, 8)
         labels = torch.arange(count) % classes if classes else None
         steps, sampler = min(50, len(trainer.schedule)), self._sampler(trainer.ema)
-        images = sampler.sample(count, seed=0, solver="ddim", steps=steps, labels=labels, batch_size=self._batch)
+        images = sampler.sample(
+            count, seed=0, solver="ddim", steps=steps, labels=labels, batch_size=self._batch
+        )
         (self.directory / SAMPLES).mkdir(exist_ok=True)
         save_grid(self.directory / SAMPLES / f"{trainer.done:08d}.png", images.numpy(), columns)
 
@@ -288,23 +334,33 @@ class TrainingRun:
         trainer = self.trainer
         header = dict(step=trainer.done, seconds=self.spent, scaler=trainer.scaler.state_dict())
         header.update(identity=self._identity, settings=self._settings())
-        write_checkpoint(self.directory / f"checkpoint-{trainer.done:08d}.safetensors", trainer.state(), header)
-        for old in [path for path in checkpoints(self.directory) if step_of(path) <= trainer.done][: -self.limit]:
+        write_checkpoint(
+            self.directory / f"checkpoint-{trainer.done:08d}.safetensors", trainer.state(), header
+        )
+        for old in [path for path in checkpoints(self.directory) if step_of(path) <= trainer.done][
+            : -self.limit
+        ]:
             old.unlink()
         self._saved = trainer.done
 
     def _settings(self) -> dict[str, Any]:
         """What may change between the parts of a run, but not unnoticed."""
         threads = torch.get_num_threads()
-        config = dict(asdict(self.trainer.config), ema_decays=list(self.trainer.config.ema_decays))  # as JSON has it
-        return dict(**config, device=str(self.trainer.device), threads=threads, torch=torch.__version__)
+        config = dict(
+            asdict(self.trainer.config), ema_decays=list(self.trainer.config.ema_decays)
+        )  # as JSON has it
+        return dict(
+            **config, device=str(self.trainer.device), threads=threads, torch=torch.__version__
+        )
 
     def _sweep(self) -> None:
         """Removes what a kill left half written. A hidden model stays where it is the only one."""
         for path in [*self.directory.glob(".*.tmp"), *self.directory.glob(f"{SAMPLES}/.*.tmp")]:
             path.unlink()
         for model in self._folders().values():
-            staged = re.compile(rf"\.{re.escape(model.name)}-[a-z0-9_]{{8}}(-old)?")  # as `save_pretrained` names them
+            staged = re.compile(
+                rf"\.{re.escape(model.name)}-[a-z0-9_]{{8}}(-old)?"
+            )  # as `save_pretrained` names them
             for path in self.directory.glob(f".{MODEL}-*"):
                 if staged.fullmatch(path.name) and model.exists():
                     shutil.rmtree(path)

@@ -36,14 +36,20 @@ class ImageScore:
         self.count = count
         self._features = Features(device)
         used = min(count, len(real))
-        self._real = self._features(torch.from_numpy(real.images[np.arange(used) * len(real) // used]))
+        self._real = self._features(
+            torch.from_numpy(real.images[np.arange(used) * len(real) // used])
+        )
 
-    def of(self, sampler: Sampler, batch_size: int, stop: Callable[[], bool]) -> tuple[float, float] | None:
+    def of(
+        self, sampler: Sampler, batch_size: int, stop: Callable[[], bool]
+    ) -> tuple[float, float] | None:
         """Draws images 0 ... count-1 of seed 0 with DDIM in 50 steps, or T if that is less.
 
         Returns:
             KID and its standard deviation over subsets; None if `stop()` ended the drawing.
         """
         steps = min(STEPS, len(sampler.schedule))
-        drawn = sampler.sample(self.count, solver="ddim", steps=steps, batch_size=batch_size, stop=stop)
+        drawn = sampler.sample(
+            self.count, solver="ddim", steps=steps, batch_size=batch_size, stop=stop
+        )
         return kid(self._real, self._features(drawn)) if len(drawn) == self.count else None

@@ -26,7 +26,9 @@ class LossAware:
         """p_t in units of about 2^-30: int64 [T], at least 1."""
         root = self.squares.mean(1).sqrt()
         uniform = torch.full_like(root, 1 / len(root))
-        aware = (1 - UNIFORM_SHARE) * root / root.sum().clamp(min=1e-300) + UNIFORM_SHARE / len(root)
+        aware = (1 - UNIFORM_SHARE) * root / root.sum().clamp(min=1e-300) + UNIFORM_SHARE / len(
+            root
+        )
         chosen = torch.where((self.count >= HISTORY).all() & (root.sum() > 0), aware, uniform)
         return (chosen * 2**30).long().clamp(min=1)
 
@@ -41,7 +43,10 @@ class LossAware:
         """Keeps the losses [B], as they are without weights, of timesteps t [B]. Those that are not finite are left out."""
         kept = losses.isfinite()
         same = (t[:, None] == t[None, :]) & kept[None, :]
-        before, after = (torch.ones_like(same).tril(-1) & same).sum(1), (torch.ones_like(same).triu(1) & same).sum(1)
+        before, after = (
+            (torch.ones_like(same).tril(-1) & same).sum(1),
+            (torch.ones_like(same).triu(1) & same).sum(1),
+        )
         place = t * HISTORY + (self.count[t] + before) % HISTORY
         # of more than ten at once the last ten stay; what is not kept goes to a place behind the end
         place = torch.where(kept & (after < HISTORY), place, self.squares.numel())
@@ -63,4 +68,6 @@ def quartile_sums(t: Tensor, losses: Tensor, timesteps: int) -> Tensor:
         fp32 [8]: four sums and four counts, lowest t first; added in the order of the batch, so that they repeat to the bit.
     """
     quartile = (t * QUARTILES // timesteps)[:, None] == torch.arange(QUARTILES, device=t.device)
-    return torch.cat([torch.where(quartile, losses.float()[:, None], 0).sum(0), quartile.float().sum(0)])
+    return torch.cat(
+        [torch.where(quartile, losses.float()[:, None], 0).sum(0), quartile.float().sum(0)]
+    )

@@ -76,14 +76,26 @@ class Trainer:
     """
 
     def __init__(
-        self, unet: UNet, schedule: NoiseSchedule, data: ImageData, config: TrainConfig, device: torch.device | str | None = None
+        self,
+        unet: UNet,
+        schedule: NoiseSchedule,
+        data: ImageData,
+        config: TrainConfig,
+        device: torch.device | str | None = None,
     ) -> None:
         self.config, self.schedule, self.data = config, schedule, data
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         check_fit(unet, data, config.learned_variance)
-        epochs = config.max_train_steps * config.train_batch_size * config.gradient_accumulation_steps // len(data)
+        epochs = (
+            config.max_train_steps
+            * config.train_batch_size
+            * config.gradient_accumulation_steps
+            // len(data)
+        )
         if epochs >= VALIDATION_ROW:
-            raise ValueError(f"{epochs} epochs of {len(data)} images; expected fewer than {VALIDATION_ROW}")
+            raise ValueError(
+                f"{epochs} epochs of {len(data)} images; expected fewer than {VALIDATION_ROW}"
+            )
         self.unet = unet.to(self.device, torch.float32).train()
         self._averages = Averages(self.unet, config)
         self.averages = self._averages.unets or {MAIN: self.unet}
@@ -98,16 +110,35 @@ class Trainer:
             eps=config.adam_epsilon,
             fused=True,
         )
-        self.feed = Feed(data, config.seed, config.train_batch_size, self.device, config.random_flip, len(schedule))
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.mixed_precision == "fp16")
-        self.scaler.scale(torch.zeros((), device=self.device))  # made here, not by whichever thread comes first
+        self.feed = Feed(
+            data,
+            config.seed,
+            config.train_batch_size,
+            self.device,
+            config.random_flip,
+            len(schedule),
+        )
+        self.scaler = torch.amp.GradScaler(
+            self.device.type, enabled=config.mixed_precision == "fp16"
+        )
+        self.scaler.scale(
+            torch.zeros((), device=self.device)
+        )  # made here, not by whichever thread comes first
         self.done = 0
-        self.objective = Objective(schedule, config.prediction_type, config.loss_type, config.snr_gamma, self.device)
-        self.timesteps = LossAware(len(schedule), self.device) if config.timestep_sampling == "loss_aware" else None
+        self.objective = Objective(
+            schedule, config.prediction_type, config.loss_type, config.snr_gamma, self.device
+        )
+        self.timesteps = (
+            LossAware(len(schedule), self.device)
+            if config.timestep_sampling == "loss_aware"
+            else None
+        )
         self._coef = schedule.q_sample_table(self.device)
         # since the last `means`: loss, gradient norm, steps kept and skipped; then losses and images by quartile of t
         self._sums = torch.zeros(4 + 2 * QUARTILES, device=self.device)
-        self._model: Callable[..., Tensor] = torch.compile(self.unet) if config.compile else self.unet
+        self._model: Callable[..., Tensor] = (
+            torch.compile(self.unet) if config.compile else self.unet
+        )
         self._parts, self._pool = self._split_over_cores()
         if self.device.type == "cpu":
             _keep_freed_memory()
@@ -136,7 +167,9 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self._averages.update(self.weights.detach(), self.done)
-        self._sums += torch.where(kept, torch.cat([torch.stack([loss, norm, 1 - skipped, skipped]), quartiles]), 0)
+        self._sums += torch.where(
+            kept, torch.cat([torch.stack([loss, norm, 1 - skipped, skipped]), quartiles]), 0
+        )
         self._sums[3] += skipped
         self.done += 1
 
@@ -146,9 +179,16 @@ class Trainer:
         loss_q0 ... loss_q3 are the mean losses of the images whose t was in [0, T/4), ... [3T/4, T), unweighted by how t was
         drawn. NaN for a mean over nothing. Waits for the device.
         """
-        (loss, norm, kept, skipped), losses, images = self._sums.cpu().split([4, QUARTILES, QUARTILES])
+        (loss, norm, kept, skipped), losses, images = self._sums.cpu().split(
+            [4, QUARTILES, QUARTILES]
+        )
         by_quartile = {f"loss_q{i}": mean for i, mean in enumerate((losses / images).tolist())}
-        means = dict(loss=float(loss / kept), grad_norm=float(norm / kept), skipped=int(skipped), **by_quartile)
+        means = dict(
+            loss=float(loss / kept),
+            grad_norm=float(norm / kept),
+            skipped=int(skipped),
+            **by_quartile,
+        )
         self._sums.zero_()
         return means
 
@@ -165,8 +205,14 @@ class Trainer:
         for some in place.split(min(64, self.config.train_batch_size)):
             image, t = chosen[some], times[some].to(self.device)
             x_0 = from_uint8(torch.from_numpy(data.images[image.numpy()]).to(self.device))
-            labels = None if data.labels is None else torch.from_numpy(data.labels)[image].to(self.device)
-            batch = Batch(image.to(self.device), torch.full_like(t, VALIDATION_ROW), t, t, x_0, labels)
+            labels = (
+                None
+                if data.labels is None
+                else torch.from_numpy(data.labels)[image].to(self.device)
+            )
+            batch = Batch(
+                image.to(self.device), torch.full_like(t, VALIDATION_ROW), t, t, x_0, labels
+            )
             total += float(self._losses(unet, self._noised(batch)).sum())
         unet.train(training)
         return total / count
@@ -192,7 +238,10 @@ class Trainer:
             with self._dropout_of(number):
                 loss, losses, gradient = part(inputs)
         else:
-            chunks = zip(*(v.chunk(self._parts) if v is not None else [None] * self._parts for v in inputs), strict=True)
+            chunks = zip(
+                *(v.chunk(self._parts) if v is not None else [None] * self._parts for v in inputs),
+                strict=True,
+            )
             results = self._pool.map(lambda chunk: part(Noised(*chunk)), chunks)
             scaled, unweighted, gradients = zip(*results, strict=True)
             loss, losses, gradient = sum(scaled), torch.cat(unweighted), sum_in_order(gradients)
@@ -231,9 +280,16 @@ class Trainer:
         batch = self.config.train_batch_size
         fits = [n for n in range(1, threads + 1) if batch % n == 0 and batch // n >= _SMALLEST_PART]
         parts = max(fits, default=1)
-        if self.device.type != "cpu" or parts == 1 or self.unet.config.dropout or self.config.compile:
+        if (
+            self.device.type != "cpu"
+            or parts == 1
+            or self.unet.config.dropout
+            or self.config.compile
+        ):
             return 1, None
-        return parts, ThreadPoolExecutor(parts, initializer=torch.set_num_threads, initargs=(threads // parts,))
+        return parts, ThreadPoolExecutor(
+            parts, initializer=torch.set_num_threads, initargs=(threads // parts,)
+        )
 
     # ---- everything that a resumed run needs
 
@@ -244,7 +300,9 @@ class Trainer:
         """
         held = self.optimizer.state[self.weights]
         if not held:  # as Adam itself would begin
-            held.update(step=torch.zeros((), device=self.device), exp_avg=torch.zeros_like(self.weights))
+            held.update(
+                step=torch.zeros((), device=self.device), exp_avg=torch.zeros_like(self.weights)
+            )
             held.update(exp_avg_sq=torch.zeros_like(self.weights))
         state = dict(weights=self.weights.detach(), sums=self._sums, **held)
         if self.timesteps is not None:
@@ -259,8 +317,12 @@ class Trainer:
         """
         self._averages.check_names(state)
         own = self.state()
-        if wrong := sorted(own.keys() ^ state.keys()) or [k for k in own if own[k].shape != state[k].shape]:
-            raise ValueError(f"the state belongs to another network or configuration: {', '.join(wrong)} differ")
+        if wrong := sorted(own.keys() ^ state.keys()) or [
+            k for k in own if own[k].shape != state[k].shape
+        ]:
+            raise ValueError(
+                f"the state belongs to another network or configuration: {', '.join(wrong)} differ"
+            )
         for name, tensor in own.items():
             tensor.copy_(state[name])
         self.done = done
@@ -282,7 +344,9 @@ def check_fit(unet: UNet, data: ImageData, learned_variance: bool = False) -> No
     (_, height, width, channels), c = data.images.shape, unet.config
     coarsest = 2 ** (len(c.channels) - 1)
     if height % coarsest or width % coarsest:
-        raise ValueError(f"the images are {height} x {width}; {len(c.channels)} levels need sides divisible by {coarsest}")
+        raise ValueError(
+            f"the images are {height} x {width}; {len(c.channels)} levels need sides divisible by {coarsest}"
+        )
     wanted = channels * (1 + learned_variance)
     if c.in_channels != channels or c.out_channels != wanted:
         raise ValueError(
@@ -290,7 +354,9 @@ def check_fit(unet: UNet, data: ImageData, learned_variance: bool = False) -> No
             f"{' (mean and variance)' if learned_variance else ''}; it takes {c.in_channels} and gives {c.out_channels}"
         )
     if c.num_classes is not None and (data.num_classes is None or data.num_classes > c.num_classes):
-        raise ValueError(f"the network has {c.num_classes} classes, the data {data.num_classes or 'no labels'}")
+        raise ValueError(
+            f"the network has {c.num_classes} classes, the data {data.num_classes or 'no labels'}"
+        )
 
 
 def _keep_freed_memory() -> None:
@@ -300,5 +366,9 @@ def _keep_freed_memory() -> None:
     except (AttributeError, OSError):
         return  # another C library
     m_trim_threshold, m_top_pad, m_mmap_threshold = -1, -2, -3
-    for parameter, value in ((m_mmap_threshold, 2**30), (m_trim_threshold, 2**31 - 1), (m_top_pad, 2**26)):
+    for parameter, value in (
+        (m_mmap_threshold, 2**30),
+        (m_trim_threshold, 2**31 - 1),
+        (m_top_pad, 2**26),
+    ):
         mallopt(parameter, value)

@@ -12,7 +12,16 @@ import torch
 
 from .. import __version__
 
-_PACKAGES = ("triton", "numpy", "safetensors", "pillow", "click", "diffusers", "matplotlib", "pytest-benchmark")
+_PACKAGES = (
+    "triton",
+    "numpy",
+    "safetensors",
+    "pillow",
+    "click",
+    "diffusers",
+    "matplotlib",
+    "pytest-benchmark",
+)
 
 
 def environment() -> dict[str, Any]:
@@ -22,7 +31,9 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": _cpu_name(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
         "torch": torch.__version__,
         "torch_threads": torch.get_num_threads(),
         "cuda": torch.version.cuda,
@@ -44,7 +55,9 @@ def _gpu(index: int) -> dict[str, Any]:
 def _cpu_name() -> str:
     try:
         with open("/proc/cpuinfo") as f:
-            return next(line.split(":", 1)[1].strip() for line in f if line.startswith("model name"))
+            return next(
+                line.split(":", 1)[1].strip() for line in f if line.startswith("model name")
+            )
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
 

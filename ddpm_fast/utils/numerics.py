@@ -20,7 +20,9 @@ def full_fp32() -> Iterator[None]:
     try:
         backends, name, value = (cudnn, matmul), "allow_tf32", False
         previous = [getattr(backend, name) for backend in backends]
-    except RuntimeError:  # the program has used the newer interface, and torch does not allow mixing them
+    except (
+        RuntimeError
+    ):  # the program has used the newer interface, and torch does not allow mixing them
         backends, name, value = (cudnn.conv, matmul), "fp32_precision", "ieee"
         previous = [getattr(backend, name) for backend in backends]
     for backend in backends:

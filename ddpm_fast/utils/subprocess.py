@@ -36,7 +36,9 @@ class WorkerEnded(RuntimeError):
     """
 
     def __init__(self, code: int, last_line: str) -> None:
-        super().__init__(f"the process ended with code {code}{': ' + last_line if last_line else ''}")
+        super().__init__(
+            f"the process ended with code {code}{': ' + last_line if last_line else ''}"
+        )
         self.code, self.last_line = code, last_line
 
 
@@ -96,7 +98,9 @@ class JsonWorker:
         )
         self._messages: Queue[Message | WorkerEnded] = Queue()
         self._ended: WorkerEnded | None = None
-        self._reader = threading.Thread(target=self._read, name=f"messages of {module}", daemon=True)
+        self._reader = threading.Thread(
+            target=self._read, name=f"messages of {module}", daemon=True
+        )
         self._reader.start()
 
     @property
@@ -191,7 +195,9 @@ class JsonWorker:
     def _last_line(self) -> str:
         if self._stderr.closed:
             return ""
-        file = self._stderr.fileno()  # pread: the worker's children may still write, at an offset that is shared
+        file = (
+            self._stderr.fileno()
+        )  # pread: the worker's children may still write, at an offset that is shared
         end = os.pread(file, _TAIL, max(0, os.fstat(file).st_size - _TAIL))
         lines = end.decode(errors="replace").strip().splitlines()
         return lines[-1].strip() if lines else ""

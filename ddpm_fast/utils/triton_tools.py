@@ -116,7 +116,9 @@ def compile_launch(launch: RecordedLaunch, sm: int) -> Compiled:
             attributes |= {(i,): [["tt.divisibility", 16]]} if aligned else {}
         elif isinstance(value, int):
             signature[name] = "i32" if abs(value) < 2**31 else "i64"
-            attributes |= {(i,): [["tt.divisibility", 16]]} if specialised and value % 16 == 0 else {}
+            attributes |= (
+                {(i,): [["tt.divisibility", 16]]} if specialised and value % 16 == 0 else {}
+            )
         elif isinstance(value, float):
             signature[name] = "fp32"
         else:  # a TMA descriptor
@@ -130,8 +132,13 @@ def compile_launch(launch: RecordedLaunch, sm: int) -> Compiled:
     )
     registers = re.search(r"REG:(\d+)", usage)
     assert registers, usage
-    numbered = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][^;]*);", listing, re.MULTILINE)
-    numbered = numbered[: len(numbered) - next((i for i, line in enumerate(reversed(numbered)) if line[2].startswith("EXIT")), 0)]
+    numbered = re.findall(
+        r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][^;]*);", listing, re.MULTILINE
+    )
+    numbered = numbered[
+        : len(numbered)
+        - next((i for i, line in enumerate(reversed(numbered)) if line[2].startswith("EXIT")), 0)
+    ]
     sass = [line for _, _, line in numbered]
     spills = sum(line.startswith(("LDL", "STL")) for line in sass)
     return Compiled(
@@ -157,7 +164,9 @@ def _shortest_loop(numbered: list[tuple[str, str, str]]) -> int:
         leads = [at[int(target[1], 16)]] if target and int(target[1], 16) in at else []
         ends = line.startswith(("BRA", "EXIT")) and not predicate and "UP" not in line.split(",")[0]
         after.append(leads if ends or i + 1 == len(numbered) else [*leads, i + 1])
-    products = [i for i, (_, _, line) in enumerate(numbered) if re.match(r"[HQ]G?MMA|UTC\w*MMA", line)]
+    products = [
+        i for i, (_, _, line) in enumerate(numbered) if re.match(r"[HQ]G?MMA|UTC\w*MMA", line)
+    ]
     return min((way for way in (_way_back(after, i) for i in products) if way), default=0)
 
 
@@ -177,8 +186,12 @@ def _way_back(after: list[list[int]], start: int) -> int:
 def _cuobjdump(cubin: bytes, flag: str) -> str:
     import triton.backends.nvidia
 
-    tools = glob.glob(os.path.join(os.path.dirname(triton.backends.nvidia.__file__), "bin", "cuobjdump*"))
+    tools = glob.glob(
+        os.path.join(os.path.dirname(triton.backends.nvidia.__file__), "bin", "cuobjdump*")
+    )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
         f.write(cubin)
         f.flush()
-        return subprocess.run([tools[0], flag, f.name], capture_output=True, text=True, check=True).stdout
+        return subprocess.run(
+            [tools[0], flag, f.name], capture_output=True, text=True, check=True
+        ).stdout

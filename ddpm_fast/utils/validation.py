@@ -32,7 +32,12 @@ def is_count(value: Any) -> bool:
 
 def is_counts(value: Any, length: int | None = None) -> bool:
     """True for a non-empty list or tuple of counts, of `length` if that is given."""
-    return isinstance(value, (list, tuple)) and bool(value) and length in (None, len(value)) and all(map(is_count, value))
+    return (
+        isinstance(value, (list, tuple))
+        and bool(value)
+        and length in (None, len(value))
+        and all(map(is_count, value))
+    )
 
 
 def is_number(value: Any) -> bool:

@@ -31,7 +31,11 @@ def test_a_doubled_launch_is_found(pinned, monkeypatch):
     monkeypatch.setattr(PlanBuilder, "_build", doubled)
     name = "cifar10, batch 256, bf16"
     lines = counters.worse({name: counters.of_plan("cifar10", 256, "bf16")}, {name: pinned[name]})
-    assert {line.split(": ")[1].split()[0] for line in lines} == {"arena_kb", "kb_per_image", "launches"}
+    assert {line.split(": ")[1].split()[0] for line in lines} == {
+        "arena_kb",
+        "kb_per_image",
+        "launches",
+    }
 
 
 def test_an_extra_copy_a_step_is_found(pinned, monkeypatch):
@@ -49,5 +53,10 @@ def test_an_extra_copy_a_step_is_found(pinned, monkeypatch):
 
 
 def test_what_is_not_pinned_is_said():
-    assert counters.worse({"new": {}}, {"old": {}}) == ["new: not pinned", "old: pinned, but not counted any more"]
-    assert not counters.worse({"a": dict(kb_per_image=1009, launches=3)}, {"a": dict(kb_per_image=1000, launches=4)})
+    assert counters.worse({"new": {}}, {"old": {}}) == [
+        "new: not pinned",
+        "old: pinned, but not counted any more",
+    ]
+    assert not counters.worse(
+        {"a": dict(kb_per_image=1009, launches=3)}, {"a": dict(kb_per_image=1000, launches=4)}
+    )

@@ -24,15 +24,45 @@ def test_gpu_bench_runs_in_tiny(tmp_path):
     assert list(result["parts"]) == list(gpu.PARTS)
     rows = {part: measured["rows"] for part, measured in result["parts"].items()}
     assert not any(row.get("failed") for part in rows.values() for row in part)
-    timed = {row["what"] for part in rows.values() for row in part if row.get("ms", 0) > 0 or row.get("ms_per_step", 0) > 0}
-    assert {"copy", "matmul", "noise", "q_sample", "ddpm_step", "ddpm_step, history", "noise_mse", "noise_mse gradient"} <= timed
-    assert {"training", "likelihood", "reference fp32", "FusedUNet bf16", "plain PyTorch bf16", "diffusers bf16"} <= timed
-    assert {"conv3x3", "group_norm_silu", "folded_attention"} <= {row["what"] for row in rows["launches"]}
+    timed = {
+        row["what"]
+        for part in rows.values()
+        for row in part
+        if row.get("ms", 0) > 0 or row.get("ms_per_step", 0) > 0
+    }
+    assert {
+        "copy",
+        "matmul",
+        "noise",
+        "q_sample",
+        "ddpm_step",
+        "ddpm_step, history",
+        "noise_mse",
+        "noise_mse gradient",
+    } <= timed
+    assert {
+        "training",
+        "likelihood",
+        "reference fp32",
+        "FusedUNet bf16",
+        "plain PyTorch bf16",
+        "diffusers bf16",
+    } <= timed
+    assert {"conv3x3", "group_norm_silu", "folded_attention"} <= {
+        row["what"] for row in rows["launches"]
+    }
     for part in ("celebahq256", "sampling"):
-        assert {"ddpm_fast fused bf16", "plain PyTorch bf16", "diffusers bf16"} <= {row["what"] for row in rows[part]}
-    assert [target["reached"] for target in result["targets"]][2:] == [None] * 5  # no GPU, no figure
+        assert {"ddpm_fast fused bf16", "plain PyTorch bf16", "diffusers bf16"} <= {
+            row["what"] for row in rows[part]
+        }
+    assert [target["reached"] for target in result["targets"]][2:] == [
+        None
+    ] * 5  # no GPU, no figure
     assert result["environment"]["torch"] == torch.__version__ and "--tiny" in result["command"]
-    assert done.stdout.splitlines()[-1].startswith("-> ") and "bar 1.7, goal 2" in done.stdout.splitlines()[-2]
+    assert (
+        done.stdout.splitlines()[-1].startswith("-> ")
+        and "bar 1.7, goal 2" in done.stdout.splitlines()[-2]
+    )
 
 
 def call(monkeypatch, *arguments):
@@ -48,7 +78,10 @@ def test_gpu_bench_refuses_unknown_parts_and_goes_past_broken_ones(tmp_path, mon
     monkeypatch.setitem(gpu.PARTS, "ceilings", (broken, 10))
     assert call(monkeypatch, "--only", "ceilings", "likelihood", "--out", tmp_path / "r.json") == 1
     parts = json.loads((tmp_path / "r.json").read_text())["parts"]
-    assert [row.get("summary") for row in parts["ceilings"]["rows"]] == [None, "ZeroDivisionError: division by zero"]
+    assert [row.get("summary") for row in parts["ceilings"]["rows"]] == [
+        None,
+        "ZeroDivisionError: division by zero",
+    ]
     assert len(parts["likelihood"]["rows"]) == 2
     with pytest.raises(SystemExit, match="2"):
         call(monkeypatch, "--only", "nonsense")
@@ -81,7 +114,9 @@ def test_a_run_goes_on_part_by_part_in_one_file(tmp_path, monkeypatch, capsys):
 
 def test_targets():
     def row(engine, dtype, batch, rate):
-        return dict(engine=engine, dtype=dtype, batch=batch, network="cifar10", image_steps_per_s=rate)
+        return dict(
+            engine=engine, dtype=dtype, batch=batch, network="cifar10", image_steps_per_s=rate
+        )
 
     rows = [
         row("torch.compile", "bf16", 256, 20_000),
@@ -95,7 +130,15 @@ def test_targets():
         dict(what="ddpm_step", dtype="float32", share_of_copy=0.8),
     ]
     compared = compare_with_targets(dict(sampling=dict(rows=rows), kernels=dict(rows=kernels)))
-    assert [target["reached"] for target in compared] == ["goal", "neither", None, "neither", "neither", "goal", "bar"]
+    assert [target["reached"] for target in compared] == [
+        "goal",
+        "neither",
+        None,
+        "neither",
+        "neither",
+        "goal",
+        "bar",
+    ]
     assert compared[-1]["value"] == 1.8 and compared[3]["value"] == pytest.approx(1e3 / 1500)
 
 
@@ -119,14 +162,29 @@ def test_training_engines_take_turns_and_agree(capsys, monkeypatch, tmp_path):
     """Tiny sizes: the figures mean nothing, the engines' losses agree or nothing is timed."""
     from bench.studies import training
 
-    arguments = ["--channels", "8,16", "--batch-size", "4", "--rounds", "2", "--steps", "1", "--out", str(tmp_path / "r.json")]
+    arguments = [
+        "--channels",
+        "8,16",
+        "--batch-size",
+        "4",
+        "--rounds",
+        "2",
+        "--steps",
+        "1",
+        "--out",
+        str(tmp_path / "r.json"),
+    ]
     monkeypatch.setattr(sys, "argv", ["training", *arguments])
     training.main()
     result = json.loads((tmp_path / "r.json").read_text())
     assert [row["engine"] for row in result["rows"]] == ["ddpm_fast", "plain PyTorch", "diffusers"]
     assert result["rows"][0]["speedup"] == 1 and "images/s" in capsys.readouterr().out
     losses = iter([1.0, 1.0, 2.0])
-    monkeypatch.setattr(training.JsonWorker, "receive", lambda self, timeout=None: dict(loss=next(losses), seconds=0.0))
+    monkeypatch.setattr(
+        training.JsonWorker,
+        "receive",
+        lambda self, timeout=None: dict(loss=next(losses), seconds=0.0),
+    )
     with pytest.raises(RuntimeError, match="the losses of the engines on one input differ"):
         training.main()
 
@@ -144,16 +202,29 @@ def test_tuning_finds_the_faster_of_two_tiles(monkeypatch, tmp_path):
         return Timing(call.args[0].op.tiles.block_m * 1e-6, 0.0, 1)
 
     monkeypatch.setattr(tune, "measure", rows_of)
-    monkeypatch.setattr(tune, "candidates", lambda tiles: iter([dict(block_m=256, warps=8), dict(block_m=64), dict(block_m=48)]))
-    monkeypatch.setattr(sys, "argv", ["tune", "--tiny", "--dtype", "fp16", "--out", str(tmp_path / "tiles.json")])
+    monkeypatch.setattr(
+        tune,
+        "candidates",
+        lambda tiles: iter([dict(block_m=256, warps=8), dict(block_m=64), dict(block_m=48)]),
+    )
+    monkeypatch.setattr(
+        sys, "argv", ["tune", "--tiny", "--dtype", "fp16", "--out", str(tmp_path / "tiles.json")]
+    )
     tune.main()
     best = json.loads((tmp_path / "tiles.json").read_text())
     assert best["conv_in sm90 float16 32->16 8x8"] == dict(block_m=64)
-    assert {key.split()[0] for key in best} == {"conv_in", "conv1x1"}  # the others have 64 rows already in so small a network
+    assert {key.split()[0] for key in best} == {
+        "conv_in",
+        "conv1x1",
+    }  # the others have 64 rows already in so small a network
     rows = json.loads((tmp_path / "tiles.measured.json").read_text())["rows"]
-    assert {row.get("failed", "")[:12] for row in rows if row["changed"] == dict(block_m=48)} != {""}  # no power of two: refused
+    assert {row.get("failed", "")[:12] for row in rows if row["changed"] == dict(block_m=48)} != {
+        ""
+    }  # no power of two: refused
     fused = FusedUNet(UNet(tune.TINY_UNET), 2, "fp16", tiles=best, check=False)
-    tiles = {launch.op.name: launch.op.tiles for launch in fused.plan() if hasattr(launch.op, "tiles")}
+    tiles = {
+        launch.op.name: launch.op.tiles for launch in fused.plan() if hasattr(launch.op, "tiles")
+    }
     assert (
         tiles["conv_in"].block_m
         == tiles["conv_upsample"].block_m

@@ -18,9 +18,20 @@ def imports_of(path):
 
 
 def test_bench_has_no_import_cycle():
-    files = {".".join(p.relative_to(ROOT).with_suffix("").parts): p for p in (ROOT / "bench").rglob("*.py")}
-    order = list(TopologicalSorter({name: files.keys() & set(imports_of(p)) for name, p in files.items()}).static_order())
-    assert order.index("bench.gpu.context") < order.index("bench.gpu.network") < order.index("bench.gpu.__main__")
+    files = {
+        ".".join(p.relative_to(ROOT).with_suffix("").parts): p
+        for p in (ROOT / "bench").rglob("*.py")
+    }
+    order = list(
+        TopologicalSorter(
+            {name: files.keys() & set(imports_of(p)) for name, p in files.items()}
+        ).static_order()
+    )
+    assert (
+        order.index("bench.gpu.context")
+        < order.index("bench.gpu.network")
+        < order.index("bench.gpu.__main__")
+    )
 
 
 def test_ddpm_fast_does_not_import_bench():

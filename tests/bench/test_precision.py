@@ -18,7 +18,19 @@ def test_a_short_run(monkeypatch, tmp_path, capsys):
         monkeypatch.setattr(precision, name, getattr(precision, name) | few)
     monkeypatch.setattr(precision, "BATCH", 2)
     out = tmp_path / "precision.json"
-    arguments = ["precision", "--out", str(out), "--parts", "layers", "forward", "ddpm", "--rows", "fp32", "bf16", "fp8"]
+    arguments = [
+        "precision",
+        "--out",
+        str(out),
+        "--parts",
+        "layers",
+        "forward",
+        "ddpm",
+        "--rows",
+        "fp32",
+        "bf16",
+        "fp8",
+    ]
     monkeypatch.setattr(sys, "argv", arguments)
     precision.main()
     kept = out.read_text()
@@ -31,9 +43,17 @@ def test_a_short_run(monkeypatch, tmp_path, capsys):
     weights = precision.ROOT / "weights" / "fashion-mnist-32"
     calibrated = load_calibration(weights, load_pretrained(weights).unet).layers
     errors = {k: v for k, v in fp8["layers"]["errors"].items() if k in calibrated}
-    assert len(errors) == 22 and all(0.7 < v / calibrated[k].error < 1.4 for k, v in errors.items())  # other images, fewer steps
+    assert len(errors) == 22 and all(
+        0.7 < v / calibrated[k].error < 1.4 for k, v in errors.items()
+    )  # other images, fewer steps
     assert fp8["layers"]["errors"]["conv_out"] < 5e-3  # stays wide
     table = capsys.readouterr().out.splitlines()[-5:]
-    assert [line.split(" | ")[0] for line in table] == ["| type", "| ---", "| fp32", "| bf16", "| fp8"]
+    assert [line.split(" | ")[0] for line in table] == [
+        "| type",
+        "| ---",
+        "| fp32",
+        "| bf16",
+        "| fp8",
+    ]
     precision.main()
     assert out.read_text() == kept

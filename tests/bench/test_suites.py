@@ -20,32 +20,66 @@ def pytest_benchmark(*arguments, path=None):
     env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}
     if path is not None:
         env["PYTHONPATH"] = f"{path}:{env.get('PYTHONPATH', '')}"
-    command = [sys.executable, "-m", "pytest", "-q", "--tiny", "--benchmark-max-time=0.001", "--benchmark-min-rounds=1", *arguments]
-    return subprocess.run([str(a) for a in command], cwd=ROOT, capture_output=True, text=True, env=env)
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "--tiny",
+        "--benchmark-max-time=0.001",
+        "--benchmark-min-rounds=1",
+        *arguments,
+    ]
+    return subprocess.run(
+        [str(a) for a in command], cwd=ROOT, capture_output=True, text=True, env=env
+    )
 
 
 def test_every_suite_runs_and_says_what_it_found(tmp_path):
-    files = ["bench/bench_kernels.py", "bench/bench_unet.py", "bench/bench_train.py", "bench/bench_sample.py"]
+    files = [
+        "bench/bench_kernels.py",
+        "bench/bench_unet.py",
+        "bench/bench_train.py",
+        "bench/bench_sample.py",
+    ]
     which = "(test_elementwise and 2048x and channels_last) or test_network or test_forward or test_step or (cifar10 and ddpm_fast)"
     done = pytest_benchmark(*files, "-k", which, f"--benchmark-json={tmp_path / 'r.json'}")
     assert done.returncode == 0, done.stdout + done.stderr
-    found = {b["name"]: b["extra_info"] for b in json.loads((tmp_path / "r.json").read_text())["benchmarks"]}
+    found = {
+        b["name"]: b["extra_info"]
+        for b in json.loads((tmp_path / "r.json").read_text())["benchmarks"]
+    }
     q_sample = next(v for k, v in found.items() if "q_sample-kernel-fp32" in k)
     assert q_sample["error"] <= 1e-6 and q_sample["gb_per_s"] > 0 and q_sample["share_of_copy"] > 0
     (loop,) = [v for k, v in found.items() if k.startswith("test_loop")]
-    assert loop["images_per_s"] == pytest.approx(loop["image_steps_per_s"] / 1000) and loop["peak_bytes"] > 5e7
+    assert (
+        loop["images_per_s"] == pytest.approx(loop["image_steps_per_s"] / 1000)
+        and loop["peak_bytes"] > 5e7
+    )
     for test in ("test_forward", "test_step", "test_network", "test_first_image"):
         assert any(k.startswith(test) for k in found), test
-    assert "runs on a GPU" in done.stdout or "run on a GPU" in done.stdout  # what is skipped, and why
+    assert (
+        "runs on a GPU" in done.stdout or "run on a GPU" in done.stdout
+    )  # what is skipped, and why
 
 
 def test_a_planted_wrong_kernel_is_not_timed(tmp_path):
     (tmp_path / "planted.py").write_text(
         "import bench.elementwise as e\nright = e.q_sample\ne.q_sample = lambda *a: right(*a) * 1.00001\n"
     )
-    arguments = ("bench/bench_kernels.py", "-p", "planted", "-k", "q_sample-kernel-fp32-channels_last-2048x", "-rs")
+    arguments = (
+        "bench/bench_kernels.py",
+        "-p",
+        "planted",
+        "-k",
+        "q_sample-kernel-fp32-channels_last-2048x",
+        "-rs",
+    )
     done = pytest_benchmark(*arguments, f"--benchmark-json={tmp_path / 'r.json'}", path=tmp_path)
-    assert done.returncode == 1 and "kernels differ from their references by 1.0e-05: nothing timed" in done.stdout
+    assert (
+        done.returncode == 1
+        and "kernels differ from their references by 1.0e-05: nothing timed" in done.stdout
+    )
     left = (tmp_path / "r.json").read_text() if (tmp_path / "r.json").exists() else ""
     assert not left or not json.loads(left)["benchmarks"]
 
@@ -59,9 +93,24 @@ def test_run_all_writes_a_result_and_a_picture(tmp_path, monkeypatch, capsys):
         return folder / name
 
     monkeypatch.setattr(run_all, "weights_of", tiny)
-    arguments = ["--networks", "cifar10", "--batches", "1", "2", "--baselines", "ddpm_fast", "plain PyTorch", "--out", tmp_path]
+    arguments = [
+        "--networks",
+        "cifar10",
+        "--batches",
+        "1",
+        "2",
+        "--baselines",
+        "ddpm_fast",
+        "plain PyTorch",
+        "--out",
+        tmp_path,
+    ]
     monkeypatch.setattr(sys, "argv", ["run_all", *map(str, arguments)])
-    monkeypatch.setattr(run_all, "Effort", lambda seconds, warm_start_limit: Effort(0, 0.002, 0, 2, warm_start_limit))
+    monkeypatch.setattr(
+        run_all,
+        "Effort",
+        lambda seconds, warm_start_limit: Effort(0, 0.002, 0, 2, warm_start_limit),
+    )
     run_all.main()
     result = json.loads((tmp_path / "cifar10.json").read_text())
     assert [case["batch"] for case in result["cases"]] == [1, 2]
@@ -82,14 +131,23 @@ def test_ddpm_fast_is_fastest_in_every_committed_row(machine, name):
 
 @pytest.mark.parametrize(
     ("name", "factors"),
-    [("batch", {0: 3.0, 1: 0.5}), ("size", {2: 0.25}), ("size", {0: 1.0, 4: 0.1}), ("channels", {0: 1.0, 1: 2.0, 2: 0.5})],
+    [
+        ("batch", {0: 3.0, 1: 0.5}),
+        ("size", {2: 0.25}),
+        ("size", {0: 1.0, 4: 0.1}),
+        ("channels", {0: 1.0, 1: 2.0, 2: 0.5}),
+    ],
 )
 def test_fits_find_what_was_put_in(name, factors):
     rows = [dict(x=n, ms=sum(f * n**p for p, f in factors.items())) for n in (1, 2, 4, 8, 16, 32)]
     fit = fits.Fit.of(name, rows)
     fitted = dict(zip(fit.powers, fit.factors, strict=True))
-    assert all(fitted.get(p, 0) == pytest.approx(factors.get(p, 0), abs=1e-9) for p in fits.POWERS[name])
-    assert fit.max_error < 1e-9 and fit(3) == pytest.approx(sum(f * 3**p for p, f in factors.items()))
+    assert all(
+        fitted.get(p, 0) == pytest.approx(factors.get(p, 0), abs=1e-9) for p in fits.POWERS[name]
+    )
+    assert fit.max_error < 1e-9 and fit(3) == pytest.approx(
+        sum(f * 3**p for p, f in factors.items())
+    )
 
 
 def test_predictions_grow_as_they_must():
@@ -119,11 +177,19 @@ def test_results_are_committed_per_cpu(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="holds no results; run `make bench` first"):
         commit(new, "cpu-abacus")
     for name in ("cifar10", "fashion-mnist-32", "precision"):
-        (new / f"{name}.json").write_text(json.dumps(dict(environment=dict(cpu="Abacus"), cases=[])))
+        (new / f"{name}.json").write_text(
+            json.dumps(dict(environment=dict(cpu="Abacus"), cases=[]))
+        )
     with pytest.raises(ValueError, match="expected the name of a CPU"):
         commit(new, "results")
-    written = {path.relative_to(tmp_path / "committed").as_posix() for path in commit(new, "cpu-abacus")}
-    assert written == {"cpu-abacus/cifar10.json", "cpu-abacus/fashion-mnist-32.json", "accuracy/precision.json"}
+    written = {
+        path.relative_to(tmp_path / "committed").as_posix() for path in commit(new, "cpu-abacus")
+    }
+    assert written == {
+        "cpu-abacus/cifar10.json",
+        "cpu-abacus/fashion-mnist-32.json",
+        "accuracy/precision.json",
+    }
     assert [machine.title for machine in cpus(*NETWORKS)] == ["abacus"]
     (new / "cifar10.json").write_text(json.dumps(dict(environment=dict(cpu="Another"))))
     with pytest.raises(ValueError, match="is of Another; expected Abacus"):

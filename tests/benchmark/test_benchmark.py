@@ -77,14 +77,23 @@ def test_a_ratio_is_of_one_round():
 
 def test_engines_take_turns_and_are_checked_against_fp64(weights):
     pytest.importorskip("diffusers")
-    case, logged = run(weights, ["ddpm_fast", "DDPMPipeline"], effort=replace(QUICK, warm_start_limit=100))
+    case, logged = run(
+        weights, ["ddpm_fast", "DDPMPipeline"], effort=replace(QUICK, warm_start_limit=100)
+    )
     assert not logged and not case["left_out"]
     rows = {row["engine"]: row for row in case["rows"]}
     assert [*rows] == ["ddpm_fast", "DDPMPipeline"]
     for row in rows.values():
-        assert 0 < row["error"] < 1e-5 and row["forward"]["low"] <= row["forward"]["ms"] <= row["forward"]["high"]
+        assert (
+            0 < row["error"] < 1e-5
+            and row["forward"]["low"] <= row["forward"]["ms"] <= row["forward"]["high"]
+        )
         assert row["images_per_s"] == pytest.approx(1e3 / (row["loop"]["ms"] * 100), rel=1e-3)
-        assert 50e6 < row["peak_bytes"] < 4e9 and row["first_image_s"] > 0 and row["warm_first_image_s"] > 0
+        assert (
+            50e6 < row["peak_bytes"] < 4e9
+            and row["first_image_s"] > 0
+            and row["warm_first_image_s"] > 0
+        )
     assert rows["ddpm_fast"]["loop"]["speedup_range"] == [1, 1] and case["rounds"] >= 6
     text = results.table_of(case, dict(name="tiny", parameters=1, gflop_per_image=1, timesteps=100))
     assert "ddpm_fast cpu fp32" in text and "DDPMPipeline fp32" in text and "s cached" in text
@@ -162,7 +171,9 @@ def test_unavailable_baselines_give_the_reason():
     with pytest.raises(Unavailable, match="of the size that the network was trained at"):
         Pipeline(other_size)
     with pytest.raises(ValueError, match="names no sample_size"):
-        _ = Workload(Checkpoint(UNet(replace(TINY_UNET, sample_size=None)), NoiseSchedule.linear())).shape
+        _ = Workload(
+            Checkpoint(UNet(replace(TINY_UNET, sample_size=None)), NoiseSchedule.linear())
+        ).shape
     with pytest.raises(Unavailable, match="does not compute in fp8"):
         baseline("plain PyTorch", replace(labelled, dtype="fp8"))
     with pytest.raises(Unavailable, match="in fp32 on a CPU only"):
@@ -174,7 +185,9 @@ def test_a_loop_with_classes_ends_in_images(name):
     if name == "diffusers":
         pytest.importorskip("diffusers")
     torch.manual_seed(0)
-    workload = Workload(Checkpoint(UNet(replace(TINY_UNET, num_classes=3)).eval(), NoiseSchedule.linear()))
+    workload = Workload(
+        Checkpoint(UNet(replace(TINY_UNET, num_classes=3)).eval(), NoiseSchedule.linear())
+    )
     images = baseline(name, workload).loop(4, 5)
     assert images.shape == (4, 3, 8, 8) and images.isfinite().all() and images.abs().max() <= 1.0001
 
@@ -198,7 +211,15 @@ def test_instructions_cost_what_the_network_does():
     from ddpm_fast.models.flops import unet_cost
 
     two = (False, False)
-    c = replace(TINY_UNET, sample_size=4, in_channels=16, out_channels=16, attention=two, up_attention=two, mid_attention=False)
+    c = replace(
+        TINY_UNET,
+        sample_size=4,
+        in_channels=16,
+        out_channels=16,
+        attention=two,
+        up_attention=two,
+        mid_attention=False,
+    )
     program = UNetProgram(UNet(c).eval(), (16, 4, 4), vector_width())
     found = costs(program)
     products = sum(flops for what, flops, _ in found if what == "gemm")
@@ -207,7 +228,10 @@ def test_instructions_cost_what_the_network_does():
     embedding = sum(2 * m.weight.numel() for m in unet.modules() if isinstance(m, torch.nn.Linear))
     assert products == unet_cost(c).flops - embedding
     # each product moves its input once (16 of a stride-2 convolution's 4 pixels a pixel), its weights, its output, a residual
-    maps = {"conv_in": (16 * 16, 16 * 16, 0), "down_blocks.0.downsamplers.0.conv": (16 * 16, 4 * 16, 0)}
+    maps = {
+        "conv_in": (16 * 16, 16 * 16, 0),
+        "down_blocks.0.downsamplers.0.conv": (16 * 16, 4 * 16, 0),
+    }
     for (name, (into, out, residual)), number in zip(maps.items(), (0, 3), strict=True):
         moved = [moved for what, _, moved in found if what == "gemm"][number]
         assert moved == 4 * (into + out + residual + unet.get_submodule(name).weight.numel())
@@ -217,12 +241,16 @@ def test_every_instruction_becomes_a_point():
     torch.manual_seed(0)
     workload = Workload(Checkpoint(UNet(TINY_UNET).eval(), NoiseSchedule.linear()))
     points = kernel_times(workload, 1)
-    assert {"gemm", "normalise", "channel_sums", "softmax", "place", "take"} <= {p["what"] for p in points}
+    assert {"gemm", "normalise", "channel_sums", "softmax", "place", "take"} <= {
+        p["what"] for p in points
+    }
     assert all(p["seconds"] > 0 and p["times"] > 0 and p["bytes"] > 0 for p in points)
     threads = torch.get_num_threads()
     roofs = ceilings(torch.device("cpu"), "fp32", tiny=True)
     assert torch.get_num_threads() == threads
-    assert [c["kind"] for c in roofs] == ["flops", "bytes", "bytes"] and all(c["per_s"] > 1e6 for c in roofs)
+    assert [c["kind"] for c in roofs] == ["flops", "bytes", "bytes"] and all(
+        c["per_s"] > 1e6 for c in roofs
+    )
 
 
 # ---- what got slower
@@ -234,12 +262,19 @@ def result(ddpm_fast, plain, spread=0.01, steps=10):
     def of(ms):
         ratio = ms / ddpm_fast
         near = lambda v: dict(low=v * (1 - spread), high=v * (1 + spread))
-        return dict(ms=ms, **near(ms), speedup=ratio, speedup_range=[ratio * (1 - spread), ratio * (1 + spread)])
+        return dict(
+            ms=ms,
+            **near(ms),
+            speedup=ratio,
+            speedup_range=[ratio * (1 - spread), ratio * (1 + spread)],
+        )
 
     rows = [dict(engine="ddpm_fast", forward=of(ddpm_fast), loop=of(ddpm_fast))]
     if plain is not None:
         rows.append(dict(engine="plain PyTorch", forward=of(plain), loop=of(plain)))
-    case = dict(batch=1, dtype="fp32", size=[8, 8], device_name="abacus", threads=2, steps=steps, rows=rows)
+    case = dict(
+        batch=1, dtype="fp32", size=[8, 8], device_name="abacus", threads=2, steps=steps, rows=rows
+    )
     return dict(network=dict(name="tiny", parameters=9), cases=[case])
 
 
@@ -252,8 +287,16 @@ def result(ddpm_fast, plain, spread=0.01, steps=10):
         (result(2.0, 8.0), result(2.04, 8.0), []),  # no more than is allowed
         (result(2.0, 8.0), result(2.4, 8.0, spread=0.3), []),  # within the noise
         (result(2.0, 8.0), result(1.5, 8.0), []),
-        (result(2.0, None), result(2.4, 8.0), [0.2, 0.2]),  # nothing to normalize with: milliseconds
-        (result(2.0, 8.0), result(2.4, 8.0, steps=4), [0.2]),  # loops that share their beginning among fewer steps: forward alone
+        (
+            result(2.0, None),
+            result(2.4, 8.0),
+            [0.2, 0.2],
+        ),  # nothing to normalize with: milliseconds
+        (
+            result(2.0, 8.0),
+            result(2.4, 8.0, steps=4),
+            [0.2],
+        ),  # loops that share their beginning among fewer steps: forward alone
     ],
 )
 def test_what_got_slower_is_found_and_noise_is_not(old, new, expected):
@@ -264,7 +307,10 @@ def test_what_got_slower_is_found_and_noise_is_not(old, new, expected):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        (dict(network=dict(name="tiny", parameters=8)), "of another network: parameters is 8 there, 9 here"),
+        (
+            dict(network=dict(name="tiny", parameters=8)),
+            "of another network: parameters is 8 there, 9 here",
+        ),
         (dict(batch=7), "no case of batch 1, .*; its first is of batch 7"),
         (dict(threads=1), "threads 2; its first is of .*threads 1"),
         (dict(device_name="another"), "device_name abacus, .* device_name another"),
@@ -280,7 +326,9 @@ def test_unlike_things_are_not_compared(changed, message):
 
 def test_faster_baselines_are_reported():
     case = result(2.0, 1.5)["cases"][0]
-    for row, name in zip(case["rows"], ("ddpm_fast reference fp32", "plain PyTorch fp32"), strict=True):
+    for row, name in zip(
+        case["rows"], ("ddpm_fast reference fp32", "plain PyTorch fp32"), strict=True
+    ):
         row.update(name=name, reason="llvmlite is missing")
     assert results.faster_baselines(case)[0] == (
         "plain PyTorch fp32 is 33% faster (forward) than ddpm_fast reference fp32: llvmlite is missing"
@@ -303,10 +351,20 @@ def test_commands(weights, tmp_path, capsys, monkeypatch):
     out = tmp_path / "a.json"
     how = ("--weights", weights, "--seconds", 0, "--steps", 2, "--baselines", "plain PyTorch")
     code, text, _ = call(capsys, "sweep", *how, "--batch-sizes", "1,2,3", "--out", out)
-    assert code == 0 and f"-> {out}, {tmp_path / 'a.png'}" in text and text.count("plain PyTorch fp32") >= 3
+    assert (
+        code == 0
+        and f"-> {out}, {tmp_path / 'a.png'}" in text
+        and text.count("plain PyTorch fp32") >= 3
+    )
     found = json.loads(out.read_text())
-    assert [case["batch"] for case in found["cases"]] == [1, 2, 3] and found["kernels"] and found["ceilings"]
-    assert found["environment"]["torch"] == torch.__version__ and found["network"]["timesteps"] == 100
+    assert (
+        [case["batch"] for case in found["cases"]] == [1, 2, 3]
+        and found["kernels"]
+        and found["ceilings"]
+    )
+    assert (
+        found["environment"]["torch"] == torch.__version__ and found["network"]["timesteps"] == 100
+    )
     assert (tmp_path / "a.png").stat().st_size > 10_000
     for row in found["cases"][0]["rows"]:  # as if ddpm_fast had been a thousand times faster
         for what in ("forward", "loop"):
@@ -314,7 +372,16 @@ def test_commands(weights, tmp_path, capsys, monkeypatch):
             row[what]["speedup_range"] = [1000 * v for v in row[what]["speedup_range"]]
     (tmp_path / "old.json").write_text(json.dumps(found))
     how = how[:4] + how[6:]  # as many steps as the older file has
-    code, text, err = call(capsys, "latency", *how, "--out", tmp_path / "b.json", "--compare", tmp_path / "old.json", "--json")
+    code, text, err = call(
+        capsys,
+        "latency",
+        *how,
+        "--out",
+        tmp_path / "b.json",
+        "--compare",
+        tmp_path / "old.json",
+        "--json",
+    )
     assert code == 1 and "2 of 2 times are longer by more than 5 %" in err
     report = json.loads(text)
     assert (
@@ -327,7 +394,10 @@ def test_commands(weights, tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--baselines", "tensorflow"), "--baselines has the unknown engine 'tensorflow'; expected plain PyTorch"),
+        (
+            ("--baselines", "tensorflow"),
+            "--baselines has the unknown engine 'tensorflow'; expected plain PyTorch",
+        ),
         (("--out", "a.txt"), "expected the name of a .json file"),
         (("--out", "no/such/folder/a.json"), "in an existing folder"),
         (("--compare", "nothing.json"), "nothing.json is not a result of ddpm-fast bench"),
@@ -354,7 +424,11 @@ def test_the_file_to_compare_with_is_not_overwritten(weights, capsys, tmp_path):
 
 
 def test_sweeps_of_nothing_are_refused(weights, capsys):
-    for arguments in (("--batch-sizes", "1,0"), ("--batch-sizes", "many"), ("--dtypes", "fp32,fp4")):
+    for arguments in (
+        ("--batch-sizes", "1,0"),
+        ("--batch-sizes", "many"),
+        ("--dtypes", "fp32,fp4"),
+    ):
         code, _, err = call(capsys, "sweep", "--weights", weights, *arguments)
         assert code == 2 and arguments[1] in err and err.count("\n") == 1
 

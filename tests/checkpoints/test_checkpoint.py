@@ -38,16 +38,24 @@ def edit(path, **changes):
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-@pytest.mark.parametrize("schedule", [NoiseSchedule.linear(), NoiseSchedule.cosine(), NoiseSchedule.sigmoid(100)], ids=len)
 @pytest.mark.parametrize(
-    ("prediction", "variance", "clip"), [("eps", "fixed_large", 1.0), ("v", "learned_range", None), ("x_0", "fixed_small", 2.0)]
+    "schedule",
+    [NoiseSchedule.linear(), NoiseSchedule.cosine(), NoiseSchedule.sigmoid(100)],
+    ids=len,
+)
+@pytest.mark.parametrize(
+    ("prediction", "variance", "clip"),
+    [("eps", "fixed_large", 1.0), ("v", "learned_range", None), ("x_0", "fixed_small", 2.0)],
 )
 def test_round_trip(tmp_path, schedule, prediction, variance, clip):
     model = unet()
     save_pretrained(tmp_path / "m", model, schedule, prediction, variance, clip)
     back = load_pretrained(tmp_path / "m")
     assert back.unet.config == CONFIG and not back.unet.training
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), back.unet.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(model.state_dict().values(), back.unet.state_dict().values(), strict=True)
+    )
     assert np.array_equal(back.schedule.beta, schedule.beta)
     assert (back.prediction, back.variance, back.clip) == (prediction, variance, clip)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m"]  # nothing left beside it
@@ -67,13 +75,20 @@ def test_we_read_what_diffusers_writes(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         theirs = diffusers.UNet2DModel(block_out_channels=(32, 64, 64, 64), sample_size=16).eval()
-        scheduler = diffusers.DDIMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", clip_sample=False)
+        scheduler = diffusers.DDIMScheduler(
+            beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", clip_sample=False
+        )
         diffusers.DDIMPipeline(theirs, scheduler).save_pretrained(tmp_path / "theirs")
     ours = load_pretrained(tmp_path / "theirs")
     assert (ours.prediction, ours.clip) == ("v", None)
     x = torch.randn(2, 3, 16, 16)
     assert relative_error(ours.unet(x, 7), theirs(x, 7).sample) < 1e-5
-    assert Sampler.from_pretrained(tmp_path / "theirs").sample(1, steps=2, solver="ddim").shape == (1, 16, 16, 3)
+    assert Sampler.from_pretrained(tmp_path / "theirs").sample(1, steps=2, solver="ddim").shape == (
+        1,
+        16,
+        16,
+        3,
+    )
 
 
 def test_reads_attention_names_from_before_2023(folder):
@@ -90,7 +105,11 @@ def test_reads_attention_names_from_before_2023(folder):
 @pytest.mark.parametrize("schedule", ["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"])
 def test_reads_every_schedule_of_diffusers(folder, schedule):
     edit(
-        folder / "scheduler/scheduler_config.json", beta_schedule=schedule, beta_start=2e-4, beta_end=0.03, num_train_timesteps=500
+        folder / "scheduler/scheduler_config.json",
+        beta_schedule=schedule,
+        beta_start=2e-4,
+        beta_end=0.03,
+        num_train_timesteps=500,
     )
     theirs = diffusers.DDPMScheduler(500, 2e-4, 0.03, schedule).betas
     np.testing.assert_allclose(load_pretrained(folder).schedule.beta, theirs, rtol=2e-4, atol=1e-7)
@@ -127,7 +146,9 @@ def test_a_failed_swap_puts_the_old_checkpoint_back(folder, monkeypatch):
             raise OSError(5, "Input/output error")
         return rename(self, target)
 
-    monkeypatch.setattr("ddpm_fast.utils.files._exchange", lambda a, b: False)  # a file system that cannot
+    monkeypatch.setattr(
+        "ddpm_fast.utils.files._exchange", lambda a, b: False
+    )  # a file system that cannot
     monkeypatch.setattr(Path, "rename", once)
     with pytest.raises(OSError, match="Input/output error"):
         save_pretrained(folder, unet(1), NoiseSchedule.linear())
@@ -135,7 +156,9 @@ def test_a_failed_swap_puts_the_old_checkpoint_back(folder, monkeypatch):
     assert [p.name for p in folder.parent.iterdir()] == ["model"]
 
 
-@pytest.mark.parametrize("options", [dict(prediction="foo"), dict(variance="foo"), dict(clip=-1.0)], ids=str)
+@pytest.mark.parametrize(
+    "options", [dict(prediction="foo"), dict(variance="foo"), dict(clip=-1.0)], ids=str
+)
 def test_does_not_write_what_it_would_not_read(tmp_path, options):
     with pytest.raises(ValueError, match=next(iter(options))):
         save_pretrained(tmp_path / "m", unet(), NoiseSchedule.linear(), **options)
@@ -213,16 +236,34 @@ BAD_SCHEDULER_VALUES = [
         (lambda d: edit(d / "unet/config.json", surprise=1), "unknown key surprise"),
         (lambda d: edit(d / "unet/config.json", in_channels=1), "has shape"),
         (lambda d: edit(d / "unet/config.json", layers_per_block=2), "missing parameter"),
-        *[(lambda d, c=change: edit(d / "unet/config.json", **c), f"{next(iter(change))}=") for change in BAD_UNET_VALUES],
         *[
-            (lambda d, c=change: edit(d / "scheduler/scheduler_config.json", **c), next(iter(change)).replace("num_train_", ""))
+            (lambda d, c=change: edit(d / "unet/config.json", **c), f"{next(iter(change))}=")
+            for change in BAD_UNET_VALUES
+        ],
+        *[
+            (
+                lambda d, c=change: edit(d / "scheduler/scheduler_config.json", **c),
+                next(iter(change)).replace("num_train_", ""),
+            )
             for change in BAD_SCHEDULER_VALUES
         ],
         (lambda d: edit(d / "scheduler/scheduler_config.json", surprise=1), "unknown key surprise"),
-        (lambda d: edit(d / "scheduler/scheduler_config.json", thresholding=True), "thresholding=True is not supported"),
-        (lambda d: edit(d / "scheduler/scheduler_config.json", prediction_type="flow"), "prediction_type='flow'"),
-        (lambda d: edit(d / "scheduler/scheduler_config.json", beta_schedule="laplace"), "beta_schedule='laplace'"),
-        (change_weights(lambda w: w["conv_in.bias"].fill_(float("nan"))), "conv_in.bias contains NaN or Inf"),
+        (
+            lambda d: edit(d / "scheduler/scheduler_config.json", thresholding=True),
+            "thresholding=True is not supported",
+        ),
+        (
+            lambda d: edit(d / "scheduler/scheduler_config.json", prediction_type="flow"),
+            "prediction_type='flow'",
+        ),
+        (
+            lambda d: edit(d / "scheduler/scheduler_config.json", beta_schedule="laplace"),
+            "beta_schedule='laplace'",
+        ),
+        (
+            change_weights(lambda w: w["conv_in.bias"].fill_(float("nan"))),
+            "conv_in.bias contains NaN or Inf",
+        ),
         (change_weights(lambda w: w.update(extra=torch.zeros(1))), "unexpected parameter extra"),
     ],
 )

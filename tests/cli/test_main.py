@@ -24,7 +24,14 @@ parse_images = import_module("ddpm_fast.cli.common").parse_images
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     torch.manual_seed(0)
-    options = dict(sample_size=8, in_channels=1, out_channels=1, channels=(8, 16), layers=1, attention=(False, True))
+    options = dict(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        channels=(8, 16),
+        layers=1,
+        attention=(False, True),
+    )
     directory = tmp_path_factory.mktemp("weights") / "model"
     unet = UNet(UNetConfig(**options, norm_groups=4, num_classes=10))
     save_pretrained(directory, unet, NoiseSchedule.linear())
@@ -43,15 +50,40 @@ def run(capsys):
 
 
 def test_sample_a_grid(run, weights, tmp_path):
-    code, out, err = run("sample", "--weights", weights, "--images", 5, "--steps", 3, "--out", tmp_path / "grid.png")
+    code, out, err = run(
+        "sample", "--weights", weights, "--images", 5, "--steps", 3, "--out", tmp_path / "grid.png"
+    )
     assert code == 0 and "5 images of seed 0, 3 ddpm steps" in out and err == ""
     assert Image.open(tmp_path / "grid.png").size == (3 * 66 + 2, 2 * 66 + 2)
     assert [p.name for p in tmp_path.iterdir()] == ["grid.png"]
 
 
 def test_sample_an_array_is_what_python_draws(run, weights, tmp_path):
-    arguments = ("--images", "100-104", "--seed", 2**64 - 1, "--solver", "ddim", "--eta", 0.5, "--steps", 4, "--label", 3)
-    code, out, _ = run("sample", "--weights", weights, *arguments, "--batch_size", 2, "--json", "--out", tmp_path / "a.npz")
+    arguments = (
+        "--images",
+        "100-104",
+        "--seed",
+        2**64 - 1,
+        "--solver",
+        "ddim",
+        "--eta",
+        0.5,
+        "--steps",
+        4,
+        "--label",
+        3,
+    )
+    code, out, _ = run(
+        "sample",
+        "--weights",
+        weights,
+        *arguments,
+        "--batch_size",
+        2,
+        "--json",
+        "--out",
+        tmp_path / "a.npz",
+    )
     assert code == 0
     report = json.loads(out)
     assert (report["images"], report["steps"], report["solver"]) == (5, 4, "ddim")
@@ -64,10 +96,21 @@ def test_sample_an_array_is_what_python_draws(run, weights, tmp_path):
 
 
 def test_sample_a_directory(run, weights, tmp_path):
-    arguments = ("--images", "8-10", "--steps", 2, "--batch-size", 1)  # of one batch size: equal to the bit
+    arguments = (
+        "--images",
+        "8-10",
+        "--steps",
+        2,
+        "--batch-size",
+        1,
+    )  # of one batch size: equal to the bit
     code, _, _ = run("sample", "--weights", weights, *arguments, "--out", tmp_path / "many")
     assert code == 0
-    assert sorted(p.name for p in (tmp_path / "many").iterdir()) == ["000008.png", "000009.png", "000010.png"]
+    assert sorted(p.name for p in (tmp_path / "many").iterdir()) == [
+        "000008.png",
+        "000009.png",
+        "000010.png",
+    ]
     one = np.array(Image.open(tmp_path / "many" / "000009.png"))
     assert np.array_equal(one[..., None], Sampler.from_pretrained(weights).sample([9], steps=2)[0])
 
@@ -76,7 +119,11 @@ def test_sample_says_which_engine_and_why(run, weights, tmp_path):
     arguments = ("--weights", weights, "--images", 2, "--steps", 2, "--out", tmp_path / "a.npy")
     code, out, _ = run("sample", *arguments, "--engine", "reference", "--json")
     report = json.loads(out)
-    assert code == 0 and (report["engine"], report["reason"], report["invariant"]) == ("reference", "as requested", False)
+    assert code == 0 and (report["engine"], report["reason"], report["invariant"]) == (
+        "reference",
+        "as requested",
+        False,
+    )
     assert report["peak_memory_bytes"] > 10**7
     _, out, _ = run("sample", *arguments, "--engine", "reference")
     assert "engine reference (as requested), not batch-invariant, peak memory" in out
@@ -101,7 +148,11 @@ def test_a_stopped_run_keeps_what_is_finished(run, weights, tmp_path, monkeypatc
     monkeypatch.setattr(EagerEngine, "step", counted)
     arguments = ("--images", 10, "--batch-size", 2, "--steps", 3, "--engine", "reference")
     code, said, err = run("sample", "--weights", weights, *arguments, "--out", tmp_path / out)
-    assert code == 128 + number and err == "ddpm-fast: stopped after 2 of 10 images\n" and said.startswith("2 images of seed 0")
+    assert (
+        code == 128 + number
+        and err == "ddpm-fast: stopped after 2 of 10 images\n"
+        and said.startswith("2 images of seed 0")
+    )
     assert len(steps) == 4
     if out == "many.npz":
         assert np.load(tmp_path / out)["indices"].tolist() == [0, 1]
@@ -114,7 +165,12 @@ def test_a_stopped_run_keeps_what_is_finished(run, weights, tmp_path, monkeypatc
 def test_info(run, weights):
     code, out, _ = run("info", weights, "--json")
     report = json.loads(out)
-    assert code == 0 and report["parameters"] > 1000 and report["flops"] > 1000 and report["config"]["num_class_embeds"] == 10
+    assert (
+        code == 0
+        and report["parameters"] > 1000
+        and report["flops"] > 1000
+        and report["config"]["num_class_embeds"] == 10
+    )
     code, out, _ = run("info", weights)
     assert code == 0 and "1 x 8 x 8, 10 classes" in out and f"{report['parameters']:,}" in out
 
@@ -158,7 +214,9 @@ def test_help_names_every_command(run):
     ],
     ids=lambda v: " ".join(v[2:]) if isinstance(v, list) else "",
 )
-def test_bad_input_is_one_line_and_exit_code_2(run, weights, tmp_path, monkeypatch, arguments, message):
+def test_bad_input_is_one_line_and_exit_code_2(
+    run, weights, tmp_path, monkeypatch, arguments, message
+):
     monkeypatch.chdir(tmp_path)
     code, out, err = run(*(weights if a == "W" else a for a in arguments))
     assert code == 2 and out == ""
@@ -175,7 +233,22 @@ def test_refuses_the_output_before_sampling(run, weights, tmp_path, monkeypatch)
 
 
 def test_another_size(run, weights, tmp_path):
-    assert run("sample", "--weights", weights, "--images", 1, "--steps", 2, "--size", "8x12", "--out", tmp_path / "a.npy")[0] == 0
+    assert (
+        run(
+            "sample",
+            "--weights",
+            weights,
+            "--images",
+            1,
+            "--steps",
+            2,
+            "--size",
+            "8x12",
+            "--out",
+            tmp_path / "a.npy",
+        )[0]
+        == 0
+    )
     assert np.load(tmp_path / "a.npy").shape == (1, 8, 12, 1)
 
 
@@ -183,9 +256,13 @@ def test_parse_images():
     assert (parse_images("64"), parse_images("100-199")) == (range(64), range(100, 200))
 
 
-@pytest.mark.parametrize("command", [[sys.executable, "-m", "ddpm_fast"], ["ddpm-fast"]], ids=["module", "script"])
+@pytest.mark.parametrize(
+    "command", [[sys.executable, "-m", "ddpm_fast"], ["ddpm-fast"]], ids=["module", "script"]
+)
 def test_installed_command(command, tmp_path):
     if command[0] == "ddpm-fast":
         command = [str(Path(sys.executable).with_name("ddpm-fast"))]
-    done = subprocess.run([*command, "info", "nowhere"], capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run(
+        [*command, "info", "nowhere"], capture_output=True, text=True, cwd=tmp_path
+    )
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr

@@ -43,7 +43,9 @@ def test_padding_centres_on_black(tmp_path):
     assert not images.any()
 
 
-@pytest.mark.parametrize("names", [("images", "labels"), ("arr_0", "arr_1"), ("x_train", "y_train")], ids=" ".join)
+@pytest.mark.parametrize(
+    "names", [("images", "labels"), ("arr_0", "arr_1"), ("x_train", "y_train")], ids=" ".join
+)
 def test_npz(tmp_path, names):
     np.savez(tmp_path / "a.npz", **{names[0]: COLOUR, names[1]: LABELS})
     data = load_images(tmp_path / "a.npz", 8)
@@ -61,7 +63,9 @@ def test_npy_channels_first_and_last(tmp_path):
 
 @pytest.mark.parametrize("pixels", [GREY[..., None], COLOUR], ids=["grey", "colour"])
 def test_folder_with_classes(tmp_path, pixels):
-    for i, (name, image) in enumerate(zip(["coat", "bag", "coat", "bag", "shoe", "shoe"], pixels, strict=True)):
+    for i, (name, image) in enumerate(
+        zip(["coat", "bag", "coat", "bag", "shoe", "shoe"], pixels, strict=True)
+    ):
         home = tmp_path / name / ("deep" if i == 0 else "")
         home.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image.squeeze()).save(home / f"{i}.png")
@@ -120,11 +124,16 @@ def test_dataset_of_the_hub(monkeypatch):
     library.Image = type("Image", (), {})
     Table.features["img"] = library.Image()
     library.load_dataset = lambda name, split: Table(
-        {"img": Image.fromarray(image), "label": int(label)} for image, label in zip(COLOUR, LABELS, strict=True)
+        {"img": Image.fromarray(image), "label": int(label)}
+        for image, label in zip(COLOUR, LABELS, strict=True)
     )
     monkeypatch.setitem(sys.modules, "datasets", library)
     data = load_dataset("somebody/pets", 8)
-    assert np.array_equal(data.images, COLOUR) and np.array_equal(data.labels, LABELS) and data.classes == ("cat", "dog", "owl")
+    assert (
+        np.array_equal(data.images, COLOUR)
+        and np.array_equal(data.labels, LABELS)
+        and data.classes == ("cat", "dog", "owl")
+    )
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ValueError, match="needs the extra train"):
         load_dataset("somebody/pets", 8)
@@ -135,7 +144,11 @@ def test_digest_tells_data_apart():
     assert same == ImageData(COLOUR, LABELS).digest
     changed = COLOUR.copy()
     changed[5, 7, 7, 2] ^= 1
-    others = {ImageData(changed, LABELS).digest, ImageData(COLOUR).digest, ImageData(COLOUR, LABELS[::-1]).digest}
+    others = {
+        ImageData(changed, LABELS).digest,
+        ImageData(COLOUR).digest,
+        ImageData(COLOUR, LABELS[::-1]).digest,
+    }
     assert len(others | {same}) == 4
 
 
@@ -172,7 +185,9 @@ def test_refuses_what_it_cannot_read(tmp_path):
     refused("floats.npy", "crop or pad", fit="stretch")
     (tmp_path / "pictures").mkdir()
     Image.fromarray(COLOUR[0]).save(tmp_path / "pictures" / "whole.png")
-    (tmp_path / "pictures" / "torn.png").write_bytes((tmp_path / "pictures" / "whole.png").read_bytes()[:80])
+    (tmp_path / "pictures" / "torn.png").write_bytes(
+        (tmp_path / "pictures" / "whole.png").read_bytes()[:80]
+    )
     refused("pictures", "torn.png")
     (tmp_path / "pictures" / "torn.png").write_bytes(b"")
     refused("pictures", "torn.png cannot be read")

@@ -20,9 +20,14 @@ MEAN, STD = 0.3, 0.25
 def test_kl_is_torchs():
     torch.manual_seed(0)
     mean_1, log_var_1, mean_2, log_var_2 = torch.randn(4, 100, dtype=torch.float64)
-    p, q = (torch.distributions.Normal(m, (v / 2).exp()) for m, v in ((mean_1, log_var_1), (mean_2, log_var_2)))
+    p, q = (
+        torch.distributions.Normal(m, (v / 2).exp())
+        for m, v in ((mean_1, log_var_1), (mean_2, log_var_2))
+    )
     want = torch.distributions.kl_divergence(p, q)
-    torch.testing.assert_close(gaussian_kl(mean_1, log_var_1, mean_2, log_var_2), want, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        gaussian_kl(mean_1, log_var_1, mean_2, log_var_2), want, rtol=1e-12, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("sigma", [1e-3, 0.0074, 0.1, 3.0])
@@ -31,7 +36,11 @@ def test_kl_is_torchs():
 def test_the_decoder_is_a_distribution_over_256_levels(mean, sigma, erf):
     levels = torch.arange(256, dtype=torch.float64) / 127.5 - 1
     log_sigma = torch.full_like(levels, math.log(sigma))
-    total = discretised_gaussian_log_likelihood(levels, torch.full_like(levels, mean), log_sigma, erf).exp().sum()
+    total = (
+        discretised_gaussian_log_likelihood(levels, torch.full_like(levels, mean), log_sigma, erf)
+        .exp()
+        .sum()
+    )
     assert float(total) == pytest.approx(1, abs=1e-9)
 
 
@@ -44,15 +53,22 @@ def test_the_decoder_is_exact_far_out():
         lower, upper = ((x_0 - mean + side / 255) / sigma for side in (-1, 1))
         side = -1 if lower > 0 else 1
         want = mpmath.log(abs(mpmath.ncdf(side * upper) - mpmath.ncdf(side * lower)))
-        got = discretised_gaussian_log_likelihood(*(torch.tensor(v, dtype=torch.float64) for v in (x_0, mean, math.log(sigma))))
+        got = discretised_gaussian_log_likelihood(
+            *(torch.tensor(v, dtype=torch.float64) for v in (x_0, mean, math.log(sigma)))
+        )
         assert float(got) == pytest.approx(float(want), rel=1e-9)
 
 
 def test_tanh_is_openais_approximation():
     """Close where it matters, 1e-12 where it has nothing left."""
-    x_0, log_sigma = torch.zeros(2, dtype=torch.float64), torch.full((2,), math.log(0.01), dtype=torch.float64)
+    x_0, log_sigma = (
+        torch.zeros(2, dtype=torch.float64),
+        torch.full((2,), math.log(0.01), dtype=torch.float64),
+    )
     mean = torch.tensor([0.004, 0.9], dtype=torch.float64)
-    exact, tanh = (discretised_gaussian_log_likelihood(x_0, mean, log_sigma, erf) for erf in (True, False))
+    exact, tanh = (
+        discretised_gaussian_log_likelihood(x_0, mean, log_sigma, erf) for erf in (True, False)
+    )
     assert abs(float(exact[0] - tanh[0])) < 1e-3 and exact[0] != tanh[0]
     assert float(tanh[1]) == pytest.approx(math.log(1e-12)) and float(exact[1]) < -3900
 
@@ -62,7 +78,10 @@ def test_tanh_is_openais_approximation():
 
 def denoiser(schedule, x_t, t, prediction="eps"):
     """The exact denoiser of N(MEAN, STD^2), x_t fp64 [B, 1, H, W]."""
-    a, n = (torch.from_numpy(np.sqrt(v))[t][:, None, None, None] for v in (schedule.alpha_bar, schedule.noise_var))
+    a, n = (
+        torch.from_numpy(np.sqrt(v))[t][:, None, None, None]
+        for v in (schedule.alpha_bar, schedule.noise_var)
+    )
     eps = n * (x_t - a * MEAN) / (a * a * STD**2 + n * n)
     of_x, of_out = conversion("eps", prediction, a, n)
     return of_x * x_t + of_out * eps
@@ -77,8 +96,15 @@ def closed_form(schedule, variance, preset):
     """E[L_{t-1}] for every t >= 1 in bits, and E[L_0] of the continuous Gaussian."""
     small = schedule.posterior_var[1:]
     var = small if variance == "fixed_small" else schedule.beta[1:]
-    left = STD**2 * schedule.noise_var / (schedule.alpha_bar * STD**2 + schedule.noise_var)  # variance of x_0 given x_t
-    kl = 0.5 * (small / var - 1 - np.log(small / var) + schedule.posterior_mean_x_0[1:] ** 2 * left[1:] / var)
+    left = (
+        STD**2 * schedule.noise_var / (schedule.alpha_bar * STD**2 + schedule.noise_var)
+    )  # variance of x_0 given x_t
+    kl = 0.5 * (
+        small / var
+        - 1
+        - np.log(small / var)
+        + schedule.posterior_mean_x_0[1:] ** 2 * left[1:] / var
+    )
     first = first_variance(schedule, variance, preset)
     l_0 = 0.5 * (np.log(2 * np.pi * first) + left[0] / first)
     a, n = schedule.alpha_bar[-1], schedule.noise_var[-1]
@@ -88,19 +114,28 @@ def closed_form(schedule, variance, preset):
 
 @pytest.mark.parametrize(
     ("variance", "preset", "gap"),
-    [("fixed_small", "exact", 0.7982), ("fixed_large", "exact", 0.0075), ("fixed_large", "openai", 0.1707)],
+    [
+        ("fixed_small", "exact", 0.7982),
+        ("fixed_large", "exact", 0.0075),
+        ("fixed_large", "openai", 0.1707),
+    ],
 )
 def test_the_bound_lies_above_the_likelihood_by_this(variance, preset, gap, figure):
     """For N(0.3, 0.25^2) and the exact denoiser: what fixing the variance costs."""
     kl, l_0, prior = closed_form(LINEAR, variance, preset)
     entropy = 0.5 * np.log2(2 * np.pi * np.e * STD**2)
     found = kl.sum() + l_0 + prior - entropy
-    figure(f"bound above likelihood, N(0.3, 0.25^2), {variance}, preset {preset}: bits", f"{found:.4f}")
+    figure(
+        f"bound above likelihood, N(0.3, 0.25^2), {variance}, preset {preset}: bits", f"{found:.4f}"
+    )
     assert found == pytest.approx(gap, abs=1e-4)
 
 
 @pytest.mark.parametrize("prediction", ["eps", "x_0", "v"])
-@pytest.mark.parametrize(("variance", "preset"), [("fixed_small", "exact"), ("fixed_large", "exact"), ("fixed_large", "openai")])
+@pytest.mark.parametrize(
+    ("variance", "preset"),
+    [("fixed_small", "exact"), ("fixed_large", "exact"), ("fixed_large", "openai")],
+)
 def test_terms_on_gaussian_data_are_the_closed_form(variance, preset, prediction):
     """Monte Carlo over 4,000 pixels a timestep, all timesteps at once; z-scores of 999 terms and of their sum."""
     schedule = LINEAR
@@ -110,7 +145,10 @@ def test_terms_on_gaussian_data_are_the_closed_form(variance, preset, prediction
     t = torch.arange(1000)
     x_0 = MEAN + STD * torch.randn(1000, 1, 80, 50, generator=generator, dtype=torch.float64)
     eps = torch.randn(x_0.shape, generator=generator, dtype=torch.float64)
-    a, n = (torch.from_numpy(np.sqrt(v))[:, None, None, None] for v in (schedule.alpha_bar, schedule.noise_var))
+    a, n = (
+        torch.from_numpy(np.sqrt(v))[:, None, None, None]
+        for v in (schedule.alpha_bar, schedule.noise_var)
+    )
     x_t = a * x_0 + n * eps
     got = bound.terms(denoiser(schedule, x_t, t, prediction), x_0, x_t, t).numpy()
     # each KL is a constant plus a squared Gaussian: the standard error of its mean is the latter's mean times sqrt(2 / 4000)
@@ -124,7 +162,9 @@ def test_terms_on_gaussian_data_are_the_closed_form(variance, preset, prediction
     assert float(bound.prior(x_0).mean()) == pytest.approx(prior, rel=0.05)
 
 
-@pytest.mark.parametrize(("variance", "preset"), [("fixed_small", "exact"), ("fixed_large", "exact")])
+@pytest.mark.parametrize(
+    ("variance", "preset"), [("fixed_small", "exact"), ("fixed_large", "exact")]
+)
 def test_l_0_on_gaussian_data_is_the_integral(variance, preset):
     """E[L_0] with its 256 levels, by integrating over x_0 and what the denoiser does not know of it."""
     stats = pytest.importorskip("scipy.stats")
@@ -138,7 +178,11 @@ def test_l_0_on_gaussian_data_is_the_integral(variance, preset):
     upper, lower = ((x_0 - mean + side / 255) / sigma for side in (1, -1))
     upper, lower = np.where(x_0 > 0.999, np.inf, upper), np.where(x_0 < -0.999, -np.inf, lower)
     value = -np.log2(
-        np.where(lower > 0, stats.norm.sf(lower) - stats.norm.sf(upper), stats.norm.cdf(upper) - stats.norm.cdf(lower))
+        np.where(
+            lower > 0,
+            stats.norm.sf(lower) - stats.norm.sf(upper),
+            stats.norm.cdf(upper) - stats.norm.cdf(lower),
+        )
     )
     weight = stats.norm.pdf(x)[:, None] * stats.norm.pdf(e)
     want = (value * weight).sum() / weight.sum()
@@ -157,7 +201,9 @@ def test_learned_range_reaches_both_fixed_variances():
     learned = Bound(LINEAR, variance="learned_range")
     for v, variance in ((-1.0, "fixed_small"), (1.0, "fixed_large")):
         got = learned.terms(torch.cat([out, torch.full_like(out, v)], dim=1), x_0, x_t, t)
-        torch.testing.assert_close(got, Bound(LINEAR, variance=variance).terms(out, x_0, x_t, t), rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(
+            got, Bound(LINEAR, variance=variance).terms(out, x_0, x_t, t), rtol=1e-10, atol=1e-12
+        )
     said = torch.from_numpy(np.log(LINEAR.beta))[t][:, None, None, None].expand_as(out)
     got = Bound(LINEAR, variance="learned").terms(torch.cat([out, said], dim=1), x_0, x_t, t)
     torch.testing.assert_close(got, Bound(LINEAR).terms(out, x_0, x_t, t), rtol=1e-10, atol=1e-12)
@@ -173,7 +219,11 @@ def training_case(prediction, channels=2):
     seed, image, row = torch.full((6,), 5), torch.arange(6), torch.arange(6) * 3
     x_t = q_sample(x_0, LINEAR.q_sample_table(), t, row, seed, image)
     eps = N.noise_reference(seed, image, row, N.Q_SAMPLE, tuple(x_0.shape[1:]))
-    truth = {"eps": eps, "x_0": x_0, "v": convert(eps, x_t.double(), t, LINEAR, "eps", "v").float()}[prediction]
+    truth = {
+        "eps": eps,
+        "x_0": x_0,
+        "v": convert(eps, x_t.double(), t, LINEAR, "eps", "v").float(),
+    }[prediction]
     return x_0, x_t, t, row, seed, image, truth
 
 
@@ -182,7 +232,12 @@ def test_simple_loss_of_the_truth_is_zero_and_of_an_error_its_square(prediction)
     x_0, x_t, t, row, seed, image, truth = training_case(prediction)
     losses = Objective(LINEAR, prediction).losses
     assert float(losses(truth, x_0, x_t, t, row, seed, image).max()) < 1e-9
-    torch.testing.assert_close(losses(truth + 0.5, x_0, x_t, t, row, seed, image), torch.full((6,), 0.25), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        losses(truth + 0.5, x_0, x_t, t, row, seed, image),
+        torch.full((6,), 0.25),
+        rtol=1e-4,
+        atol=1e-4,
+    )
 
 
 def test_min_snr_weighs_the_same_error_of_x_0_alike_whatever_is_predicted():
@@ -192,8 +247,12 @@ def test_min_snr_weighs_the_same_error_of_x_0_alike_whatever_is_predicted():
     want = torch.from_numpy(np.minimum(LINEAR.snr, 5))[t] * 0.01
     for prediction in ("eps", "x_0", "v"):
         out = convert(wrong.double(), x_t.double(), t, LINEAR, "x_0", prediction)
-        got = Objective(LINEAR, prediction, "min_snr").losses(out.float(), x_0, x_t, t, row, seed, image)
-        torch.testing.assert_close(got.double(), want, rtol=2e-3, atol=1e-6)  # eps at t = 0 is rounded at 1e-7 of 100 times x_0
+        got = Objective(LINEAR, prediction, "min_snr").losses(
+            out.float(), x_0, x_t, t, row, seed, image
+        )
+        torch.testing.assert_close(
+            got.double(), want, rtol=2e-3, atol=1e-6
+        )  # eps at t = 0 is rounded at 1e-7 of 100 times x_0
     assert min_snr_weights(LINEAR.zero_terminal_snr(), "v", 5.0)[-1] == 0
 
 
@@ -207,7 +266,11 @@ def test_hybrid_teaches_the_variance_alone():
     (vlb,) = torch.autograd.grad(Objective(LINEAR, loss="vlb").losses(out, *rest).sum(), out)
     assert torch.equal(hybrid[:, :2], simple[:, :2]) and not simple[:, 2:].any()
     torch.testing.assert_close(hybrid[:, 2:], vlb[:, 2:] / 1000, rtol=1e-5, atol=1e-9)
-    assert hybrid.isfinite().all() and vlb.isfinite().all() and vlb[:, :2].abs().amin((1, 2, 3)).min() >= 0
+    assert (
+        hybrid.isfinite().all()
+        and vlb.isfinite().all()
+        and vlb[:, :2].abs().amin((1, 2, 3)).min() >= 0
+    )
 
 
 def test_vlb_gradient_by_differences():
@@ -223,7 +286,11 @@ def test_vlb_losses_add_up_to_the_bound():
     """Their mean over all t is the whole bound without its prior."""
     chain = NoiseSchedule.linear(0.01, 0.3, 8)
     x_0 = torch.rand(1, 1, 4, 4).expand(8, -1, -1, -1)
-    t, seed, image = torch.arange(8), torch.zeros(8, dtype=torch.int64), torch.zeros(8, dtype=torch.int64)
+    t, seed, image = (
+        torch.arange(8),
+        torch.zeros(8, dtype=torch.int64),
+        torch.zeros(8, dtype=torch.int64),
+    )
     x_t = q_sample(x_0, chain.q_sample_table(), t, t, seed, image)
     out = torch.randn(8, 2, 4, 4, generator=torch.Generator().manual_seed(0)) * 0.3
     got = Objective(chain, loss="vlb").losses(out, x_0, x_t, t, t, seed, image).mean()
@@ -273,8 +340,12 @@ def test_loss_aware_draws_in_proportion_and_weighs_back():
     word = torch.arange(200_000) * (2**32 // 200_000)
     t, weight = sampler.draw(word)
     share = t.bincount(minlength=5).double() / len(t)
-    torch.testing.assert_close(share, 0.999 * losses.double() / losses.double().sum() + 0.0002, rtol=0, atol=1e-4)
-    assert float((weight * losses[t]).mean()) == pytest.approx(float(losses.mean()), rel=1e-3)  # as under uniform t
+    torch.testing.assert_close(
+        share, 0.999 * losses.double() / losses.double().sum() + 0.0002, rtol=0, atol=1e-4
+    )
+    assert float((weight * losses[t]).mean()) == pytest.approx(
+        float(losses.mean()), rel=1e-3
+    )  # as under uniform t
     assert t[0] == 0 and sampler.draw(torch.tensor([2**32 - 1]))[0] == 4
 
 
@@ -288,5 +359,8 @@ def test_loss_aware_keeps_the_last_ten_whatever_the_batch():
     for one in range(64):
         single.update(t[one : one + 1], losses[one : one + 1])
     assert torch.equal(whole.squares, single.squares) and torch.equal(whole.count, single.count)
-    last = [losses[(t == i) & losses.isfinite()][-HISTORY:].double().square().sort().values for i in range(3)]
+    last = [
+        losses[(t == i) & losses.isfinite()][-HISTORY:].double().square().sort().values
+        for i in range(3)
+    ]
     torch.testing.assert_close(whole.squares.sort(1).values, torch.stack(last))

@@ -27,15 +27,24 @@ def test_every_solver_prediction_and_variance_is_the_papers_and_diffusers(figure
             assert r["difference"] < 5e-5 and r["diffusers"] < 5e-5, name
         if r["preset"] is not None:
             assert r["preset"] < 2e-6, name
-    figure("56 loops of 20 steps against the papers in fp64: largest error, ours", f"{max(r['ddpm_fast'] for r in rows):.1e}")
+    figure(
+        "56 loops of 20 steps against the papers in fp64: largest error, ours",
+        f"{max(r['ddpm_fast'] for r in rows):.1e}",
+    )
     figure("the same, diffusers'", f"{max(r['diffusers'] or 0 for r in rows):.1e}")
-    figure("ours in the preset diffusers against diffusers", f"{max(r['preset'] or 0 for r in rows):.1e}")
+    figure(
+        "ours in the preset diffusers against diffusers",
+        f"{max(r['preset'] or 0 for r in rows):.1e}",
+    )
 
 
 @pytest.mark.parametrize(("solver", "wanted", "slack"), [("ddim", 1, 0.1), ("dpm++2m", 2, 0.15)])
 def test_converges_to_the_probability_flow_at_its_order(solver, wanted, slack, figure):
     slope, errors = parity.order(solver)
-    figure(f"order of {solver}, N = 20 ... 320; errors {errors[0]:.1e} ... {errors[-1]:.1e}", f"{slope:.3f}")
+    figure(
+        f"order of {solver}, N = 20 ... 320; errors {errors[0]:.1e} ... {errors[-1]:.1e}",
+        f"{slope:.3f}",
+    )
     assert slope == pytest.approx(wanted, abs=slack)
     assert (np.diff(errors) < 0).all()
 
@@ -63,7 +72,10 @@ def loop(table, x, z=lambda: 0.0):
     for i, t in enumerate(table.t):
         row, out = torch.full((len(x),), i), model(x, int(t))
         noise = torch.as_tensor(z() if table.coef[i, 7] else 0.0)
-        x, old = ddpm_step_reference(x, out, noise, coef, row, old=old), x_0_reference(x, out, coef, row)
+        x, old = (
+            ddpm_step_reference(x, out, noise, coef, row, old=old),
+            x_0_reference(x, out, coef, row),
+        )
     return float(x.abs().sum()), float(x.abs().mean())
 
 
@@ -75,7 +87,9 @@ def with_noise(t):
 
 def table_of(solver, t, prediction="eps", schedule=None, **more):
     schedule = schedule or NoiseSchedule.linear()
-    return PRESETS["diffusers"].table(schedule, solver, np.asarray(t), prediction, "fixed_small", 1.0, **more)
+    return PRESETS["diffusers"].table(
+        schedule, solver, np.asarray(t), prediction, "fixed_small", 1.0, **more
+    )
 
 
 @pytest.mark.parametrize(
@@ -129,12 +143,18 @@ def test_published_dpm_solver_loops(prediction, start, total, mean):
 
 @pytest.mark.parametrize(
     ("prediction", "beta_start", "total", "mean"),
-    [("eps", 1e-4, 671.6816, 0.8746), ("v", 1e-4, 1394.2185, 1.8154), ("eps", 0.01, 539.9622, 0.7031)],
+    [
+        ("eps", 1e-4, 671.6816, 0.8746),
+        ("v", 1e-4, 1394.2185, 1.8154),
+        ("eps", 0.01, 539.9622, 0.7031),
+    ],
     ids=["no_noise", "v_prediction", "set_alpha_to_one"],
 )
 def test_published_ddim_inverse_loops(prediction, beta_start, total, mean):
     t = choose_timesteps(1000, 10, "leading")
-    table = ddim_inversion_table(NoiseSchedule.linear(beta_start), t, prediction, clip=1.0, sees="target")
+    table = ddim_inversion_table(
+        NoiseSchedule.linear(beta_start), t, prediction, clip=1.0, sees="target"
+    )
     got = loop(table, sample_deter())
     assert got[0] == pytest.approx(total, abs=1e-2) and got[1] == pytest.approx(mean, abs=1e-3)
 
@@ -149,7 +169,9 @@ def test_the_first_order_sde_step_is_ddpm_with_the_small_variance():
         sde = PRESETS["exact"].table(schedule, "dpm++2m-sde", np.array(t))
         ddpm = PRESETS["exact"].table(schedule, "ddpm", np.array(t), variance="fixed_small")
         np.testing.assert_allclose(sde.coef, ddpm.coef, rtol=1e-9, atol=1e-12)
-    ode, ddim = (PRESETS["exact"].table(schedule, s, np.array([800, 300])) for s in ("dpm++2m", "ddim"))
+    ode, ddim = (
+        PRESETS["exact"].table(schedule, s, np.array([800, 300])) for s in ("dpm++2m", "ddim")
+    )
     np.testing.assert_allclose(ode.coef, ddim.coef, rtol=1e-9, atol=1e-12)
 
 
@@ -158,8 +180,12 @@ def test_multistep_through_the_sampler_is_the_loop(solver):
     """The history of `Sampler` is the one of the bare loop, for every image by itself."""
     net = parity_loops.network("eps", "")
     sampler = Sampler(lambda x, t: net(x, int(t[0])), parity_loops.SCHEDULE, parity_loops.SHAPE[1:])
-    got = sampler.sample(4, seed=7, solver=solver, steps=parity_loops.T.tolist(), output="float", batch_size=4)
-    alone = sampler.sample([3], seed=7, solver=solver, steps=parity_loops.T.tolist(), output="float")
+    got = sampler.sample(
+        4, seed=7, solver=solver, steps=parity_loops.T.tolist(), output="float", batch_size=4
+    )
+    alone = sampler.sample(
+        [3], seed=7, solver=solver, steps=parity_loops.T.tolist(), output="float"
+    )
     x = sampler.begin(torch.arange(4), 7).x
     want = parity_loops.run_table(sampler.table(solver, parity_loops.T.tolist()), net, x)
     assert torch.equal(got, want) and torch.equal(alone[0], want[3])
@@ -174,7 +200,9 @@ def test_zero_terminal_snr_needs_no_special_care(solver, prediction):
     finite = np.delete(table.coef, [2], axis=1)
     assert np.isfinite(finite).all()
     theirs = diffusers.DDIMScheduler(rescale_betas_zero_snr=True)
-    np.testing.assert_allclose(schedule.alpha_bar, theirs.alphas_cumprod.double().numpy(), rtol=2e-4, atol=1e-9)
+    np.testing.assert_allclose(
+        schedule.alpha_bar, theirs.alphas_cumprod.double().numpy(), rtol=2e-4, atol=1e-9
+    )
     with pytest.raises(ValueError, match="let the network predict x_0 or v"):
         PRESETS["exact"].table(schedule, solver, choose_timesteps(1000, 10), "eps")
 
@@ -184,7 +212,10 @@ def test_inversion_leads_back(figure):
     schedule = NoiseSchedule.linear()
 
     def net(x, t):
-        a, n = (torch.from_numpy(np.sqrt(v))[t].view(-1, 1, 1, 1).to(x) for v in (schedule.alpha_bar, schedule.noise_var))
+        a, n = (
+            torch.from_numpy(np.sqrt(v))[t].view(-1, 1, 1, 1).to(x)
+            for v in (schedule.alpha_bar, schedule.noise_var)
+        )
         return n * (x - a * 0.1) / (a * a * 0.3**2 + n * n)
 
     sampler = Sampler(net, schedule, (1, 4, 4), clip=None)
@@ -195,7 +226,10 @@ def test_inversion_leads_back(figure):
         assert t == 999 and abs(float(x_t.std()) - 1) < 0.2
         back = sampler.sample(3, solver="ddim", steps=steps, start=(x_t, t), output="float")
         errors.append(float((back - x_0).abs().max()))
-    figure("DDIM inversion and back, 50, 100, 200 steps: largest error", " ".join(f"{e:.4f}" for e in errors))
+    figure(
+        "DDIM inversion and back, 50, 100, 200 steps: largest error",
+        " ".join(f"{e:.4f}" for e in errors),
+    )
     assert errors[2] < 0.04 and all(a / b == pytest.approx(2, rel=0.1) for a, b in pairwise(errors))
     with pytest.raises(ValueError, match="at least two"):
         sampler.invert(x_0, 1)
@@ -204,13 +238,22 @@ def test_inversion_leads_back(figure):
 def test_refuses():
     schedule, t = NoiseSchedule.linear(), choose_timesteps(1000, 10, "trailing")
     for call, message in (
-        (lambda: ddim_table(schedule, t, end="t=0"), r"the steps end at t = 99; with end=.t=0. they must go on"),
+        (
+            lambda: ddim_table(schedule, t, end="t=0"),
+            r"the steps end at t = 99; with end=.t=0. they must go on",
+        ),
         (lambda: ddim_table(schedule, t, end="never"), "end 'never'"),
         (lambda: ddim_table(schedule, t, eps_from="nowhere"), "eps_from 'nowhere'"),
         (lambda: ddim_inversion_table(schedule, t, sees="both"), "sees 'both'"),
-        (lambda: ddim_inversion_table(schedule, t, "x_0", sees="target"), "x_0 alone does not say what eps is"),
+        (
+            lambda: ddim_inversion_table(schedule, t, "x_0", sees="target"),
+            "x_0 alone does not say what eps is",
+        ),
         (lambda: PRESETS["ho"].timesteps(1000, "ddpm", 50), "visits all 1000 timesteps"),
-        (lambda: Sampler(lambda x, t: x, schedule, (1, 4, 4)).table(preset="mine"), "preset 'mine'"),
+        (
+            lambda: Sampler(lambda x, t: x, schedule, (1, 4, 4)).table(preset="mine"),
+            "preset 'mine'",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             call()

@@ -27,11 +27,15 @@ def exact_chain(schedule):
     return out
 
 
-@pytest.mark.parametrize("name", [name for name, (_, theirs) in FAMILIES.items() if theirs])  # their sigmoid is another function
+@pytest.mark.parametrize(
+    "name", [name for name, (_, theirs) in FAMILIES.items() if theirs]
+)  # their sigmoid is another function
 def test_matches_diffusers(name):
     schedule, theirs = FAMILIES[name]
     beta = diffusers.DDPMScheduler(beta_schedule=theirs).betas.double().numpy()
-    np.testing.assert_allclose(schedule.beta, beta, rtol=2e-4, atol=1e-7)  # theirs is fp32, and cancels at small t
+    np.testing.assert_allclose(
+        schedule.beta, beta, rtol=2e-4, atol=1e-7
+    )  # theirs is fp32, and cancels at small t
 
 
 @each_family
@@ -44,34 +48,49 @@ def test_every_quantity_against_fifty_digits(schedule, theirs):
         "alpha_bar": [b for b, _ in chain],
         "noise_var": [n for _, n in chain],
         "snr": [b / n for b, n in chain],
-        "posterior_var": [float(be) * pn / n for be, (_, pn), (_, n) in zip(schedule.beta, prev, chain, strict=True)],
+        "posterior_var": [
+            float(be) * pn / n
+            for be, (_, pn), (_, n) in zip(schedule.beta, prev, chain, strict=True)
+        ],
         "posterior_mean_x_0": [
-            mpmath.sqrt(pb) * float(be) / n for be, (pb, _), (_, n) in zip(schedule.beta, prev, chain, strict=True)
+            mpmath.sqrt(pb) * float(be) / n
+            for be, (pb, _), (_, n) in zip(schedule.beta, prev, chain, strict=True)
         ],
         "posterior_mean_x_t": [
-            mpmath.sqrt(1 - mpmath.mpf(float(be))) * pn / n for be, (_, pn), (_, n) in zip(schedule.beta, prev, chain, strict=True)
+            mpmath.sqrt(1 - mpmath.mpf(float(be))) * pn / n
+            for be, (_, pn), (_, n) in zip(schedule.beta, prev, chain, strict=True)
         ],
     }
     for name, exact in want.items():
         # 1 - beta is rounded once in fp64: near beta = 1 that is the largest error anything here can have
-        np.testing.assert_allclose(getattr(schedule, name), np.array(exact, float), rtol=1e-12, err_msg=name)
+        np.testing.assert_allclose(
+            getattr(schedule, name), np.array(exact, float), rtol=1e-12, err_msg=name
+        )
 
 
 @each_family
 def test_exact_at_both_ends(schedule, theirs):
     assert schedule.noise_var[0] == schedule.beta[0]
-    assert (schedule.posterior_mean_x_0[0], schedule.posterior_mean_x_t[0], schedule.posterior_var[0]) == (1, 0, 0)
+    assert (
+        schedule.posterior_mean_x_0[0],
+        schedule.posterior_mean_x_t[0],
+        schedule.posterior_var[0],
+    ) == (1, 0, 0)
     assert schedule.alpha_bar_prev[0] == 1
     assert 0 < schedule.alpha_bar[-1] < 1e-2
 
 
 def test_published_values():
     schedule = NoiseSchedule.linear()
-    assert schedule.alpha_bar[-1] == pytest.approx(4.0358e-5, rel=1e-4)  # sqrt(1 / alpha_bar) = 157.41
+    assert schedule.alpha_bar[-1] == pytest.approx(
+        4.0358e-5, rel=1e-4
+    )  # sqrt(1 / alpha_bar) = 157.41
     assert schedule.posterior_var[1] == pytest.approx(5.453e-5, rel=1e-3)
 
 
-@pytest.mark.parametrize("betas", [[], [0.1, 0.0], [1.0, 0.5], [0.1, -0.1], [float("nan")], [float("inf")], [[0.1]]])
+@pytest.mark.parametrize(
+    "betas", [[], [0.1, 0.0], [1.0, 0.5], [0.1, -0.1], [float("nan")], [float("inf")], [[0.1]]]
+)
 def test_refuses_bad_betas(betas):
     with pytest.raises(ValueError, match="beta"):
         NoiseSchedule.from_betas(betas)

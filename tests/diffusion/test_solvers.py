@@ -29,7 +29,9 @@ def take(table, i, x, out, z):
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned_range"])
 @pytest.mark.parametrize("prediction", NAMES)
 def test_ddpm_is_diffusers_ddpm(prediction, variance, clip, steps, monkeypatch):
-    theirs = diffusers.DDPMScheduler(prediction_type=NAMES[prediction], variance_type=variance, clip_sample=clip is not None)
+    theirs = diffusers.DDPMScheduler(
+        prediction_type=NAMES[prediction], variance_type=variance, clip_sample=clip is not None
+    )
     theirs.set_timesteps(steps)
     t = choose_timesteps(1000, steps, "leading")
     assert theirs.timesteps.tolist() == t.tolist()
@@ -38,7 +40,9 @@ def test_ddpm_is_diffusers_ddpm(prediction, variance, clip, steps, monkeypatch):
     worst = 0.0
     for i in sorted({0, 1, steps // 2, steps - 3, steps - 2, steps - 1}):
         x, out, v, z = torch.randn(4, 2, 3, 8, 8)
-        monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *a, z=z, **k: z)
+        monkeypatch.setattr(
+            "diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *a, z=z, **k: z
+        )
         out = torch.cat([out, v], dim=1) if table.learned else out
         want = theirs.step(out, int(t[i]), x).prev_sample
         got = take(table, i, x, out, z)
@@ -46,10 +50,15 @@ def test_ddpm_is_diffusers_ddpm(prediction, variance, clip, steps, monkeypatch):
     assert worst < 5e-4  # their tables are fp32: beta from a ratio is off by 4.9e-4 near t = 4
 
 
-@pytest.mark.parametrize(("eps_from", "clip", "eta"), list(itertools.product(["x_0", "network"], [1.0, None], [0.0, 0.7, 1.0])))
+@pytest.mark.parametrize(
+    ("eps_from", "clip", "eta"),
+    list(itertools.product(["x_0", "network"], [1.0, None], [0.0, 0.7, 1.0])),
+)
 @pytest.mark.parametrize("prediction", NAMES)
 def test_ddim_is_diffusers_ddim(prediction, eps_from, clip, eta):
-    theirs = diffusers.DDIMScheduler(prediction_type=NAMES[prediction], clip_sample=clip is not None)
+    theirs = diffusers.DDIMScheduler(
+        prediction_type=NAMES[prediction], clip_sample=clip is not None
+    )
     theirs.set_timesteps(50)
     t = choose_timesteps(1000, 50, "leading")
     table = ddim_table(SCHEDULE, t, prediction, eta, clip, eps_from)
@@ -72,11 +81,15 @@ def test_predictions_convert_into_one_another():
     """eps, x_0 and v of one x_t give one step."""
     t = choose_timesteps(1000, 10)
     torch.manual_seed(0)
-    for i, x_0, eps, z in ((i, *torch.randn(3, 1, 3, 4, 4, dtype=torch.float64)) for i in range(10)):
+    for i, x_0, eps, z in (
+        (i, *torch.randn(3, 1, 3, 4, 4, dtype=torch.float64)) for i in range(10)
+    ):
         a, n = SCHEDULE.alpha_bar[t[i]] ** 0.5, SCHEDULE.noise_var[t[i]] ** 0.5
         x_t = a * x_0 + n * eps
         outs = {"eps": eps, "x_0": x_0, "v": a * eps - n * x_0}
-        steps = [take(ddpm_table(SCHEDULE, t, p, clip=None), i, x_t, out, z) for p, out in outs.items()]
+        steps = [
+            take(ddpm_table(SCHEDULE, t, p, clip=None), i, x_t, out, z) for p, out in outs.items()
+        ]
         torch.testing.assert_close(steps[0], steps[1], rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(steps[0], steps[2], rtol=1e-9, atol=1e-9)
 
@@ -102,7 +115,9 @@ def test_spacings(steps, spacing):
         assert t.tolist() == scheduler.timesteps.tolist()
 
 
-@pytest.mark.parametrize("steps", [0, 1001, -1, 5.5, "many", [], [5, 5], [3, 9], [1000, 2], [4, -1], [5.5, 2.5]])
+@pytest.mark.parametrize(
+    "steps", [0, 1001, -1, 5.5, "many", [], [5, 5], [3, 9], [1000, 2], [4, -1], [5.5, 2.5]]
+)
 def test_refuses_steps(steps):
     with pytest.raises(ValueError, match="steps"):
         choose_timesteps(1000, steps)
@@ -130,7 +145,11 @@ def test_refuses_options():
 def test_openai_sections():
     t = choose_timesteps(1000, "10,20,30")[::-1]
     assert len(t) == 60
-    for part, first, last, count in ((t[:10], 0, 333, 10), (t[10:30], 334, 666, 20), (t[30:], 667, 999, 30)):
+    for part, first, last, count in (
+        (t[:10], 0, 333, 10),
+        (t[10:30], 334, 666, 20),
+        (t[30:], 667, 999, 30),
+    ):
         assert (part[0], part[-1], len(part)) == (first, last, count)
         even = first + (last - first) * np.arange(count) / (count - 1)
         assert np.abs(part - even).max() <= 0.5 + 1e-9
@@ -167,15 +186,26 @@ def test_quadratic_is_ermongroups_without_its_repetitions(steps):
 
 def test_preset_visit_what_their_codebases_do():
     uniform = PRESETS["ddim"].timesteps(1000, "ddim", 300)
-    assert uniform[::-1].tolist() == list(range(0, 1000, 3))  # 334 steps: what skip = 1000 // 300 comes to
-    assert PRESETS["openai"].timesteps(1000, "ddpm", 250).tolist() == choose_timesteps(1000, "250").tolist()
+    assert uniform[::-1].tolist() == list(
+        range(0, 1000, 3)
+    )  # 334 steps: what skip = 1000 // 300 comes to
+    assert (
+        PRESETS["openai"].timesteps(1000, "ddpm", 250).tolist()
+        == choose_timesteps(1000, "250").tolist()
+    )
     for steps in (20, 37):
         theirs = diffusers.DPMSolverMultistepScheduler()
         theirs.set_timesteps(steps)
-        assert PRESETS["diffusers"].timesteps(1000, "dpm++2m", steps).tolist() == theirs.timesteps.tolist()
+        assert (
+            PRESETS["diffusers"].timesteps(1000, "dpm++2m", steps).tolist()
+            == theirs.timesteps.tolist()
+        )
         theirs = diffusers.DDPMScheduler()
         theirs.set_timesteps(steps)
-        assert PRESETS["diffusers"].timesteps(1000, "ddpm", steps).tolist() == theirs.timesteps.tolist()
+        assert (
+            PRESETS["diffusers"].timesteps(1000, "ddpm", steps).tolist()
+            == theirs.timesteps.tolist()
+        )
     assert len(PRESETS["ho"].timesteps(1000, "ddpm", None)) == 1000
     assert len(PRESETS["exact"].timesteps(1000, "dpm++2m", None)) == 20
 
@@ -191,7 +221,9 @@ def test_preset_round_as_their_codebases_do():
     }
     for name, want in theirs.items():
         got = to_uint8(x, PRESETS[name].level)
-        assert (got.flatten().int() - want.flatten().int()).abs().max() <= (name == "diffusers"), name  # a tie's last bit
+        assert (got.flatten().int() - want.flatten().int()).abs().max() <= (name == "diffusers"), (
+            name
+        )  # a tie's last bit
     assert to_uint8(torch.full((1, 1, 1, 1), 0.999), PRESETS["openai"].level).item() == 254
 
 
@@ -203,16 +235,23 @@ def test_ddims_preset_does_not_clip_and_its_ddpm_does():
 
 
 @pytest.mark.parametrize(
-    "schedule", [SCHEDULE, NoiseSchedule.cosine(), SCHEDULE.zero_terminal_snr()], ids=["linear", "cosine", "zero"]
+    "schedule",
+    [SCHEDULE, NoiseSchedule.cosine(), SCHEDULE.zero_terminal_snr()],
+    ids=["linear", "cosine", "zero"],
 )
 def test_conversions_are_exact_both_ways(schedule):
     torch.manual_seed(0)
     t = torch.tensor([0, 1, 250, 998])
     x_0, eps = torch.randn(2, 4, 2, 3, 3, dtype=torch.float64)
-    a, n = (torch.from_numpy(np.sqrt(v))[t][:, None, None, None] for v in (schedule.alpha_bar, schedule.noise_var))
+    a, n = (
+        torch.from_numpy(np.sqrt(v))[t][:, None, None, None]
+        for v in (schedule.alpha_bar, schedule.noise_var)
+    )
     x_t = a * x_0 + n * eps
     truth = {"eps": eps, "x_0": x_0, "v": a * eps - n * x_0}
     for source, target in itertools.product(truth, truth):
         got = convert(truth[source], x_t, t, schedule, source, target)
-        worst = 1e-9 if schedule.alpha_bar[998] > 1e-6 else 1e-7  # x_0 from eps is a difference over a small signal
+        worst = (
+            1e-9 if schedule.alpha_bar[998] > 1e-6 else 1e-7
+        )  # x_0 from eps is a difference over a small signal
         torch.testing.assert_close(got, truth[target], rtol=worst, atol=worst)

@@ -18,8 +18,12 @@ DATA = ImageData(PIXELS, np.array([0, 2, 1]))
 
 def small_unet(num_classes=3, learned=False):
     torch.manual_seed(0)
-    config = dict(sample_size=8, in_channels=2, out_channels=4 if learned else 2, channels=(8, 16), layers=1)
-    return UNet(UNetConfig(**config, attention=(False, True), norm_groups=4, num_classes=num_classes)).eval()
+    config = dict(
+        sample_size=8, in_channels=2, out_channels=4 if learned else 2, channels=(8, 16), layers=1
+    )
+    return UNet(
+        UNetConfig(**config, attention=(False, True), norm_groups=4, num_classes=num_classes)
+    ).eval()
 
 
 def sampler(variance="fixed_large", prediction="eps", **options):
@@ -39,7 +43,9 @@ def one_at_a_time(variance, prediction, clip=1.0):
         total[i] += float(0.5 * (var + mean**2 - 1 - np.log(var)).mean()) / np.log(2)
         for t in range(20):
             number = torch.tensor([i])
-            eps = N.noise_reference(torch.tensor([5]), number, torch.tensor([t]), N.Q_SAMPLE, (2, 8, 8)).double()
+            eps = N.noise_reference(
+                torch.tensor([5]), number, torch.tensor([t]), N.Q_SAMPLE, (2, 8, 8)
+            ).double()
             x_t = np.sqrt(bar[t]) * x_0 + np.sqrt(1 - bar[t]) * eps
             with torch.no_grad():
                 out = unet(x_t, torch.tensor([t]), torch.from_numpy(DATA.labels)[number])
@@ -50,10 +56,19 @@ def one_at_a_time(variance, prediction, clip=1.0):
                 predicted = np.sqrt(bar[t]) * x_t - np.sqrt(1 - bar[t]) * out
             predicted = predicted.clamp(-clip, clip)
             bar_before = bar[t - 1] if t else 1.0
-            tilde = beta[t] * (1 - bar_before) / (1 - bar[t]) if t else beta[1] * (1 - bar[0]) / (1 - bar[1])
-            of_x_0, of_x_t = np.sqrt(bar_before) * beta[t] / (1 - bar[t]), np.sqrt(1 - beta[t]) * (1 - bar_before) / (1 - bar[t])
+            tilde = (
+                beta[t] * (1 - bar_before) / (1 - bar[t])
+                if t
+                else beta[1] * (1 - bar[0]) / (1 - bar[1])
+            )
+            of_x_0, of_x_t = (
+                np.sqrt(bar_before) * beta[t] / (1 - bar[t]),
+                np.sqrt(1 - beta[t]) * (1 - bar_before) / (1 - bar[t]),
+            )
             mu, mu_tilde = of_x_0 * predicted + of_x_t * x_t, of_x_0 * x_0 + of_x_t * x_t
-            log_var = torch.full_like(mu, np.log({"fixed_small": tilde, "fixed_large": beta[t]}.get(variance, 1.0)))
+            log_var = torch.full_like(
+                mu, np.log({"fixed_small": tilde, "fixed_large": beta[t]}.get(variance, 1.0))
+            )
             if variance == "learned_range":
                 log_var = (v + 1) / 2 * np.log(beta[t]) + (1 - v) / 2 * np.log(tilde)
             if t == 0:
@@ -66,14 +81,21 @@ def one_at_a_time(variance, prediction, clip=1.0):
 
 
 @pytest.mark.parametrize(
-    ("variance", "prediction"), [("fixed_small", "eps"), ("fixed_large", "eps"), ("learned_range", "eps"), ("fixed_large", "v")]
+    ("variance", "prediction"),
+    [
+        ("fixed_small", "eps"),
+        ("fixed_large", "eps"),
+        ("learned_range", "eps"),
+        ("fixed_large", "v"),
+    ],
 )
 def test_agrees_with_the_slow_evaluation_in_fp64(variance, prediction, figure):
     slow = one_at_a_time(variance, prediction)
     fast = bits_per_dimension(sampler(variance, prediction), DATA, seed=5, batch_size=7)
     worst = np.abs(fast.per_image - slow).max()
     figure(
-        f"bits per dimension, {variance}, {prediction}: batched against one at a time in fp64", f"{worst:.1e} of {slow.mean():.2f}"
+        f"bits per dimension, {variance}, {prediction}: batched against one at a time in fp64",
+        f"{worst:.1e} of {slow.mean():.2f}",
     )
     assert worst < 1e-5
     assert fast.mean == pytest.approx(slow.mean(), abs=1e-5)
@@ -92,8 +114,12 @@ def test_a_respaced_chain_is_the_bound_of_that_chain():
     assert respaced.terms.shape == (3, 4)
     chain = CHAIN.respaced([0, 4, 10, 19])
     whole = bits_per_dimension(sampler(), DATA)
-    np.testing.assert_allclose(respaced.prior, whole.prior, rtol=1e-9)  # the last timestep is the same
-    np.testing.assert_allclose(respaced.terms[:, 0], whole.terms[:, 0], rtol=1e-4)  # and so is the first
+    np.testing.assert_allclose(
+        respaced.prior, whole.prior, rtol=1e-9
+    )  # the last timestep is the same
+    np.testing.assert_allclose(
+        respaced.terms[:, 0], whole.terms[:, 0], rtol=1e-4
+    )  # and so is the first
     assert chain.beta[1] > CHAIN.beta[4]
 
 
@@ -111,11 +137,15 @@ def test_goes_on_where_it_stopped_with_the_same_figures(tmp_path):
 
     whole = bits_per_dimension(sampler(), DATA, batch_size=8)
     with pytest.raises(Interrupted):
-        bits_per_dimension(sampler(), DATA, batch_size=8, terms_file=terms_file, save_every=0, callback=stop)
+        bits_per_dimension(
+            sampler(), DATA, batch_size=8, terms_file=terms_file, save_every=0, callback=stop
+        )
     with np.load(terms_file) as held:
         assert int(held["done"]) == 24  # three batches; the fourth was not yet written
     done = []
-    resumed = bits_per_dimension(sampler(), DATA, batch_size=8, terms_file=terms_file, callback=done.append)
+    resumed = bits_per_dimension(
+        sampler(), DATA, batch_size=8, terms_file=terms_file, callback=done.append
+    )
     assert np.array_equal(resumed.terms, whole.terms) and done[0] == 24 and sum(done) == 60
     again = []
     bits_per_dimension(sampler(), DATA, terms_file=terms_file, callback=again.append)
@@ -134,7 +164,9 @@ def test_goes_on_where_it_stopped_with_the_same_figures(tmp_path):
 
 def test_preset_differ_at_the_first_term_alone():
     """The variance at t = 0 and the decoder: OpenAI's against ours."""
-    exact, openai = (bits_per_dimension(sampler(), DATA, preset=name).terms for name in ("exact", "openai"))
+    exact, openai = (
+        bits_per_dimension(sampler(), DATA, preset=name).terms for name in ("exact", "openai")
+    )
     np.testing.assert_array_equal(exact[:, 1:], openai[:, 1:])
     assert (exact[:, 0] != openai[:, 0]).all()
 
@@ -142,7 +174,10 @@ def test_preset_differ_at_the_first_term_alone():
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (ImageData(PIXELS[:, :4], DATA.labels), r"the images are \(4, 8, 2\); the network takes \(8, 8, 2\)"),
+        (
+            ImageData(PIXELS[:, :4], DATA.labels),
+            r"the images are \(4, 8, 2\); the network takes \(8, 8, 2\)",
+        ),
         (ImageData(PIXELS), "the data has no labels"),
         (ImageData(PIXELS, np.array([0, 1, 3])), "labels up to 3; the network has 3 classes"),
     ],
@@ -161,21 +196,50 @@ def test_command_line(tmp_path, capsys):
 
     def call(*arguments):
         with pytest.raises(SystemExit) as end:
-            cli.main([str(a) for a in ("eval", "--weights", tmp_path / "model", "--bits-per-dim", *arguments)])
+            cli.main(
+                [
+                    str(a)
+                    for a in ("eval", "--weights", tmp_path / "model", "--bits-per-dim", *arguments)
+                ]
+            )
         return end.value.code, *capsys.readouterr()
 
     code, _, err = call("--data-dir", tmp_path / "images.npz", "--images", 4)
     assert code == 2 and "the network takes (8, 8, 2)" in err and err.count("\n") == 1
     torch.manual_seed(1)
-    config = dict(sample_size=8, in_channels=3, out_channels=3, channels=(8, 16), layers=1, attention=(False, True))
-    save_pretrained(tmp_path / "model", UNet(UNetConfig(**config, norm_groups=4)), CHAIN, variance="fixed_small")
-    arguments = ("--data-dir", tmp_path / "images.npz", "--images", 4, "--resolution", 8, "--terms", tmp_path / "terms.npz")
+    config = dict(
+        sample_size=8,
+        in_channels=3,
+        out_channels=3,
+        channels=(8, 16),
+        layers=1,
+        attention=(False, True),
+    )
+    save_pretrained(
+        tmp_path / "model", UNet(UNetConfig(**config, norm_groups=4)), CHAIN, variance="fixed_small"
+    )
+    arguments = (
+        "--data-dir",
+        tmp_path / "images.npz",
+        "--images",
+        4,
+        "--resolution",
+        8,
+        "--terms",
+        tmp_path / "terms.npz",
+    )
     code, out, _ = call(*arguments, "--json")
     report = json.loads(out)
     unet_sampler = Sampler.from_pretrained(tmp_path / "model", "cpu")
     want = bits_per_dimension(unet_sampler, ImageData(np.repeat(PIXELS[..., :1], 3, axis=3)))
-    assert code == 0 and report["images"] == 3 and report["bits_per_dim"] == pytest.approx(want.mean, rel=1e-6)
-    assert report["l_0"] + report["l_t"] + report["l_T"] == pytest.approx(report["bits_per_dim"], rel=1e-9)
+    assert (
+        code == 0
+        and report["images"] == 3
+        and report["bits_per_dim"] == pytest.approx(want.mean, rel=1e-6)
+    )
+    assert report["l_0"] + report["l_t"] + report["l_T"] == pytest.approx(
+        report["bits_per_dim"], rel=1e-9
+    )
     code, out, _ = call(*arguments)
     assert code == 0 and f"{want.mean:.4f}" in out and "+-" in out
     code, _, err = call(*arguments, "--seed", 3)

@@ -26,7 +26,9 @@ def unet():
 def sampler(dtype="bf16", graph=None, model=None):
     """Without the self-check, which has tests of its own."""
     s = Sampler(model or unet(), SCHEDULE, (3, 32, 32), engine="fused", dtype=dtype)
-    s.engine = FusedEngine(s.model, s.shape, dtype, s.device, len(SCHEDULE), graph=graph, check=False)
+    s.engine = FusedEngine(
+        s.model, s.shape, dtype, s.device, len(SCHEDULE), graph=graph, check=False
+    )
     return s
 
 
@@ -49,7 +51,9 @@ def test_captured_steps_are_the_steps(loop):
     want = free.sample(5, **options)
     assert torch.equal(captured.sample(5, **options), want)
     seen = Trajectory()
-    assert torch.equal(captured.sample(5, **options, callback=seen), want)  # one step a graph; before, several
+    assert torch.equal(
+        captured.sample(5, **options, callback=seen), want
+    )  # one step a graph; before, several
     assert torch.equal(seen.x[-1], want.cpu())
 
 
@@ -58,9 +62,13 @@ def test_images_are_the_reference_images(loop, figure):
     model = unet()
     options = dict(seed=3, output="float") | loop
     exact, plain = (
-        Sampler(model, SCHEDULE, (3, 32, 32), engine="reference", dtype=d).sample(4, **options) for d in ("fp32", "bf16")
+        Sampler(model, SCHEDULE, (3, 32, 32), engine="reference", dtype=d).sample(4, **options)
+        for d in ("fp32", "bf16")
     )
-    error, other = relative_error(sampler(model=model).sample(4, **options), exact), relative_error(plain, exact)
+    error, other = (
+        relative_error(sampler(model=model).sample(4, **options), exact),
+        relative_error(plain, exact),
+    )
     figure(f"{loop['solver']}, captured, bf16; plain PyTorch in bf16", f"{error:.1e}; {other:.1e}")
     assert error <= 2 * other
 
@@ -112,7 +120,10 @@ def test_a_batch_too_large_is_halved():
 
 def test_a_step_that_waits_is_named():
     x = torch.ones(3, device="cuda")
-    with pytest.raises(RuntimeError, match=r"waits for the device, at .*test_engine\.py:\d+, .*x\.sum\(\)\.item\(\)"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"waits for the device, at .*test_engine\.py:\d+, .*x\.sum\(\)\.item\(\)",
+    ):
         Graphed(lambda: x.sum().item())
 
 

@@ -37,7 +37,9 @@ def test_unet_on_the_gpu_is_the_unet_on_the_cpu(figure):
     exact = unet.double()(x.double(), t)
     got = unet.float().cuda()(x.cuda(), t.cuda()).cpu()
     error = relative_error(got, exact)
-    half = relative_error(unet.bfloat16().to(memory_format=torch.channels_last)(x.cuda(), t.cuda()).cpu(), exact)
+    half = relative_error(
+        unet.bfloat16().to(memory_format=torch.channels_last)(x.cuda(), t.cuda()).cpu(), exact
+    )
     figure("CIFAR-10 UNet on the GPU against fp64: fp32, bf16", f"{error:.1e}, {half:.1e}")
     assert error < 1e-5 and half < 0.05
 
@@ -77,19 +79,39 @@ def test_more_elements_than_32_bits_count():
     x = torch.zeros(batch, 720, 720, 3, device="cuda").permute(0, 3, 1, 2)
     out = torch.ones(batch, 720, 720, 3, device="cuda", dtype=torch.bfloat16).permute(0, 3, 1, 2)
     assert x.numel() > 2**31
-    seed, image = torch.zeros(batch, dtype=torch.int64, device="cuda"), torch.arange(batch, device="cuda")
+    seed, image = (
+        torch.zeros(batch, dtype=torch.int64, device="cuda"),
+        torch.arange(batch, device="cuda"),
+    )
     row = torch.zeros(batch, dtype=torch.int32, device="cuda")
     ddpm_step(x, out, table, row, seed, image)
     z = N.noise_reference(seed[-1:], image[-1:], row[-1:], N.REVERSE, shape)
-    assert torch.equal(x[-1:], ddpm_step_reference(torch.zeros_like(z), out[-1:], z, table, row[-1:]))
+    assert torch.equal(
+        x[-1:], ddpm_step_reference(torch.zeros_like(z), out[-1:], z, table, row[-1:])
+    )
 
 
 def trainer(device, **options):
     generator = np.random.default_rng(0)
-    data = ImageData(generator.integers(0, 256, (64, 32, 32, 1), dtype=np.uint8), np.arange(64) % 10)
+    data = ImageData(
+        generator.integers(0, 256, (64, 32, 32, 1), dtype=np.uint8), np.arange(64) % 10
+    )
     torch.manual_seed(0)
-    config = dict(sample_size=32, in_channels=1, out_channels=1, channels=(32, 64), layers=1, attention=(False, True))
-    return Trainer(UNet(UNetConfig(**config, num_classes=10)), SCHEDULE, data, TrainConfig(32, **options), device)
+    config = dict(
+        sample_size=32,
+        in_channels=1,
+        out_channels=1,
+        channels=(32, 64),
+        layers=1,
+        attention=(False, True),
+    )
+    return Trainer(
+        UNet(UNetConfig(**config, num_classes=10)),
+        SCHEDULE,
+        data,
+        TrainConfig(32, **options),
+        device,
+    )
 
 
 def test_training_on_the_gpu_is_training_on_the_cpu():
@@ -129,4 +151,6 @@ def test_a_resumed_training_on_the_gpu_goes_on():
     for t in (straight, resumed):
         for _ in range(4):
             t.step()
-    assert torch.equal(straight.weights, resumed.weights) and torch.equal(straight.average, resumed.average)
+    assert torch.equal(straight.weights, resumed.weights) and torch.equal(
+        straight.average, resumed.average
+    )

@@ -20,11 +20,18 @@ def cifar():
 
 def inputs(batch):
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(batch, 3, 32, 32, generator=generator).cuda(), (torch.arange(batch) * 37 % 1000).cuda()
+    return torch.randn(batch, 3, 32, 32, generator=generator).cuda(), (
+        torch.arange(batch) * 37 % 1000
+    ).cuda()
 
 
 def types():
-    return ["fp32", "fp16", "bf16", *(["fp8"] if torch.cuda.get_device_capability() >= (8, 9) else [])]
+    return [
+        "fp32",
+        "fp16",
+        "bf16",
+        *(["fp8"] if torch.cuda.get_device_capability() >= (8, 9) else []),
+    ]
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp8"])
@@ -50,7 +57,10 @@ def test_an_image_is_the_same_to_the_bit_in_every_batch(dtype):
     for batch in (1, 3, 64):
         fused = FusedUNet(unet, batch, dtype, check=False)
         for first in (0, 101, 256 - batch):
-            assert torch.equal(fused(x[first : first + batch], t[first : first + batch]), want[first : first + batch])
+            assert torch.equal(
+                fused(x[first : first + batch], t[first : first + batch]),
+                want[first : first + batch],
+            )
 
 
 def test_accuracy_by_type(figure):
@@ -63,9 +73,14 @@ def test_accuracy_by_type(figure):
         fused = FusedUNet(unet, 16, dtype, check=False)
         fused.plan().poison()
         errors[dtype] = relative_error(fused(x, t), exact)
-    plain = {"fp32": relative_error(unet(x, t), exact), "fp16": relative_error(unet.half()(x, t), exact)}
+    plain = {
+        "fp32": relative_error(unet(x, t), exact),
+        "fp16": relative_error(unet.half()(x, t), exact),
+    }
     plain["bf16"] = relative_error(unet.bfloat16()(x, t), exact)
-    figure("FusedUNet on the GPU against fp64", ", ".join(f"{k} {v:.1e}" for k, v in errors.items()))
+    figure(
+        "FusedUNet on the GPU against fp64", ", ".join(f"{k} {v:.1e}" for k, v in errors.items())
+    )
     assert all(errors[d] <= 2 * plain[d] for d in plain) and errors.get("fp8", 0) < 0.15
 
 

@@ -7,7 +7,12 @@ import torch
 import torch.nn.functional as F
 
 from ddpm_fast.kernels._gemm import Target, cut, divisor
-from ddpm_fast.kernels.attention import FoldedAttention, MultiHeadAttention, attention_reference, fold
+from ddpm_fast.kernels.attention import (
+    FoldedAttention,
+    MultiHeadAttention,
+    attention_reference,
+    fold,
+)
 from ddpm_fast.kernels.conv1x1 import Conv1x1
 from ddpm_fast.models import unet
 from ddpm_fast.testing import (
@@ -42,7 +47,11 @@ class Heads:
         self.c = c = heads * dim
         qkv = normal(n, 3 * c, h, w)
         qkv[:, : 2 * c] *= sharpness**0.5
-        self.qkv, self.heads, self.op = qkv.to(device, dtype), heads, MultiHeadAttention(heads, Target.of(torch.device(device)))
+        self.qkv, self.heads, self.op = (
+            qkv.to(device, dtype),
+            heads,
+            MultiHeadAttention(heads, Target.of(torch.device(device))),
+        )
 
     def arguments(self, images=slice(None)):
         return dict(qkv=map_of(self.qkv[images], bordered=False))
@@ -69,7 +78,13 @@ class Folded(Heads):
         make = lambda scale, *shape, seed: normal(*shape, seed=seed, scale=scale).to(device, dtype)
         self.q, self.x = (make(sharpness**0.5, n, c, h, w, seed=s) for s in (0, 1))
         self.residual, self.weight = make(1, n, c, h, w, seed=2), make(c**-0.5, c, c, seed=3)
-        self.op = FoldedAttention.of(self.weight, make(1, c, seed=4), dtype, Target.of(torch.device(device)), residual_scale=SCALE)
+        self.op = FoldedAttention.of(
+            self.weight,
+            make(1, c, seed=4),
+            dtype,
+            Target.of(torch.device(device)),
+            residual_scale=SCALE,
+        )
 
     def arguments(self, images=slice(None)):
         dense = {name: map_of(getattr(self, name)[images], bordered=False) for name in ("q", "x")}
@@ -81,11 +96,20 @@ class Folded(Heads):
 
     def reference(self, dtype):
         q, x = (pixels_first(v.to(dtype)) for v in (self.q, self.x))
-        y = F.linear(attention_reference(q, x, x, 1, self.c**-0.5), self.weight.to(dtype), self.op.bias.to(dtype))
+        y = F.linear(
+            attention_reference(q, x, x, 1, self.c**-0.5),
+            self.weight.to(dtype),
+            self.op.bias.to(dtype),
+        )
         return y.transpose(1, 2).unflatten(2, self.x.shape[2:]) + SCALE * self.residual.to(dtype)
 
 
-SMALL = [(2, 1, 16, 4, 4), (1, 1, 24, 5, 7), (3, 1, 48, 7, 7), (2, 1, 64, 5, 7)]  # images, heads, their channels, size
+SMALL = [
+    (2, 1, 16, 4, 4),
+    (1, 1, 24, 5, 7),
+    (3, 1, 48, 7, 7),
+    (2, 1, 64, 5, 7),
+]  # images, heads, their channels, size
 MANY = [(2, 2, 16, 5, 7), (1, 4, 24, 4, 4), (3, 2, 48, 7, 7), (2, 3, 64, 5, 7)]
 
 
@@ -106,7 +130,15 @@ def test_heads(case, dtype, device):
 @pytest.mark.kernel
 @pytest.mark.parametrize(
     ("case", "dtype"),
-    spread([(1, 1, 256, 7, 7), (1, 1, 256, 16, 16), (1, 1, 512, 4, 4), (1, 1, 512, 5, 7), (1, 1, 16, 1, 40)]),
+    spread(
+        [
+            (1, 1, 256, 7, 7),
+            (1, 1, 256, 16, 16),
+            (1, 1, 512, 4, 4),
+            (1, 1, 512, 5, 7),
+            (1, 1, 16, 1, 40),
+        ]
+    ),
     ids=str,
 )
 def test_large_folded(case, dtype, device):
@@ -116,7 +148,15 @@ def test_large_folded(case, dtype, device):
 @pytest.mark.kernel
 @pytest.mark.parametrize(
     ("case", "dtype"),
-    spread([(1, 1, 256, 5, 7), (1, 2, 64, 16, 16), (1, 1, 16, 16, 16), (1, 1, 512, 4, 4), (2, 1, 64, 1, 1)]),
+    spread(
+        [
+            (1, 1, 256, 5, 7),
+            (1, 2, 64, 16, 16),
+            (1, 1, 16, 16, 16),
+            (1, 1, 512, 4, 4),
+            (2, 1, 64, 1, 1),
+        ]
+    ),
     ids=str,
 )
 def test_large_heads(case, dtype, device):
@@ -135,7 +175,10 @@ def test_very_large_logits(kind, dtype, device):
     for name in names:
         x = getattr(case, name)
         x.copy_((x.float() * 24).round().clamp(-60, 60))
-    q, k = (pixels_first(v.double()) for v in ((case.q, case.x) if kind is Folded else case.qkv.split(64, dim=1)[:2]))
+    q, k = (
+        pixels_first(v.double())
+        for v in ((case.q, case.x) if kind is Folded else case.qkv.split(64, dim=1)[:2])
+    )
     logits = q @ k.transpose(1, 2) / 8
     assert logits.amax() > 1000 and logits.amin() < -1000
     assert logits.float().exp().isinf().any()
@@ -168,7 +211,9 @@ def test_fold_is_the_four_projections(c, scale):
     q = torch.einsum("kc,nchw->nkhw", m, x) + m_bias[:, None, None]
     out = poisoned(2, 5, 7, c, torch.float64, "cpu")
     op = FoldedAttention(v / scale, v_bias / scale, residual_scale=1 / scale)
-    op.fallback(map_of(q, bordered=False), map_of(x, bordered=False), out, map_of(x), compute=torch.float64)
+    op.fallback(
+        map_of(q, bordered=False), map_of(x, bordered=False), out, map_of(x), compute=torch.float64
+    )
     torch.testing.assert_close(out.pixels, made(x), rtol=0, atol=1e-10)
     # each of the eight matters, but the keys' bias: it adds the same to all logits of a query
     for i, (weight, bias) in enumerate(projections(made)):
@@ -182,10 +227,18 @@ def test_fold_is_the_four_projections(c, scale):
 def test_fallback_of_heads_is_the_layer():
     c, heads = 48, 3
     made, x = layer(c, heads), normal(2, c, 5, 7).double()
-    qkv = torch.cat([F.linear(pixels_first(x), *p) for p in projections(made)[:3]], dim=2).transpose(1, 2).unflatten(2, (5, 7))
+    qkv = (
+        torch.cat([F.linear(pixels_first(x), *p) for p in projections(made)[:3]], dim=2)
+        .transpose(1, 2)
+        .unflatten(2, (5, 7))
+    )
     out = poisoned(2, 5, 7, c, torch.float64, "cpu")
     MultiHeadAttention(heads).fallback(map_of(qkv, bordered=False), out, compute=torch.float64)
-    projected = F.linear(pixels_first(out.pixels), *projections(made)[3]).transpose(1, 2).unflatten(2, (5, 7))
+    projected = (
+        F.linear(pixels_first(out.pixels), *projections(made)[3])
+        .transpose(1, 2)
+        .unflatten(2, (5, 7))
+    )
     torch.testing.assert_close(x + projected, made(x), rtol=0, atol=1e-10)
 
 
@@ -200,7 +253,9 @@ def test_whole_layer(c, heads, dtype, device):
     made, x = layer(c, heads).to(device), normal(n, c, h, w).to(device, dtype)
     exact = made(x.double())
     q, k, v, o = projections(made)
-    tiles = lambda outputs: cut(target, dtype, divisor(c, 64), outputs, n * h * w, tma=False, warps=8)
+    tiles = lambda outputs: cut(
+        target, dtype, divisor(c, 64), outputs, n * h * w, tma=False, warps=8
+    )
     dense, bordered = map_of(x, bordered=False), map_of(x)
     empty = lambda channels, border: poisoned(n, h, w, channels, dtype, device, border)
     out = empty(c, True)
@@ -222,7 +277,9 @@ def test_whole_layer(c, heads, dtype, device):
 
 
 @pytest.mark.kernel
-@pytest.mark.parametrize(("kind", "dtype"), spread([Folded, Heads]), ids=lambda v: getattr(v, "__name__", str(v)))
+@pytest.mark.parametrize(
+    ("kind", "dtype"), spread([Folded, Heads]), ids=lambda v: getattr(v, "__name__", str(v))
+)
 def test_same_bits_in_any_batch(kind, dtype, device):
     shape = (5, 1, 48, 3, 7) if kind is Folded else (5, 2, 24, 3, 7)
     case = kind(*shape, dtype, device)
@@ -248,13 +305,19 @@ FAULTS = {
 @pytest.mark.kernel
 @pytest.mark.parametrize(("fault", "dtype"), spread(FAULTS), ids=str)
 def test_fault_is_seen(fault, dtype, device):
-    case = Heads(2, 2, 32, 5, 7, dtype, device) if "heads" in fault else Folded(2, 1, 32, 5, 7, dtype, device)
+    case = (
+        Heads(2, 2, 32, 5, 7, dtype, device)
+        if "heads" in fault
+        else Folded(2, 1, 32, 5, 7, dtype, device)
+    )
     with pytest.raises(AssertionError, match="max error"):
         case.check(FAULTS[fault](case.op))
 
 
 @pytest.mark.kernel
-@pytest.mark.parametrize("fault", ["keys and values exchanged", "keys of another image", "the last key"])
+@pytest.mark.parametrize(
+    "fault", ["keys and values exchanged", "keys of another image", "the last key"]
+)
 def test_wrong_argument_is_seen(fault, device):
     case = Heads(2, 2, 32, 5, 7, operand_types()[-1], device)
     qkv = case.qkv.clone()

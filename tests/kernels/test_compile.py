@@ -20,8 +20,12 @@ def test_compiles_as_meant(case, sm, figure):
     assert p.compiled.spills == 0
     assert p.compiled.registers <= 128 and p.compiled.shared <= 48 * 1024
     # an fma would round the noise differently from the reference; sqrt.rn's own refinement appears in SASS, not in PTX
-    assert "fma" not in p.compiled.ptx and p.compiled.ptx.count("sqrt.rn.f32") == p.compiled.count("MUFU.RSQ")
-    if case.channels_last and c * h * w % 16 == 0 and not case.learned:  # 16 bytes an access, both ways
+    assert "fma" not in p.compiled.ptx and p.compiled.ptx.count("sqrt.rn.f32") == p.compiled.count(
+        "MUFU.RSQ"
+    )
+    if (
+        case.channels_last and c * h * w % 16 == 0 and not case.learned
+    ):  # 16 bytes an access, both ways
         if case.operation is not Operation.NOISE_MSE:  # the loss itself writes one number a program
             assert p.compiled.count("STG.E.128") > 0 and p.compiled.count("STG.E ") == 0
         if case.operation not in (Operation.NOISE, Operation.WORDS) and case.dtype == torch.float32:
@@ -46,5 +50,9 @@ def test_every_launcher_forbids_fusion():
 
 
 def test_a_history_is_part_of_the_launch():
-    history = {case.history: launch_of(case).args["HISTORY"] for case in CASES if case.operation is Operation.DDPM_STEP}
+    history = {
+        case.history: launch_of(case).args["HISTORY"]
+        for case in CASES
+        if case.operation is Operation.DDPM_STEP
+    }
     assert history == {False: False, True: True}

@@ -14,7 +14,16 @@ from ddpm_fast.kernels.conv3x3 import Conv3x3, conv3x3_reference
 from ddpm_fast.kernels.conv_downsample import ConvDownsample, conv_downsample_reference
 from ddpm_fast.kernels.conv_in import ConvIn, conv_in_reference
 from ddpm_fast.kernels.conv_upsample import ConvUpsample, conv_upsample_reference, pack_parities
-from ddpm_fast.testing import DAMAGES, Damaged, assert_operation, assert_same_in_any_batch, map_of, operand_types, poisoned, spread
+from ddpm_fast.testing import (
+    DAMAGES,
+    Damaged,
+    assert_operation,
+    assert_same_in_any_batch,
+    map_of,
+    operand_types,
+    poisoned,
+    spread,
+)
 
 E4M3 = torch.float8_e4m3fn
 # Tensor cores cut the sums that PyTorch's fp32 rounds. Only an fp32 output of narrow operands shows it.
@@ -52,7 +61,9 @@ def filters(k, c, taps=9, seed=1, dtype=torch.float32, device="cpu"):
 
 def of_all(reference, *tensors):
     """`reference` of the tensors in a type that is still to be said."""
-    return lambda dtype: reference(*(t if not isinstance(t, torch.Tensor) else t.to(dtype) for t in tensors))
+    return lambda dtype: reference(
+        *(t if not isinstance(t, torch.Tensor) else t.to(dtype) for t in tensors)
+    )
 
 
 # ---- 3x3
@@ -78,10 +89,20 @@ def check_conv3x3(
 ):
     needs_tma(tma, device)
     make = partial(normal, dtype=dtype, device=device)
-    x, weight, scale = make(n, c, h, w), filters(k, c, dtype=dtype, device=device), 0.7071 if residual else 1.0
+    x, weight, scale = (
+        make(n, c, h, w),
+        filters(k, c, dtype=dtype, device=device),
+        0.7071 if residual else 1.0,
+    )
     b, r = make(k, seed=2).float() if bias else None, make(n, k, h, w, seed=3) if residual else None
     t = tiles(device, dtype, c, k, tma=tma, block_m=block_m)
-    op = Conv3x3.of(weight, b, dtype, t if programs is None else replace(t, programs=programs), residual_scale=scale)
+    op = Conv3x3.of(
+        weight,
+        b,
+        dtype,
+        t if programs is None else replace(t, programs=programs),
+        residual_scale=scale,
+    )
     op = fault(op) if fault else op
     out = poisoned(n, h, w, k, torch.float32 if dense else dtype, device, bordered=not dense)
     assert_operation(
@@ -134,7 +155,9 @@ def test_larger_conv3x3(shape, block_m, form, tma, dtype, device):
 
 
 @pytest.mark.kernel
-@pytest.mark.parametrize("tma", [True] + [False] * (not INTERPRETED), ids=str)  # pointers would take half of this file's time
+@pytest.mark.parametrize(
+    "tma", [True] + [False] * (not INTERPRETED), ids=str
+)  # pointers would take half of this file's time
 def test_conv3x3_of_many_tiles(tma, device):
     check_conv3x3(1, 16, 96, 64, 16, operand_types()[-1], device, tma=tma, block_m=128)
 
@@ -155,9 +178,13 @@ def test_persistent_programs_take_several_tiles_each(dtype, device):
 
 
 FAULTS = {
-    "taps rolled by one": lambda op: replace(op, weight=op.weight.roll(len(op.weight[0]) // 9, dims=1)),
+    "taps rolled by one": lambda op: replace(
+        op, weight=op.weight.roll(len(op.weight[0]) // 9, dims=1)
+    ),
     "outputs rolled by one": lambda op: replace(op, weight=op.weight.roll(1, dims=0)),
-    "one weight": lambda op: replace(op, weight=op.weight.index_fill(1, torch.tensor([7], device=op.weight.device), 0)),
+    "one weight": lambda op: replace(
+        op, weight=op.weight.index_fill(1, torch.tensor([7], device=op.weight.device), 0)
+    ),
     "no bias": lambda op: replace(op, bias=None),
     "bias rolled by one": lambda op: replace(op, bias=op.bias.roll(1)),
     "residual's scale": lambda op: replace(op, residual_scale=1.0),
@@ -188,19 +215,36 @@ def test_conv3x3_of_e4m3(fault, tma, device):
         pytest.skip("no e4m3 before sm_89")
     needs_tma(tma, device)
     n, c, h, w, k, act = 2, 64, 5, 7, 48, operand_types()[-1]
-    x, weight, b, r = normal(n, c, h, w), filters(k, c), normal(k, seed=2), normal(n, k, h, w, seed=3, dtype=act)
-    x, weight, b, r = (v.to(device) for v in (x, weight * torch.linspace(1, 3, k)[:, None, None, None], b, r))
+    x, weight, b, r = (
+        normal(n, c, h, w),
+        filters(k, c),
+        normal(k, seed=2),
+        normal(n, k, h, w, seed=3, dtype=act),
+    )
+    x, weight, b, r = (
+        v.to(device) for v in (x, weight * torch.linspace(1, 3, k)[:, None, None, None], b, r)
+    )
     unit = float(x.abs().max()) / E4M3_MAX
     stored = map_of(x / unit, E4M3)
-    op = Conv3x3.of(weight, b, E4M3, tiles(device, E4M3, c, k, tma=tma), x_scale=unit, residual_scale=0.5)
+    op = Conv3x3.of(
+        weight, b, E4M3, tiles(device, E4M3, c, k, tma=tma), x_scale=unit, residual_scale=0.5
+    )
     seen = unpack(op.weight.double(), 3) * op.scale.double()[:, None, None, None] / unit
-    assert ((seen - weight).abs() <= weight.abs() / 16 + weight.abs().amax((1, 2, 3), keepdim=True) * 1e-5).all()
+    assert (
+        (seen - weight).abs()
+        <= weight.abs() / 16 + weight.abs().amax((1, 2, 3), keepdim=True) * 1e-5
+    ).all()
     if fault == "input's scale":
         op = replace(op, scale=op.scale * 1.01)
     elif fault == "outputs' scales":
         op = replace(op, scale=op.scale.roll(1))
     out = poisoned(n, h, w, k, torch.float32 if INTERPRETED else act, device)
-    check = partial(assert_operation, op, out, of_all(conv3x3_reference, stored.pixels.double() * unit, seen, b, r, 0.5))
+    check = partial(
+        assert_operation,
+        op,
+        out,
+        of_all(conv3x3_reference, stored.pixels.double() * unit, seen, b, r, 0.5),
+    )
     if fault is None:
         return check(x=stored, residual=map_of(r))
     with pytest.raises(AssertionError, match="max error"):
@@ -214,7 +258,12 @@ def test_conv3x3_of_e4m3(fault, tma, device):
 @ONE_WAY
 @pytest.mark.parametrize(
     ("shape", "block_m"),
-    [((1, 16, 5, 7, 16), 64), ((3, 32, 7, 7, 48), 128), ((2, 128, 3, 3, 96), 64), ((2, 16, 1, 3, 32), 64)],
+    [
+        ((1, 16, 5, 7, 16), 64),
+        ((3, 32, 7, 7, 48), 128),
+        ((2, 128, 3, 3, 96), 64),
+        ((2, 16, 1, 3, 32), 64),
+    ],
     ids=str,
 )
 def test_upsample(shape, block_m, tma, dtype, device):
@@ -225,18 +274,25 @@ def test_upsample(shape, block_m, tma, dtype, device):
     b = normal(k, seed=2, dtype=dtype, device=device).float()
     op = ConvUpsample.of(weight, b, dtype, tiles(device, dtype, c, k, tma=tma, block_m=block_m))
     out, rounding = poisoned(n, 2 * h, 2 * w, k, dtype, device), 8 * torch.finfo(dtype).eps
-    assert_operation(op, out, of_all(conv_upsample_reference, x, weight, b), fallback=rounding, x=map_of(x))
+    assert_operation(
+        op, out, of_all(conv_upsample_reference, x, weight, b), fallback=rounding, x=map_of(x)
+    )
 
 
 @pytest.mark.kernel
 @pytest.mark.parametrize(
     ("shape", "padding", "dtype"),
-    spread([(1, 16, 6, 10, 16), (3, 32, 14, 14, 48), (2, 96, 4, 2, 128), (5, 48, 2, 2, 32)], [0, 1]),
+    spread(
+        [(1, 16, 6, 10, 16), (3, 32, 14, 14, 48), (2, 96, 4, 2, 128), (5, 48, 2, 2, 32)], [0, 1]
+    ),
     ids=str,
 )
 def test_downsample(shape, padding, dtype, device):
     (n, c, h, w, k), block_m = shape, 128 if shape[2] == 14 else 64
-    x, weight = normal(n, c, h, w, dtype=dtype, device=device), filters(k, c, dtype=dtype, device=device)
+    x, weight = (
+        normal(n, c, h, w, dtype=dtype, device=device),
+        filters(k, c, dtype=dtype, device=device),
+    )
     b = normal(k, seed=2, dtype=dtype, device=device).float()
     op = ConvDownsample.of(weight, b, padding, dtype, tiles(device, dtype, c, k, block_m=block_m))
     reference = of_all(partial(plain_downsample, padding=padding), x, weight, b)
@@ -245,7 +301,9 @@ def test_downsample(shape, padding, dtype, device):
 
 def plain_downsample(x, weight, bias, padding):
     """As `ddpm_fast.models.unet.Downsample` has it."""
-    return F.conv2d(F.pad(x, (0, 1, 0, 1)) if padding == 0 else x, weight, bias, stride=2, padding=padding)
+    return F.conv2d(
+        F.pad(x, (0, 1, 0, 1)) if padding == 0 else x, weight, bias, stride=2, padding=padding
+    )
 
 
 def conv_in(c, k, dtype, device, center=False, block_m=64):
@@ -267,8 +325,12 @@ def test_conv_in(shape, center, dtype, device):
     x = normal(n, channels, h, w, device=device)
     op = conv_in(channels, k, dtype, device, center)
     seen = (2 * x - 1 if center else x).to(dtype)
-    reference = of_all(conv_in_reference, seen, filters(k, channels, dtype=dtype, device=device), op.bias)
-    assert_operation(op, poisoned(n, h, w, k, dtype, device), reference, x=map_of(x, bordered=False))
+    reference = of_all(
+        conv_in_reference, seen, filters(k, channels, dtype=dtype, device=device), op.bias
+    )
+    assert_operation(
+        op, poisoned(n, h, w, k, dtype, device), reference, x=map_of(x, bordered=False)
+    )
 
 
 @pytest.mark.kernel
@@ -288,13 +350,34 @@ def test_conv_in(shape, center, dtype, device):
 def test_conv1x1(shape, c2, form, bordered, dtype, device):
     n, c, h, w, k = shape
     make = partial(normal, dtype=dtype, device=device)
-    x, r, scale = make(n, c + c2, h, w), make(n, k, h, w, seed=3) if form.get("residual") else None, 0.7071
-    b, weight = make(k, seed=2).float() if form.get("bias", True) else None, filters(k, c + c2, 1, dtype=dtype, device=device)
-    op = Conv1x1.of(weight, b, dtype, tiles(device, dtype, min(c & -c, c2 & -c2 or c), k, block_m=128 if n == 1 else 64), scale)
-    maps = dict(zip(("x", "x2"), (map_of(v, bordered=bordered) for v in x.split([c, c2] if c2 else c, dim=1)), strict=False))
+    x, r, scale = (
+        make(n, c + c2, h, w),
+        make(n, k, h, w, seed=3) if form.get("residual") else None,
+        0.7071,
+    )
+    b, weight = (
+        make(k, seed=2).float() if form.get("bias", True) else None,
+        filters(k, c + c2, 1, dtype=dtype, device=device),
+    )
+    op = Conv1x1.of(
+        weight,
+        b,
+        dtype,
+        tiles(device, dtype, min(c & -c, c2 & -c2 or c), k, block_m=128 if n == 1 else 64),
+        scale,
+    )
+    maps = dict(
+        zip(
+            ("x", "x2"),
+            (map_of(v, bordered=bordered) for v in x.split([c, c2] if c2 else c, dim=1)),
+            strict=False,
+        )
+    )
     reference = of_all(conv1x1_reference, x, weight, b, r, scale)
     residual = None if r is None else map_of(r, bordered=bordered)
-    assert_operation(op, poisoned(n, h, w, k, dtype, device, bordered), reference, residual=residual, **maps)
+    assert_operation(
+        op, poisoned(n, h, w, k, dtype, device, bordered), reference, residual=residual, **maps
+    )
 
 
 # ---- every operation
@@ -310,15 +393,30 @@ def operation(name, dtype, device, block_m, c=32, k=48, tma=False):
         tiles(device, dtype, c, k, tma=tma, block_m=block_m),
     )
     if name == "conv3x3":
-        return Conv3x3.of(weight, b, dtype, t), dict(x=x, residual=r), side, of_all(conv3x3_reference, x, weight, b, r)
+        return (
+            Conv3x3.of(weight, b, dtype, t),
+            dict(x=x, residual=r),
+            side,
+            of_all(conv3x3_reference, x, weight, b, r),
+        )
     if name == "upsample":
-        return ConvUpsample.of(weight, b, dtype, t), dict(x=x), 2 * side, of_all(conv_upsample_reference, x, weight, b)
+        return (
+            ConvUpsample.of(weight, b, dtype, t),
+            dict(x=x),
+            2 * side,
+            of_all(conv_upsample_reference, x, weight, b),
+        )
     if name == "downsample":
         reference = of_all(partial(plain_downsample, padding=0), x, weight, b)
         return ConvDownsample.of(weight, b, 0, dtype, t), dict(x=x), side // 2, reference
     if name == "first":
         op, x = conv_in(3, k, dtype, device, block_m=block_m), make(n, 3, side, side).float()
-        return op, dict(x=x), side, of_all(conv_in_reference, x, filters(k, 3, dtype=dtype, device=device), op.bias)
+        return (
+            op,
+            dict(x=x),
+            side,
+            of_all(conv_in_reference, x, filters(k, 3, dtype=dtype, device=device), op.bias),
+        )
     x2, weight = make(n, c, side, side, seed=4), filters(k, 2 * c, 1, dtype=dtype, device=device)
     reference = of_all(conv1x1_reference, torch.cat([x, x2], dim=1), weight, b, r)
     return Conv1x1.of(weight, b, dtype, t), dict(x=x, x2=x2, residual=r), side, reference
@@ -332,14 +430,18 @@ OTHERS = ["upsample", "downsample", "first", "conv1x1"]
 
 
 @pytest.mark.kernel
-@pytest.mark.parametrize(("name", "dtype"), spread(["conv3x3 tma", "conv3x3", "upsample tma", *OTHERS]), ids=str)
+@pytest.mark.parametrize(
+    ("name", "dtype"), spread(["conv3x3 tma", "conv3x3", "upsample tma", *OTHERS]), ids=str
+)
 def test_same_bits_in_any_batch(name, dtype, device):
     """Also where the batch decides how many rows a tile has."""
     name, tma = name.removesuffix(" tma"), name.endswith(" tma")
     needs_tma(tma, device)
 
     def run(images):
-        op, tensors, side, _ = operation(name, dtype, device, block_m=128 if len(images) == 5 else 64, tma=tma)
+        op, tensors, side, _ = operation(
+            name, dtype, device, block_m=128 if len(images) == 5 else 64, tma=tma
+        )
         out = poisoned(len(images), side, side, 48, dtype, device)
         op.run(out=out, **maps(name, tensors, images))
         return out
@@ -356,16 +458,25 @@ def test_fault_of_another_is_seen(name, fault, device):
     if fault == "bias rolled by one":
         op = replace(op, bias=op.bias.roll(1))
     else:
-        op = replace(op, weight=op.weight.roll(32 if name in ("upsample", "downsample") else 3, dims=1))  # by a tap, if it has any
+        op = replace(
+            op, weight=op.weight.roll(32 if name in ("upsample", "downsample") else 3, dims=1)
+        )  # by a tap, if it has any
     with pytest.raises(AssertionError, match="max error"):
-        assert_operation(op, poisoned(5, side, side, 48, dtype, device), reference, **maps(name, tensors))
+        assert_operation(
+            op, poisoned(5, side, side, 48, dtype, device), reference, **maps(name, tensors)
+        )
 
 
 @pytest.mark.kernel
 def test_other_padding_is_seen(device):
     op, tensors, side, reference = operation("downsample", torch.float32, device, block_m=64)
     with pytest.raises(AssertionError, match="max error"):
-        assert_operation(replace(op, padding=1), poisoned(5, side, side, 48, torch.float32, device), reference, **maps("", tensors))
+        assert_operation(
+            replace(op, padding=1),
+            poisoned(5, side, side, 48, torch.float32, device),
+            reference,
+            **maps("", tensors),
+        )
 
 
 # ---- packing and references: plain PyTorch
@@ -376,7 +487,9 @@ def test_unpack_is_the_reverse_of_pack(side):
     weight = normal(5, 7, side, side)
     packed = pack(weight)
     assert packed.shape == (5, side * side * 7) and torch.equal(unpack(packed, side), weight)
-    assert torch.equal(packed[2, -7:], weight[2, :, -1, -1]) and torch.equal(packed[2, :7], weight[2, :, 0, 0])  # tap by tap
+    assert torch.equal(packed[2, -7:], weight[2, :, -1, -1]) and torch.equal(
+        packed[2, :7], weight[2, :, 0, 0]
+    )  # tap by tap
 
 
 def test_parities_sum_the_taps_that_fall_on_one_pixel():
@@ -384,7 +497,10 @@ def test_parities_sum_the_taps_that_fall_on_one_pixel():
     parities = [unpack(p, 2) for p in pack_parities(weight.float()).chunk(4)]
     for parity, packed in enumerate(parities):
         py, px = divmod(parity, 2)
-        rows, columns = ([0], [1, 2]) if py == 0 else ([0, 1], [2]), ([0], [1, 2]) if px == 0 else ([0, 1], [2])
+        rows, columns = (
+            ([0], [1, 2]) if py == 0 else ([0, 1], [2]),
+            ([0], [1, 2]) if px == 0 else ([0, 1], [2]),
+        )
         for i in range(2):
             for j in range(2):
                 want = weight[:, :, rows[i]][:, :, :, columns[j]].sum((2, 3))
@@ -396,21 +512,34 @@ def test_parities_sum_the_taps_that_fall_on_one_pixel():
 def test_upsampled_convolution_is_four_small_ones(size):
     """In fp64, where the sums of weights are as good as exact."""
     x, weight, b = normal(2, 4, *size).double(), normal(6, 4, 3, 3).double(), normal(6).double()
-    op, out = ConvUpsample(pack_parities(weight), b, None), poisoned(2, 2 * size[0], 2 * size[1], 6, torch.float64, "cpu")
+    op, out = (
+        ConvUpsample(pack_parities(weight), b, None),
+        poisoned(2, 2 * size[0], 2 * size[1], 6, torch.float64, "cpu"),
+    )
     op.fallback(map_of(x), out, compute=torch.float64)
-    torch.testing.assert_close(out.pixels, conv_upsample_reference(x, weight, b), rtol=0, atol=1e-13)
+    torch.testing.assert_close(
+        out.pixels, conv_upsample_reference(x, weight, b), rtol=0, atol=1e-13
+    )
 
 
 def test_conv_in_reference_centers_before_the_zeros_around_the_image():
     """Pixels of 1/2 become 0, so every output is the bias; zeros from outside, had they become -1, would show at the border."""
-    x, weight, b = torch.full((1, 3, 4, 5), 0.5).double(), normal(6, 3, 3, 3).double(), normal(6).double()
-    assert torch.equal(conv_in_reference(x, weight, b, center=True), b[:, None, None].expand(1, 6, 4, 5))
+    x, weight, b = (
+        torch.full((1, 3, 4, 5), 0.5).double(),
+        normal(6, 3, 3, 3).double(),
+        normal(6).double(),
+    )
+    assert torch.equal(
+        conv_in_reference(x, weight, b, center=True), b[:, None, None].expand(1, 6, 4, 5)
+    )
 
 
 @pytest.mark.parametrize("padding", [0, 1])
 def test_conv_downsample_reference_is_the_network_s(padding):
     x, weight, b = normal(2, 4, 6, 10).double(), normal(6, 4, 3, 3).double(), normal(6).double()
-    assert torch.equal(conv_downsample_reference(x, weight, b, padding), plain_downsample(x, weight, b, padding))
+    assert torch.equal(
+        conv_downsample_reference(x, weight, b, padding), plain_downsample(x, weight, b, padding)
+    )
 
 
 def test_quantise():
@@ -423,7 +552,10 @@ def test_quantise():
     assert largest[3] == 0 and (largest[[0, 1, 2, 4, 5]] == E4M3_MAX).all()
     back = stored.double() * unit.double()[:, None] / 0.25
     # half a step of 3 bits; where e4m3 is subnormal, half of its smallest
-    assert ((back - weight).abs() <= weight.abs() / 16 * (1 + 1e-6) + weight.abs().amax(1, keepdim=True) * 2**-10 / E4M3_MAX).all()
+    assert (
+        (back - weight).abs()
+        <= weight.abs() / 16 * (1 + 1e-6) + weight.abs().amax(1, keepdim=True) * 2**-10 / E4M3_MAX
+    ).all()
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         same, nothing = quantise(weight, dtype)
         assert nothing is None and torch.equal(same, weight.to(dtype))
@@ -440,6 +572,8 @@ def test_e4m3_map_saturates_and_is_bordered():
 def test_map_round_trip(bordered):
     x = normal(3, 4, 5, 7)
     fm = map_of(x, bordered=bordered)
-    assert torch.equal(fm.pixels, x) and len(fm.rows) == 3 * fm.image_rows == 3 * (48 if bordered else 35)
+    assert torch.equal(fm.pixels, x) and len(fm.rows) == 3 * fm.image_rows == 3 * (
+        48 if bordered else 35
+    )
     row = fm.image_rows + ((2 + bordered) * (7 + bordered) + 4 + bordered)  # image 1, pixel (2, 4)
     assert torch.equal(fm.rows[row], x[1, :, 2, 4])

@@ -15,7 +15,16 @@ LAYOUTS = {"channels-first": torch.contiguous_format, "channels-last": torch.cha
 T = choose_timesteps(1000, 20)
 
 
-def case(shape, *, dtype=torch.float32, layout="channels-last", out_layout=None, device="cpu", solver="ddpm", **options):
+def case(
+    shape,
+    *,
+    dtype=torch.float32,
+    layout="channels-last",
+    out_layout=None,
+    device="cpu",
+    solver="ddpm",
+    **options,
+):
     torch.manual_seed(0)
     table = EXACT.table(NoiseSchedule.linear(), solver, T, **options)
     b, c, h, w = shape
@@ -30,7 +39,9 @@ def case(shape, *, dtype=torch.float32, layout="channels-last", out_layout=None,
 def check(args, exactly=True):
     x_t, out, table, row, seed, image, learned = args
     z = N.noise_reference(seed, image, row, N.REVERSE, x_t.shape[1:])
-    exact = ddpm_step_reference(x_t.double(), out.double(), z.double(), table.double(), row, learned)
+    exact = ddpm_step_reference(
+        x_t.double(), out.double(), z.double(), table.double(), row, learned
+    )
     plain = ddpm_step_reference(x_t, out, z, table, row, learned)
     got = x_t.clone(memory_format=torch.preserve_format)
     ddpm_step(got, out, table, row, seed, image, learned)
@@ -39,21 +50,29 @@ def check(args, exactly=True):
         assert torch.equal(got, plain)  # the same operations in the same order, none of them fused
 
 
-OPTIONS = [dict(prediction=p, variance=v, clip=c) for p, v, c in itertools.product(("eps", "x_0", "v"), VARIANCES, (1.0, None))]
+OPTIONS = [
+    dict(prediction=p, variance=v, clip=c)
+    for p, v, c in itertools.product(("eps", "x_0", "v"), VARIANCES, (1.0, None))
+]
 
 
 @pytest.mark.kernel
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(map(str, o.values())))
 def test_kernel_every_form(options, device):
     check(
-        case((4, 3, 7, 5), device=device, **options), exactly=not options["variance"].startswith("learned")
+        case((4, 3, 7, 5), device=device, **options),
+        exactly=not options["variance"].startswith("learned"),
     )  # exp differs by a bit
 
 
 @pytest.mark.kernel
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", [(1, 3, 32, 32), (2, 1, 1, 1), (3, 4, 9, 1), (4, 1, 28, 28), (2, 5, 3, 17)], ids=str)
-@pytest.mark.parametrize("layouts", list(itertools.product(LAYOUTS, LAYOUTS)), ids=lambda v: " and ".join(v))
+@pytest.mark.parametrize(
+    "shape", [(1, 3, 32, 32), (2, 1, 1, 1), (3, 4, 9, 1), (4, 1, 28, 28), (2, 5, 3, 17)], ids=str
+)
+@pytest.mark.parametrize(
+    "layouts", list(itertools.product(LAYOUTS, LAYOUTS)), ids=lambda v: " and ".join(v)
+)
 def test_kernel_shapes_and_layouts(shape, dtype, layouts, device):
     check(case(shape, dtype=dtype, layout=layouts[0], out_layout=layouts[1], device=device))
 
@@ -69,13 +88,20 @@ def with_history(args):
     x_t, out, table, row, seed, image, learned = args
     torch.manual_seed(1)
     old = torch.randn_like(x_t)
-    old[table[row.long(), COLUMNS.index("mean_old")] == 0] = float("nan")  # what no step has written is not read
+    old[table[row.long(), COLUMNS.index("mean_old")] == 0] = float(
+        "nan"
+    )  # what no step has written is not read
     z = N.noise_reference(seed, image, row, N.REVERSE, x_t.shape[1:])
-    got, x_0 = x_t.clone(memory_format=torch.preserve_format), old.clone(memory_format=torch.preserve_format)
+    got, x_0 = (
+        x_t.clone(memory_format=torch.preserve_format),
+        old.clone(memory_format=torch.preserve_format),
+    )
     ddpm_step(got, out, table, row, seed, image, learned, x_0)
     plain, exact = (
         (
-            ddpm_step_reference(x_t.to(d), out.to(d), z.to(d), table.to(d), row, learned, old.to(d)),
+            ddpm_step_reference(
+                x_t.to(d), out.to(d), z.to(d), table.to(d), row, learned, old.to(d)
+            ),
             x_0_reference(x_t.to(d), out.to(d), table.to(d), row),
         )
         for d in (torch.float32, torch.float64)
@@ -115,7 +141,9 @@ def test_opcheck_history_of_the_reference():
 @pytest.mark.kernel
 def test_kernel_reads_half_of_a_wider_output(device):
     x_t, out, *rest = case((2, 3, 8, 8), device=device)
-    wide = torch.cat([out, torch.full_like(out, float("nan"))], dim=1).contiguous(memory_format=torch.channels_last)
+    wide = torch.cat([out, torch.full_like(out, float("nan"))], dim=1).contiguous(
+        memory_format=torch.channels_last
+    )
     check((x_t, wide[:, :3], *rest))
 
 
@@ -137,7 +165,11 @@ def test_kernel_catches_a_planted_fault(device):
     z = N.noise_reference(seed, image, row, N.REVERSE, (3, 8, 8))
     exact = ddpm_step_reference(x_t.double(), out.double(), z.double(), table.double(), row)
     plain = ddpm_step_reference(x_t, out, z, table, row)
-    for args in ((wrong, row, seed, image), (table, (row + 1) % 20, seed, image), (table, row, seed, image + 1)):
+    for args in (
+        (wrong, row, seed, image),
+        (table, (row + 1) % 20, seed, image),
+        (table, row, seed, image + 1),
+    ):
         got = x_t.clone(memory_format=torch.preserve_format)
         ddpm_step(got, out, *args, learned)
         with pytest.raises(AssertionError, match="max error"):
@@ -155,7 +187,9 @@ def test_opcheck_of_the_reference(variance):
     torch.library.opcheck(ddpm_step, case((2, 3, 5, 7), variance=variance))
 
 
-@pytest.mark.parametrize("options", [*OPTIONS, dict(solver="ddim", eta=0.5), dict(solver="ddim")], ids=str)
+@pytest.mark.parametrize(
+    "options", [*OPTIONS, dict(solver="ddim", eta=0.5), dict(solver="ddim")], ids=str
+)
 def test_reference_op(options):
     check(case((4, 3, 7, 5), **options))
 
@@ -176,7 +210,10 @@ def test_last_step_adds_no_noise_however_large_the_learned_variance():
         (dict(table=torch.zeros(20, 5)), "table is"),
         (dict(step=torch.zeros(1, dtype=torch.int32)), r"step is .*\[2\]"),
         (dict(image=torch.zeros(2)), "image is"),
-        (dict(old=torch.zeros(2, 3, 4, 4)), "old is .*expected a tensor like x_t"),  # channels-first beside channels-last
+        (
+            dict(old=torch.zeros(2, 3, 4, 4)),
+            "old is .*expected a tensor like x_t",
+        ),  # channels-first beside channels-last
     ],
 )
 def test_refuses(change, message):

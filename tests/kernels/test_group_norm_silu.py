@@ -40,12 +40,31 @@ FORMS = {
 class Case:
     """A layer, and all that it reads: images whose channels differ in mean and deviation, every image with a row of its own."""
 
-    def __init__(self, n, c1, c2, groups, h, w, dtype, device, silu=True, time=None, bordered=True, mean=1.0, row_type=torch.int64):
+    def __init__(
+        self,
+        n,
+        c1,
+        c2,
+        groups,
+        h,
+        w,
+        dtype,
+        device,
+        silu=True,
+        time=None,
+        bordered=True,
+        mean=1.0,
+        row_type=torch.int64,
+    ):
         rng, c = torch.Generator().manual_seed(0), c1 + c2
         normal = lambda *shape: torch.randn(*shape, generator=rng)
-        x = normal(n, c, h, w) * torch.linspace(0.5, 2, c)[:, None, None] + mean * (1 + 0.3 * normal(n, c, 1, 1))
+        x = normal(n, c, h, w) * torch.linspace(0.5, 2, c)[:, None, None] + mean * (
+            1 + 0.3 * normal(n, c, 1, 1)
+        )
         self.x = x.to(device, dtype)
-        gamma, beta = (v.to(dtype).float().to(device) for v in (1 + 0.3 * normal(c), 0.3 * normal(c)))
+        gamma, beta = (
+            v.to(dtype).float().to(device) for v in (1 + 0.3 * normal(c), 0.3 * normal(c))
+        )
         self.op = GroupNormSiLU(gamma, beta, groups, EPS, silu, time, COLUMN)
         self.split, self.bordered, self.table, self.row = c1, bordered, None, None
         if time is not None:
@@ -61,12 +80,20 @@ class Case:
         parts = [x] if self.split == x.shape[1] else x.tensor_split([self.split], dim=1)
         maps = dict(zip(("x", "x2"), map(map_of, parts), strict=False))
         count = self.op.scratch_elements(maps["x"])
-        scratch = poisoned(1, 1, 1, count, torch.float32, x.device, bordered=False) if count else None
-        return maps | dict(table=self.table, time_row=None if self.row is None else self.row[images], scratch=scratch)
+        scratch = (
+            poisoned(1, 1, 1, count, torch.float32, x.device, bordered=False) if count else None
+        )
+        return maps | dict(
+            table=self.table,
+            time_row=None if self.row is None else self.row[images],
+            scratch=scratch,
+        )
 
     def out(self, images=5, dtype=None):
         n, c, h, w = self.x.shape
-        return poisoned(min(n, images), h, w, c, dtype or self.x.dtype, self.x.device, self.bordered)
+        return poisoned(
+            min(n, images), h, w, c, dtype or self.x.dtype, self.x.device, self.bordered
+        )
 
     def reference(self, dtype):
         op, more = self.op, {}
@@ -76,7 +103,13 @@ class Case:
             entries = self.table[self.row.long(), COLUMN:].to(dtype)
             more = {name: entries[:, i * c : (i + 1) * c] for i, name in enumerate(names)}
         return group_norm_silu_reference(
-            self.x.to(dtype), op.gamma.to(dtype), op.beta.to(dtype), op.groups, op.eps, op.silu, **more
+            self.x.to(dtype),
+            op.gamma.to(dtype),
+            op.beta.to(dtype),
+            op.groups,
+            op.eps,
+            op.silu,
+            **more,
         )
 
     def check(self, op=None, **options):
@@ -135,7 +168,9 @@ def test_two_passes(case, dtype, device):
 
 
 @pytest.mark.kernel
-@pytest.mark.parametrize("shape", [ONE_PASS["width 4"], TWO_PASS["one group of 96"]], ids=["one pass", "two passes"])
+@pytest.mark.parametrize(
+    "shape", [ONE_PASS["width 4"], TWO_PASS["one group of 96"]], ids=["one pass", "two passes"]
+)
 def test_mean_far_from_zero(shape, device):
     """Values about 100 that deviate by 1: the mean of the squares less the square of the mean would lose the variance."""
     case = Case(*shape, torch.float32, device, silu=False, mean=0.0)
@@ -151,7 +186,9 @@ def test_mean_far_from_zero(shape, device):
     naive = case.out()
     by_squares(naive)
     exact = case.reference(torch.float64)
-    assert relative_error(naive.pixels, exact) > 10 * relative_error(case.reference(torch.float32), exact)
+    assert relative_error(naive.pixels, exact) > 10 * relative_error(
+        case.reference(torch.float32), exact
+    )
     with pytest.raises(AssertionError, match="error"):
         case.check(Kernel(by_squares))
 
@@ -191,7 +228,9 @@ def interpreter_can(v):
     """Where Triton's interpreter casts fp32 to e4m3 as hardware does. It forgets the carry of a value that rounds up to the next
     power of two, and cuts subnormals (below 2^-6) off.
     """
-    carries = torch.frexp(nearest(v)).mantissa.abs().eq(0.5) & (nearest(v).abs() > v.abs() * (1 - 1e-5))
+    carries = torch.frexp(nearest(v)).mantissa.abs().eq(0.5) & (
+        nearest(v).abs() > v.abs() * (1 - 1e-5)
+    )
     return (v.abs() >= 2**-6) & ~carries if INTERPRETED else torch.ones_like(v, dtype=torch.bool)
 
 
@@ -201,7 +240,9 @@ def assert_e4m3(stored, v):
     assert can.double().mean() > 0.8
     near = (nearest(v) - v.clamp(-E4M3_MAX, E4M3_MAX)).abs() + 1e-5 * v.abs().clamp(1, E4M3_MAX)
     far = ((stored - v.clamp(-E4M3_MAX, E4M3_MAX)).abs() > near) & can
-    assert not far.any(), f"{int(far.sum())} of {far.numel()} are not the nearest: {stored[far][:4]} for {v[far][:4]}"
+    assert not far.any(), (
+        f"{int(far.sum())} of {far.numel()} are not the nearest: {stored[far][:4]} for {v[far][:4]}"
+    )
 
 
 def needs_e4m3(device):
@@ -249,12 +290,20 @@ def test_e4m3_saturates_below_too(device):
     out, exact = case.out(dtype=E4M3), case.reference(torch.float64)
     run_twice(case.op, out, **case.arguments())
     sure = exact.abs() > 2 * E4M3_MAX
-    assert sure.double().mean() > 0.9 and torch.equal(out.pixels.double()[sure], exact.sign()[sure] * E4M3_MAX)
+    assert sure.double().mean() > 0.9 and torch.equal(
+        out.pixels.double()[sure], exact.sign()[sure] * E4M3_MAX
+    )
 
 
 @pytest.mark.kernel
 @pytest.mark.parametrize(
-    "shape", [ONE_PASS["width 3"], ONE_PASS["width 12, the last block not full"], TWO_PASS["one group of 96"]], ids=str
+    "shape",
+    [
+        ONE_PASS["width 3"],
+        ONE_PASS["width 12, the last block not full"],
+        TWO_PASS["one group of 96"],
+    ],
+    ids=str,
 )
 def test_what_saturates_is_counted(shape, device):
     """Exactly, in the pixels alone, by kernel and fallback; NaN among it, which is not clamped away."""
@@ -262,9 +311,15 @@ def test_what_saturates_is_counted(shape, device):
     case = Case(*shape, torch.float32, device, silu=False)
 
     def counted(op, by):
-        out, saturated = case.out(dtype=E4M3), torch.full((1, 1), 7, dtype=torch.int64, device=device)
+        out, saturated = (
+            case.out(dtype=E4M3),
+            torch.full((1, 1), 7, dtype=torch.int64, device=device),
+        )
         getattr(op, by)(
-            out=out, saturated=saturated, **case.arguments(), **(dict(compute=torch.float32) if by == "fallback" else {})
+            out=out,
+            saturated=saturated,
+            **case.arguments(),
+            **(dict(compute=torch.float32) if by == "fallback" else {}),
         )
         return out, int(saturated) - 7
 
@@ -278,7 +333,10 @@ def test_what_saturates_is_counted(shape, device):
         case.x[-1, 3, 1, 2] = float("nan")  # a group of one image
         out, count = counted(over, by)
         nan = len(case.op.gamma) // case.op.groups * case.x[0, 0].numel()
-        others = 2 * pixels - sum(i // case.op.width == 3 // case.op.width for i in (3, 10)) * case.x[0, 0].numel()
+        others = (
+            2 * pixels
+            - sum(i // case.op.width == 3 // case.op.width for i in (3, 10)) * case.x[0, 0].numel()
+        )
         assert count == others + nan, by
         assert int(out.pixels.float().isnan().sum()) == nan or (INTERPRETED and by == "run"), by
         case.x[-1, 3, 1, 2] = 0.0
@@ -321,7 +379,10 @@ FAULTS = {
     "eps": (lambda op: replace(op, eps=1e-1), {}),
     "no SiLU": (lambda op: replace(op, silu=False), {}),
     "the next column": (lambda op: replace(op, column=op.column - 1), dict(time="add")),
-    "added behind the norm": (lambda op: replace(op, time=None, beta=op.beta + 0.5), dict(time="add")),
+    "added behind the norm": (
+        lambda op: replace(op, time=None, beta=op.beta + 0.5),
+        dict(time="add"),
+    ),
     "no scale and shift": (lambda op: replace(op, time=None), dict(time="scale_shift")),
 }
 
@@ -369,14 +430,33 @@ def is_power_of_two(n):
 
 @pytest.mark.parametrize("channels", [16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024])
 def test_blocks(channels):
-    sizes = [h * w for h, w in [(1, 1), (2, 2), (4, 4), (5, 7), (7, 7), (8, 8), (16, 16), (28, 28), (32, 32), (40, 40), (64, 64)]]
-    for size, width in itertools.product([*sizes, 96 * 64, 128**2, 256**2, 512**2], range(1, channels + 1)):
+    sizes = [
+        h * w
+        for h, w in [
+            (1, 1),
+            (2, 2),
+            (4, 4),
+            (5, 7),
+            (7, 7),
+            (8, 8),
+            (16, 16),
+            (28, 28),
+            (32, 32),
+            (40, 40),
+            (64, 64),
+        ]
+    ]
+    for size, width in itertools.product(
+        [*sizes, 96 * 64, 128**2, 256**2, 512**2], range(1, channels + 1)
+    ):
         if channels % width:
             continue
         b = Blocks.of(size, channels, width)
         about = f"{size} pixels, {channels} channels, groups of {width}: {b}"
         assert b.used % width == 0 and width <= b.used <= b.lanes, about  # whole groups
-        assert is_power_of_two(b.pixels) and is_power_of_two(b.lanes) and b.warps in (4, 8, 16), about
+        assert is_power_of_two(b.pixels) and is_power_of_two(b.lanes) and b.warps in (4, 8, 16), (
+            about
+        )
         assert b.used % 8 == 0 or b.used + 8 > b.lanes or width % 8 or width > b.lanes, about
         if b.one_pass:
             assert size <= b.pixels < 2 * size or size == b.pixels, about
@@ -404,10 +484,14 @@ def test_fallback_and_reference(form, dtype):
         x = x + case.table[case.row, COLUMN : COLUMN + 48].double()[:, :, None, None]
     x = norm(x)
     if op.time == "scale_shift":
-        scale, shift = case.table[case.row, COLUMN : COLUMN + 96].double()[:, :, None, None].chunk(2, dim=1)
+        scale, shift = (
+            case.table[case.row, COLUMN : COLUMN + 96].double()[:, :, None, None].chunk(2, dim=1)
+        )
         x = x * (1 + scale) + shift
     want = (F.silu(x) if op.silu else x).detach()
     op.fallback(out=out, compute=dtype, **case.arguments())
-    tolerance = partial(torch.testing.assert_close, rtol=0, atol=1e-12 if dtype == torch.float64 else 1e-5)
+    tolerance = partial(
+        torch.testing.assert_close, rtol=0, atol=1e-12 if dtype == torch.float64 else 1e-5
+    )
     tolerance(out.pixels, want)
     tolerance(case.reference(dtype).double(), want)

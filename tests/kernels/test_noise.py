@@ -58,7 +58,9 @@ def test_golden_layout():
     words = N.words_reference(*stream(1), N.X_T, 5)[0].tolist()
     assert [f"{w:08x}" for w in words] == GOLDEN_WORDS
     normals = N.noise_reference(*stream(2), N.REVERSE, (3, 2, 1))
-    assert [f"{b & 0xFFFFFFFF:08x}" for b in bits(normals.permute(0, 2, 3, 1)).flatten().tolist()] == GOLDEN_NORMALS
+    assert [
+        f"{b & 0xFFFFFFFF:08x}" for b in bits(normals.permute(0, 2, 3, 1)).flatten().tolist()
+    ] == GOLDEN_NORMALS
 
 
 GOLDEN_WORDS = ["948ef781", "39c40e91", "3b63b2c9", "284b7d22", "6d7da0da"]
@@ -95,12 +97,16 @@ def test_normals_against_fp64():
 def test_million_words_and_normals_to_the_bit(device, figure, monkeypatch):
     batch, count = 4, 250_000
     if INTERPRETED:
-        monkeypatch.setattr(N, "BLOCK", 2**15)  # the interpreter's time is by operation, not by element
+        monkeypatch.setattr(
+            N, "BLOCK", 2**15
+        )  # the interpreter's time is by operation, not by element
     args = stream(batch, device=device)
     words = N.words(*args, N.X_T, count)
     assert torch.equal(words.cpu(), N.words_reference(*stream(batch), N.X_T, count))
     normals = N.noise(*args, N.REVERSE, 2, 250, 500)
-    assert torch.equal(bits(normals.cpu()), bits(N.noise_reference(*stream(batch), N.REVERSE, (2, 250, 500))))
+    assert torch.equal(
+        bits(normals.cpu()), bits(N.noise_reference(*stream(batch), N.REVERSE, (2, 250, 500)))
+    )
     figure("words and normals equal to the bit, kernel and reference", f"{batch * count:,} of each")
 
 
@@ -109,8 +115,16 @@ def _philox_kernel(words_ptr, given_ptr):
     """inputs: four counter words and two key words for each program."""
     n = tl.program_id(0)
     p = given_ptr + 6 * n
-    c0, c1, c2 = tl.load(p).to(tl.uint32), tl.load(p + 1).to(tl.uint32), tl.load(p + 2).to(tl.uint32)
-    c3, k0, k1 = tl.load(p + 3).to(tl.uint32), tl.load(p + 4).to(tl.uint32), tl.load(p + 5).to(tl.uint32)
+    c0, c1, c2 = (
+        tl.load(p).to(tl.uint32),
+        tl.load(p + 1).to(tl.uint32),
+        tl.load(p + 2).to(tl.uint32),
+    )
+    c3, k0, k1 = (
+        tl.load(p + 3).to(tl.uint32),
+        tl.load(p + 4).to(tl.uint32),
+        tl.load(p + 5).to(tl.uint32),
+    )
     w0, w1, w2, w3 = N.philox(c0, c1, c2, c3, k0, k1)
     tl.store(words_ptr + 4 * n, w0.to(tl.int64))
     tl.store(words_ptr + 4 * n + 1, w1.to(tl.int64))
@@ -127,12 +141,17 @@ def test_kernel_known_answers(device):
 
 
 @pytest.mark.kernel
-@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 7, 5), (1, 28, 28), (4, 33, 31), (3, 32, 32), (2, 1, 1030)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1), (3, 7, 5), (1, 28, 28), (4, 33, 31), (3, 32, 32), (2, 1, 1030)], ids=str
+)
 @pytest.mark.parametrize("seed", [0, 2**64 - 1], ids=["zero", "largest"])
 def test_noise_of_any_shape(shape, seed, device):
     got = N.noise(*stream(3, seed, 2**40, 2**24 - 1, device), N.REVERSE, *shape)
     assert got.is_contiguous(memory_format=torch.channels_last) and got.shape[1:] == shape
-    assert torch.equal(bits(got.cpu()), bits(N.noise_reference(*stream(3, seed, 2**40, 2**24 - 1), N.REVERSE, shape)))
+    assert torch.equal(
+        bits(got.cpu()),
+        bits(N.noise_reference(*stream(3, seed, 2**40, 2**24 - 1), N.REVERSE, shape)),
+    )
 
 
 @pytest.mark.kernel
@@ -185,15 +204,22 @@ def test_statistics(figure):
         "seeds 2^32 apart": N.noise(*stream(n, seed=2**32, image=0, row=0), N.X_T, c, h, w),
         "images 2^32 apart": N.noise(*stream(n, seed=0, image=2**32, row=0), N.X_T, c, h, w),
     }
-    z |= {f"correlation of neighbouring {name}": _correlation(flat, y.double().flatten(1).numpy()) for name, y in other.items()}
+    z |= {
+        f"correlation of neighbouring {name}": _correlation(flat, y.double().flatten(1).numpy())
+        for name, y in other.items()
+    }
     p = {name: 2 * stats.norm.sf(abs(v)) for name, v in z.items()}
     p["Kolmogorov-Smirnov"] = stats.kstest(values, "norm").pvalue
     p["Kolmogorov-Smirnov, tails (|x| > 3)"] = stats.kstest(
         2 * stats.norm.sf(np.abs(values[np.abs(values) > 3])) / (2 * stats.norm.sf(3)), "uniform"
     ).pvalue
     words = N.words(*stream(n, seed=0, image=0, row=0), N.X_T, 1024).numpy()
-    p["chi-squared of the words' top byte"] = stats.chisquare(np.bincount(words.ravel() >> 24, minlength=256)).pvalue
-    p["chi-squared of the words' low byte"] = stats.chisquare(np.bincount(words.ravel() & 255, minlength=256)).pvalue
+    p["chi-squared of the words' top byte"] = stats.chisquare(
+        np.bincount(words.ravel() >> 24, minlength=256)
+    ).pvalue
+    p["chi-squared of the words' low byte"] = stats.chisquare(
+        np.bincount(words.ravel() & 255, minlength=256)
+    ).pvalue
     for name, value in p.items():
         figure(f"p, {name} ({size:,} normals)", f"{value:.3f}")
     assert min(p.values()) > 0.001, min(p, key=p.get)
@@ -211,13 +237,21 @@ def test_statistics_of_sixty_million(figure):
 
     sums, size, p = np.zeros(4), 0, []
     for seed in range(60):
-        x = N.normals_reference(*stream(1000, seed=7919 * seed + 1, image=0, row=0), N.X_T, 1024).double().numpy().ravel()
+        x = (
+            N.normals_reference(*stream(1000, seed=7919 * seed + 1, image=0, row=0), N.X_T, 1024)
+            .double()
+            .numpy()
+            .ravel()
+        )
         sums += [(x**k).sum() for k in (1, 2, 3, 4)]
         size += x.size
         p.append(stats.kstest(x, "norm").pvalue)
     m = sums / size
     z = np.array([m[0], (m[1] - 1) / 2**0.5, m[2] / 15**0.5, (m[3] - 3) / 96**0.5]) * size**0.5
-    figure(f"{size:,} normals: first four moments, standard errors off", " ".join(f"{v:+.2f}" for v in z))
+    figure(
+        f"{size:,} normals: first four moments, standard errors off",
+        " ".join(f"{v:+.2f}" for v in z),
+    )
     uniform = stats.kstest(p, "uniform").pvalue
     figure("60 Kolmogorov-Smirnov p-values: p that they are uniform", f"{uniform:.2f}")
     assert abs(z).max() < 4

@@ -15,11 +15,22 @@ SCHEDULE = NoiseSchedule.linear()
 
 def case(shape, dtype=torch.float32, layout="channels-last", prediction="eps", device="cpu"):
     torch.manual_seed(0)
-    out, x_0 = (v.to(device).contiguous(memory_format=LAYOUTS[layout]) for v in torch.randn(2, *shape))
+    out, x_0 = (
+        v.to(device).contiguous(memory_format=LAYOUTS[layout]) for v in torch.randn(2, *shape)
+    )
     t = torch.randint(0, 1000, shape[:1])
-    seed, image, row = torch.tensor([7, -9, 11])[: shape[0]], torch.arange(shape[0]) + 2**33, torch.arange(shape[0]) * 1000
+    seed, image, row = (
+        torch.tensor([7, -9, 11])[: shape[0]],
+        torch.arange(shape[0]) + 2**33,
+        torch.arange(shape[0]) * 1000,
+    )
     coef = target_table(SCHEDULE, prediction, device)
-    return out.to(dtype), None if prediction == "eps" else x_0, coef, *(v.to(device) for v in (t, row, seed, image))
+    return (
+        out.to(dtype),
+        None if prediction == "eps" else x_0,
+        coef,
+        *(v.to(device) for v in (t, row, seed, image)),
+    )
 
 
 def check(args):
@@ -34,7 +45,10 @@ def check(args):
         return loss.detach(), torch.autograd.grad((loss * weights).sum(), out)[0]
 
     exact = loss_and_gradient(
-        lambda o: noise_mse_reference(o, eps.double(), None if x_0 is None else x_0.double(), coef.double(), t), out.double()
+        lambda o: noise_mse_reference(
+            o, eps.double(), None if x_0 is None else x_0.double(), coef.double(), t
+        ),
+        out.double(),
     )
     plain = loss_and_gradient(lambda o: noise_mse_reference(o, eps, x_0, coef, t), out)
     got = loss_and_gradient(lambda o: noise_mse(o, x_0, coef, t, row, seed, image), out)
@@ -57,7 +71,9 @@ def test_kernel(shape, dtype, layout, prediction, device):
 def test_kernel_reads_half_of_a_wider_output(device):
     """A network that learns its variance: only its mean has a part in the loss."""
     out, *rest = case((2, 3, 8, 8), device=device)
-    wide = torch.cat([out, torch.full_like(out, float("nan"))], dim=1).contiguous(memory_format=torch.channels_last)
+    wide = torch.cat([out, torch.full_like(out, float("nan"))], dim=1).contiguous(
+        memory_format=torch.channels_last
+    )
     wide.requires_grad_()
     loss = noise_mse(wide[:, :3], *rest)
     torch.testing.assert_close(loss, noise_mse(out, *rest))
@@ -110,7 +126,9 @@ def test_gradcheck_of_the_reference(prediction):
     eps = N.noise_reference(seed, image, row, N.Q_SAMPLE, (2, 3, 3)).double()
     x_0 = None if x_0 is None else x_0.double()
     out = out.double().requires_grad_()
-    assert torch.autograd.gradcheck(lambda o: noise_mse_reference(o, eps, x_0, coef.double(), t), (out,))
+    assert torch.autograd.gradcheck(
+        lambda o: noise_mse_reference(o, eps, x_0, coef.double(), t), (out,)
+    )
 
 
 def test_targets_are_those_of_the_papers():
@@ -126,7 +144,10 @@ def test_targets_are_those_of_the_papers():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(out=torch.zeros(2, 3, 4, dtype=torch.int64)), r"out is .* expected floating \[B, C, H, W\]"),
+        (
+            dict(out=torch.zeros(2, 3, 4, dtype=torch.int64)),
+            r"out is .* expected floating \[B, C, H, W\]",
+        ),
         (dict(x_0=torch.zeros(2, 3, 4, 5)), r"x_0 is .* expected floating \(2, 3, 4, 4\)"),
         (dict(coef=torch.zeros(1000, 3)), "coef is"),
         (dict(t=torch.zeros(1, dtype=torch.int64)), "t is"),

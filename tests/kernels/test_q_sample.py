@@ -14,8 +14,19 @@ def case(shape, dtype, layout, device):
     torch.manual_seed(0)
     x_0 = torch.randn(shape).to(device, dtype).contiguous(memory_format=LAYOUTS[layout])
     t = torch.randint(0, 1000, shape[:1]).to(device)
-    seed, image, row = torch.tensor([7, -9, 11])[: shape[0]], torch.arange(shape[0]) + 2**33, torch.arange(shape[0]) * 1000
-    return x_0, NoiseSchedule.linear().q_sample_table(device), t, row.to(device), seed.to(device), image.to(device)
+    seed, image, row = (
+        torch.tensor([7, -9, 11])[: shape[0]],
+        torch.arange(shape[0]) + 2**33,
+        torch.arange(shape[0]) * 1000,
+    )
+    return (
+        x_0,
+        NoiseSchedule.linear().q_sample_table(device),
+        t,
+        row.to(device),
+        seed.to(device),
+        image.to(device),
+    )
 
 
 @pytest.mark.kernel
@@ -78,6 +89,9 @@ def test_reference_op_against_fp64(layout):
 )
 def test_refuses(change, message):
     names = ("x_0", "coef", "t", "noise_row", "seed", "image")
-    kwargs = dict(zip(names, case((2, 3, 4, 4), torch.float32, "channels-first", "cpu"), strict=True)) | change
+    kwargs = (
+        dict(zip(names, case((2, 3, 4, 4), torch.float32, "channels-first", "cpu"), strict=True))
+        | change
+    )
     with pytest.raises(ValueError, match=message):
         q_sample(**kwargs)

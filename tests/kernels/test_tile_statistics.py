@@ -32,18 +32,38 @@ pytestmark = pytest.mark.usefixtures("sums_as_on_a_gpu")
 E4M3 = torch.float8_e4m3fn
 HALF = operand_types()[-1]
 # kind -> height and width of its input for an output of 1 by 1
-KINDS = {"conv3x3": 1, "conv3x3 tma": 1, "conv3x3 residual": 1, "upsample": 0.5, "upsample tma": 0.5, "downsample": 2, "first": 1}
+KINDS = {
+    "conv3x3": 1,
+    "conv3x3 tma": 1,
+    "conv3x3 residual": 1,
+    "upsample": 0.5,
+    "upsample tma": 0.5,
+    "downsample": 2,
+    "first": 1,
+}
 
 
 def normal(*shape, seed=0, dtype=torch.float32, device="cpu", scale=1.0):
-    return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype).to(device)
+    return (
+        (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale)
+        .to(dtype)
+        .to(device)
+    )
 
 
 class Case:
     """A convolution of n images into k channels of h by w pixels, in tiles of 64 rows, and what it reads."""
 
     def __init__(self, kind, n, h, w, dtype, device, k=48, c=16, bias=0.0, operand=None):
-        self.kind, self.n, self.h, self.w, self.k, self.dtype, self.device = kind, n, h, w, k, dtype, device
+        self.kind, self.n, self.h, self.w, self.k, self.dtype, self.device = (
+            kind,
+            n,
+            h,
+            w,
+            k,
+            dtype,
+            device,
+        )
         tma = "tma" in kind
         target = Target.of(torch.device(device))
         if tma and target.sm < 90:
@@ -52,9 +72,15 @@ class Case:
         step = ConvIn.block_k(c) if kind == "first" else c
         t = replace(cut(target, operand, step, k, 1, tma=tma, warps=4), block_m=64)
         size = int(h * KINDS[kind]), int(w * KINDS[kind])
-        x, weight = normal(n, c, *size, dtype=torch.float32, device=device), normal(k, c, 3, 3, seed=1, scale=(9 * c) ** -0.5)
+        x, weight = (
+            normal(n, c, *size, dtype=torch.float32, device=device),
+            normal(k, c, 3, 3, seed=1, scale=(9 * c) ** -0.5),
+        )
         weight, b = weight.to(device), (bias + 0.3 * normal(k, seed=2)).to(device)
-        self.x, self.residual = x, normal(n, k, h, w, seed=3, dtype=dtype, device=device) if "residual" in kind else None
+        self.x, self.residual = (
+            x,
+            normal(n, k, h, w, seed=3, dtype=dtype, device=device) if "residual" in kind else None,
+        )
         if kind == "first":
             self.op = ConvIn.of(weight, b, dtype, replace(t, block_k=step))
         elif kind == "downsample":
@@ -67,14 +93,18 @@ class Case:
 
     def arguments(self, images=slice(None)):
         x = map_of(self.x[images], self.operand, bordered=self.kind != "first")
-        return dict(x=x) | ({} if self.residual is None else dict(residual=map_of(self.residual[images])))
+        return dict(x=x) | (
+            {} if self.residual is None else dict(residual=map_of(self.residual[images]))
+        )
 
     def out(self, images=None):
         return poisoned(images or self.n, self.h, self.w, self.k, self.dtype, self.device)
 
     def stats(self, images=None):
         entries = self.op.tiling(self.out()).entries
-        return poisoned(images or self.n, entries, 2, self.k, torch.float32, self.device, bordered=False)
+        return poisoned(
+            images or self.n, entries, 2, self.k, torch.float32, self.device, bordered=False
+        )
 
     def run(self, images=slice(None), by="run", **more):
         arguments = self.arguments(images)
@@ -98,10 +128,19 @@ def one_by_one(out, tiling, dtype=torch.float64, border=False, neighbours=False)
             for part in range(tiling.parts):
                 rows, image = range(begin, min(begin + tiling.rows, count)), out.pixels[n].to(dtype)
                 at = [(r // width - 1, r % width - 1) for r in rows]
-                values = [image[:, y * side + part // 2, x * side + part % 2] for y, x in at if y >= 0 and x >= 0]
-                values += [torch.zeros_like(image[:, 0, 0]) for y, x in at if border and (y < 0 or x < 0)]
+                values = [
+                    image[:, y * side + part // 2, x * side + part % 2]
+                    for y, x in at
+                    if y >= 0 and x >= 0
+                ]
+                values += [
+                    torch.zeros_like(image[:, 0, 0]) for y, x in at if border and (y < 0 or x < 0)
+                ]
                 if neighbours and n + 1 < out.images:
-                    values += [out.pixels[n + 1].to(dtype)[:, 0, x] for x in range(max(0, begin + tiling.rows - count - width - 1))]
+                    values += [
+                        out.pixels[n + 1].to(dtype)[:, 0, x]
+                        for x in range(max(0, begin + tiling.rows - count - width - 1))
+                    ]
                 v = torch.stack(values) if values else torch.zeros_like(image[None, :, 0, 0])
                 entries.append(torch.stack([v.mean(0), (v - v.mean(0)).square().sum(0)]))
     return torch.stack(entries).unflatten(0, (out.images, tiling.entries))
@@ -117,7 +156,11 @@ def check(stats, out, tiling, **fault):
 @pytest.mark.kernel
 @pytest.mark.parametrize(
     ("kind", "size", "dtype"),
-    [(k, s, t) for k, s, t in spread(KINDS, [(2, 13, 7, 48), (1, 28, 28, 8)]) if s[1] % 2 == 0 or "upsample" not in k],
+    [
+        (k, s, t)
+        for k, s, t in spread(KINDS, [(2, 13, 7, 48), (1, 28, 28, 8)])
+        if s[1] % 2 == 0 or "upsample" not in k
+    ],
     ids=str,
 )
 def test_statistics_are_of_what_is_stored(kind, size, dtype, device):
@@ -126,7 +169,9 @@ def test_statistics_are_of_what_is_stored(kind, size, dtype, device):
     case = Case(kind, *size, dtype, device, k=k)
     out, stats = case.run()
     tiling = case.op.tiling(out)
-    assert tiling.tiles > 1 and tiling.tiles * tiling.rows > (tiling.height + 1) * (tiling.width + 1)
+    assert tiling.tiles > 1 and tiling.tiles * tiling.rows > (tiling.height + 1) * (
+        tiling.width + 1
+    )
     check(stats, out, tiling)
     plain = case.out()
     case.op.run(out=plain, **case.arguments())
@@ -156,9 +201,13 @@ def test_mean_far_from_zero(kind, device):
         tiling.by_tile(out.pixels[:, :, :: 28 // (2 * tiling.width), :: 28 // (2 * tiling.width)]),
         tiling.counts(out.rows),
     )
-    by_squares = tiles.square().sum(2) - tiles.sum(2).square() / counts[:: tiling.parts, None].clamp(min=1)
+    by_squares = tiles.square().sum(2) - tiles.sum(2).square() / counts[
+        :: tiling.parts, None
+    ].clamp(min=1)
     exact = one_by_one(out, tiling)[:, :: tiling.parts, 1]
-    assert relative_error(by_squares, exact) > 30 * relative_error(stats.grid[:, :: tiling.parts, 1], exact)
+    assert relative_error(by_squares, exact) > 30 * relative_error(
+        stats.grid[:, :: tiling.parts, 1], exact
+    )
 
 
 @pytest.mark.kernel
@@ -167,14 +216,25 @@ def test_e4m3(tma, device):
     """Eight-bit operands, scaled sums."""
     if Target.of(torch.device(device)).sm < 89:
         pytest.skip("no e4m3 before sm_89")
-    case = Case("conv3x3" + tma, 2, 13, 7, torch.float32 if INTERPRETED else HALF, device, c=32, operand=E4M3)
+    case = Case(
+        "conv3x3" + tma,
+        2,
+        13,
+        7,
+        torch.float32 if INTERPRETED else HALF,
+        device,
+        c=32,
+        operand=E4M3,
+    )
     assert quantise(case.op.weight.float(), E4M3)[1] is not None and case.op.scale is not None
     out, stats = case.run()
     check(stats, out, case.op.tiling(out))
 
 
 @pytest.mark.kernel
-@pytest.mark.parametrize(("kind", "dtype"), spread(["conv3x3 tma", "upsample", "downsample"]), ids=str)
+@pytest.mark.parametrize(
+    ("kind", "dtype"), spread(["conv3x3 tma", "upsample", "downsample"]), ids=str
+)
 def test_same_bits_in_any_batch(kind, dtype, device):
     """An image of 12 x 6 is 91 rows: its second tile runs over into the next image, if there is one."""
     case = Case(kind, 5, 12, 6, dtype, device, k=16)
@@ -184,7 +244,9 @@ def test_same_bits_in_any_batch(kind, dtype, device):
 def test_maps_of_another_shape_are_refused():
     case = Case("conv3x3", 2, 13, 7, torch.float32, "cpu")
     small = poisoned(2, 1, 2, 48, torch.float32, "cpu", bordered=False)
-    with pytest.raises(ValueError, match=r"stats is \(2, 1, 2, 48\) dense .* expected \(2, 2, 2, 48\)"):
+    with pytest.raises(
+        ValueError, match=r"stats is \(2, 1, 2, 48\) dense .* expected \(2, 2, 2, 48\)"
+    ):
         case.op.run(out=case.out(), stats=small, **case.arguments())
 
 
@@ -201,24 +263,40 @@ def statistics_of(x, tiling):
 class Norm:
     """A norm of one or two maps, the second or only one written by parities where `parities`."""
 
-    def __init__(self, n, channels, groups, h, w, dtype, device, time=None, mean=1.0, parities=False):
+    def __init__(
+        self, n, channels, groups, h, w, dtype, device, time=None, mean=1.0, parities=False
+    ):
         c, rng = sum(channels), torch.Generator().manual_seed(0)
         self.draw = lambda *shape: torch.randn(*shape, generator=rng)
-        x = self.draw(n, c, h, w) * torch.linspace(0.5, 2, c)[:, None, None] + mean * (1 + 0.3 * self.draw(n, c, 1, 1))
+        x = self.draw(n, c, h, w) * torch.linspace(0.5, 2, c)[:, None, None] + mean * (
+            1 + 0.3 * self.draw(n, c, 1, 1)
+        )
         self.x, self.channels, self.dtype = x.to(device, dtype), channels, dtype
         plain, fine = Tiling(h, w, 64), Tiling(h // 2, w // 2, 32, parts=4)
         tilings = (*[plain] * (len(channels) - 1), fine if parities else plain)
-        gamma, beta = (v.to(dtype).float().to(device) for v in (1 + 0.3 * self.draw(c), 0.3 * self.draw(c)))
+        gamma, beta = (
+            v.to(dtype).float().to(device) for v in (1 + 0.3 * self.draw(c), 0.3 * self.draw(c))
+        )
         self.op = GroupNormSiLU(gamma, beta, groups, 1e-6, True, time, tilings=tilings)
-        self.entries = None if time is None else self.draw(n, c if time == "add" else 2 * c).to(dtype).float().to(device)
+        self.entries = (
+            None
+            if time is None
+            else self.draw(n, c if time == "add" else 2 * c).to(dtype).float().to(device)
+        )
 
     def arguments(self, images=slice(None)):
         x = self.x[images]
         parts = x.split(self.channels, dim=1)
         maps = dict(zip(("x", "x2"), map(map_of, parts), strict=False))
-        maps |= dict(zip(("stats", "stats2"), map(statistics_of, parts, self.op.tilings), strict=False))
-        scratch = poisoned(1, 1, 1, self.op.scratch_elements(maps["x"]), torch.float32, x.device, bordered=False)
-        time_row = None if self.entries is None else torch.arange(len(self.x), device=x.device)[images]
+        maps |= dict(
+            zip(("stats", "stats2"), map(statistics_of, parts, self.op.tilings), strict=False)
+        )
+        scratch = poisoned(
+            1, 1, 1, self.op.scratch_elements(maps["x"]), torch.float32, x.device, bordered=False
+        )
+        time_row = (
+            None if self.entries is None else torch.arange(len(self.x), device=x.device)[images]
+        )
         return maps | dict(scratch=scratch, table=self.entries, time_row=time_row)
 
     def out(self, images=None):
@@ -229,13 +307,19 @@ class Norm:
         more = {}
         if self.entries is not None:
             names = ("shift",) if self.op.time == "add" else ("scale", "offset")
-            more = dict(zip(names, self.entries.to(dtype).split(len(self.op.gamma), dim=1), strict=True))
+            more = dict(
+                zip(names, self.entries.to(dtype).split(len(self.op.gamma), dim=1), strict=True)
+            )
         weights = (self.op.gamma.to(dtype), self.op.beta.to(dtype))
-        return group_norm_silu_reference(self.x.to(dtype), *weights, self.op.groups, self.op.eps, **more)
+        return group_norm_silu_reference(
+            self.x.to(dtype), *weights, self.op.groups, self.op.eps, **more
+        )
 
     def check(self, **changed):
         # the fallback is as exact as the statistics, which are fp32
-        assert_operation(self.op, self.out(), self.reference, fallback=1e-5, **(self.arguments() | changed))
+        assert_operation(
+            self.op, self.out(), self.reference, fallback=1e-5, **(self.arguments() | changed)
+        )
 
 
 @pytest.fixture
@@ -262,7 +346,9 @@ def test_norm_from_statistics(name, dtype, device, two_passes):
 
 
 @pytest.mark.kernel
-@pytest.mark.parametrize("fault", ["of the other image", "of the other map", "tiles exchanged", "other tiles"])
+@pytest.mark.parametrize(
+    "fault", ["of the other image", "of the other map", "tiles exchanged", "other tiles"]
+)
 def test_wrong_statistics_are_seen(fault, device, two_passes):
     norm = Norm(2, (16, 16), 4, 13, 7, torch.float32, device, time="add")
     arguments = norm.arguments()
@@ -296,7 +382,10 @@ def test_statistics_that_do_not_belong_to_the_maps_are_refused(two_passes):
     arguments = norm.arguments()
     for changed, message in (
         (dict(stats2=None), "1 maps of statistics and 2 tilings for 2 maps"),
-        (dict(stats2=statistics_of(norm.x[:, :16], Tiling(13, 7, 32))), r"stats is \(2, 4, 2, 16\)"),
+        (
+            dict(stats2=statistics_of(norm.x[:, :16], Tiling(13, 7, 32))),
+            r"stats is \(2, 4, 2, 16\)",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             norm.op.run(out=norm.out(), **(arguments | changed))
@@ -305,7 +394,11 @@ def test_statistics_that_do_not_belong_to_the_maps_are_refused(two_passes):
 # ---- tilings: plain PyTorch
 
 
-@pytest.mark.parametrize("tiling", [Tiling(13, 7, 64), Tiling(5, 9, 16, parts=4), Tiling(2, 40, 16), Tiling(3, 3, 128)], ids=str)
+@pytest.mark.parametrize(
+    "tiling",
+    [Tiling(13, 7, 64), Tiling(5, 9, 16, parts=4), Tiling(2, 40, 16), Tiling(3, 3, 128)],
+    ids=str,
+)
 def test_tilings(tiling):
     """Every pixel is counted once, a tile may be all border, and the merged statistics are the map's."""
     side = 2 if tiling.parts == 4 else 1
@@ -318,4 +411,6 @@ def test_tilings(tiling):
     assert (counts[0] == 0) == (tiling.width >= tiling.rows)
     mean, squares = channel_statistics(stats, tiling)
     torch.testing.assert_close(mean, x.mean((2, 3)), rtol=0, atol=1e-13)
-    torch.testing.assert_close(squares, (x - x.mean((2, 3), keepdim=True)).square().sum((2, 3)), rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        squares, (x - x.mean((2, 3), keepdim=True)).square().sum((2, 3)), rtol=1e-12, atol=0
+    )

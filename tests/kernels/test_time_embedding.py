@@ -33,7 +33,9 @@ def test_fp32(n, outputs, device):
     """The fallback takes SiLU in fp32, so it is held to that precision."""
     op, t, label = case(n, outputs, torch.float32, device)
     out = poisoned(n, 1, 1, outputs, torch.float32, device, bordered=False)
-    assert_operation(op, out, lambda dtype: reference(op, t, label, dtype), fallback=1e-6, t=t, label=label)
+    assert_operation(
+        op, out, lambda dtype: reference(op, t, label, dtype), fallback=1e-6, t=t, label=label
+    )
 
 
 @pytest.mark.kernel
@@ -48,7 +50,13 @@ def test_fp16_operands(device):
 
 
 def test_reference_of_one_row_by_hand():
-    time, classes, weight = torch.tensor([[0.0], [2.0]]), torch.tensor([[-2.0], [1.0]]), torch.tensor([[3.0]])
-    got = time_embedding_reference(time, classes, torch.tensor([1, 1]), torch.tensor([0, 1]), weight, torch.tensor([0.5]))
+    time, classes, weight = (
+        torch.tensor([[0.0], [2.0]]),
+        torch.tensor([[-2.0], [1.0]]),
+        torch.tensor([[3.0]]),
+    )
+    got = time_embedding_reference(
+        time, classes, torch.tensor([1, 1]), torch.tensor([0, 1]), weight, torch.tensor([0.5])
+    )
     assert got[0].item() == 0.5  # SiLU(0) = 0
     assert got[1].item() == pytest.approx(0.5 + 9 / (1 + 2.718281828459045**-3))

@@ -4,10 +4,15 @@ import torch
 from ddpm_fast import UNetConfig
 from ddpm_fast.models.flops import _PeakMemory, unet_cost
 
-CELEBA = UNetConfig(sample_size=256, channels=(128, 128, 256, 256, 512, 512), attention=(False,) * 4 + (True, False))
+CELEBA = UNetConfig(
+    sample_size=256, channels=(128, 128, 256, 256, 512, 512), attention=(False,) * 4 + (True, False)
+)
 
 
-@pytest.mark.parametrize(("config", "parameters", "gflops"), [(UNetConfig(), 35_746_307, 12.444), (CELEBA, 113_673_219, 497.03)])
+@pytest.mark.parametrize(
+    ("config", "parameters", "gflops"),
+    [(UNetConfig(), 35_746_307, 12.444), (CELEBA, 113_673_219, 497.03)],
+)
 def test_classic_networks(config, parameters, gflops):
     """FLOPs as counted layer by layer by hand."""
     cost = unet_cost(config)

@@ -73,11 +73,21 @@ MODELS = {
     "28x28": (SMALL, (2, 1, 28, 28), None),
     "ADM's residual resampling, mid attention without norm": (RESNET, (2, 1, 16, 16), None),
     "no attention at the bottom, mid scale, centred input, other time width": (
-        dict(SMALL, add_attention=False, mid_block_scale_factor=1.5, center_input_sample=True, time_embedding_dim=40),
+        dict(
+            SMALL,
+            add_attention=False,
+            mid_block_scale_factor=1.5,
+            center_input_sample=True,
+            time_embedding_dim=40,
+        ),
         (2, 1, 16, 16),
         None,
     ),
-    "diffusers' defaults, narrowed": (dict(block_out_channels=(32, 64, 64, 64)), (2, 3, 16, 16), None),
+    "diffusers' defaults, narrowed": (
+        dict(block_out_channels=(32, 64, 64, 64)),
+        (2, 3, 16, 16),
+        None,
+    ),
 }
 
 
@@ -105,7 +115,10 @@ def test_parity_with_diffusers(name, figure):
     got = ours(x, t, labels)
     assert got.shape == want.shape
     error = relative_error(got, want)
-    figure(f"UNet and diffusers, {name}, {count / 1e6:.1f} M parameters: relative error", f"{error:.1e}")
+    figure(
+        f"UNet and diffusers, {name}, {count / 1e6:.1f} M parameters: relative error",
+        f"{error:.1e}",
+    )
     assert error < 1e-5
 
 
@@ -124,7 +137,9 @@ def test_missing_keys_take_diffusers_defaults_and_underscored_ones_are_metadata(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         defaults = dict(diffusers.UNet2DModel().config)
-    assert UNetConfig.from_diffusers({"_class_name": "UNet2DModel", "_anything": 1}) == UNetConfig.from_diffusers(defaults)
+    assert UNetConfig.from_diffusers(
+        {"_class_name": "UNet2DModel", "_anything": 1}
+    ) == UNetConfig.from_diffusers(defaults)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +150,10 @@ def test_missing_keys_take_diffusers_defaults_and_underscored_ones_are_metadata(
         (dict(act_fn="gelu"), "act_fn='gelu' is not supported"),
         (dict(class_embed_type="timestep"), "class_embed_type='timestep' is not supported"),
         (dict(mid_block_type=None), "mid_block_type=None is not supported"),
-        (dict(down_block_types=("SkipDownBlock2D",) * 3), "block type 'SkipDownBlock2D' is not supported"),
+        (
+            dict(down_block_types=("SkipDownBlock2D",) * 3),
+            "block type 'SkipDownBlock2D' is not supported",
+        ),
         (dict(block_out_channels=(16, 32)), "one entry per level"),
         (dict(norm_num_groups=5), "norm_groups=5"),
         (dict(attention_head_dim=12), "attention heads"),
@@ -154,7 +172,14 @@ def test_heads_by_number_or_by_width_per_level():
         by_number.to_diffusers()
     with pytest.raises(ValueError, match="give one of them"):
         UNetConfig(heads=4, head_dim=8)
-    for bad in (dict(heads=1.5), dict(heads=0), dict(head_dim=0), dict(channels=5), dict(layers=0), dict(num_classes=0)):
+    for bad in (
+        dict(heads=1.5),
+        dict(heads=0),
+        dict(head_dim=0),
+        dict(channels=5),
+        dict(layers=0),
+        dict(num_classes=0),
+    ):
         with pytest.raises(ValueError, match=r"heads|integers of at least 1"):
             UNetConfig(**bad)
 
@@ -171,17 +196,26 @@ def test_residual_blocks_per_level():
         diffusers.UNet2DModel.from_config(expected)
     with pytest.raises(ValueError, match=r"layers=\(1, 3, 1\) has 3 entries"):
         UNetConfig.from_diffusers({**expected, "layers_per_block": [1, 3, 1]})
-    assert UNetConfig(channels=(32, 64), attention=False, layers=(2, 2)).to_diffusers()["layers_per_block"] == 2
+    assert (
+        UNetConfig(channels=(32, 64), attention=False, layers=(2, 2)).to_diffusers()[
+            "layers_per_block"
+        ]
+        == 2
+    )
 
 
 @torch.no_grad()
 def test_residual_blocks_per_level_are_those_of_diffusers():
     """`UNet2DModel` with the blocks that differ replaced by those of a deeper one: the truth for layers (1, 2)."""
-    common = dict(SMALL, block_out_channels=(16, 32), down_block_types=("DownBlock2D", "AttnDownBlock2D"))
+    common = dict(
+        SMALL, block_out_channels=(16, 32), down_block_types=("DownBlock2D", "AttnDownBlock2D")
+    )
     common["up_block_types"] = ("AttnUpBlock2D", "UpBlock2D")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        theirs, deeper = (diffusers.UNet2DModel(**dict(common, layers_per_block=n)).eval() for n in (1, 2))
+        theirs, deeper = (
+            diffusers.UNet2DModel(**dict(common, layers_per_block=n)).eval() for n in (1, 2)
+        )
     theirs.down_blocks[1], theirs.up_blocks[0] = deeper.down_blocks[1], deeper.up_blocks[0]
     ours = UNet(UNetConfig.from_diffusers(dict(theirs.config, layers_per_block=[1, 2]))).eval()
     ours.load_state_dict(theirs.state_dict(), strict=True)
@@ -189,7 +223,9 @@ def test_residual_blocks_per_level_are_those_of_diffusers():
     assert relative_error(ours(x, t), theirs(x, t).sample) < 1e-5
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str
+)
 @torch.no_grad()
 def test_runs_in_every_precision(dtype):
     ours, _ = ours_and_theirs(dict(SMALL, num_class_embeds=10))
@@ -217,7 +253,10 @@ def test_refuses_wrong_images(shape):
 
 
 def test_refuses_wrong_labels():
-    plain, classy = UNet(UNetConfig.from_diffusers(SMALL)), UNet(UNetConfig.from_diffusers(dict(SMALL, num_class_embeds=10)))
+    plain, classy = (
+        UNet(UNetConfig.from_diffusers(SMALL)),
+        UNet(UNetConfig.from_diffusers(dict(SMALL, num_class_embeds=10))),
+    )
     x = torch.zeros(2, 1, 16, 16)
     with pytest.raises(ValueError, match="labels given"):
         plain(x, 0, torch.tensor([1, 2]))
@@ -235,10 +274,19 @@ def test_refuses_wrong_labels():
         (dict(x_t=torch.zeros(2, 3, 8, 6)), "divisible by 4"),
         (dict(size=(8, 4)), r"expected \[B, 3, H, W\] with \(H, W\) = \(8, 4\)"),
         (dict(labels=None), r"labels missing; expected labels \[B\] in 0..4"),
-        (dict(labels=torch.zeros(3, dtype=torch.int64)), r"labels have shape \(3,\); expected \[2\]"),
-        (dict(labels=torch.tensor([0, 5])), r"labels: torch.int64 \(2,\) in 0..5; expected integers \[2\] in 0..4"),
+        (
+            dict(labels=torch.zeros(3, dtype=torch.int64)),
+            r"labels have shape \(3,\); expected \[2\]",
+        ),
+        (
+            dict(labels=torch.tensor([0, 5])),
+            r"labels: torch.int64 \(2,\) in 0..5; expected integers \[2\] in 0..4",
+        ),
         (dict(labels=torch.tensor([0.0, 1.0])), "labels: torch.float32"),
-        (dict(t=torch.tensor([0, 10])), r"t: torch.int64 \(2,\) in 0..10; expected integers \[2\] in 0..9"),
+        (
+            dict(t=torch.tensor([0, 10])),
+            r"t: torch.int64 \(2,\) in 0..10; expected integers \[2\] in 0..9",
+        ),
         (dict(t=torch.tensor([-1, 1])), r"t: .* in -1..1"),
         (dict(t=torch.tensor([True, False])), "t: torch.bool"),
         (dict(t=torch.tensor([1])), r"t: torch.int64 \(1,\); expected integers \[2\]"),
@@ -247,7 +295,12 @@ def test_refuses_wrong_labels():
 )
 def test_a_call_is_validated_by_the_configuration(call, message):
     config = UNetConfig(8, channels=(8, 16, 16), attention=False, norm_groups=4, num_classes=5)
-    valid = dict(x_t=torch.zeros(2, 3, 8, 8), labels=torch.tensor([0, 4]), t=torch.tensor([0, 9]), timesteps=10)
+    valid = dict(
+        x_t=torch.zeros(2, 3, 8, 8),
+        labels=torch.tensor([0, 4]),
+        t=torch.tensor([0, 9]),
+        timesteps=10,
+    )
     config.check_call(**valid)
     config.check_call(**valid, size=(8, 8))
     with pytest.raises(ValueError, match=message):

@@ -19,13 +19,33 @@ def run(tmp_path):
     (home / "samples").mkdir(parents=True)
     with open(home / "log.jsonl", "w") as f:
         for step in range(50, 2050, 50):
-            line = dict(step=step, images=64 * step, epoch=step / 938, loss=0.03 + 1 / step, seconds=step / 2)
+            line = dict(
+                step=step,
+                images=64 * step,
+                epoch=step / 938,
+                loss=0.03 + 1 / step,
+                seconds=step / 2,
+            )
             f.write(json.dumps(line) + "\n")
             if step % 500 == 0:
-                f.write(json.dumps(dict(step=step, ema_loss=0.028 + 1 / step, raw_loss=0.03 + 1 / step, held_out=True)) + "\n")
+                f.write(
+                    json.dumps(
+                        dict(
+                            step=step,
+                            ema_loss=0.028 + 1 / step,
+                            raw_loss=0.03 + 1 / step,
+                            held_out=True,
+                        )
+                    )
+                    + "\n"
+                )
         f.write('{"step": 2050, "los')  # as a kill leaves it
     for step in (500, 1000, 1500, 2000):
-        save_grid(home / "samples" / f"{step:08d}.png", np.full((12, 8, 8, 1), step // 10, np.uint8), columns=4)
+        save_grid(
+            home / "samples" / f"{step:08d}.png",
+            np.full((12, 8, 8, 1), step // 10, np.uint8),
+            columns=4,
+        )
     return home
 
 
@@ -33,7 +53,10 @@ def test_loss(run, tmp_path, monkeypatch):
     import ddpm_fast.plotting.training
 
     kept, save = [], ddpm_fast.plotting.training.save
-    monkeypatch.setattr("ddpm_fast.plotting.training.save", lambda figure, out: (kept.append(figure), save(figure, out)))
+    monkeypatch.setattr(
+        "ddpm_fast.plotting.training.save",
+        lambda figure, out: (kept.append(figure), save(figure, out)),
+    )
     plot_loss(run, tmp_path / "loss.png")
     lines = {line.get_label(): line.get_data() for line in kept[0].axes[0].get_lines()}
     assert len(lines) == 4
@@ -51,14 +74,31 @@ def test_losses_by_quartile_get_a_panel(run, tmp_path, monkeypatch):
     with open(run / "log.jsonl", "w") as f:
         for step in (1, 2, 3):
             quartiles = {f"loss_q{i}": None if i == step else i + 1 / step for i in range(4)}
-            f.write(json.dumps(dict(step=step, images=64 * step, epoch=step, loss=1 / step, seconds=step, **quartiles)) + "\n")
+            f.write(
+                json.dumps(
+                    dict(
+                        step=step,
+                        images=64 * step,
+                        epoch=step,
+                        loss=1 / step,
+                        seconds=step,
+                        **quartiles,
+                    )
+                )
+                + "\n"
+            )
             f.write(json.dumps(dict(step=step, ema_kid=0.1, ema_kid_deviation=0.01)) + "\n")
     kept, save = [], ddpm_fast.plotting.training.save
-    monkeypatch.setattr("ddpm_fast.plotting.training.save", lambda figure, out: (kept.append(figure), save(figure, out)))
+    monkeypatch.setattr(
+        "ddpm_fast.plotting.training.save",
+        lambda figure, out: (kept.append(figure), save(figure, out)),
+    )
     plot_loss(run, tmp_path / "loss.png")
     lines = [line.get_data() for line in kept[0].axes[1].get_lines()]
     assert [list(x) for x, _ in lines] == [[64, 128, 192]] * 4
-    assert lines[0][1] == pytest.approx([1, 1 / 2, 1 / 3]) and lines[2][1] == pytest.approx([3, np.nan, 2 + 1 / 3], nan_ok=True)
+    assert lines[0][1] == pytest.approx([1, 1 / 2, 1 / 3]) and lines[2][1] == pytest.approx(
+        [3, np.nan, 2 + 1 / 3], nan_ok=True
+    )
 
 
 def test_course(run, tmp_path):

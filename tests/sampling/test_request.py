@@ -21,7 +21,9 @@ PARAMS = [
 def test_json_there_and_back(params):
     text = params.to_json()
     assert SamplingParams.from_json(text) == params == SamplingParams(**asdict(params))
-    assert hash(SamplingParams.from_json(text)) == hash(params) and set(json.loads(text)) == set(asdict(params))
+    assert hash(SamplingParams.from_json(text)) == hash(params) and set(json.loads(text)) == set(
+        asdict(params)
+    )
     with pytest.raises(FrozenInstanceError):
         params.seed = 1
 
@@ -34,7 +36,10 @@ def test_equal_requests_are_equal_whatever_their_types():
     assert len(set(given)) == 1 and len({p.to_json() for p in given}) == 1
     steps = [[9, 5, 0], (9, 5, 0), np.array([9, 5, 0]), torch.tensor([9, 5, 0])]
     assert {SamplingParams(steps=s) for s in steps} == {SamplingParams(steps=(9, 5, 0))}
-    assert SamplingParams(eta=0) == SamplingParams() and SamplingParams.from_json("{}") == SamplingParams()
+    assert (
+        SamplingParams(eta=0) == SamplingParams()
+        and SamplingParams.from_json("{}") == SamplingParams()
+    )
 
 
 @pytest.mark.parametrize("params", PARAMS, ids=str)
@@ -42,7 +47,9 @@ def test_keywords_and_params_are_the_same_request(params):
     want = SAMPLER.sample(3, **asdict(params), output="float") if params.steps else None
     if want is not None:
         assert torch.equal(SAMPLER.sample(3, params, output="float"), want)
-        assert torch.equal(torch.cat([x for _, x in SAMPLER.stream(3, params, batch_size=2, output="float")]), want)
+        assert torch.equal(
+            torch.cat([x for _, x in SAMPLER.stream(3, params, batch_size=2, output="float")]), want
+        )
     a, b = SAMPLER.table(params), SAMPLER.table(**asdict(params))
     assert np.array_equal(a.t, b.t) and np.array_equal(a.coef, b.coef)
 
@@ -81,7 +88,9 @@ def test_refuses_other_json(text):
 
 
 def test_params_and_keywords_together_are_refused():
-    with pytest.raises(ValueError, match=r"params and seed were both given; use dataclasses.replace"):
+    with pytest.raises(
+        ValueError, match=r"params and seed were both given; use dataclasses.replace"
+    ):
         SAMPLER.sample(1, SamplingParams(), seed=1)
     with pytest.raises(ValueError, match="params is int; expected SamplingParams"):
         SAMPLER.sample(1, 7)

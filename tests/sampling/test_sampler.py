@@ -24,7 +24,14 @@ def gaussian_sampler(**options):
 
 def small_unet(num_classes=10, **options):
     torch.manual_seed(0)
-    config = dict(sample_size=16, in_channels=1, out_channels=1, channels=(16, 32), layers=1, attention=(False, True))
+    config = dict(
+        sample_size=16,
+        in_channels=1,
+        out_channels=1,
+        channels=(16, 32),
+        layers=1,
+        attention=(False, True),
+    )
     return UNet(UNetConfig(**config, norm_groups=4, num_classes=num_classes, **options)).eval()
 
 
@@ -35,7 +42,9 @@ def unet_sampler(**options):
 def chain_of_the_gaussian(table):
     """Mean and standard deviation after the table's steps, exactly: every step is linear in x_t."""
     mean, var = 0.0, 1.0
-    for t, (x_0_x, x_0_out, _, mean_x_0, mean_x, mean_out, _, sigma, *_) in zip(table.t, table.coef, strict=True):
+    for t, (x_0_x, x_0_out, _, mean_x_0, mean_x, mean_out, _, sigma, *_) in zip(
+        table.t, table.coef, strict=True
+    ):
         bar, noise = SCHEDULE.alpha_bar[t], SCHEDULE.noise_var[t]
         eps_x = np.sqrt(noise) / (bar * STD**2 + noise)
         eps_1 = -eps_x * np.sqrt(bar) * MEAN
@@ -71,23 +80,37 @@ def test_gaussian_data_comes_out_as_the_chain_says(variance, options, ratio, fig
         assert std / STD == pytest.approx(ratio, abs=1e-3)
 
 
-@pytest.mark.parametrize("options", [dict(steps=20), dict(solver="ddim", steps=20, eta=0.5)], ids=str)
+@pytest.mark.parametrize(
+    "options", [dict(steps=20), dict(solver="ddim", steps=20, eta=0.5)], ids=str
+)
 def test_an_image_does_not_depend_on_its_batch_pointwise(options):
     sampler = gaussian_sampler()
     whole = sampler.sample(7, seed=3, output="float", **options)
     for batch_size in (1, 3):
         torch.testing.assert_close(
-            sampler.sample(7, seed=3, output="float", batch_size=batch_size, **options), whole, rtol=0, atol=1e-6
+            sampler.sample(7, seed=3, output="float", batch_size=batch_size, **options),
+            whole,
+            rtol=0,
+            atol=1e-6,
         )
-    torch.testing.assert_close(sampler.sample(range(4, 6), seed=3, output="float", **options), whole[4:6], rtol=0, atol=1e-6)
-    torch.testing.assert_close(sampler.sample([6, 2], seed=3, output="float", **options), whole[[6, 2]], rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        sampler.sample(range(4, 6), seed=3, output="float", **options),
+        whole[4:6],
+        rtol=0,
+        atol=1e-6,
+    )
+    torch.testing.assert_close(
+        sampler.sample([6, 2], seed=3, output="float", **options), whole[[6, 2]], rtol=0, atol=1e-6
+    )
 
 
 def test_an_image_does_not_depend_on_its_batch_unet(figure):
     sampler = unet_sampler()
     options = dict(seed=2**64 - 1, steps=30, output="float")
     whole = sampler.sample(8, **options)
-    worst = max(float((sampler.sample(8, batch_size=b, **options) - whole).abs().max()) for b in (1, 3, 5))
+    worst = max(
+        float((sampler.sample(8, batch_size=b, **options) - whole).abs().max()) for b in (1, 3, 5)
+    )
     figure("UNet on the CPU, batches of 1, 3, 5 against 8: largest difference", f"{worst:.1e}")
     assert worst < 1e-4
     pixels, alone = to_uint8(whole), sampler.sample(range(5, 6), **{**options, "output": "uint8"})
@@ -108,7 +131,9 @@ def test_stream_yields_what_sample_returns():
     sampler = gaussian_sampler()
     pieces = list(sampler.stream(range(10, 17), batch_size=3, seed=5, steps=5))
     assert [first for first, _ in pieces] == [10, 13, 16]
-    assert torch.equal(torch.cat([x for _, x in pieces]), sampler.sample(range(10, 17), seed=5, steps=5))
+    assert torch.equal(
+        torch.cat([x for _, x in pieces]), sampler.sample(range(10, 17), seed=5, steps=5)
+    )
 
 
 def test_x_T_and_noise_are_the_streams_of_the_image():
@@ -121,7 +146,14 @@ def test_x_T_and_noise_are_the_streams_of_the_image():
 def test_counts_and_indices_of_every_kind():
     sampler = gaussian_sampler()
     want = sampler.sample(3, steps=2)
-    for images in (np.int64(3), range(3), [0, 1, 2], (0, 1, 2), np.arange(3), torch.arange(3, dtype=torch.int32)):
+    for images in (
+        np.int64(3),
+        range(3),
+        [0, 1, 2],
+        (0, 1, 2),
+        np.arange(3),
+        torch.arange(3, dtype=torch.int32),
+    ):
         assert torch.equal(sampler.sample(images, seed=np.uint64(0), steps=np.int32(2)), want)
     assert sampler.sample([]).shape == sampler.sample(range(5, 5)).shape == (0, 8, 8, 1)
 
@@ -155,10 +187,16 @@ def test_classes():
     options = dict(steps=2, output="float")
     drawn = sampler.begin(torch.arange(2000), 0).labels
     assert drawn.bincount(minlength=10).min() > 140 and drawn.max() == 9  # each class 200 +- 13
-    assert torch.equal(sampler.begin(torch.tensor([77]), 0).labels, drawn[77:78])  # the image's own, whatever the batch
+    assert torch.equal(
+        sampler.begin(torch.tensor([77]), 0).labels, drawn[77:78]
+    )  # the image's own, whatever the batch
     assert torch.equal(sampler.sample(3, labels=drawn[:3], **options), sampler.sample(3, **options))
-    assert torch.equal(sampler.sample(3, labels=4, **options), sampler.sample(3, labels=[4, 4, 4], **options))
-    assert not torch.equal(sampler.sample(3, labels=4, **options), sampler.sample(3, labels=5, **options))
+    assert torch.equal(
+        sampler.sample(3, labels=4, **options), sampler.sample(3, labels=[4, 4, 4], **options)
+    )
+    assert not torch.equal(
+        sampler.sample(3, labels=4, **options), sampler.sample(3, labels=5, **options)
+    )
 
 
 @pytest.mark.parametrize("solver", ["ddpm", "ddim"])
@@ -169,7 +207,9 @@ def test_learned_variance(solver):
         return torch.cat([gaussian_denoiser(x_t, t), torch.ones_like(x_t)], dim=1)
 
     options = dict(solver=solver, steps=10, output="float")
-    got = Sampler(model, SCHEDULE, (1, 8, 8), variance="learned_range", clip=None).sample(4, **options)
+    got = Sampler(model, SCHEDULE, (1, 8, 8), variance="learned_range", clip=None).sample(
+        4, **options
+    )
     torch.testing.assert_close(got, gaussian_sampler().sample(4, **options), rtol=0, atol=1e-5)
 
 
@@ -205,7 +245,9 @@ def test_the_default_dtype_does_not_reach_the_noise():
 
 
 def test_long_ranges_are_not_written_out():
-    first, images = next(gaussian_sampler().stream(range(10**15, 2 * 10**15), batch_size=2, steps=2))
+    first, images = next(
+        gaussian_sampler().stream(range(10**15, 2 * 10**15), batch_size=2, steps=2)
+    )
     assert first == 10**15 and images.shape == (2, 8, 8, 1)
 
 
@@ -218,7 +260,9 @@ def test_other_predictions_give_the_same_images(prediction):
         return (x_0 if prediction == "x_0" else bar.sqrt() * eps - (1 - bar).sqrt() * x_0).float()
 
     got = gaussian_sampler_of(model, prediction).sample(2, steps=50, output="float")
-    torch.testing.assert_close(got, gaussian_sampler().sample(2, steps=50, output="float"), rtol=0, atol=2e-3)
+    torch.testing.assert_close(
+        got, gaussian_sampler().sample(2, steps=50, output="float"), rtol=0, atol=2e-3
+    )
 
 
 def gaussian_sampler_of(model, prediction):
@@ -236,14 +280,31 @@ def test_output():
     sampler = gaussian_sampler(shape=(3, 8, 4), clip=1.0)
     pixels, x = sampler.sample(2, steps=3), sampler.sample(2, steps=3, output="float")
     assert pixels.dtype == torch.uint8 and pixels.shape == (2, 8, 4, 3) and x.shape == (2, 3, 8, 4)
-    want = np.rint((np.clip(x.numpy().astype(np.float64), -1, 1) + 1) * 127.5).astype(np.uint8).transpose(0, 2, 3, 1)
-    assert np.abs(pixels.numpy().astype(int) - want).max() <= 1 and (pixels.numpy() == want).mean() > 0.99
-    assert to_uint8(torch.tensor([-2.0, -1, 0.999, 1, 2]).view(1, 1, 1, 5)).flatten().tolist() == [0, 0, 255, 255, 255]
+    want = (
+        np.rint((np.clip(x.numpy().astype(np.float64), -1, 1) + 1) * 127.5)
+        .astype(np.uint8)
+        .transpose(0, 2, 3, 1)
+    )
+    assert (
+        np.abs(pixels.numpy().astype(int) - want).max() <= 1
+        and (pixels.numpy() == want).mean() > 0.99
+    )
+    assert to_uint8(torch.tensor([-2.0, -1, 0.999, 1, 2]).view(1, 1, 1, 5)).flatten().tolist() == [
+        0,
+        0,
+        255,
+        255,
+        255,
+    ]
     assert sampler.sample(0).shape == (0, 8, 4, 3)
 
 
 def test_nothing_broken_is_returned():
-    broken = Sampler(lambda x, t: torch.where(torch.arange(len(x))[:, None, None, None] == 1, float("nan"), x), SCHEDULE, (1, 4, 4))
+    broken = Sampler(
+        lambda x, t: torch.where(torch.arange(len(x))[:, None, None, None] == 1, float("nan"), x),
+        SCHEDULE,
+        (1, 4, 4),
+    )
     with pytest.raises(RuntimeError, match=r"images \[8\] contain NaN or Inf"):
         broken.sample(range(7, 10), steps=2)
 
@@ -266,7 +327,10 @@ def test_nothing_broken_is_returned():
         (dict(indices=2, output="pil"), "output 'pil'"),
         (dict(indices=2, labels=3), "unconditional"),
         (dict(indices=2, start=(torch.zeros(1, 1, 8, 8), 5)), r"expected floating \(2, 1, 8, 8\)"),
-        (dict(indices=2, start=(torch.zeros(2, 1, 8, 8, dtype=torch.uint8), 5)), "images are torch.uint8"),
+        (
+            dict(indices=2, start=(torch.zeros(2, 1, 8, 8, dtype=torch.uint8), 5)),
+            "images are torch.uint8",
+        ),
         (dict(indices=2, start=(torch.zeros(2, 1, 8, 8), 1000)), "timestep = 1000"),
         (dict(indices=2, start=(torch.zeros(2, 1, 8, 8), None)), "timestep = None"),
         (dict(indices=2, start=torch.zeros(2, 1, 8, 8)), "start is Tensor"),
@@ -280,7 +344,9 @@ def test_refuses(options, message):
         gaussian_sampler().sample(**options)
 
 
-@pytest.mark.parametrize("labels", [10, -1, [1, 2, 3], [0.5, 0.5], True, [True, False], "a", [1, None]])
+@pytest.mark.parametrize(
+    "labels", [10, -1, [1, 2, 3], [0.5, 0.5], True, [True, False], "a", [1, None]]
+)
 def test_refuses_labels(labels):
     with pytest.raises(ValueError, match="labels"):
         unet_sampler().sample(2, labels=labels, steps=2)
@@ -296,7 +362,10 @@ def test_refuses_at_construction():
     ):
         with pytest.raises(ValueError, match="expected"):
             gaussian_sampler(**options)
-    with pytest.raises(ValueError, match="needs a network with 2 output channels, mean and variance; this one has 1"):
+    with pytest.raises(
+        ValueError,
+        match="needs a network with 2 output channels, mean and variance; this one has 1",
+    ):
         unet_sampler(variance="learned_range")
     with pytest.raises(ValueError, match="every = 0"):
         Trajectory(0)

@@ -19,7 +19,9 @@ def write(sink, batches, first):
 
 def test_folder_has_a_png_per_image_named_by_its_index(tmp_path):
     write(open_sink(tmp_path / "many", range(7, 12), 3), IMAGES.split(2), 7)
-    assert sorted(p.name for p in (tmp_path / "many").iterdir()) == [f"{i:06d}.png" for i in range(7, 12)]
+    assert sorted(p.name for p in (tmp_path / "many").iterdir()) == [
+        f"{i:06d}.png" for i in range(7, 12)
+    ]
     for i, want in zip(range(7, 12), IMAGES.numpy(), strict=True):
         assert np.array_equal(np.array(Image.open(tmp_path / "many" / f"{i:06d}.png")), want)
 
@@ -41,7 +43,9 @@ def test_arrays_hold_what_was_written_also_if_the_run_was_stopped(tmp_path, coun
     write(open_sink(tmp_path / "a.npz", range(2, 7)), IMAGES[:count].split(2), 2)
     write(open_sink(tmp_path / "a.npy", range(2, 7)), IMAGES[:count].split(2), 2)
     with np.load(tmp_path / "a.npz") as arrays:
-        assert np.array_equal(arrays["images"], IMAGES[:count]) and arrays["indices"].tolist() == list(range(2, 2 + count))
+        assert np.array_equal(arrays["images"], IMAGES[:count]) and arrays[
+            "indices"
+        ].tolist() == list(range(2, 2 + count))
     assert np.array_equal(np.load(tmp_path / "a.npy"), IMAGES[:count])
 
 

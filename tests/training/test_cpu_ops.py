@@ -40,9 +40,19 @@ def inputs(shape, dtype, time=True, residual=True, mean=0.0):
     n, c, h, w, groups = shape
     g = torch.Generator().manual_seed(c + h)
     draw = lambda *s: torch.randn(*s, generator=g)
-    x, dy, dres = (rows(v, dtype) for v in (draw(n, c, h, w) + mean, draw(n, c, h, w), draw(n, c, h, w)))
+    x, dy, dres = (
+        rows(v, dtype) for v in (draw(n, c, h, w) + mean, draw(n, c, h, w), draw(n, c, h, w))
+    )
     time = draw(n, c).to(dtype) if time else None
-    return dict(x=x, time=time, gamma=draw(c) + 1, beta=draw(c), groups=groups, dy=dy, dres=dres if residual else None)
+    return dict(
+        x=x,
+        time=time,
+        gamma=draw(c) + 1,
+        beta=draw(c),
+        groups=groups,
+        dy=dy,
+        dres=dres if residual else None,
+    )
 
 
 def results_of(function, v, silu=True, dtype=None):
@@ -74,7 +84,11 @@ def check(v, silu=True):
     exact = results_of(plain, v, silu, torch.float64)
     results, others = results_of(fused.group_norm_silu, v, silu), results_of(pytorch, v, silu)
     bf16 = v["x"].dtype == BF16
-    floor = [2e-3, 2e-3, *[2e-3] * (v["time"] is not None), 1e-6, 1e-6] if bf16 else [1e-7, 2e-7, *[4e-7] * 3]
+    floor = (
+        [2e-3, 2e-3, *[2e-3] * (v["time"] is not None), 1e-6, 1e-6]
+        if bf16
+        else [1e-7, 2e-7, *[4e-7] * 3]
+    )
     assert len(results) == len(exact)
     for k, (result, other, truth) in enumerate(zip(results, others, exact, strict=True)):
         assert result.shape == truth.shape and result.isfinite().all()
@@ -117,7 +131,9 @@ def test_gradient_of_the_reference():
     v = inputs((2, 4, 2, 3, 2), FP32)
     leaves = [v[k].double().contiguous().requires_grad_() for k in ("x", "time", "gamma", "beta")]
     for silu in (True, False):
-        assert torch.autograd.gradcheck(lambda *a, silu=silu: fused.group_norm_silu_reference(*a, 2, 1e-5, silu), leaves)
+        assert torch.autograd.gradcheck(
+            lambda *a, silu=silu: fused.group_norm_silu_reference(*a, 2, 1e-5, silu), leaves
+        )
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])
@@ -138,10 +154,22 @@ def test_bf16_rounds_to_nearest_even_and_keeps_nan():
     c = 8
     x = rows(torch.randn(2, c, 4, 4, generator=torch.Generator().manual_seed(3)), BF16)
     x[0, 0, 0, 0] = float("nan")
-    v = dict(x=x, time=None, gamma=torch.ones(c), beta=torch.zeros(c), groups=2, dy=torch.ones_like(x), dres=None)
+    v = dict(
+        x=x,
+        time=None,
+        gamma=torch.ones(c),
+        beta=torch.zeros(c),
+        groups=2,
+        dy=torch.ones_like(x),
+        dres=None,
+    )
     y, dx, *_ = results_of(fused.group_norm_silu, v)
     for result in (y, dx):
-        assert result[0, :4].isnan().all() and result[0, 4:].isfinite().all() and result[1].isfinite().all()
+        assert (
+            result[0, :4].isnan().all()
+            and result[0, 4:].isfinite().all()
+            and result[1].isfinite().all()
+        )
     wide = results_of(fused.group_norm_silu, dict(v, x=x.float()))
     for result, truth in zip((y, dx), wide, strict=False):
         assert torch.equal(result.float().nan_to_num(7), truth.to(BF16).float().nan_to_num(7))
@@ -158,7 +186,9 @@ def test_an_unused_output_has_no_gradient():
 
 # ---- in the network and in the trainer
 
-DATA = ImageData(np.random.default_rng(0).integers(0, 256, (32, 8, 8, 1), dtype=np.uint8), np.arange(32) % 3)
+DATA = ImageData(
+    np.random.default_rng(0).integers(0, 256, (32, 8, 8, 1), dtype=np.uint8), np.arange(32) % 3
+)
 NETWORKS = {
     "usual": {},
     "scale and shift": dict(scale_shift=True),
@@ -170,22 +200,38 @@ NETWORKS = {
 
 def network(name="usual"):
     torch.manual_seed(0)
-    config = dict(sample_size=8, in_channels=1, out_channels=1, channels=(8, 16), layers=1, attention=(False, True))
+    config = dict(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        channels=(8, 16),
+        layers=1,
+        attention=(False, True),
+    )
     return UNet(UNetConfig(**config | dict(norm_groups=4, num_classes=3) | NETWORKS[name]))
 
 
 def trainer(name="usual", **options):
-    options = dict(train_batch_size=16, max_train_steps=100, lr_warmup_steps=3, learning_rate=1e-3) | options
+    options = (
+        dict(train_batch_size=16, max_train_steps=100, lr_warmup_steps=3, learning_rate=1e-3)
+        | options
+    )
     return Trainer(network(name), NoiseSchedule.linear(), DATA, TrainConfig(**options), "cpu")
 
 
 def gradient_of(unet, autocast=False):
     generator = torch.Generator().manual_seed(1)
-    x, t, labels = torch.randn(4, 1, 8, 8, generator=generator), torch.tensor([0, 300, 600, 999]), torch.tensor([0, 1, 2, 0])
+    x, t, labels = (
+        torch.randn(4, 1, 8, 8, generator=generator),
+        torch.tensor([0, 300, 600, 999]),
+        torch.tensor([0, 1, 2, 0]),
+    )
     with torch.autocast("cpu", BF16, enabled=autocast):
         out = unet(x.to(unet.dtype), t, labels)
     loss = out.double().square().mean()
-    return torch.cat([g.double().flatten() for g in torch.autograd.grad(loss, list(unet.parameters()))])
+    return torch.cat(
+        [g.double().flatten() for g in torch.autograd.grad(loss, list(unet.parameters()))]
+    )
 
 
 @pytest.mark.parametrize("name", [n for n in NETWORKS if n != "dropout"])
@@ -263,7 +309,11 @@ def test_fallback_where_the_fused_form_does_not_fit(monkeypatch):
     x = torch.randn(2, 8, 4, 4, dtype=torch.float64)
     assert torch.equal(cpu_ops._norm_silu(norm, x)[0], F.silu(norm(x)))
     norm, x = norm.float(), x.float()
-    assert fused.fits(x, norm.weight) and not fused.fits(x[:, :6], norm.weight) and not fused.fits(x[:0], norm.weight)
+    assert (
+        fused.fits(x, norm.weight)
+        and not fused.fits(x[:, :6], norm.weight)
+        and not fused.fits(x[:0], norm.weight)
+    )
     monkeypatch.setattr(cpu_ops, "native", None)
     assert torch.equal(cpu_ops._norm_silu(norm, x)[0], F.silu(norm(x)))
 
@@ -274,10 +324,17 @@ def test_products_in_fp32_where_the_cpu_has_no_bf16(monkeypatch):
         monkeypatch.setattr(cpu_ops, "_is_native", lambda dtype, native=native: native)
         unet = network()
         use_wide_backward(unet)
-        replaced = [m for m in unet.modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear)) and "forward" in vars(m)]
+        replaced = [
+            m
+            for m in unet.modules()
+            if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear)) and "forward" in vars(m)
+        ]
         assert bool(replaced) is not native
     torch.manual_seed(0)
-    for layer, x in ((torch.nn.Conv2d(8, 8, 3), torch.randn(2, 8, 5, 5)), (torch.nn.Linear(8, 4), torch.randn(3, 8))):
+    for layer, x in (
+        (torch.nn.Conv2d(8, 8, 3), torch.randn(2, 8, 5, 5)),
+        (torch.nn.Linear(8, 4), torch.randn(3, 8)),
+    ):
         expected = layer(x)
         with torch.autocast("cpu", BF16):
             result = cpu_ops._product(layer, x)
@@ -288,7 +345,10 @@ def test_products_in_fp32_where_the_cpu_has_no_bf16(monkeypatch):
 def test_the_network_of_a_compiling_trainer_is_one_graph(precision, monkeypatch):
     compile_unet = lambda unet: torch._dynamo.optimize("aot_eager", nopython=True)(unet)
     monkeypatch.setattr(torch, "compile", compile_unet)
-    compiled, eager = trainer(mixed_precision=precision, compile=True), trainer(mixed_precision=precision)
+    compiled, eager = (
+        trainer(mixed_precision=precision, compile=True),
+        trainer(mixed_precision=precision),
+    )
     compiled.step()
     eager.step()
     tolerance = 2e-2 if precision == "bf16" else 1e-5

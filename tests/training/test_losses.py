@@ -29,12 +29,25 @@ KINDS = [
 def unet_for(loss_type="simple", **_):
     torch.manual_seed(0)
     out = 2 if loss_type in ("hybrid", "vlb") else 1
-    config = dict(sample_size=8, in_channels=1, out_channels=out, channels=(8, 16), layers=1, attention=(False, True))
+    config = dict(
+        sample_size=8,
+        in_channels=1,
+        out_channels=out,
+        channels=(8, 16),
+        layers=1,
+        attention=(False, True),
+    )
     return UNet(UNetConfig(**config, norm_groups=4))
 
 
 def trainer(schedule=SHORT, data=DATA, **options):
-    options = {"train_batch_size": 8, "max_train_steps": 100, "lr_warmup_steps": 3, "learning_rate": 1e-3, **options}
+    options = {
+        "train_batch_size": 8,
+        "max_train_steps": 100,
+        "lr_warmup_steps": 3,
+        "learning_rate": 1e-3,
+        **options,
+    }
     return Trainer(unet_for(**options), schedule, data, TrainConfig(**options), "cpu")
 
 
@@ -47,7 +60,10 @@ def test_gradient_is_that_of_the_formula_in_fp64(options):
     inputs, unet = t._noised(t.feed.batch(0)), unet_for(**options).double()
     out = unet(inputs.x_t.double(), inputs.t)
     eps = N.noise_reference(inputs.seed, inputs.image, inputs.row, N.Q_SAMPLE, (1, 8, 8)).double()
-    a, s = (torch.from_numpy(np.sqrt(v))[inputs.t][:, None, None, None] for v in (SHORT.alpha_bar, SHORT.noise_var))
+    a, s = (
+        torch.from_numpy(np.sqrt(v))[inputs.t][:, None, None, None]
+        for v in (SHORT.alpha_bar, SHORT.noise_var)
+    )
     prediction = options.get("prediction_type", "eps")
     truth = {"eps": eps, "x_0": inputs.x_0, "v": a * eps - s * inputs.x_0}[prediction]
     loss = (out[:, :1] - truth).square().mean((1, 2, 3))
@@ -60,7 +76,9 @@ def test_gradient_is_that_of_the_formula_in_fp64(options):
         kept = torch.cat([out[:, :1].detach(), out[:, 1:]], dim=1)
         loss = loss + 12 / 1000 * bound.terms(kept, inputs.x_0, inputs.x_t, inputs.t)
     exact = torch.autograd.grad(loss.mean(), list(unet.parameters()))
-    exact = torch.cat([g.permute(0, 2, 3, 1).flatten() if g.ndim == 4 else g.flatten() for g in exact])
+    exact = torch.cat(
+        [g.permute(0, 2, 3, 1).flatten() if g.ndim == 4 else g.flatten() for g in exact]
+    )
     assert relative_error(got, exact) < 2e-5
 
 
@@ -102,12 +120,19 @@ def test_threads_draw_and_learn_the_same():
 
 
 def test_vlb_brings_the_bits_down():
-    data = ImageData(np.full((64, 8, 8, 1), 90, np.uint8) + (np.arange(64) % 2 * 60).astype(np.uint8)[:, None, None, None])
+    data = ImageData(
+        np.full((64, 8, 8, 1), 90, np.uint8)
+        + (np.arange(64) % 2 * 60).astype(np.uint8)[:, None, None, None]
+    )
 
     def bits(t):
-        return bits_per_dimension(Sampler(t.ema, SHORT, (1, 8, 8), variance="learned_range", clip=None), data).mean
+        return bits_per_dimension(
+            Sampler(t.ema, SHORT, (1, 8, 8), variance="learned_range", clip=None), data
+        ).mean
 
-    t = trainer(data=data, loss_type="vlb", learning_rate=1e-3, max_train_steps=150, train_batch_size=16)
+    t = trainer(
+        data=data, loss_type="vlb", learning_rate=1e-3, max_train_steps=150, train_batch_size=16
+    )
     before = bits(t)
     for _ in range(150):
         t.step()
@@ -115,7 +140,9 @@ def test_vlb_brings_the_bits_down():
 
 
 def test_refuses_what_does_not_fit():
-    with pytest.raises(ValueError, match=r"must take 1 and give 2 \(mean and variance\); it takes 1 and gives 1"):
+    with pytest.raises(
+        ValueError, match=r"must take 1 and give 2 \(mean and variance\); it takes 1 and gives 1"
+    ):
         Trainer(unet_for(), SHORT, DATA, TrainConfig(8, loss_type="vlb"), "cpu")
     with pytest.raises(ValueError, match="let the network predict x_0 or v"):
         trainer(SHORT.zero_terminal_snr())
@@ -151,13 +178,48 @@ def test_command_line_to_a_model_that_knows_its_variance(tmp_path, capsys):
             cli.main([str(a) for a in arguments])
         assert end.value.code == 0, capsys.readouterr().err
 
-    train = ["train", "--train-data-dir", tmp_path / "images.npz", "--output-dir", tmp_path / "run", *tiny, *kind]
+    train = [
+        "train",
+        "--train-data-dir",
+        tmp_path / "images.npz",
+        "--output-dir",
+        tmp_path / "run",
+        *tiny,
+        *kind,
+    ]
     call(*train, "--max-train-steps", 40)
     call(*train, "--max-train-steps", 44, "--resume-from-checkpoint", "latest")
     checkpoint = load_pretrained(tmp_path / "run" / "model")
     assert checkpoint.variance == "learned_range" and checkpoint.unet.config.out_channels == 2
-    call("sample", "--weights", tmp_path / "run" / "model", "--images", 2, "--out", tmp_path / "a.npy")
-    v = [*train[:4], tmp_path / "v", *tiny, "--rescale-betas-zero-snr", "--prediction-type", "v", "--loss-type", "min-snr"]
+    call(
+        "sample",
+        "--weights",
+        tmp_path / "run" / "model",
+        "--images",
+        2,
+        "--out",
+        tmp_path / "a.npy",
+    )
+    v = [
+        *train[:4],
+        tmp_path / "v",
+        *tiny,
+        "--rescale-betas-zero-snr",
+        "--prediction-type",
+        "v",
+        "--loss-type",
+        "min-snr",
+    ]
     call(*v, "--max-train-steps", 2)
     assert load_pretrained(tmp_path / "v" / "model").schedule.alpha_bar[-1] == 0
-    call("sample", "--weights", tmp_path / "v" / "model", "--images", 2, "--steps", 5, "--out", tmp_path / "b.npy")
+    call(
+        "sample",
+        "--weights",
+        tmp_path / "v" / "model",
+        "--images",
+        2,
+        "--steps",
+        5,
+        "--out",
+        tmp_path / "b.npy",
+    )

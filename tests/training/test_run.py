@@ -16,19 +16,43 @@ import pytest
 import torch
 
 from ddpm_fast import Sampler, load_pretrained
-from ddpm_fast.training.checkpoints import checkpoints, latest_checkpoint, lock, read_checkpoint, read_log, write_checkpoint
+from ddpm_fast.training.checkpoints import (
+    checkpoints,
+    latest_checkpoint,
+    lock,
+    read_checkpoint,
+    read_log,
+    write_checkpoint,
+)
 
 pytest.importorskip("click")
 pytest.importorskip("safetensors")
 cli = import_module("ddpm_fast.cli.main")
-TINY = ("--resolution", 8, "--channels", "8,16", "--layers", 1, "--head-dim", 8, "--train-batch-size", 4, "--lr-warmup-steps", 2)
+TINY = (
+    "--resolution",
+    8,
+    "--channels",
+    "8,16",
+    "--layers",
+    1,
+    "--head-dim",
+    8,
+    "--train-batch-size",
+    4,
+    "--lr-warmup-steps",
+    2,
+)
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "images.npz"
     generator = np.random.default_rng(0)
-    np.savez(path, images=generator.integers(0, 256, (22, 8, 8, 1), dtype=np.uint8), labels=np.arange(22) % 3)
+    np.savez(
+        path,
+        images=generator.integers(0, 256, (22, 8, 8, 1), dtype=np.uint8),
+        labels=np.arange(22) % 3,
+    )
     return path
 
 
@@ -36,7 +60,12 @@ def data(tmp_path_factory):
 def train(capsys, data, tmp_path):
     def call(*more, out=tmp_path / "run"):
         with pytest.raises(SystemExit) as end:
-            cli.main([str(a) for a in ("train", "--train-data-dir", data, "--output-dir", out, *TINY, *more)])
+            cli.main(
+                [
+                    str(a)
+                    for a in ("train", "--train-data-dir", data, "--output-dir", out, *TINY, *more)
+                ]
+            )
         return end.value.code, *capsys.readouterr()
 
     return call
@@ -52,18 +81,46 @@ def same_state(a, b):
 
 
 def test_leaves_everything(train, tmp_path):
-    code, out, _ = train("--max-train-steps", 12, "--logging-steps", 4, "--checkpointing-steps", 5, "--save-images-epochs", 1)
+    code, out, _ = train(
+        "--max-train-steps",
+        12,
+        "--logging-steps",
+        4,
+        "--checkpointing-steps",
+        5,
+        "--save-images-epochs",
+        1,
+    )
     run = tmp_path / "run"
     assert code == 0 and "all steps done: step 12" in out
-    assert [p.name for p in checkpoints(run)] == ["checkpoint-00000010.safetensors", "checkpoint-00000012.safetensors"]
+    assert [p.name for p in checkpoints(run)] == [
+        "checkpoint-00000010.safetensors",
+        "checkpoint-00000012.safetensors",
+    ]
     lines = read_log(run / "log.jsonl")
     assert [line["step"] for line in lines if "loss" in line] == [4, 8, 12]
-    assert [line["step"] for line in lines if "ema_loss" in line] == [6, 12] and not lines[-1]["held_out"]
-    assert lines[0].keys() >= {"images", "epoch", "loss", "grad_norm", "skipped", "lr", "images_per_second", "seconds"}
+    assert [line["step"] for line in lines if "ema_loss" in line] == [6, 12] and not lines[-1][
+        "held_out"
+    ]
+    assert lines[0].keys() >= {
+        "images",
+        "epoch",
+        "loss",
+        "grad_norm",
+        "skipped",
+        "lr",
+        "images_per_second",
+        "seconds",
+    }
     assert {p.name for p in (run / "samples").iterdir()} == {"00000006.png", "00000012.png"}
     trained, _ = state_of(run, 12)
     shipped = load_pretrained(run / "model").unet
-    vector = torch.cat([p.permute(0, 2, 3, 1).flatten() if p.ndim == 4 else p.flatten() for p in shipped.parameters()])
+    vector = torch.cat(
+        [
+            p.permute(0, 2, 3, 1).flatten() if p.ndim == 4 else p.flatten()
+            for p in shipped.parameters()
+        ]
+    )
     assert torch.equal(vector, trained["ema"])  # the average is what is shipped
     assert Sampler.from_pretrained(run / "model", "cpu").sample(2, steps=2).shape == (2, 8, 8, 1)
 
@@ -73,12 +130,35 @@ def test_json_goes_to_stdout_and_words_to_stderr(train):
     assert code == 0 and json.loads(out)["step"] == 2 and "step 1 of 2" in err
 
 
-@pytest.mark.parametrize("options", [(), ("--mixed-precision", "fp16"), ("--random-flip", "--dropout", "0.1")], ids=" ".join)
+@pytest.mark.parametrize(
+    "options",
+    [(), ("--mixed-precision", "fp16"), ("--random-flip", "--dropout", "0.1")],
+    ids=" ".join,
+)
 def test_twenty_steps_are_ten_a_kill_and_ten(train, data, tmp_path, options):
-    steps = ("--max-train-steps", 20, "--checkpointing-steps", 10, "--logging-steps", 4, *map(str, options))
+    steps = (
+        "--max-train-steps",
+        20,
+        "--checkpointing-steps",
+        10,
+        "--logging-steps",
+        4,
+        *map(str, options),
+    )
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     assert train(*steps, out=straight)[0] == 0
-    command = [sys.executable, "-m", "ddpm_fast", "train", "--train-data-dir", data, "--output-dir", killed, *TINY, *steps]
+    command = [
+        sys.executable,
+        "-m",
+        "ddpm_fast",
+        "train",
+        "--train-data-dir",
+        data,
+        "--output-dir",
+        killed,
+        *TINY,
+        *steps,
+    ]
     child = subprocess.Popen([str(a) for a in command], stdout=subprocess.DEVNULL)
     while not checkpoints(killed):
         assert child.poll() is None
@@ -89,14 +169,19 @@ def test_twenty_steps_are_ten_a_kill_and_ten(train, data, tmp_path, options):
         ["checkpoint-00000010.safetensors"],
         ["checkpoint-00000010.safetensors", "checkpoint-00000020.safetensors"],
     )
-    (killed / "checkpoint-00000020.safetensors").unlink(missing_ok=True)  # the kill came too late: ten steps are quick
+    (killed / "checkpoint-00000020.safetensors").unlink(
+        missing_ok=True
+    )  # the kill came too late: ten steps are quick
     assert train(*steps, "--resume-from-checkpoint", "latest", out=killed)[0] == 0
     (want, header), (got, _) = state_of(straight, 20), state_of(killed, 20)
     assert same_state(want, got) and header["step"] == 20
     assert (straight / "model/unet/diffusion_pytorch_model.safetensors").read_bytes() == (
         killed / "model/unet/diffusion_pytorch_model.safetensors"
     ).read_bytes()
-    losses = [[line["loss"] for line in read_log(run / "log.jsonl") if "loss" in line] for run in (straight, killed)]
+    losses = [
+        [line["loss"] for line in read_log(run / "log.jsonl") if "loss" in line]
+        for run in (straight, killed)
+    ]
     assert losses[0] == losses[1] and len(losses[0]) == 5
 
 
@@ -147,11 +232,30 @@ print(last)
 def test_twenty_kills_lose_nothing(train, data, tmp_path, figure):
     run, more = (
         tmp_path / "run",
-        ("--checkpointing-steps", 2, "--logging-steps", 1, "--save-model-epochs", 1, "--lr-scheduler", "constant"),
+        (
+            "--checkpointing-steps",
+            2,
+            "--logging-steps",
+            1,
+            "--save-model-epochs",
+            1,
+            "--lr-scheduler",
+            "constant",
+        ),
     )
     script = tmp_path / "kills.py"
     script.write_text(KILLS)
-    arguments = ("train", "--train-data-dir", data, "--output-dir", run, *TINY, *more, "--train-batch-size", 8)
+    arguments = (
+        "train",
+        "--train-data-dir",
+        data,
+        "--output-dir",
+        run,
+        *TINY,
+        *more,
+        "--train-batch-size",
+        8,
+    )
     command = [sys.executable, script, run, *arguments, "--resume-from-checkpoint", "latest"]
     done = subprocess.run([str(a) for a in command], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -159,7 +263,12 @@ def test_twenty_kills_lose_nothing(train, data, tmp_path, figure):
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        assert train(*more, "--train-batch-size", 8, "--max-train-steps", last, out=tmp_path / "straight")[0] == 0
+        assert (
+            train(
+                *more, "--train-batch-size", 8, "--max-train-steps", last, out=tmp_path / "straight"
+            )[0]
+            == 0
+        )
     finally:
         torch.set_num_threads(threads)
     assert same_state(state_of(run, last)[0], state_of(tmp_path / "straight", last)[0])
@@ -180,7 +289,9 @@ def test_a_signal_ends_it_with_a_checkpoint(train, tmp_path, monkeypatch):
     monkeypatch.setattr("ddpm_fast.training.trainer.Trainer.step", interrupted)
     code, out, err = train("--max-train-steps", 50)
     assert code == 130 and "SIGTERM: step 3" in out and "interrupted" in err
-    assert state_of(tmp_path / "run", 3)[1]["step"] == 3 and load_pretrained(tmp_path / "run" / "model")
+    assert state_of(tmp_path / "run", 3)[1]["step"] == 3 and load_pretrained(
+        tmp_path / "run" / "model"
+    )
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
@@ -194,7 +305,12 @@ def test_max_seconds(train, tmp_path):
 
 def one_line(result, message):
     code, _, err = result
-    assert code == 2 and message in err and err.startswith("ddpm-fast: error: ") and err.count("\n") == 1
+    assert (
+        code == 2
+        and message in err
+        and err.startswith("ddpm-fast: error: ")
+        and err.count("\n") == 1
+    )
     return True
 
 
@@ -202,12 +318,36 @@ def test_a_full_disk_keeps_what_was_finished(train, data, tmp_path):
     """A limit on the size of files stands for the disk: the write fails in the middle, as ENOSPC does."""
     run, rate = tmp_path / "run", ("--lr-scheduler", "constant")
     assert train("--max-train-steps", 4, *rate)[0] == 0
-    before = {p: hashlib.sha256(p.read_bytes()).hexdigest() for p in run.rglob("*") if p.is_file() and p.name != "log.jsonl"}
+    before = {
+        p: hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in run.rglob("*")
+        if p.is_file() and p.name != "log.jsonl"
+    }
     limit = (run / "checkpoint-00000004.safetensors").stat().st_size // 2
-    command = [sys.executable, "-m", "ddpm_fast", "train", "--train-data-dir", data, "--output-dir", run, *TINY, *rate]
-    command += ["--max-train-steps", 8, "--checkpointing-steps", 2, "--resume-from-checkpoint", "latest"]
+    command = [
+        sys.executable,
+        "-m",
+        "ddpm_fast",
+        "train",
+        "--train-data-dir",
+        data,
+        "--output-dir",
+        run,
+        *TINY,
+        *rate,
+    ]
+    command += [
+        "--max-train-steps",
+        8,
+        "--checkpointing-steps",
+        2,
+        "--resume-from-checkpoint",
+        "latest",
+    ]
     full = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    done = subprocess.run([str(a) for a in command], capture_output=True, text=True, preexec_fn=full)
+    done = subprocess.run(
+        [str(a) for a in command], capture_output=True, text=True, preexec_fn=full
+    )
     assert one_line((done.returncode, done.stdout, done.stderr), "what was finished before is kept")
     assert {p: hashlib.sha256(p.read_bytes()).hexdigest() for p in before} == before
     assert not list(run.glob(".*.tmp"))
@@ -266,9 +406,15 @@ def test_two_processes_do_not_share_a_run(train, data, tmp_path):
 
 def test_gradients_that_are_never_finite_end_the_run(train, tmp_path, monkeypatch):
     loss = import_module("ddpm_fast.training.trainer").Trainer._losses
-    monkeypatch.setattr("ddpm_fast.training.trainer.Trainer._losses", lambda *a: loss(*a) * float("nan"))
+    monkeypatch.setattr(
+        "ddpm_fast.training.trainer.Trainer._losses", lambda *a: loss(*a) * float("nan")
+    )
     code, _, err = train("--max-train-steps", 50, "--logging-steps", 5)
-    assert code == 1 and "no gradient was finite in the 5 steps before step 5" in err and not checkpoints(tmp_path / "run")
+    assert (
+        code == 1
+        and "no gradient was finite in the 5 steps before step 5" in err
+        and not checkpoints(tmp_path / "run")
+    )
 
 
 @pytest.mark.parametrize(
@@ -276,10 +422,16 @@ def test_gradients_that_are_never_finite_end_the_run(train, tmp_path, monkeypatc
     [
         (["--train-data-dir", "nowhere"], "nowhere does not exist"),
         ([], "give --train-data-dir or --dataset-name"),
-        (["--train-data-dir", "DATA", "--dataset-name", "x"], "give --train-data-dir or --dataset-name"),
+        (
+            ["--train-data-dir", "DATA", "--dataset-name", "x"],
+            "give --train-data-dir or --dataset-name",
+        ),
         (["--train-data-dir", "DATA", "--channels", "8,x"], "expected numbers with commas"),
         (["--train-data-dir", "DATA", "--channels", "8,12"], "expected multiples of 8"),
-        (["--train-data-dir", "DATA", "--channels", "8,16", "--attention", "2"], "expected levels of 0..1"),
+        (
+            ["--train-data-dir", "DATA", "--channels", "8,16", "--attention", "2"],
+            "expected levels of 0..1",
+        ),
         (["--train-data-dir", "DATA", "--num-epochs", "0"], "max_train_steps = 0"),
         (["--train-data-dir", "DATA", "--max-train-steps", "0"], "max_train_steps = 0"),
         (["--train-data-dir", "DATA", "--max-seconds", "0"], "--max-seconds"),
@@ -288,12 +440,17 @@ def test_gradients_that_are_never_finite_end_the_run(train, tmp_path, monkeypatc
         (["--train-data-dir", "DATA", "--resolution", "9"], "divisible by"),
         (["--train-data-dir", "DATA", "--ddpm-num-steps", "0"], "0"),
         (["--train-data-dir", "DATA", "--device", "toaster"], "--device toaster"),
-        (["--train-data-dir", "DATA", "--model-config-name-or-path", "nowhere.json"], "nowhere.json"),
+        (
+            ["--train-data-dir", "DATA", "--model-config-name-or-path", "nowhere.json"],
+            "nowhere.json",
+        ),
         (["--train-data-dir", "DATA", "--weights", "nowhere"], "nowhere is not a directory"),
     ],
     ids=lambda v: " ".join(v[2:]) if isinstance(v, list) else "",
 )
-def test_bad_input_is_one_line_and_exit_code_2(capsys, data, tmp_path, monkeypatch, arguments, message):
+def test_bad_input_is_one_line_and_exit_code_2(
+    capsys, data, tmp_path, monkeypatch, arguments, message
+):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as end:
         cli.main(["train", *(str(data) if a == "DATA" else a for a in arguments)])
@@ -302,7 +459,14 @@ def test_bad_input_is_one_line_and_exit_code_2(capsys, data, tmp_path, monkeypat
 
 
 def test_underscores_and_the_names_of_diffusers(train, tmp_path):
-    code, *_ = train("--max_train_steps", 1, "--prediction_type", "v_prediction", "--ddpm_beta_schedule", "squaredcos_cap_v2")
+    code, *_ = train(
+        "--max_train_steps",
+        1,
+        "--prediction_type",
+        "v_prediction",
+        "--ddpm_beta_schedule",
+        "squaredcos_cap_v2",
+    )
     c = load_pretrained(tmp_path / "run" / "model")
     assert code == 0 and c.prediction == "v" and c.schedule.beta[-1] == pytest.approx(0.999)
 
@@ -322,9 +486,21 @@ def test_goes_on_from_given_weights(train, data, tmp_path, capsys):
         tmp_path / "run" / "model",
     )
     assert one_line(
-        train(*weights, out=tmp_path / "no"), "--weights says what the network is; leave out --channels, --layers, --head-dim"
+        train(*weights, out=tmp_path / "no"),
+        "--weights says what the network is; leave out --channels, --layers, --head-dim",
     )
-    arguments = ("train", "--train-data-dir", data, "--fit", "pad", "--resolution", 12, "--output-dir", tmp_path / "next", *weights)
+    arguments = (
+        "train",
+        "--train-data-dir",
+        data,
+        "--fit",
+        "pad",
+        "--resolution",
+        12,
+        "--output-dir",
+        tmp_path / "next",
+        *weights,
+    )
     with pytest.raises(SystemExit) as end:
         cli.main([str(a) for a in arguments])
     assert end.value.code == 0
@@ -340,14 +516,24 @@ def test_going_back_leaves_the_later_checkpoints_aside(train, tmp_path):
     assert train("--max-train-steps", 6, *steps, "--checkpoints-total-limit", 9)[0] == 0
     old = run / "checkpoint-00000002.safetensors"
     assert train("--max-train-steps", 5, *steps, "--resume-from-checkpoint", old)[0] == 0
-    assert [p.name for p in checkpoints(run)] == ["checkpoint-00000004.safetensors", "checkpoint-00000005.safetensors"]
+    assert [p.name for p in checkpoints(run)] == [
+        "checkpoint-00000004.safetensors",
+        "checkpoint-00000005.safetensors",
+    ]
     assert len(list(run.glob("abandoned-*"))) == 2
 
 
 def test_precision_may_change_on_the_way(train):
     assert train("--max-train-steps", 2)[0] == 0
     for step, precision in ((4, "fp16"), (6, "bf16"), (8, "fp16")):
-        more = ("--max-train-steps", step, "--mixed-precision", precision, "--resume-from-checkpoint", "latest")
+        more = (
+            "--max-train-steps",
+            step,
+            "--mixed-precision",
+            precision,
+            "--resume-from-checkpoint",
+            "latest",
+        )
         assert train(*more)[0] == 0
 
 
@@ -367,40 +553,78 @@ def test_the_loss_scale_is_part_of_the_state(train, tmp_path):
     state, header = read_checkpoint(path)
     header["scaler"]["scale"] = 128.0
     write_checkpoint(path, state, header)
-    assert train("--max-train-steps", 4, "--mixed-precision", "fp16", "--resume-from-checkpoint", "latest")[0] == 0
+    assert (
+        train(
+            "--max-train-steps",
+            4,
+            "--mixed-precision",
+            "fp16",
+            "--resume-from-checkpoint",
+            "latest",
+        )[0]
+        == 0
+    )
     assert state_of(tmp_path / "run", 4)[1]["scaler"]["scale"] == 128.0
 
 
 def test_a_kill_before_the_first_checkpoint_leaves_no_lines(train, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "log.jsonl").write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "lo')
-    assert train("--max-train-steps", 3, "--logging-steps", 1, "--resume-from-checkpoint", "latest")[0] == 0
-    assert [line["step"] for line in read_log(tmp_path / "run" / "log.jsonl") if "lr" in line] == [1, 2, 3]
+    assert (
+        train("--max-train-steps", 3, "--logging-steps", 1, "--resume-from-checkpoint", "latest")[0]
+        == 0
+    )
+    assert [line["step"] for line in read_log(tmp_path / "run" / "log.jsonl") if "lr" in line] == [
+        1,
+        2,
+        3,
+    ]
 
 
 def test_says_what_changed(train):
     assert train("--max-train-steps", 2)[0] == 0
-    _, out, _ = train("--max-train-steps", 4, "--learning-rate", 0.5, "--resume-from-checkpoint", "latest")
-    assert "max_train_steps 2 -> 4" in out and "learning_rate 0.0001 -> 0.5" in out and "seed" not in out
+    _, out, _ = train(
+        "--max-train-steps", 4, "--learning-rate", 0.5, "--resume-from-checkpoint", "latest"
+    )
+    assert (
+        "max_train_steps 2 -> 4" in out
+        and "learning_rate 0.0001 -> 0.5" in out
+        and "seed" not in out
+    )
 
 
 def test_checks_first_what_would_fail_later(train, data, tmp_path):
     np.savez(tmp_path / "more.npz", images=np.zeros((4, 8, 8, 1), np.uint8), labels=np.arange(4))
     np.savez(tmp_path / "none.npz", images=np.zeros((4, 8, 8, 1), np.uint8))
-    assert one_line(train("--validation-data-dir", tmp_path / "more.npz"), "validation: the network has 3 classes, the data 4")
     assert one_line(
-        train("--validation-data-dir", tmp_path / "none.npz"), "validation: the network has 3 classes, the data no labels"
+        train("--validation-data-dir", tmp_path / "more.npz"),
+        "validation: the network has 3 classes, the data 4",
+    )
+    assert one_line(
+        train("--validation-data-dir", tmp_path / "none.npz"),
+        "validation: the network has 3 classes, the data no labels",
     )
     (tmp_path / "run" / "model").mkdir(parents=True, exist_ok=True)
     (tmp_path / "run" / "model" / "mine.txt").write_text("mine")
     assert one_line(train("--max-train-steps", 1), "exists and is not a checkpoint")
-    code, *_ = train("--max-train-steps", 2, "--ddpm-num-steps", 20, "--save-images-epochs", 1, out=tmp_path / "short")
+    code, *_ = train(
+        "--max-train-steps",
+        2,
+        "--ddpm-num-steps",
+        20,
+        "--save-images-epochs",
+        1,
+        out=tmp_path / "short",
+    )
     assert code == 0 and (tmp_path / "short" / "samples" / "00000002.png").exists()
 
 
 def test_sigmoid_is_the_sigmoid_of_diffusers(train, tmp_path):
     from diffusers import DDPMScheduler
 
-    assert train("--max-train-steps", 1, "--ddpm-beta-schedule", "sigmoid", "--ddpm-num-steps", 100)[0] == 0
+    assert (
+        train("--max-train-steps", 1, "--ddpm-beta-schedule", "sigmoid", "--ddpm-num-steps", 100)[0]
+        == 0
+    )
     theirs = DDPMScheduler(beta_schedule="sigmoid", num_train_timesteps=100).betas.numpy()
     assert np.allclose(load_pretrained(tmp_path / "run" / "model").schedule.beta, theirs, rtol=1e-5)

@@ -19,22 +19,40 @@ stats = pytest.importorskip("scipy.stats")
 GENERATOR = np.random.default_rng(0)
 DATA = ImageData(GENERATOR.integers(0, 256, (20, 8, 8, 1), dtype=np.uint8), np.arange(20) % 3)
 SCHEDULE = NoiseSchedule.linear()
-ORDER, TIMES = [0, 5, 7, 10, 3, 14, 8, 2], [371, 87, 287, 500, 465, 853, 876, 395]  # seed 1234, batch 0
+ORDER, TIMES = (
+    [0, 5, 7, 10, 3, 14, 8, 2],
+    [371, 87, 287, 500, 465, 853, 876, 395],
+)  # seed 1234, batch 0
 
 
 def small_unet(num_classes=3, **options):
     torch.manual_seed(0)
-    config = dict(sample_size=8, in_channels=1, out_channels=1, channels=(8, 16), layers=1, attention=(False, True))
+    config = dict(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        channels=(8, 16),
+        layers=1,
+        attention=(False, True),
+    )
     return UNet(UNetConfig(**config, norm_groups=4, num_classes=num_classes, **options))
 
 
 def trainer(data=DATA, unet=None, device="cpu", **options):
-    options = {"train_batch_size": 8, "max_train_steps": 100, "lr_warmup_steps": 3, "learning_rate": 1e-2, **options}
+    options = {
+        "train_batch_size": 8,
+        "max_train_steps": 100,
+        "lr_warmup_steps": 3,
+        "learning_rate": 1e-2,
+        **options,
+    }
     return Trainer(unet or small_unet(), SCHEDULE, data, TrainConfig(**options), device)
 
 
 def noise_of(inputs):
-    return N.noise_reference(inputs.seed, inputs.image, inputs.row, N.Q_SAMPLE, tuple(inputs.x_0.shape[1:]))
+    return N.noise_reference(
+        inputs.seed, inputs.image, inputs.row, N.Q_SAMPLE, tuple(inputs.x_0.shape[1:])
+    )
 
 
 def plain_steps(count, prediction="eps", **options):
@@ -43,17 +61,28 @@ def plain_steps(count, prediction="eps", **options):
     from diffusers.training_utils import EMAModel
 
     unet, config = small_unet(), trainer(**options).config
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=config.learning_rate, betas=(0.8, 0.99), weight_decay=0.1, eps=1e-6)
-    scheduler = get_scheduler(config.lr_scheduler, optimizer, num_warmup_steps=0, num_training_steps=config.max_train_steps)
+    optimizer = torch.optim.AdamW(
+        unet.parameters(), lr=config.learning_rate, betas=(0.8, 0.99), weight_decay=0.1, eps=1e-6
+    )
+    scheduler = get_scheduler(
+        config.lr_scheduler,
+        optimizer,
+        num_warmup_steps=0,
+        num_training_steps=config.max_train_steps,
+    )
     ema = EMAModel(unet.parameters(), 0.6, use_ema_warmup=True, inv_gamma=2.0, power=0.5)
     feed, losses = Feed(DATA, 0, 8, torch.device("cpu")), []
     bar = torch.from_numpy(SCHEDULE.alpha_bar.copy())
     for step in range(count):
         batch = feed.batch(step)
         a, s = (v[batch.t].view(-1, 1, 1, 1).float() for v in (bar.sqrt(), (1 - bar).sqrt()))
-        eps = N.noise_reference(torch.zeros_like(batch.image), batch.image, batch.epoch, N.Q_SAMPLE, (1, 8, 8))
+        eps = N.noise_reference(
+            torch.zeros_like(batch.image), batch.image, batch.epoch, N.Q_SAMPLE, (1, 8, 8)
+        )
         out = unet(a * batch.x_0 + s * eps, batch.t, batch.labels)
-        loss = F.mse_loss(out, {"eps": eps, "x_0": batch.x_0, "v": a * eps - s * batch.x_0}[prediction])
+        loss = F.mse_loss(
+            out, {"eps": eps, "x_0": batch.x_0, "v": a * eps - s * batch.x_0}[prediction]
+        )
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
@@ -76,8 +105,12 @@ def test_equals_a_plain_loop(prediction, scheduler):
     for step in range(6):
         if step == 2:
             means = ours.means()
-            assert means["loss"] == pytest.approx(np.mean([loss for loss, _ in losses[:2]]), rel=1e-4)
-            assert means["grad_norm"] == pytest.approx(np.mean([norm for _, norm in losses[:2]]), rel=1e-3)
+            assert means["loss"] == pytest.approx(
+                np.mean([loss for loss, _ in losses[:2]]), rel=1e-4
+            )
+            assert means["grad_norm"] == pytest.approx(
+                np.mean([norm for _, norm in losses[:2]]), rel=1e-3
+            )
         ours.step()
     theirs = torch.cat([p.detach().flatten() for p in unet.parameters()])
     assert relative_error(torch.cat([p.flatten() for p in ours.unet.parameters()]), theirs) < 2e-4
@@ -90,13 +123,18 @@ def test_rates_and_decays_are_those_of_diffusers():
     from diffusers.training_utils import EMAModel
 
     for name in ("constant", "constant_with_warmup", "cosine", "linear"):
-        config = TrainConfig(lr_scheduler=name, lr_warmup_steps=10, max_train_steps=60, learning_rate=1.0)
+        config = TrainConfig(
+            lr_scheduler=name, lr_warmup_steps=10, max_train_steps=60, learning_rate=1.0
+        )
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
         scheduler = get_scheduler(name, optimizer, num_warmup_steps=10, num_training_steps=60)
         for step in range(60):
             # theirs begins its rise with a step of rate zero: ours is one step ahead during the rise, the same after it
             shift = 1 if step < 10 and name != "constant" else 0
-            ours, theirs = config.rate(step - shift) if step else 0.0, optimizer.param_groups[0]["lr"]
+            ours, theirs = (
+                config.rate(step - shift) if step else 0.0,
+                optimizer.param_groups[0]["lr"],
+            )
             assert ours == pytest.approx(theirs, abs=1e-12) or (step == 0 and name == "constant")
             optimizer.step()
             scheduler.step()
@@ -127,7 +165,9 @@ def test_cores_and_accumulation_change_nothing_but_rounding():
         alone, loss_alone = gradient(train_batch_size=16, max_grad_norm=1e9)
     finally:
         torch.set_num_threads(threads)
-    twice, loss_twice = gradient(train_batch_size=8, gradient_accumulation_steps=2, max_grad_norm=1e9)
+    twice, loss_twice = gradient(
+        train_batch_size=8, gradient_accumulation_steps=2, max_grad_norm=1e9
+    )
     for other, other_loss in ((alone, loss_alone), (twice, loss_twice)):
         assert relative_error(other, whole) < 1e-5 and other_loss == pytest.approx(loss, rel=1e-5)
 
@@ -138,7 +178,9 @@ def test_gradient_in_fp64():
     unet, inputs = small_unet().double(), t._noised(t.feed.batch(0))
     out = unet(inputs.x_t.double(), inputs.t, inputs.labels)
     exact = torch.autograd.grad(F.mse_loss(out, noise_of(inputs).double()), list(unet.parameters()))
-    exact = torch.cat([g.permute(0, 2, 3, 1).flatten() if g.ndim == 4 else g.flatten() for g in exact])
+    exact = torch.cat(
+        [g.permute(0, 2, 3, 1).flatten() if g.ndim == 4 else g.flatten() for g in exact]
+    )
     assert relative_error(ours, exact) < 1e-5
 
 
@@ -154,7 +196,9 @@ def test_every_epoch_visits_every_image_once_in_an_order_of_its_own():
     assert all(sorted(order.tolist()) == list(range(20)) for order in orders)
     assert len({tuple(order.tolist()) for order in orders}) == 4
     for batch in seen:
-        assert torch.equal(batch.x_0, torch.from_numpy(DATA.images)[batch.image].permute(0, 3, 1, 2) / 127.5 - 1)
+        assert torch.equal(
+            batch.x_0, torch.from_numpy(DATA.images)[batch.image].permute(0, 3, 1, 2) / 127.5 - 1
+        )
         assert batch.labels.tolist() == (batch.image % 3).tolist()
 
 
@@ -171,7 +215,10 @@ def test_draws_depend_on_seed_image_and_epoch_alone():
                 drawn = (int(batch.t[i]), batch.x_0[i], x_t[i], eps[i])
                 if visit in by_visit:
                     assert by_visit[visit][0] == drawn[0]
-                    assert all(torch.equal(a, b) for a, b in zip(by_visit[visit][1:], drawn[1:], strict=True))
+                    assert all(
+                        torch.equal(a, b)
+                        for a, b in zip(by_visit[visit][1:], drawn[1:], strict=True)
+                    )
                 by_visit[visit] = drawn
     assert len(by_visit) == 80
 
@@ -184,9 +231,13 @@ def test_timesteps_are_uniform_flips_are_half_and_orders_are_random():
     assert len(counts) == 1000 and stats.chisquare(counts).pvalue > 1e-3
     flipped = torch.cat([b.x_0[:, 0, 0, 0] > b.x_0[:, 0, 0, 1] for b in batches])
     assert stats.binomtest(int(flipped.sum()), len(flipped)).pvalue > 1e-3
-    place = torch.stack([feed.order(e).argsort() for e in range(8)]).double()  # where each image stands
+    place = torch.stack(
+        [feed.order(e).argsort() for e in range(8)]
+    ).double()  # where each image stands
     assert (torch.corrcoef(place) - torch.eye(8)).abs().max() < 5 / math.sqrt(5000)
-    assert abs(float(torch.corrcoef(torch.stack([place[0], torch.arange(5000.0).double()]))[0, 1])) < 5 / math.sqrt(5000)
+    assert abs(
+        float(torch.corrcoef(torch.stack([place[0], torch.arange(5000.0).double()]))[0, 1])
+    ) < 5 / math.sqrt(5000)
 
 
 def test_the_order_is_frozen():
@@ -201,7 +252,10 @@ def test_noise_of_the_step_is_the_kernels(device):
     inputs = t._noised(batch)
     assert torch.equal(inputs.labels, batch.labels) and torch.equal(inputs.t, batch.t)
     bar = torch.from_numpy(SCHEDULE.alpha_bar.copy()).to(device)[batch.t].view(-1, 1, 1, 1)
-    assert relative_error(inputs.x_t, bar.sqrt() * batch.x_0 + (1 - bar).sqrt() * noise_of(inputs)) < 1e-6
+    assert (
+        relative_error(inputs.x_t, bar.sqrt() * batch.x_0 + (1 - bar).sqrt() * noise_of(inputs))
+        < 1e-6
+    )
 
 
 # ---- borders
@@ -214,7 +268,9 @@ def test_a_step_that_is_not_finite_changes_no_weight(monkeypatch):
     monkeypatch.setattr(Trainer, "_losses", lambda *a: losses(*a) * math.inf)
     t.step()
     after = t.state()
-    assert all(torch.equal(before[k], after[k]) for k in ("weights", "exp_avg", "exp_avg_sq", "step"))
+    assert all(
+        torch.equal(before[k], after[k]) for k in ("weights", "exp_avg", "exp_avg_sq", "step")
+    )
     assert after["ema"].isfinite().all()
     monkeypatch.undo()
     t.step()
@@ -244,11 +300,15 @@ def test_validation_loss_is_the_mean_over_its_images_and_never_changes():
     eps = N.noise_reference(torch.zeros_like(image), image, row, N.Q_SAMPLE, (1, 8, 8)).double()
     bar = torch.from_numpy(SCHEDULE.alpha_bar.copy())[at].view(-1, 1, 1, 1)
     x_0 = torch.from_numpy(DATA.images).permute(0, 3, 1, 2).double() / 127.5 - 1
-    out = small_unet().double()(bar.sqrt() * x_0 + (1 - bar).sqrt() * eps, at, torch.from_numpy(DATA.labels))
+    out = small_unet().double()(
+        bar.sqrt() * x_0 + (1 - bar).sqrt() * eps, at, torch.from_numpy(DATA.labels)
+    )
     assert first == pytest.approx(F.mse_loss(out, eps).item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("options", [{}, {"use_ema": False}, {"dropout": 0.2}, {"prediction_type": "v"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"use_ema": False}, {"dropout": 0.2}, {"prediction_type": "v"}], ids=str
+)
 def test_state_goes_on_to_the_bit(options):
     unet = lambda: small_unet(dropout=options.get("dropout", 0.0))
     given = {k: v for k, v in options.items() if k != "dropout"}
@@ -283,10 +343,18 @@ def test_learns():
     pixels = np.zeros((32, 8, 8, 1), np.uint8)
     pixels[16:] = 255
     data = ImageData(pixels, np.arange(32) // 16)
-    t = trainer(data, small_unet(num_classes=2), train_batch_size=32, prediction_type="x_0", ema_decays=(0.95,))
+    t = trainer(
+        data,
+        small_unet(num_classes=2),
+        train_batch_size=32,
+        prediction_type="x_0",
+        ema_decays=(0.95,),
+    )
     for _ in range(100):
         t.step()
-    x = Sampler(t.ema, SCHEDULE, (1, 8, 8), "x_0").sample(8, solver="ddim", steps=10, labels=[0, 1] * 4, output="float")
+    x = Sampler(t.ema, SCHEDULE, (1, 8, 8), "x_0").sample(
+        8, solver="ddim", steps=10, labels=[0, 1] * 4, output="float"
+    )
     means = x.mean((1, 2, 3))
     assert (means[::2] < -0.7).all() and (means[1::2] > 0.7).all()
 
@@ -319,7 +387,9 @@ def test_refuses_data_that_does_not_fit():
         trainer(ImageData(DATA.images))
     with pytest.raises(ValueError, match="the network has 3 classes, the data 5"):
         trainer(ImageData(DATA.images, np.arange(20) % 5))
-    assert trainer(unet=small_unet(num_classes=None)).feed.batch(0).labels is not None  # an unconditional network ignores them
+    assert (
+        trainer(unet=small_unet(num_classes=None)).feed.batch(0).labels is not None
+    )  # an unconditional network ignores them
     trainer(unet=small_unet(num_classes=None)).step()
 
 
@@ -327,13 +397,19 @@ def test_half_precision_on_a_cpu_is_as_accurate_and_takes_the_detour():
     """GroupNorm and attention through fp32 and back: at most as far from fp64 as PyTorch's own way is."""
     from ddpm_fast.training.cpu_ops import use_wide_backward
 
-    x, t, labels = torch.randn(4, 1, 8, 8), torch.tensor([0, 300, 600, 999]), torch.tensor([0, 1, 2, 0])
+    x, t, labels = (
+        torch.randn(4, 1, 8, 8),
+        torch.tensor([0, 300, 600, 999]),
+        torch.tensor([0, 1, 2, 0]),
+    )
 
     def gradient_of(unet, autocast):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             out = unet(x.to(unet.dtype), t, labels)
         loss = out.double().square().mean()
-        return torch.cat([g.double().flatten() for g in torch.autograd.grad(loss, list(unet.parameters()))])
+        return torch.cat(
+            [g.double().flatten() for g in torch.autograd.grad(loss, list(unet.parameters()))]
+        )
 
     exact = gradient_of(small_unet().double(), False)
     plain, detour = gradient_of(small_unet(), True), small_unet()
@@ -341,13 +417,17 @@ def test_half_precision_on_a_cpu_is_as_accurate_and_takes_the_detour():
     used = gradient_of(detour, True)
     assert not torch.equal(used, plain)
     assert relative_error(used, exact) < 1.2 * relative_error(plain, exact) < 0.05
-    assert torch.equal(gradient_of(detour, False), gradient_of(small_unet(), False))  # fp32 stays as it was
+    assert torch.equal(
+        gradient_of(detour, False), gradient_of(small_unet(), False)
+    )  # fp32 stays as it was
 
 
 def test_validation_sees_all_of_sorted_data_at_all_timesteps(monkeypatch):
     """A folder of classes is sorted by class: its first images are of one class."""
     seen, noised = [], Trainer._noised
-    monkeypatch.setattr(Trainer, "_noised", lambda self, batch: (seen.append(batch), noised(self, batch))[1])
+    monkeypatch.setattr(
+        Trainer, "_noised", lambda self, batch: (seen.append(batch), noised(self, batch))[1]
+    )
     data = ImageData(DATA.images[:1].repeat(3000, axis=0), np.arange(3000) // 1000)
     trainer(data).validation_loss(small_unet(), data, 300)
     labels, t = torch.cat([b.labels for b in seen]), torch.cat([b.t for b in seen])
@@ -359,7 +439,9 @@ def test_validation_sees_all_of_sorted_data_at_all_timesteps(monkeypatch):
 def test_every_batch_of_a_step_has_dropout_of_its_own():
     t = trainer(unet=small_unet(dropout=0.5), gradient_accumulation_steps=2)
     masks = []
-    t.unet.mid_block.resnets[0].dropout.register_forward_hook(lambda m, i, out: masks.append(out == 0))
+    t.unet.mid_block.resnets[0].dropout.register_forward_hook(
+        lambda m, i, out: masks.append(out == 0)
+    )
     t.step()
     t.step()
     assert len(masks) == 4 and not any(torch.equal(masks[0], m) for m in masks[1:])

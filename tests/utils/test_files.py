@@ -11,7 +11,9 @@ def full(*_):
 
 
 def contents(directory):
-    return {str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
+    return {
+        str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()
+    }
 
 
 def test_a_file_is_replaced_whole_or_stays(tmp_path, monkeypatch):
@@ -26,7 +28,9 @@ def test_a_file_is_replaced_whole_or_stays(tmp_path, monkeypatch):
     assert contents(tmp_path) == {"a.json": b"new"}
 
 
-@pytest.mark.parametrize("exchange", [files._exchange, lambda a, b: False], ids=["exchange", "two renames"])
+@pytest.mark.parametrize(
+    "exchange", [files._exchange, lambda a, b: False], ids=["exchange", "two renames"]
+)
 def test_a_directory_is_replaced_whole_or_stays(tmp_path, monkeypatch, exchange):
     monkeypatch.setattr(files, "_exchange", exchange)
     old, new = {"x.json": b"1", "deep/y.bin": b"2"}, {"x.json": b"3", "z.json": b"4"}

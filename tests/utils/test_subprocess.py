@@ -7,7 +7,13 @@ import time
 
 import pytest
 
-from ddpm_fast.utils.subprocess import JsonWorker, WorkerEnded, WorkerTimeout, module_command, worker_environment
+from ddpm_fast.utils.subprocess import (
+    JsonWorker,
+    WorkerEnded,
+    WorkerTimeout,
+    module_command,
+    worker_environment,
+)
 
 ECHO = """
 import os, sys, time
@@ -84,7 +90,9 @@ def test_a_worker_finds_this_package_and_nothing_in_the_current_folder(monkeypat
     """Nor another ddpm_fast that is installed."""
     (tmp_path / "queue.py").write_text("raise SystemExit('not the queue you wanted')")
     (tmp_path / "installed" / "ddpm_fast").mkdir(parents=True)
-    (tmp_path / "installed" / "ddpm_fast" / "__init__.py").write_text("raise SystemExit('not this package')")
+    (tmp_path / "installed" / "ddpm_fast" / "__init__.py").write_text(
+        "raise SystemExit('not this package')"
+    )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "installed"))
     monkeypatch.chdir(tmp_path)
     command = module_command("ddpm_fast.utils.subprocess")

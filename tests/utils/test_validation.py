@@ -18,4 +18,6 @@ def test_seeds_out_of_range_or_of_another_type_are_refused(seed):
 def test_integer_and_counts():
     assert integer("n", np.int32(3)) == 3
     assert is_counts([1, 2]) and is_counts((1, 2), 2)
-    assert not is_counts([]) and not is_counts([1], 2) and not is_counts([0]) and not is_counts([True])
+    assert (
+        not is_counts([]) and not is_counts([1], 2) and not is_counts([0]) and not is_counts([True])
+    )

@@ -44,7 +44,9 @@ class Value:
         number = float(other) if self.floating else int(other)
         return ir.Constant(t, [number] * t.count if isinstance(t, ir.VectorType) else number)
 
-    def _binary(self, other: Any, of_float: str | None, of_int: str | None, swap: bool = False) -> Value:
+    def _binary(
+        self, other: Any, of_float: str | None, of_int: str | None, swap: bool = False
+    ) -> Value:
         name = of_float if self.floating else of_int
         assert name is not None
         a, c = (self.lift(other), self.v) if swap else (self.v, self.lift(other))
@@ -159,7 +161,9 @@ class Function:
 
     def lanes(self, scalar: ir.Type) -> Value:
         """0, 1, 2, ..."""
-        return Value(self.b, ir.Constant(ir.VectorType(scalar, self.width), list(range(self.width))))
+        return Value(
+            self.b, ir.Constant(ir.VectorType(scalar, self.width), list(range(self.width)))
+        )
 
     def splat(self, x: Value) -> Value:
         t = ir.VectorType(x.v.type, self.width)
@@ -280,7 +284,9 @@ def compile_cached(build: Callable[[], str], sources: Sequence[str]) -> tuple[An
     what = [cpu, features, __version__, llvmlite.__version__, str(llvm.llvm_version_info), *sources]
     path = cache_dir() / CPU / f"{hashlib.sha256(repr(what).encode()).hexdigest()}.o"
     target = llvm.Target.from_default_triple()
-    machine = target.create_target_machine(cpu, features, opt=3, reloc="default", codemodel="jitdefault")
+    machine = target.create_target_machine(
+        cpu, features, opt=3, reloc="default", codemodel="jitdefault"
+    )
     engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
     code = _cached(path)
     from_cache = code is not None
@@ -288,7 +294,9 @@ def compile_cached(build: Callable[[], str], sources: Sequence[str]) -> tuple[An
         module = llvm.parse_assembly(build())
         module.verify()
         options = llvm.create_pipeline_tuning_options(speed_level=2)
-        options.loop_vectorization = options.slp_vectorization = False  # the vectors are there already
+        options.loop_vectorization = options.slp_vectorization = (
+            False  # the vectors are there already
+        )
         passes = llvm.create_pass_builder(machine, options)
         passes.getModulePassManager().run(module, passes)
         code = machine.emit_object(module)

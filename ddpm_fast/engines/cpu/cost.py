@@ -32,7 +32,10 @@ def _gemm(p: Program, **a: Any) -> tuple[int, int]:
     pixels = a["batch"] * a["height"] * a["width"]
     taps = 9 if len(segments) % 9 == 0 else 1  # of a 3x3 convolution, which all read one map
     stride = segments[0].stride_x // segments[0].channels if taps == 9 else 1
-    moved = pixels * (stride**2 * summed // taps + outputs * (1 + bool(a["residual"]))) + a["batch"] * summed * outputs
+    moved = (
+        pixels * (stride**2 * summed // taps + outputs * (1 + bool(a["residual"])))
+        + a["batch"] * summed * outputs
+    )
     return 2 * pixels * summed * outputs, moved
 
 
@@ -53,7 +56,9 @@ def _normalise(p: Program, **a: Any) -> tuple[int, int]:
 
 def _resample(p: Program, **a: Any) -> tuple[int, int]:
     written = a["height"] * a["width"] * a["channels"]
-    return (4 * written if a["divide"] == 2 else 0), written + written * a["divide"] ** 2 // a["repeat"] ** 2
+    return (4 * written if a["divide"] == 2 else 0), written + written * a["divide"] ** 2 // a[
+        "repeat"
+    ] ** 2
 
 
 COSTS: dict[str, Callable[..., tuple[int, int]]] = {

@@ -75,14 +75,23 @@ class CPUEngine:
         Raises:
             ValueError: A shape is wrong, or a t or label out of range.
         """
-        if x_t.ndim != 4 or tuple(x_t.shape[1:]) != self.shape or not x_t.is_floating_point() or x_t.device.type != "cpu":
+        if (
+            x_t.ndim != 4
+            or tuple(x_t.shape[1:]) != self.shape
+            or not x_t.is_floating_point()
+            or x_t.device.type != "cpu"
+        ):
             shape = ", ".join(map(str, self.shape))
-            raise ValueError(f"x_t is {x_t.dtype} {tuple(x_t.shape)} on {x_t.device}; expected floating [B, {shape}] on cpu")
+            raise ValueError(
+                f"x_t is {x_t.dtype} {tuple(x_t.shape)} on {x_t.device}; expected floating [B, {shape}] on cpu"
+            )
         t = torch.as_tensor(t, device="cpu")
         t = self._integers("t", t.expand(len(x_t)) if t.ndim == 0 else t, len(x_t), self.timesteps)
         labels = self._labels(labels, len(x_t))
         if not len(x_t):
-            return x_t.new_empty((0, self.config.out_channels, *self.shape[1:]), dtype=torch.float32)
+            return x_t.new_empty(
+                (0, self.config.out_channels, *self.shape[1:]), dtype=torch.float32
+            )
         return self._executor.forward(x_t, t, labels)
 
     def prepare(self, batch_size: int) -> None:
@@ -91,7 +100,9 @@ class CPUEngine:
     def free(self) -> None:
         """Does nothing: the memory is released with the engine."""
 
-    def steps(self, state: SamplingState, table: StepTable, every_step: bool = True) -> Generator[int, None, None]:
+    def steps(
+        self, state: SamplingState, table: StepTable, every_step: bool = True
+    ) -> Generator[int, None, None]:
         """See `Engine.steps`; yields after every step.
 
         Raises:
@@ -100,8 +111,14 @@ class CPUEngine:
         """
         c, out = self.shape[0], self.config.out_channels
         shape = ", ".join(map(str, self.shape))
-        if state.x.dtype != torch.float32 or state.x.ndim != 4 or tuple(state.x.shape[1:]) != self.shape:
-            raise ValueError(f"the state is {state.x.dtype} {tuple(state.x.shape)}; expected float32 [B, {shape}]")
+        if (
+            state.x.dtype != torch.float32
+            or state.x.ndim != 4
+            or tuple(state.x.shape[1:]) != self.shape
+        ):
+            raise ValueError(
+                f"the state is {state.x.dtype} {tuple(state.x.shape)}; expected float32 [B, {shape}]"
+            )
         if out not in (c, 2 * c) or (table.learned and out != 2 * c):
             expected = f"{2 * c} (mean and variance)" if table.learned else f"{c} or {2 * c}"
             raise ValueError(f"the network gives {out} channels; a step needs {expected}")
@@ -116,32 +133,57 @@ class CPUEngine:
     def _labels(self, labels: Tensor | None, count: int) -> Tensor | None:
         classes = self.config.num_classes
         if (labels is None) != (classes is None):
-            expected = "no labels: the network is unconditional" if classes is None else f"labels [B] in 0..{classes - 1}"
-            raise ValueError(f"labels {'missing' if labels is None else 'given'}; expected {expected}")
-        return None if labels is None else self._integers("labels", labels, count, int(classes or 1))
+            expected = (
+                "no labels: the network is unconditional"
+                if classes is None
+                else f"labels [B] in 0..{classes - 1}"
+            )
+            raise ValueError(
+                f"labels {'missing' if labels is None else 'given'}; expected {expected}"
+            )
+        return (
+            None if labels is None else self._integers("labels", labels, count, int(classes or 1))
+        )
 
     def _integers(self, name: str, v: Tensor, count: int, most: int) -> Tensor:
-        wrong = v.shape != (count,) or v.is_floating_point() or v.is_complex() or v.dtype == torch.bool
+        wrong = (
+            v.shape != (count,) or v.is_floating_point() or v.is_complex() or v.dtype == torch.bool
+        )
         if wrong or bool(((v < 0) | (v >= most)).any()):
             values = "" if wrong or not count else f" of {v.min()}..{v.max()}"
-            raise ValueError(f"{name}: {v.dtype} {tuple(v.shape)}{values}; expected integers [{count}] in 0..{most - 1}")
+            raise ValueError(
+                f"{name}: {v.dtype} {tuple(v.shape)}{values}; expected integers [{count}] in 0..{most - 1}"
+            )
         return v.long()
 
 
 def _check(unet: UNet, shape: tuple[int, ...], timesteps: int, threads: int) -> None:
     c, coarsest = unet.config, 2 ** (len(unet.config.channels) - 1)
-    other = next((p for p in unet.parameters() if p.dtype != torch.float32 or p.device.type != "cpu"), None)
+    other = next(
+        (p for p in unet.parameters() if p.dtype != torch.float32 or p.device.type != "cpu"), None
+    )
     if other is not None:
         raise ValueError(
             f"the weights are {other.dtype} on {other.device}; this engine computes in float32 on the CPU: convert them"
         )
-    if len(shape) != 3 or not all(map(is_count, shape)) or shape[0] != c.in_channels or any(n % coarsest for n in shape[1:]):
-        raise ValueError(f"shape {shape}; expected ({c.in_channels}, height, width), both divisible by {coarsest}")
+    if (
+        len(shape) != 3
+        or not all(map(is_count, shape))
+        or shape[0] != c.in_channels
+        or any(n % coarsest for n in shape[1:])
+    ):
+        raise ValueError(
+            f"shape {shape}; expected ({c.in_channels}, height, width), both divisible by {coarsest}"
+        )
     if not (is_count(timesteps) and is_count(threads)):
-        raise ValueError(f"timesteps = {timesteps}, threads = {threads}; expected integers of at least 1")
+        raise ValueError(
+            f"timesteps = {timesteps}, threads = {threads}; expected integers of at least 1"
+        )
 
 
-def _executor(unet: UNet, shape: tuple[int, int, int], timesteps: int, threads: int) -> NativeExecutor:
+def _executor(
+    unet: UNet, shape: tuple[int, int, int], timesteps: int, threads: int
+) -> NativeExecutor:
     try:
         from .executor import NativeExecutor
 

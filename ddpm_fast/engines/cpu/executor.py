@@ -31,7 +31,9 @@ COLUMN = {name: k for k, name in enumerate(ITEM)}
 class NativeExecutor:
     """Executor of machine code that LLVM compiles on this machine. Images are bit-equal on one kind of CPU."""
 
-    def __init__(self, unet: UNet, shape: tuple[int, int, int], timesteps: int, threads: int) -> None:
+    def __init__(
+        self, unet: UNet, shape: tuple[int, int, int], timesteps: int, threads: int
+    ) -> None:
         self.threads, self.out_channels = threads, unet.config.out_channels
         self._work, self._engine, self.from_cache = compile_kernels()
         self.program = UNetProgram(unet, shape, vector_width())
@@ -52,7 +54,9 @@ class NativeExecutor:
 
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=in_child)
-        self.reason = f"machine code for this CPU, {vector_width()} floats per vector, on {threads} threads"
+        self.reason = (
+            f"machine code for this CPU, {vector_width()} floats per vector, on {threads} threads"
+        )
 
     @property
     def memory(self) -> int:
@@ -62,13 +66,17 @@ class NativeExecutor:
     def _begin_threads(self) -> None:
         # a thread waits for parts that others have claimed, so one that Ctrl-C does not reach
         # begins them all, batch after batch
-        self._lead, self._helpers = (ThreadPoolExecutor(max(1, n), "ddpm-fast") for n in (1, self.threads - 1))
+        self._lead, self._helpers = (
+            ThreadPoolExecutor(max(1, n), "ddpm-fast") for n in (1, self.threads - 1)
+        )
         for pool in (self._lead, self._helpers):
             weakref.finalize(self, pool.shutdown, wait=False)
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
         x = x.float().contiguous(memory_format=torch.channels_last)
-        out = torch.empty((len(x), self.out_channels, *x.shape[2:]), memory_format=torch.channels_last)
+        out = torch.empty(
+            (len(x), self.out_channels, *x.shape[2:]), memory_format=torch.channels_last
+        )
         items = _items(len(x))
         rows = self.times.rows(t, labels)
         _point(items, x=x, out=out)

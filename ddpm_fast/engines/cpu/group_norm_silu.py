@@ -114,7 +114,12 @@ class _GroupNormSiLU(torch.autograd.Function):
         dx, sums, time = torch.empty_like(x), torch.empty(n, 2, c), torch.empty(n, c)
         function = functions(fitting_width(c) or 0)[f"backward_{SUFFIX[x.dtype]}"]
         pointers = [t.data_ptr() for t in (gamma, beta, stats, dx, sums, time)]
-        head = (dy.data_ptr(), x.data_ptr(), 0 if residual is None else residual.data_ptr(), *pointers)
+        head = (
+            dy.data_ptr(),
+            x.data_ptr(),
+            0 if residual is None else residual.data_ptr(),
+            *pointers,
+        )
 
         def part(first: int, last: int) -> None:
             scratch = torch.empty((h * w + 2) * c)

@@ -39,7 +39,9 @@ def channel_sums(f: Function, part: Value, parts: Value, **a: Value) -> None:
                 _sum_pixels(f, source, stride, a["pixels"], a["sums"] + c * 4, mean, squared)
 
 
-def _sum_pixels(f: Function, source: Value, stride: Value, pixels: Value, out: Value, mean: Value, squared: bool) -> None:
+def _sum_pixels(
+    f: Function, source: Value, stride: Value, pixels: Value, out: Value, mean: Value, squared: bool
+) -> None:
     """Four sums side by side, so that neither rounding nor latency adds up."""
     sums = [f.variable(f.vector(0)) for _ in range(4)]
 
@@ -77,7 +79,9 @@ def _totals(f: Function, a: dict[str, Value]) -> None:
         f.store(f.load(a["totals"], g, F32) + f.load(a["sums"], c, F32), a["totals"], g)
 
 
-@instruction("sums channels group groups totals count means eps gamma beta time_row factors offsets")
+@instruction(
+    "sums channels group groups totals count means eps gamma beta time_row factors offsets"
+)
 def norm_factors(f: Function, part: Value, parts: Value, **a: Value) -> None:
     """norm(x) = factors x + offsets; where time_row is not 0, (1 + time_row[c]) norm(x) +
     time_row[channels + c] instead.
@@ -85,10 +89,14 @@ def norm_factors(f: Function, part: Value, parts: Value, **a: Value) -> None:
     with f.when(part.is_("==", 0)):
         _totals(f, a)
         with f.loop(0, a["channels"]) as c:
-            variance = f.load(a["totals"], f.load(a["group"], c * 2, I64), F32) * as_float(f, a["count"])
+            variance = f.load(a["totals"], f.load(a["group"], c * 2, I64), F32) * as_float(
+                f, a["count"]
+            )
             sigma = f.intrinsic("llvm.sqrt", variance + as_float(f, a["eps"]))
             factor = f.variable(f.load(a["gamma"], c, F32) / sigma)
-            offset = f.variable(f.load(a["beta"], c, F32) - f.load(a["means"], c, F32) * factor.get())
+            offset = f.variable(
+                f.load(a["beta"], c, F32) - f.load(a["means"], c, F32) * factor.get()
+            )
             with f.when(a["time_row"].is_("!=", 0)):
                 scale = f.load(a["time_row"], c, F32) + 1
                 factor.set(factor.get() * scale)
@@ -167,13 +175,19 @@ def resample(f: Function, part: Value, parts: Value, **a: Value) -> None:
     """
     x_row = a["width"] * a["divide"] // a["repeat"] * a["channels"]
     with f.loop(*f.share(a["height"], part, parts)) as row, f.loop(0, a["width"]) as column:
-        at = row * a["divide"] // a["repeat"] * x_row + column * a["divide"] // a["repeat"] * a["channels"]
+        at = (
+            row * a["divide"] // a["repeat"] * x_row
+            + column * a["divide"] // a["repeat"] * a["channels"]
+        )
         out = row * a["out_y"] + column * a["out_x"]
         with f.loop(0, a["channels"] // f.width) as vector:
             c = vector * f.width
             value = f.variable(f.load(a["x"], at + c))
             with f.when(a["divide"].is_("==", 2)):
-                right, below, beyond = (f.load(a["x"], at + d + c) for d in (a["channels"], x_row, x_row + a["channels"]))
+                right, below, beyond = (
+                    f.load(a["x"], at + d + c)
+                    for d in (a["channels"], x_row, x_row + a["channels"])
+                )
                 value.set((value.get() + right + (below + beyond)) * 0.25)
             f.store(value.get(), a["out"], out + c)
 

@@ -45,7 +45,9 @@ class LayerProgram(Program):
         group[: a.real] = torch.arange(a.real) // per_group
         group[a.channels : a.channels + b.real] = torch.arange(a.real, real) // per_group
         two = dict(x=a.at, x_channels=a.channels, y=b.at, y_channels=b.channels)
-        groups: dict[str, Any] = dict(channels=channels, group=self.keep(group), groups=m.num_groups, totals=s["totals"])
+        groups: dict[str, Any] = dict(
+            channels=channels, group=self.keep(group), groups=m.num_groups, totals=s["totals"]
+        )
         groups |= dict(means=s["means"], count=1 / (a.pixels * per_group))
         self.emit("channel_sums", **two, pixels=a.pixels, means=0, sums=s["sums"])
         self.emit("group_means", sums=s["sums"], **groups)
@@ -99,7 +101,9 @@ class LayerProgram(Program):
         if x.channels != x.real:
             weight = self.pad(weight, blocks, 1)
         out = self.map(x.height // stride, x.width // stride, m.out_channels)
-        epilogue: dict[str, Any] = dict(bias=self.vector_of(cast(Tensor, m.bias) * scale) if time_row is None else time_row)
+        epilogue: dict[str, Any] = dict(
+            bias=self.vector_of(cast(Tensor, m.bias) * scale) if time_row is None else time_row
+        )
         epilogue |= dict(residual=residual.at if residual else 0, residual_scale=float(scale))
         even = x.height % 2 == x.width % 2 == 0 and x.channels % self.vector == 0
         if stride == 1 and even and x.pixels >= 4 * FEWEST_TILES:
@@ -109,11 +113,17 @@ class LayerProgram(Program):
         self.give(x)
         return out
 
-    def _direct(self, x: Map, weight: Tensor, out: Map, epilogue: dict[str, Any], stride: int, first: int) -> None:
+    def _direct(
+        self, x: Map, weight: Tensor, out: Map, epilogue: dict[str, Any], stride: int, first: int
+    ) -> None:
         """Nine products summed in registers. first: 1 where the window begins inside the border,
         for want of padding.
         """
-        starts = [x.at + (i + first) * x.row + (j + first) * x.channels for i in range(3) for j in range(3)]
+        starts = [
+            x.at + (i + first) * x.row + (j + first) * x.channels
+            for i in range(3)
+            for j in range(3)
+        ]
         segments = [Segment(at, x.channels, stride * x.row, stride * x.channels) for at in starts]
         where = dict(height=out.height, width=out.width, out_y=out.row, out_x=out.channels)
         u = self.pack(weight.permute(0, 2, 3, 1).flatten(1))
@@ -166,15 +176,21 @@ class LayerProgram(Program):
         out = self.map(sources[0].height, sources[0].width, m.out_channels)
         u = self.pack(self.pad(m.weight.detach().double().flatten(1), [s.real for s in sources], 1))
         segments = [Segment(s.at, s.channels, 0, s.channels) for s in sources]
-        where = dict(width=out.pixels, out_x=out.channels, bias=self.vector_of(cast(Tensor, m.bias)))
+        where = dict(
+            width=out.pixels, out_x=out.channels, bias=self.vector_of(cast(Tensor, m.bias))
+        )
         self.product(segments, u, out.at, out.channels // self.vector, **where)
         return out
 
-    def linear(self, x: Map, weight: Tensor, bias: Tensor, residual: Map | None = None, scale: float = 1.0) -> Map:
+    def linear(
+        self, x: Map, weight: Tensor, bias: Tensor, residual: Map | None = None, scale: float = 1.0
+    ) -> Map:
         """weight x + bias + scale residual for every pixel."""
         out = self.map(x.height, x.width, len(weight))
         u = self.pack(F.pad(weight.double(), (0, x.channels - weight.shape[1])))
-        epilogue = dict(bias=self.vector_of(bias), residual=residual.at if residual else 0, residual_scale=scale)
+        epilogue = dict(
+            bias=self.vector_of(bias), residual=residual.at if residual else 0, residual_scale=scale
+        )
         segment = Segment(x.at, x.channels, 0, x.channels)
         self.product(
             [segment],

@@ -55,7 +55,9 @@ class UNetProgram(LayerProgram):
         for m in blocks:
             projected, c = m.time_emb_proj.bias.detach(), m.conv1.out_channels
             if not m.scale_shift:
-                projected = projected + cast(Tensor, m.conv1.bias)  # both are added at the same place
+                projected = projected + cast(
+                    Tensor, m.conv1.bias
+                )  # both are added at the same place
             each = [c, c] if m.scale_shift else [c]
             weights.append(self.pad(m.time_emb_proj.weight.detach(), each, 0))
             biases.append(self.pad(projected.detach(), each, 0))
@@ -67,7 +69,10 @@ class UNetProgram(LayerProgram):
         channels, height, width = shape
         elements, outputs = channels * height * width, unet.config.out_channels * height * width
         # the noise is made four vectors at a time
-        state = {name: self.take(elements + 4 * self.vector, name) for name in ("x", "eps", "variance", "z", "old")}
+        state = {
+            name: self.take(elements + 4 * self.vector, name)
+            for name in ("x", "eps", "variance", "z", "old")
+        }
         state["out"] = self.take(outputs, "out")
         self.header = {
             **state,
@@ -125,7 +130,11 @@ class UNetProgram(LayerProgram):
 
     def block(self, level: Level, j: int, sources: list[Map], keep: bool = False) -> Map:
         x = self.residual(cast(ResBlock, level.resnets[j]), sources, keep)
-        return self.attention(cast(Attention, level.attentions[j]), x) if hasattr(level, "attentions") else x
+        return (
+            self.attention(cast(Attention, level.attentions[j]), x)
+            if hasattr(level, "attentions")
+            else x
+        )
 
     def resampled(self, layer: nn.Module, x: Map, keep: bool = False) -> Map:
         if isinstance(layer, ResBlock):
@@ -142,7 +151,9 @@ class UNetProgram(LayerProgram):
         if m.resample is not None:
             x, dense, h = self.move(x, m.resample), h, self.move(h, m.resample, bordered=True)
             self.give(dense)
-        dense = self.convolve(h, m.conv1, None if m.scale_shift else time_row, blocks=[s.real for s in sources])
+        dense = self.convolve(
+            h, m.conv1, None if m.scale_shift else time_row, blocks=[s.real for s in sources]
+        )
         h = self.norm([dense], m.norm2, silu=True, time_row=time_row if m.scale_shift else None)
         self.give(dense)
         shortcut = x if m.conv_shortcut is None else self.conv1x1(sources, m.conv_shortcut)
@@ -156,7 +167,11 @@ class UNetProgram(LayerProgram):
     # ---- attention
 
     def attention(self, m: Attention, x: Map) -> Map:
-        n = self.norm([x], m.group_norm, silu=False, bordered=False) if m.group_norm is not None else x
+        n = (
+            self.norm([x], m.group_norm, silu=False, bordered=False)
+            if m.group_norm is not None
+            else x
+        )
         mixed, (weight, bias) = self._folded(m, n) if m.heads == 1 else self._heads(m, n)
         out = self.linear(mixed, weight / m.scale, bias / m.scale, residual=x, scale=1 / m.scale)
         for done in {mixed, n, x}:
@@ -168,7 +183,9 @@ class UNetProgram(LayerProgram):
         mixed, and its projection.
         """
         layers = (m.to_q, m.to_k, m.to_v, cast(nn.Linear, m.to_out[0]))
-        (weight, bias), out = fold(*((layer.weight.detach(), layer.bias.detach()) for layer in layers))
+        (weight, bias), out = fold(
+            *((layer.weight.detach(), layer.bias.detach()) for layer in layers)
+        )
         q = self.linear(n, weight * n.real**-0.5, bias * n.real**-0.5)
         mixed = self._mix(q.at, n.at, n.at, q.channels, n.channels, 1, n.channels, n)
         self.give(q)
@@ -179,8 +196,12 @@ class UNetProgram(LayerProgram):
         d = n.real // m.heads
         each, inner = [d] * m.heads, self.padded(d)
         scaled = ((m.to_q, d**-0.5), (m.to_k, 1.0), (m.to_v, 1.0))
-        weight = torch.cat([self.pad(layer.weight.detach().double() * by, each, 0) for layer, by in scaled])
-        bias = torch.cat([self.pad(layer.bias.detach().double() * by, each, 0) for layer, by in scaled])
+        weight = torch.cat(
+            [self.pad(layer.weight.detach().double() * by, each, 0) for layer, by in scaled]
+        )
+        bias = torch.cat(
+            [self.pad(layer.bias.detach().double() * by, each, 0) for layer, by in scaled]
+        )
         qkv, columns = self.linear(n, weight, bias), m.heads * inner
         mixed = self._mix(
             qkv.at,
@@ -228,7 +249,9 @@ class UNetProgram(LayerProgram):
         )
         batch = dict(batch=heads, a_batch=inner, u_batch=of_keys, out_batch=pixels * padded)
         segment = Segment(q, inner, 0, q_stride)
-        self.product([segment], keys, scores, padded // self.vector, width=pixels, out_x=padded, **batch)
+        self.product(
+            [segment], keys, scores, padded // self.vector, width=pixels, out_x=padded, **batch
+        )
         self.emit("softmax", x=scores, rows=heads * pixels, stride=padded, count=pixels)
         out = self.map(x.height, x.width, heads * inner)
         batch = dict(
@@ -240,7 +263,9 @@ class UNetProgram(LayerProgram):
             u_row=stride,
         )
         segment = Segment(scores, pixels, 0, padded)
-        self.product([segment], v, out.at, inner // self.vector, width=pixels, out_x=out.channels, **batch)
+        self.product(
+            [segment], v, out.at, inner // self.vector, width=pixels, out_x=out.channels, **batch
+        )
         self.give_back(keys, heads * of_keys)
         self.give_back(scores, heads * pixels * padded)
         return out

@@ -49,7 +49,10 @@ class _Image:
         if not self.bf16:
             return self.columns(address, at, count)
         typ = ir.VectorType(I16, f.width)
-        bits = [f.load(address + (at + v * f.width) * 2, typ=typ).cast("zext", I32) << 16 for v in range(count)]
+        bits = [
+            f.load(address + (at + v * f.width) * 2, typ=typ).cast("zext", I32) << 16
+            for v in range(count)
+        ]
         return [v.cast("bitcast", F32) for v in bits]
 
     def write(self, values: Sequence[Value], address: Value, pixel: Value, c: Value) -> None:
@@ -138,7 +141,9 @@ def _means(f: Function, image: _Image, a: Arguments, x: Value, time: Value, mean
     )
 
 
-def _factors(f: Function, image: _Image, a: Arguments, x: Value, means: Value, factors: Value) -> None:
+def _factors(
+    f: Function, image: _Image, a: Arguments, x: Value, means: Value, factors: Value
+) -> None:
     eps = a["eps"].cast("trunc", I32).cast("bitcast", F32)
 
     def square(c: Value, count: int) -> None:
@@ -153,7 +158,9 @@ def _factors(f: Function, image: _Image, a: Arguments, x: Value, means: Value, f
     image.blocks(square)
     image.groups(
         lambda c: [f.load(factors, c, F32), f.number(0)],
-        lambda c, variance, _: f.store(f.number(1) / f.intrinsic("llvm.sqrt", variance + eps), factors, c),
+        lambda c, variance, _: f.store(
+            f.number(1) / f.intrinsic("llvm.sqrt", variance + eps), factors, c
+        ),
     )
 
 
@@ -196,13 +203,17 @@ def _backward(f: Function, image: _Image, a: Arguments) -> None:
                 image.blocks(partial(_input_gradient, f, image, a, at, residual))
 
 
-def _gradient_sums(f: Function, image: _Image, a: Arguments, at: Arguments, silu: bool, c: Value, count: int) -> None:
+def _gradient_sums(
+    f: Function, image: _Image, a: Arguments, at: Arguments, silu: bool, c: Value, count: int
+) -> None:
     """dz = dy times the slope of SiLU, kept for the next pass; its sums over pixels, plain and times (x - mean) / sigma."""
     mean, factor, beta = _affine(image, a, at["means"], at["factors"], c, count)
 
     def terms(pixel: Value) -> list[Value]:
         gradients = image.read(at["dy"], pixel, c, count)
-        off = [value - m for value, m in zip(image.read(at["x"], pixel, c, count), mean, strict=True)]
+        off = [
+            value - m for value, m in zip(image.read(at["x"], pixel, c, count), mean, strict=True)
+        ]
         if silu:
             z = [f.fma(d, k, b) for d, k, b in zip(off, factor, beta, strict=True)]
             gradients = [g * _slope(f, v) for g, v in zip(gradients, z, strict=True)]
@@ -221,7 +232,9 @@ def _slope(f: Function, z: Value) -> Value:
     return s * f.fma(z, 1 - s, f.vector(1))
 
 
-def _input_gradient(f: Function, image: _Image, a: Arguments, at: Arguments, residual: bool, c: Value, count: int) -> None:
+def _input_gradient(
+    f: Function, image: _Image, a: Arguments, at: Arguments, residual: bool, c: Value, count: int
+) -> None:
     """dx = (gamma dz - mean(gamma dz) - x_hat mean(gamma dz x_hat)) / sigma, means over the group; then the residual's gradient."""
     mean, of_dz, _ = _affine(image, a, at["means"], at["factors"], c, count)
     inverse = image.columns(at["factors"], c, count)
@@ -232,11 +245,15 @@ def _input_gradient(f: Function, image: _Image, a: Arguments, at: Arguments, res
 
     def terms(pixel: Value) -> list[Value]:
         dz = image.columns(at["dz"], pixel * image.channels + c, count)
-        off = [value - m for value, m in zip(image.read(at["x"], pixel, c, count), mean, strict=True)]
+        off = [
+            value - m for value, m in zip(image.read(at["x"], pixel, c, count), mean, strict=True)
+        ]
         by_x = [f.fma(d, k, w) for d, k, w in zip(off, of_x, constant, strict=True)]
         dx = [f.fma(d, k, v) for d, k, v in zip(dz, of_dz, by_x, strict=True)]
         more = image.read(at["residual"], pixel, c, count) if residual else [f.vector(0)] * count
-        image.write([d + m for d, m in zip(dx, more, strict=True)] if residual else dx, at["dx"], pixel, c)
+        image.write(
+            [d + m for d, m in zip(dx, more, strict=True)] if residual else dx, at["dx"], pixel, c
+        )
         return dx
 
     image.put(image.sums(count, terms), at["time_gradient"], c)
@@ -263,7 +280,13 @@ def functions(width: int) -> dict[str, Callable[..., None]]:
 @cache
 def _compiled(width: int) -> tuple[dict[str, Callable[..., None]], Any]:
     here = Path(__file__).parent
-    sources = [str(width), *((here / name).read_text() for name in (Path(__file__).name, "codegen.py", "instructions.py"))]
+    sources = [
+        str(width),
+        *(
+            (here / name).read_text()
+            for name in (Path(__file__).name, "codegen.py", "instructions.py")
+        ),
+    ]
     engine, _ = compile_cached(lambda: _module(width), sources)
     made = {}
     for name, arguments in ARGUMENTS.items():

@@ -51,9 +51,14 @@ def gemm(f: Function, part: Value, parts: Value, **a: Value) -> None:
     by_pixel = _units(f, a["width"]).is_(">=", parts)
     pixels = [
         by_pixel.pick(mine, all_)
-        for mine, all_ in zip(_share_pixels(f, a["width"], part, parts), (f.integer(0), a["width"]), strict=True)
+        for mine, all_ in zip(
+            _share_pixels(f, a["width"], part, parts), (f.integer(0), a["width"]), strict=True
+        )
     ]
-    mine = [by_pixel.pick(all_, own) for all_, own in zip((f.integer(0), rows), f.share(rows, part, parts), strict=True)]
+    mine = [
+        by_pixel.pick(all_, own)
+        for all_, own in zip((f.integer(0), rows), f.share(rows, part, parts), strict=True)
+    ]
     with f.loop(mine[0], mine[1]) as i:
         y, rest = i % a["height"], i // a["height"]
         block, batch = rest % blocks, rest // blocks
@@ -92,7 +97,9 @@ def _tile(
     sums = [[f.variable(f.vector(0)) for _ in range(vectors)] for _ in range(count)]
     u = f.variable(a["u"] + (batch * a["u_batch"] + block * a["u_block"]) * 4)
     with f.loop(0, a["segment_count"]) as s:
-        address, channels, of_y, of_x = (f.load(a["segments"], s * 8 + 2 * k, I64) for k in range(4))
+        address, channels, of_y, of_x = (
+            f.load(a["segments"], s * 8 + 2 * k, I64) for k in range(4)
+        )
         first = address + (batch * a["a_batch"] + y * of_y + x * of_x) * 4
         pixels = [first + of_x * (4 * k) for k in range(count)]
         with f.loop(0, channels) as c:
@@ -132,10 +139,18 @@ def winograd_in(f: Function, part: Value, parts: Value, **a: Value) -> None:
     """
     with f.loop(*_share_pixels(f, a["tiles"], part, parts)) as t:
         tile = a["first"] + t
-        corner = ((tile // a["tiles_x"]) * 2 * a["width"] + (tile % a["tiles_x"]) * 2) * a["channels"]
+        corner = ((tile // a["tiles_x"]) * 2 * a["width"] + (tile % a["tiles_x"]) * 2) * a[
+            "channels"
+        ]
         with f.loop(0, a["channels"] // f.width) as vector:
             c = vector * f.width
-            d = [[f.load(a["x"], corner + (a["width"] * i + j) * a["channels"] + c) for j in range(4)] for i in range(4)]
+            d = [
+                [
+                    f.load(a["x"], corner + (a["width"] * i + j) * a["channels"] + c)
+                    for j in range(4)
+                ]
+                for i in range(4)
+            ]
             columns = [_b(*(d[i][j] for i in range(4))) for j in range(4)]
             for i in range(4):
                 for j, value in enumerate(_b(*(columns[k][i] for k in range(4)))):
@@ -154,10 +169,18 @@ def winograd_out(f: Function, part: Value, parts: Value, **a: Value) -> None:
     scale = f.splat(as_float(f, a["residual_scale"]))
     with f.loop(*_share_pixels(f, a["tiles"], part, parts)) as t:
         tile = a["first"] + t
-        corner = ((tile // a["tiles_x"]) * 2 * a["width"] + (tile % a["tiles_x"]) * 2) * a["channels"]
+        corner = ((tile // a["tiles_x"]) * 2 * a["width"] + (tile % a["tiles_x"]) * 2) * a[
+            "channels"
+        ]
         with f.loop(0, a["channels"] // f.width) as vector:
             c = vector * f.width
-            m = [[f.load(a["m"], ((a["tiles"] * (4 * i + j)) + t) * a["channels"] + c) for j in range(4)] for i in range(4)]
+            m = [
+                [
+                    f.load(a["m"], ((a["tiles"] * (4 * i + j)) + t) * a["channels"] + c)
+                    for j in range(4)
+                ]
+                for i in range(4)
+            ]
             columns = [_a(*(m[i][j] for i in range(4))) for j in range(4)]
             bias = f.load(a["bias"], c)
             rows = [_a(*(columns[k][i] for k in range(4))) for i in range(2)]

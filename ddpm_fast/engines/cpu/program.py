@@ -115,7 +115,9 @@ class Program:
         key = (floats, *kind)
         self._free[key].append(place)
 
-    def map(self, height: int, width: int, real: int, bordered: bool = False, channels: int = 0) -> Map:
+    def map(
+        self, height: int, width: int, real: int, bordered: bool = False, channels: int = 0
+    ) -> Map:
         """A new map; default for channels: `real` padded to whole vectors."""
         m = Map(Place(0), height, width, channels or self.padded(real), real, bordered)
         return Map(self.take(*m.kind), height, width, m.channels, real, bordered)
@@ -138,7 +140,9 @@ class Program:
             return w
         padding = [0, 0] * (w.ndim - 1 - dim)
         parts = zip(w.split(list(blocks), dim), blocks, strict=True)
-        return torch.cat([F.pad(part, [*padding, 0, self.padded(real) - real]) for part, real in parts], dim)
+        return torch.cat(
+            [F.pad(part, [*padding, 0, self.padded(real) - real]) for part, real in parts], dim
+        )
 
     def keep(self, t: Tensor) -> Tensor:
         copied = torch.empty(t.shape, dtype=torch.float32 if t.is_floating_point() else t.dtype)
@@ -166,7 +170,9 @@ class Program:
             raise ValueError(f"{name} was given {sorted(arguments)}; expected {sorted(names)}")
         self.instructions.append([NUMBERS[name], *(arguments[n] for n in names)])
 
-    def product(self, segments: list[Segment], u: Tensor | Place, out: Place, vectors: int, **arguments: Any) -> None:
+    def product(
+        self, segments: list[Segment], u: Tensor | Place, out: Place, vectors: int, **arguments: Any
+    ) -> None:
         """`instructions.gemm`, its second operand packed and its output one row of pixels unless
         the arguments say otherwise.
         """
@@ -181,7 +187,9 @@ class Program:
             u_row=block,
         )
         whole |= dict(bias=0, residual=0, residual_scale=1.0, out_batch=0, out_y=0, height=1)
-        of_product = dict(segments=table, segment_count=len(segments), u=u, out=out, vectors=vectors)
+        of_product = dict(
+            segments=table, segment_count=len(segments), u=u, out=out, vectors=vectors
+        )
         self.emit("gemm", **{**whole, **arguments, **of_product})
 
     # ---- finished

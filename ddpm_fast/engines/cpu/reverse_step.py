@@ -21,10 +21,16 @@ def _normals(f: Function, item: dict[str, Value], z: Value, elements: Value) -> 
     per_vector = 4 * f.width
     with f.loop(0, (elements + (per_vector - 1)) // per_vector) as i:
         block = half(i * f.width) + f.lanes(I32)
-        words = _philox(f, (block, streams, half(item["image"] & word), half(item["image"] >> 32)), key)
+        words = _philox(
+            f, (block, streams, half(item["image"] & word), half(item["image"] >> 32)), key
+        )
         n = (*_box_muller(f, words[0], words[1]), *_box_muller(f, words[2], words[3]))
         pairs = [f.shuffle(n[k], n[k + 1], range(2 * f.width)) for k in (0, 2)]
-        order = [(which // 2) * 2 * f.width + (which % 2) * f.width + lane for lane in range(f.width) for which in range(4)]
+        order = [
+            (which // 2) * 2 * f.width + (which % 2) * f.width + lane
+            for lane in range(f.width)
+            for which in range(4)
+        ]
         f.store(f.shuffle(pairs[0], pairs[1], order), z, i * per_vector)
 
 
@@ -32,7 +38,9 @@ def _philox(f: Function, counter: tuple[Value, ...], key: tuple[Value, Value]) -
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
-        p0, p1 = (c.cast("zext", I64) * m.value for c, m in ((c0, noise.PHILOX_M0), (c2, noise.PHILOX_M1)))
+        p0, p1 = (
+            c.cast("zext", I64) * m.value for c, m in ((c0, noise.PHILOX_M0), (c2, noise.PHILOX_M1))
+        )
         high0, high1 = ((p >> 32).cast("trunc", I32) for p in (p0, p1))
         c0, c1, c2, c3 = (
             high1 ^ c1 ^ k0,
@@ -47,7 +55,9 @@ def _philox(f: Function, counter: tuple[Value, ...], key: tuple[Value, Value]) -
 def _box_muller(f: Function, radius_word: Value, angle_word: Value) -> tuple[Value, Value]:
     bits = (radius_word.cast("uitofp", F32) + 0.5).cast("bitcast", I32) - noise.SQRT_HALF_2_32.value
     fraction = ((bits & 0x7FFFFF) + noise.SQRT_HALF.value).cast("bitcast", F32) - 1.0
-    minus_2_log_u = bits.sar(23).cast("sitofp", F32) * noise.MINUS_2_LN2.value + fraction * _horner(fraction, noise.Q.value)
+    minus_2_log_u = bits.sar(23).cast("sitofp", F32) * noise.MINUS_2_LN2.value + fraction * _horner(
+        fraction, noise.Q.value
+    )
     radius = f.intrinsic("llvm.sqrt", minus_2_log_u)
     turned = angle_word + 0x20000000
     angle = ((turned & 0x3FFFFFFF) - 0x20000000).cast("sitofp", F32) * noise.RADIANS.value

@@ -192,7 +192,10 @@ def compile_kernels() -> tuple[Callable[..., None], Any, bool]:
     """
     width = vector_width()
     here, kernels = Path(__file__).parent, Path(noise.__file__).parent
-    files = [here / f"{name}.py" for name in ("codegen", "products", "instructions", "reverse_step", "runtime")]
+    files = [
+        here / f"{name}.py"
+        for name in ("codegen", "products", "instructions", "reverse_step", "runtime")
+    ]
     files += [kernels / f"{name}.py" for name in ("noise", "ddpm_step")]
     sources = [str(width), *(path.read_text() for path in files)]
     engine, from_cache = compile_cached(lambda: _module(width), sources)

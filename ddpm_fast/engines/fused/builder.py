@@ -59,7 +59,11 @@ class PlanBuilder(LayerBuilder):
         self.conv3x3("conv_out", unet.conv_out, a, self.out)
 
     def attend(self, level: Level, j: int, x: Buffer) -> Buffer:
-        return self.attention(cast(Attention, level.attentions[j]), x) if hasattr(level, "attentions") else x
+        return (
+            self.attention(cast(Attention, level.attentions[j]), x)
+            if hasattr(level, "attentions")
+            else x
+        )
 
     def resample(self, layer: nn.Module, x: Buffer) -> Buffer:
         name = self.net.names[layer]
@@ -77,7 +81,10 @@ class PlanBuilder(LayerBuilder):
         plain = block.resample is None
         a = self.norm(f"{name}.norm1", block.norm1, x, skip, block.conv1 if plain else None)
         if block.resample == "down":
-            a, x = (self.resampled(f"{name}.{what}.pool", b, "half") for what, b in (("norm1", a), ("x", x)))
+            a, x = (
+                self.resampled(f"{name}.{what}.pool", b, "half")
+                for what, b in (("norm1", a), ("x", x))
+            )
         elif block.resample == "up":
             x = self.resampled(f"{name}.x.double", x, "double")
         if block.conv_shortcut is not None:
@@ -113,10 +120,14 @@ class PlanBuilder(LayerBuilder):
             pairs = net.cached(f"{name}.fold", folded)
             q = self.conv1x1(f"{name}.q", *pairs[0], a)
             weight, bias = (scale * v for v in pairs[1])
-            op = net.cached(name, lambda: FoldedAttention.of(weight, bias, net.activations, net.target, scale))
+            op = net.cached(
+                name, lambda: FoldedAttention.of(weight, bias, net.activations, net.target, scale)
+            )
             return self.emit(f"{name}.attention", op, out, q=q, x=a, residual=x)
         projections = (layer.to_q, layer.to_k, layer.to_v)
-        weight, bias = (torch.cat([getattr(p, which) for p in projections]) for which in ("weight", "bias"))
+        weight, bias = (
+            torch.cat([getattr(p, which) for p in projections]) for which in ("weight", "bias")
+        )
         qkv = self.conv1x1(f"{name}.qkv", weight, bias, a)
         mixed = self.emit(
             f"{name}.attention",
@@ -125,4 +136,6 @@ class PlanBuilder(LayerBuilder):
             qkv=qkv,
         )
         last = cast(nn.Linear, layer.to_out[0])
-        return self.conv1x1(f"{name}.to_out", last.weight, last.bias, mixed, residual=x, scale=scale)
+        return self.conv1x1(
+            f"{name}.to_out", last.weight, last.bias, mixed, residual=x, scale=scale
+        )

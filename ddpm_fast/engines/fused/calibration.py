@@ -125,13 +125,27 @@ class Calibration:
                 raise ValueError(f"format {what!r}; this version reads format {FORMAT}")
             layers = {name: Layer(**values) for name, values in fields["layers"].items()}
             for name, layer in layers.items():
-                if not (_is_size(layer.amax) and _is_size(layer.error) and isinstance(layer.keep_bf16, bool)):
-                    raise ValueError(f"{name}: {asdict(layer)}; expected amax and error of 0 or more, keep_bf16 true or false")
-            if not isinstance(fields["weights"], str) or not isinstance(fields["made"], dict) or not layers:
+                if not (
+                    _is_size(layer.amax)
+                    and _is_size(layer.error)
+                    and isinstance(layer.keep_bf16, bool)
+                ):
+                    raise ValueError(
+                        f"{name}: {asdict(layer)}; expected amax and error of 0 or more, keep_bf16 true or false"
+                    )
+            if (
+                not isinstance(fields["weights"], str)
+                or not isinstance(fields["made"], dict)
+                or not layers
+            ):
                 raise ValueError("expected weights, made and layers")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            reason = f"{type(error).__name__} {error}" if isinstance(error, KeyError) else str(error)
-            raise ValueError(f"{source} cannot be read as a calibration: {reason}; {_AGAIN}") from None
+            reason = (
+                f"{type(error).__name__} {error}" if isinstance(error, KeyError) else str(error)
+            )
+            raise ValueError(
+                f"{source} cannot be read as a calibration: {reason}; {_AGAIN}"
+            ) from None
         return cls(fields["weights"], fields["made"], layers)
 
 

@@ -106,7 +106,11 @@ def compare_statistics(stats: FeatureMap, out: FeatureMap, tiling: Tiling) -> Ch
         errors.append(float((computed - exact).norm() / exact.norm().clamp(min=1e-30)))
         worst.append(float((computed - exact).abs().max() / exact.abs().max().clamp(min=1e-30)))
     right = all(e <= STATISTICS for e in (*errors, *worst))
-    reason = "" if right else f"statistics: relative errors {errors[0]:.1e} and {errors[1]:.1e}, {STATISTICS:.1e} allowed"
+    reason = (
+        ""
+        if right
+        else f"statistics: relative errors {errors[0]:.1e} and {errors[1]:.1e}, {STATISTICS:.1e} allowed"
+    )
     return CheckResult(reason, max(errors), STATISTICS, max(worst), STATISTICS)
 
 
@@ -118,7 +122,9 @@ def check_launch(plan: Plan, launch: Launch) -> CheckResult:
     outputs = {name: plan.maps[b] for name, b in launch.writes.items() if name != "scratch"}
     images = sorted({0, out.images // 2, out.images - 1})
     some = {k: _of_images(v, images, out.images) for k, v in arguments.items()}
-    truth_type = torch.float64 if out.rows.dtype == torch.float32 and not _is_half(plan) else torch.float32
+    truth_type = (
+        torch.float64 if out.rows.dtype == torch.float32 and not _is_half(plan) else torch.float32
+    )
     exact = _like(some["out"], truth_type)
     launch.op.fallback(**(some | {"out": exact}), compute=truth_type)
     plain = _like(some["out"], out.rows.dtype)
@@ -153,7 +159,9 @@ def _of_images(value: Any, images: list[int], batch: int) -> Any:
 
 
 def _like(fm: FeatureMap, dtype: torch.dtype) -> FeatureMap:
-    return FeatureMap.empty(fm.images, fm.height, fm.width, fm.channels, dtype, fm.rows.device, fm.bordered)
+    return FeatureMap.empty(
+        fm.images, fm.height, fm.width, fm.channels, dtype, fm.rows.device, fm.bordered
+    )
 
 
 def check_noise(device: torch.device) -> CheckResult:
@@ -165,7 +173,11 @@ def check_noise(device: torch.device) -> CheckResult:
     )
     z = noise.noise(*vectors, noise.X_T, 3, 33, 65)
     expected = noise.noise_reference(*vectors, noise.X_T, (3, 33, 65))
-    return CheckResult("" if torch.equal(z.view(torch.int32), expected.view(torch.int32)) else "the noise is not the reference's")
+    return CheckResult(
+        ""
+        if torch.equal(z.view(torch.int32), expected.view(torch.int32))
+        else "the noise is not the reference's"
+    )
 
 
 def check_ddpm_step(device: torch.device) -> CheckResult:
@@ -175,7 +187,9 @@ def check_ddpm_step(device: torch.device) -> CheckResult:
     generator = torch.Generator().manual_seed(0)
     x, out = torch.randn(2, 2, 3, 16, 16, generator=generator).to(device)
     table = torch.rand(4, len(COLUMNS), generator=generator).to(device)
-    step_index, seed, image = (torch.tensor(v, device=device) for v in ([1, 3], [7, -7], [0, 2**33]))
+    step_index, seed, image = (
+        torch.tensor(v, device=device) for v in ([1, 3], [7, -7], [0, 2**33])
+    )
     z = noise.noise_reference(seed, image, step_index, noise.REVERSE, (3, 16, 16))
     expected = ddpm_step_reference(x, out, z, table, step_index)
     stepped = x.clone()
@@ -193,11 +207,15 @@ def check_advance(device: torch.device) -> CheckResult:
     expected = advance_reference(step_index, t_of, label, 10, 1)
     t, time_row = torch.zeros_like(label), torch.zeros_like(label)
     advance(step_index, t_of, t, time_row, label, 10)
-    same = all(torch.equal(v.long(), e) for v, e in zip((step_index, t, time_row), expected, strict=True))
+    same = all(
+        torch.equal(v.long(), e) for v, e in zip((step_index, t, time_row), expected, strict=True)
+    )
     return CheckResult("" if same else "the step counters are not the reference's")
 
 
-STEP_CHECKS: dict[str, Callable[[torch.device], CheckResult]] = {  # what a step runs in addition to the network
+STEP_CHECKS: dict[
+    str, Callable[[torch.device], CheckResult]
+] = {  # what a step runs in addition to the network
     "noise": check_noise,
     "ddpm_step": check_ddpm_step,
     "advance": check_advance,
@@ -215,8 +233,13 @@ def check_forward(network: PlannedUNet, unet: UNet) -> CheckResult:
     unet = unet.to(network.device)
     exact = (unet.double() if dtype == torch.float32 else unet.float())(*inputs).double()
     plain = unet.to(dtype)(*inputs)
-    error, plain_error = (float((v.double() - exact).norm() / exact.norm()) for v in (network(x, t, labels)[few], plain))
-    allowed = max(2 * plain_error, FP8_FORWARD if network.dtype == "fp8" else torch.finfo(dtype).eps)
+    error, plain_error = (
+        float((v.double() - exact).norm() / exact.norm())
+        for v in (network(x, t, labels)[few], plain)
+    )
+    allowed = max(
+        2 * plain_error, FP8_FORWARD if network.dtype == "fp8" else torch.finfo(dtype).eps
+    )
     return CheckResult(
         "" if error <= allowed else f"relative error {error:.1e}, {allowed:.1e} allowed",
         error,
@@ -250,7 +273,10 @@ def main() -> None:
             if name not in known:
                 _report(name, partial(check, network.device), send)
         for launch in plan:
-            if launch.name not in known and not _report(launch.name, partial(check_launch, plan, launch), send).passed:
+            if (
+                launch.name not in known
+                and not _report(launch.name, partial(check_launch, plan, launch), send).passed
+            ):
                 failed.add(launch.name)
             plan.fallbacks = failed
             plan.run_one(launch)  # so that the next one has something to read
@@ -297,7 +323,9 @@ def inputs_of(network: PlannedUNet) -> tuple[Tensor, Tensor, Tensor | None]:
     return (
         x,
         t,
-        torch.randint(c.num_classes, (b,), generator=generator).to(device) if c.num_classes else None,
+        torch.randint(c.num_classes, (b,), generator=generator).to(device)
+        if c.num_classes
+        else None,
     )
 
 

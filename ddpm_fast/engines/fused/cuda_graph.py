@@ -92,11 +92,21 @@ def _named(what: str) -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        raise RuntimeError(f"the step {what}, at {_origin(error)}: {str(error).splitlines()[0]}") from error
+        raise RuntimeError(
+            f"the step {what}, at {_origin(error)}: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def _origin(error: BaseException) -> str:
     """The innermost line outside of torch."""
     torch_home = str(Path(torch.__file__).parent)
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(torch_home)]
-    return f"{frames[-1].filename}:{frames[-1].lineno}, {frames[-1].line}" if frames else "an unknown line"
+    frames = [
+        f
+        for f in traceback.extract_tb(error.__traceback__)
+        if not f.filename.startswith(torch_home)
+    ]
+    return (
+        f"{frames[-1].filename}:{frames[-1].lineno}, {frames[-1].line}"
+        if frames
+        else "an unknown line"
+    )

@@ -74,7 +74,9 @@ class StaticBuffers:
     def load(self, state: SamplingState, table: StepTable) -> None:
         """Copies a batch and its table in. Places without an image stay at the table's last row."""
         n = len(state.x)
-        for buffer, values in zip((self.t_of, self.coef), table.padded(len(self.t_of)), strict=True):
+        for buffer, values in zip(
+            (self.t_of, self.coef), table.padded(len(self.t_of)), strict=True
+        ):
             buffer.copy_(values)
         self.x[n:], self.x_0[n:], self.step_index[n:] = 0, 0, len(self.t_of) - 1
         self.x[:n], self.step_index[:n], self.seed[:n], self.image[:n] = (
@@ -158,9 +160,13 @@ class FusedEngine:
         **options: Any,
     ) -> None:
         self.reason, self.timesteps = reason, timesteps
-        self.graph = partial(Graphed, device=device) if graph is None and device.type == "cuda" else graph
+        self.graph = (
+            partial(Graphed, device=device) if graph is None and device.type == "cuda" else graph
+        )
         FusedUNet.check_config(unet.config, precision, device)
-        self._make = lambda batch: FusedUNet(unet, batch, precision, device, shape[1:], timesteps, **options)
+        self._make = lambda batch: FusedUNet(
+            unet, batch, precision, device, shape[1:], timesteps, **options
+        )
         self._buffers: list[StaticBuffers] = []
 
     @property
@@ -168,7 +174,9 @@ class FusedEngine:
         return all(buffers.network.invariant for buffers in self._buffers)
 
     @torch.no_grad()
-    def steps(self, state: SamplingState, table: StepTable, every_step: bool = True) -> Generator[int, None, None]:
+    def steps(
+        self, state: SamplingState, table: StepTable, every_step: bool = True
+    ) -> Generator[int, None, None]:
         """See `Engine.steps`. While it runs, the state's tensors are the static buffers."""
         buffers = self._free_buffers(len(state.x))
         buffers.busy, done = True, 0
@@ -196,13 +204,21 @@ class FusedEngine:
             return
         capacity = batch_size
         if self.graph is not None:  # capturing takes time, so few sizes are captured
-            capacity = 2 ** (batch_size - 1).bit_length() if batch_size < 16 else -(-batch_size // 8) * 8
-        self._drop([b for b in self._buffers if b.capacity <= capacity < 2 * b.capacity and not b.busy])
+            capacity = (
+                2 ** (batch_size - 1).bit_length() if batch_size < 16 else -(-batch_size // 8) * 8
+            )
+        self._drop(
+            [b for b in self._buffers if b.capacity <= capacity < 2 * b.capacity and not b.busy]
+        )
         self._buffers.append(StaticBuffers.of(self.network(capacity), self.timesteps))
 
     def network(self, batch_size: int) -> PlannedUNet:
         """The network for a batch size; the packed weights are shared."""
-        return self._buffers[0].network.resized(batch_size) if self._buffers else self._make(batch_size)
+        return (
+            self._buffers[0].network.resized(batch_size)
+            if self._buffers
+            else self._make(batch_size)
+        )
 
     def _free_buffers(self, batch_size: int) -> StaticBuffers:
         """The smallest free buffers that suffice. Busy ones are left alone: several batches may be

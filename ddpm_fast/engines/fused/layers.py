@@ -45,8 +45,12 @@ class LayerBuilder:
         # tiles that do not depend on the batch, for launches whose tiles do
         self.fixed: dict[Buffer, Tiles] = {}
         c = net.config
-        self.x = Buffer("x_t", batch, *size, c.in_channels, torch.float32, bordered=False, external=True)
-        self.out = Buffer("out", batch, *size, c.out_channels, torch.float32, bordered=False, external=True)
+        self.x = Buffer(
+            "x_t", batch, *size, c.in_channels, torch.float32, bordered=False, external=True
+        )
+        self.out = Buffer(
+            "out", batch, *size, c.out_channels, torch.float32, bordered=False, external=True
+        )
 
     def emit(
         self,
@@ -60,7 +64,11 @@ class LayerBuilder:
     ) -> Buffer:
         writes = {"out": out} | ({"scratch": scratch} if scratch is not None else {})
         self.writers[out] = len(self.launches)
-        self.launches.append(Launch(name, op, {k: b for k, b in reads.items() if b is not None}, writes, tensors or {}))
+        self.launches.append(
+            Launch(
+                name, op, {k: b for k, b in reads.items() if b is not None}, writes, tensors or {}
+            )
+        )
         return out
 
     def like(
@@ -93,7 +101,9 @@ class LayerBuilder:
         net, k = self.net, conv.out_channels
         out = self.like("conv_in.out", self.x, k)
         step = ConvIn.block_k(conv.in_channels)
-        tiles = replace(net.cut("conv_in", step, k, out.rows, *_size(self.x), tma=False), block_k=step)
+        tiles = replace(
+            net.cut("conv_in", step, k, out.rows, *_size(self.x), tma=False), block_k=step
+        )
         make = lambda: ConvIn.of(
             net.weight(conv.weight),
             net.weight(conv.bias),
@@ -101,7 +111,9 @@ class LayerBuilder:
             tiles,
             net.config.center_input,
         )
-        return self.emit("conv_in", replace(net.cached("conv_in", make), tiles=tiles), out, x=self.x)
+        return self.emit(
+            "conv_in", replace(net.cached("conv_in", make), tiles=tiles), out, x=self.x
+        )
 
     def operand_of(self, conv: nn.Conv2d | None) -> torch.dtype:
         """The type of a convolution's operands: e4m3 if it takes that, and its range is known
@@ -109,7 +121,11 @@ class LayerBuilder:
         """
         net = self.net
         range_known = net.time_rows is None or not net.config.scale_shift
-        return E4M3 if conv is not None and net.names[conv] in net.e4m3_convolutions and range_known else net.activations
+        return (
+            E4M3
+            if conv is not None and net.names[conv] in net.e4m3_convolutions and range_known
+            else net.activations
+        )
 
     def conv3x3(
         self,
@@ -142,23 +158,33 @@ class LayerBuilder:
             )
             return Conv3x3.of(weight, b, x.dtype, tiles, self.units.get(x, 1.0), scale, net.bounded)
 
-        return self.emit(name, replace(net.cached(name, make), tiles=tiles), out, x=x, residual=residual)
+        return self.emit(
+            name, replace(net.cached(name, make), tiles=tiles), out, x=x, residual=residual
+        )
 
     def upsample(self, name: str, conv: nn.Conv2d, x: Buffer, bias: bool = True) -> Buffer:
         net, out = self.net, self.like(f"{name}.out", x, conv.out_channels, scale=2)
-        tiles = self.cut(out, "conv_upsample", x.channels, conv.out_channels, 4 * x.rows, *_size(x), tma=True)
+        tiles = self.cut(
+            out, "conv_upsample", x.channels, conv.out_channels, 4 * x.rows, *_size(x), tma=True
+        )
 
         def make() -> ConvUpsample:
             b = net.weight(conv.bias)
-            return ConvUpsample.of(net.weight(conv.weight), b if bias else torch.zeros_like(b), net.activations, tiles)
+            return ConvUpsample.of(
+                net.weight(conv.weight), b if bias else torch.zeros_like(b), net.activations, tiles
+            )
 
         return self.emit(name, replace(net.cached(name, make), tiles=tiles), out, x=x)
 
     def downsample(self, name: str, conv: nn.Conv2d, x: Buffer) -> Buffer:
         net, out = self.net, self.like(f"{name}.out", x, conv.out_channels, scale=0.5)
-        tiles = self.cut(out, "conv_downsample", x.channels, out.channels, out.rows, *_size(x), tma=False)
+        tiles = self.cut(
+            out, "conv_downsample", x.channels, out.channels, out.rows, *_size(x), tma=False
+        )
         padding = net.config.downsample_padding
-        make = lambda: ConvDownsample.of(net.weight(conv.weight), net.weight(conv.bias), padding, net.activations, tiles)
+        make = lambda: ConvDownsample.of(
+            net.weight(conv.weight), net.weight(conv.bias), padding, net.activations, tiles
+        )
         return self.emit(name, replace(net.cached(name, make), tiles=tiles), out, x=x)
 
     def conv1x1(
@@ -174,8 +200,12 @@ class LayerBuilder:
         net, out = self.net, self.like(f"{name}.out", x, len(weight), bordered=x.bordered)
         least = x.channels if x2 is None else min(divisor(x.channels, 64), divisor(x2.channels, 64))
         tiles = net.cut("conv1x1", least, len(weight), x.rows, *_size(x), tma=False)
-        make = lambda: Conv1x1.of(scale * net.weight(weight), scale * net.weight(bias), net.activations, tiles, scale)
-        return self.emit(name, replace(net.cached(name, make), tiles=tiles), out, x=x, x2=x2, residual=residual)
+        make = lambda: Conv1x1.of(
+            scale * net.weight(weight), scale * net.weight(bias), net.activations, tiles, scale
+        )
+        return self.emit(
+            name, replace(net.cached(name, make), tiles=tiles), out, x=x, x2=x2, residual=residual
+        )
 
     def resampled(self, name: str, x: Buffer, to: str, bordered: bool = True) -> Buffer:
         scale = {"half": 0.5, "same": 1, "double": 2}[to]
@@ -207,7 +237,11 @@ class LayerBuilder:
 
         def make() -> GroupNormSiLU:
             gamma, beta = net.weight(layer.weight).float(), net.weight(layer.bias).float()
-            unit = 1.0 if conv is None or dtype != E4M3 else self._unit(net.names[conv], gamma, beta, time, column)
+            unit = (
+                1.0
+                if conv is None or dtype != E4M3
+                else self._unit(net.names[conv], gamma, beta, time, column)
+            )
             return GroupNormSiLU(gamma, beta, layer.num_groups, layer.eps, silu, time, column, unit)
 
         op = net.cached(name, make)
@@ -218,7 +252,11 @@ class LayerBuilder:
             stats, tilings = self.statistics([x] if x2 is None else [x, x2])
             op = replace(op, tilings=tilings)
         elements = op.scratch_elements(x.empty("meta"))
-        scratch = Buffer(f"{name}.scratch", 1, 1, elements, 1, torch.float32, bordered=False) if elements else None
+        scratch = (
+            Buffer(f"{name}.scratch", 1, 1, elements, 1, torch.float32, bordered=False)
+            if elements
+            else None
+        )
         tensors = {} if block is None else dict(table=i.table, time_row=i.time_row)
         if conv is not None and dtype == E4M3 and net.count_saturated:
             tensors["saturated"] = net.saturated[net.e4m3_convolutions.index(net.names[conv])].view(
@@ -236,7 +274,9 @@ class LayerBuilder:
             return [], ()
         stats, tilings = [], []
         for b, launch in zip(maps, writers, strict=True):
-            op: Any = replace(cast(Any, launch.op), tiles=self.fixed.get(b, cast(Any, launch.op).tiles))
+            op: Any = replace(
+                cast(Any, launch.op), tiles=self.fixed.get(b, cast(Any, launch.op).tiles)
+            )
             tiling = op.tiling(b.empty("meta"))
             stored = launch.writes.get("stats") or Buffer(
                 f"{b.name}.stats",
@@ -247,7 +287,9 @@ class LayerBuilder:
                 torch.float32,
                 bordered=False,
             )
-            self.launches[self.writers[b]] = replace(launch, op=op, writes={**launch.writes, "stats": stored})
+            self.launches[self.writers[b]] = replace(
+                launch, op=op, writes={**launch.writes, "stats": stored}
+            )
             stats.append(stored)
             tilings.append(tiling)
         return stats, tuple(tilings)

@@ -106,7 +106,9 @@ class PlannedUNet:
             raise ValueError("the configuration names no sample_size; give size=(height, width)")
         self.size = self._check_size(size)
         self.accumulation, self.count_saturated = accumulation, count_saturated
-        self.keep_bf16 = sorted({*keep_bf16, *(() if calibration is None else calibration.keep_bf16)})
+        self.keep_bf16 = sorted(
+            {*keep_bf16, *(() if calibration is None else calibration.keep_bf16)}
+        )
         self._plans: dict[tuple[int, int], Plan] = {}
         with exactly(device):
             self._packed = PackedUNet(
@@ -202,7 +204,9 @@ class PlannedUNet:
         counts = self._packed.saturated.tolist()
         if clear:
             self._packed.saturated.zero_()
-        return {name: n for name, n in zip(self._packed.e4m3_convolutions, counts, strict=True) if n}
+        return {
+            name: n for name, n in zip(self._packed.e4m3_convolutions, counts, strict=True) if n
+        }
 
     @torch.no_grad()
     def __call__(self, x_t: Tensor, t: Tensor | int, labels: Tensor | None = None) -> Tensor:
@@ -228,7 +232,9 @@ class PlannedUNet:
         """Checks a call's arguments, copies them to where the plan reads them, and returns that
         plan.
         """
-        b, t, labels = check_call(self.config, self.batch_size, self.timesteps, self.device, x_t, t, labels)
+        b, t, labels = check_call(
+            self.config, self.batch_size, self.timesteps, self.device, x_t, t, labels
+        )
         plan = self.plan((int(x_t.shape[2]), int(x_t.shape[3])))
         plan.maps[plan.x].pixels[:b].copy_(x_t)
         i = self.inputs
@@ -239,7 +245,11 @@ class PlannedUNet:
 
     def _check_size(self, size: Any) -> tuple[int, int]:
         coarsest = 2 ** (len(self.config.channels) - 1)
-        if not isinstance(size, (tuple, list)) or len(size) != 2 or any(not is_count(n) or n % coarsest for n in size):
+        if (
+            not isinstance(size, (tuple, list))
+            or len(size) != 2
+            or any(not is_count(n) or n % coarsest for n in size)
+        ):
             raise ValueError(f"size {size!r}; expected (H, W), both divisible by {coarsest}")
         return int(size[0]), int(size[1])
 
@@ -259,11 +269,15 @@ class PlanSpec:
     launches: Sequence[str] = ()
 
     def to_json(self) -> dict[str, Any]:
-        return dict(config=asdict(self.config), options=dict(self.options), launches=list(self.launches))
+        return dict(
+            config=asdict(self.config), options=dict(self.options), launches=list(self.launches)
+        )
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> PlanSpec:
-        config: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields["config"].items()}
+        config: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in fields["config"].items()
+        }
         return cls(UNetConfig(**config), fields["options"], fields["launches"])
 
     @property

@@ -20,7 +20,9 @@ from .calibration import e4m3_convolutions
 
 LARGEST_TABLE = 256 * 2**20  # bytes that the table of time embeddings may take
 E4M3 = torch.float8_e4m3fn
-DEVIATIONS = 8.0  # from the mean that an e4m3 activation holds without saturating, without a calibration
+DEVIATIONS = (
+    8.0  # from the mean that an e4m3 activation holds without saturating, without a calibration
+)
 AnyOp = TypeVar("AnyOp")
 
 
@@ -81,7 +83,9 @@ class PackedUNet:
     ) -> None:
         self.config, self.device, self.target, self.tiles = unet.config, device, target, tiles
         self.activations, self.operands = activations, operands
-        self.weight_dtype = torch.float64 if unet.dtype == torch.float64 else torch.float32  # before they are packed
+        self.weight_dtype = (
+            torch.float64 if unet.dtype == torch.float64 else torch.float32
+        )  # before they are packed
         self.units, self.bounded, self.count_saturated = units, bounded, count_saturated
         candidates = list(e4m3_convolutions(unet)) if operands == E4M3 else []
         self.e4m3_convolutions = [name for name in candidates if name not in keep_bf16]
@@ -102,7 +106,9 @@ class PackedUNet:
     def weight(self, p: Tensor | None) -> Tensor:
         """A copy of a parameter in the type that packing computes in."""
         assert p is not None
-        return p.detach().to(self.device, self.weight_dtype, copy=True)  # the caller may go on training
+        return p.detach().to(
+            self.device, self.weight_dtype, copy=True
+        )  # the caller may go on training
 
     def cached(self, name: str, make: Callable[[], AnyOp]) -> AnyOp:
         """The operation `name`, made at the first call."""
@@ -121,13 +127,21 @@ class PackedUNet:
         on_host = "meta" if self.device.type == "meta" else self.unet.conv_in.weight.device
         embedded = self.unet.embed(torch.arange(timesteps, device=on_host), None)
         classes = (
-            self.weight(self.unet.class_embedding.weight) if c.num_classes else embedded.new_zeros(1, c.time_dim).to(self.device)
+            self.weight(self.unet.class_embedding.weight)
+            if c.num_classes
+            else embedded.new_zeros(1, c.time_dim).to(self.device)
         )
         time = self.weight(embedded)
         weight = torch.cat([self.weight(b.time_emb_proj.weight) for b in blocks])
         # without scale-shift the row is added before the norm, and the first convolution's bias
         # with it
-        bias = torch.cat([self.weight(b.time_emb_proj.bias) + (0 if b.scale_shift else self.weight(b.conv1.bias)) for b in blocks])
+        bias = torch.cat(
+            [
+                self.weight(b.time_emb_proj.bias)
+                + (0 if b.scale_shift else self.weight(b.conv1.bias))
+                for b in blocks
+            ]
+        )
         self.time_rows: TimeEmbeddingProjection | None = None
         if timesteps * len(classes) * self.time_row_width * 4 <= LARGEST_TABLE:
             both = F.silu(time[:, None] + classes).flatten(0, 1)
@@ -142,7 +156,9 @@ class PackedUNet:
 
     def inputs(self, batch: int) -> Inputs:
         """Buffers for the inputs of a batch."""
-        t, label, time_row = (torch.zeros(batch, dtype=torch.int64, device=self.device) for _ in range(3))
+        t, label, time_row = (
+            torch.zeros(batch, dtype=torch.int64, device=self.device) for _ in range(3)
+        )
         if self.time_rows is None:
             return Inputs(t, label, time_row, self.table, None)
         table = torch.zeros(batch, self.time_row_width, device=self.device)
@@ -169,7 +185,9 @@ class PackedUNet:
         dtype = dtype or self.activations
         warps = 4 if kind == "conv3x3" and dtype != E4M3 else 8
         by_rule = cut(self.target, dtype, c, k, rows, tma=tma, warps=warps, shrinks=shrinks)
-        return replace(by_rule, **self.tiles.get(tile_key(kind, self.target, dtype, c, k, h, w), {}))
+        return replace(
+            by_rule, **self.tiles.get(tile_key(kind, self.target, dtype, c, k, h, w), {})
+        )
 
 
 def tile_key(kind: str, target: Target, dtype: torch.dtype, c: int, k: int, h: int, w: int) -> str:
@@ -189,9 +207,13 @@ def check_tiles(tiles: Mapping[str, Mapping[str, Any]]) -> None:
     known = [f.name for f in fields(Tiles)]
     for key, changes in tiles.items():
         if not re.fullmatch(rf"({'|'.join(KINDS)}) sm\d+ \w+ \d+->\d+ \d+x\d+", key):
-            raise ValueError(f"tiles for {key!r}; expected a key such as 'conv3x3 sm90 bfloat16 128->128 32x32'")
+            raise ValueError(
+                f"tiles for {key!r}; expected a key such as 'conv3x3 sm90 bfloat16 128->128 32x32'"
+            )
         if odd := set(changes) - set(known):
-            raise ValueError(f"tiles for {key!r} set {', '.join(sorted(odd))}; expected some of {', '.join(known)}")
+            raise ValueError(
+                f"tiles for {key!r} set {', '.join(sorted(odd))}; expected some of {', '.join(known)}"
+            )
 
 
 def _starts(widths: list[int]) -> list[int]:

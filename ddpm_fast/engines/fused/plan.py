@@ -66,7 +66,9 @@ class Buffer:
         return FeatureMap(rows, self.images, self.height, self.width, self.bordered)
 
     def empty(self, device: torch.device | str) -> FeatureMap:
-        return FeatureMap.empty(self.images, self.height, self.width, self.channels, self.dtype, device, self.bordered)
+        return FeatureMap.empty(
+            self.images, self.height, self.width, self.channels, self.dtype, device, self.bordered
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,7 +111,11 @@ class Arena:
         placed: list[tuple[int, int, Buffer]] = []
         for b in sorted(life, key=lambda b: -b.nbytes):
             first, last = life[b]
-            neighbours = sorted((at, end) for at, end, other in placed if life[other][0] <= last and first <= life[other][1])
+            neighbours = sorted(
+                (at, end)
+                for at, end, other in placed
+                if life[other][0] <= last and first <= life[other][1]
+            )
             at = 0
             for begin, end in neighbours:
                 if at + b.nbytes <= begin:
@@ -189,7 +195,9 @@ class Plan:
     def maps(self) -> dict[Buffer, FeatureMap]:
         """Every buffer's memory."""
         with exactly(self.device):
-            maps = {b: b.on(self.memory[at:]) for b, at in self.arena.offsets.items()} | self._external
+            maps = {
+                b: b.on(self.memory[at:]) for b, at in self.arena.offsets.items()
+            } | self._external
             for launch in self.launches:
                 for b in launch.buffers.values():
                     if b.external and b not in maps:

@@ -30,7 +30,10 @@ def compile_in_parallel(spec: PlanSpec, processes: int | None = None) -> list[in
     """
     count = processes or max(1, min(MAX_PROCESSES, (os.cpu_count() or 2) // 2))
     with ExitStack() as stack:
-        workers = [stack.enter_context(JsonWorker("ddpm_fast.engines.fused.precompile")) for _ in range(count)]
+        workers = [
+            stack.enter_context(JsonWorker("ddpm_fast.engines.fused.precompile"))
+            for _ in range(count)
+        ]
         for i, worker in enumerate(workers):
             worker.send(dict(spec=spec.to_json(), share=[i, count]))
             worker.finish()

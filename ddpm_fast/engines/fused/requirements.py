@@ -16,11 +16,19 @@ from .calibration import Calibration, e4m3_convolutions
 ACCUMULATIONS = ("bounded", "unbounded")
 
 
-def check_fp8(unet: UNet, calibration: Calibration | None, keep_bf16: Collection[str], accumulation: str) -> None:
+def check_fp8(
+    unet: UNet, calibration: Calibration | None, keep_bf16: Collection[str], accumulation: str
+) -> None:
     if accumulation not in ACCUMULATIONS:
-        raise ValueError(f"accumulation {accumulation!r}; expected one of {', '.join(ACCUMULATIONS)}")
+        raise ValueError(
+            f"accumulation {accumulation!r}; expected one of {', '.join(ACCUMULATIONS)}"
+        )
     candidates = e4m3_convolutions(unet)
-    unknown = keep_bf16 if isinstance(keep_bf16, str) else [name for name in keep_bf16 if name not in candidates]
+    unknown = (
+        keep_bf16
+        if isinstance(keep_bf16, str)
+        else [name for name in keep_bf16 if name not in candidates]
+    )
     if unknown:
         raise ValueError(
             f"keep_bf16 is {unknown!r}; expected a list of convolutions' names, of {', '.join(list(candidates)[:3])} ..."
@@ -38,19 +46,35 @@ def check_network(
     overlap: bool = False,
 ) -> None:
     if not (is_count(batch_size) and is_count(timesteps)):
-        raise ValueError(f"batch_size = {batch_size}, timesteps = {timesteps}; expected integers of at least 1")
+        raise ValueError(
+            f"batch_size = {batch_size}, timesteps = {timesteps}; expected integers of at least 1"
+        )
     if target.sm < 80:
-        raise ValueError(f"the kernels need compute capability 8.0 or newer; this GPU has {target.sm / 10}: run the reference UNet")
+        raise ValueError(
+            f"the kernels need compute capability 8.0 or newer; this GPU has {target.sm / 10}: run the reference UNet"
+        )
     if overlap and target.sm < 90:
-        raise ValueError(f"overlap needs a GPU of compute capability 9.0 or newer; this one has {target.sm / 10}")
+        raise ValueError(
+            f"overlap needs a GPU of compute capability 9.0 or newer; this one has {target.sm / 10}"
+        )
     if dtype == "fp8" and target.sm < 89:
-        raise ValueError(f"fp8 needs a GPU of compute capability 8.9 or newer; this one has {target.sm / 10}: use bf16")
+        raise ValueError(
+            f"fp8 needs a GPU of compute capability 8.9 or newer; this one has {target.sm / 10}: use bf16"
+        )
     odd = [n for n in c.channels if n % 16]
     if odd:
-        raise ValueError(f"levels of {odd} channels; the kernels take multiples of 16: run the reference UNet")
-    heads = [level.channels // level.heads for level, attends in zip(c.levels, c.attends, strict=True) if attends]
+        raise ValueError(
+            f"levels of {odd} channels; the kernels take multiples of 16: run the reference UNet"
+        )
+    heads = [
+        level.channels // level.heads
+        for level, attends in zip(c.levels, c.attends, strict=True)
+        if attends
+    ]
     if max(heads, default=0) > 512:
-        raise ValueError(f"attention heads of {max(heads)} channels; the kernels take up to 512: run the reference UNet")
+        raise ValueError(
+            f"attention heads of {max(heads)} channels; the kernels take up to 512: run the reference UNet"
+        )
 
 
 def check_call(
@@ -64,13 +88,20 @@ def check_call(
 ) -> tuple[int, Tensor, Tensor]:
     """Validates the arguments of a call. Returns (batch size, t [B] int64, labels [B] int64)."""
     coarsest = 2 ** (len(c.channels) - 1)
-    if x_t.ndim != 4 or x_t.shape[1] != c.in_channels or x_t.shape[2] % coarsest or x_t.shape[3] % coarsest:
+    if (
+        x_t.ndim != 4
+        or x_t.shape[1] != c.in_channels
+        or x_t.shape[2] % coarsest
+        or x_t.shape[3] % coarsest
+    ):
         raise ValueError(
             f"x_t has shape {tuple(x_t.shape)}; expected [B, {c.in_channels}, H, W] with H and W divisible by {coarsest}"
         )
     b = len(x_t)
     if not 1 <= b <= batch_size:
-        raise ValueError(f"x_t has {b} images; expected 1 to {batch_size}: give a larger batch_size at construction")
+        raise ValueError(
+            f"x_t has {b} images; expected 1 to {batch_size}: give a larger batch_size at construction"
+        )
     classes = c.num_classes or 1
     if (labels is None) != (c.num_classes is None):
         expected = "no labels: the network is unconditional"
@@ -85,5 +116,7 @@ def check_call(
         wrong = v.shape != (b,) or v.is_floating_point() or v.is_complex()
         if wrong or bool(((v < 0) | (v.long() >= most)).any()):
             values = f"{v.min()}..{v.max()}" if v.numel() else "nothing"
-            raise ValueError(f"{name} is {v.dtype} {tuple(v.shape)} of {values}; expected integers [{b}] in 0..{most - 1}")
+            raise ValueError(
+                f"{name} is {v.dtype} {tuple(v.shape)} of {values}; expected integers [{b}] in 0..{most - 1}"
+            )
     return b, t.long(), labels.long().to(device)

@@ -101,7 +101,9 @@ def estimate(launch: Launch, gpu: Gpu) -> Estimate:
     arithmetic, memory = flops / peak, moved / gpu.bandwidth
     floor = max(arithmetic, memory)
     bound = "launch" if floor < GAP else "arithmetic" if arithmetic > memory else "memory"
-    return Estimate(flops, moved, floor, max(_product(launch, gpu, rate), moved / gpu.copy) + GAP, bound)
+    return Estimate(
+        flops, moved, floor, max(_product(launch, gpu, rate), moved / gpu.copy) + GAP, bound
+    )
 
 
 def _operand_size(launch: Launch, operand: torch.dtype) -> int:

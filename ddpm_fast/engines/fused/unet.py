@@ -52,7 +52,9 @@ class FusedUNet(PlannedUNet):
         return cls(unet, batch_size, **options)
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path, batch_size: int, dtype: str = "bf16", **options: Any) -> FusedUNet:
+    def from_pretrained(
+        cls, directory: str | Path, batch_size: int, dtype: str = "bf16", **options: Any
+    ) -> FusedUNet:
         """From a diffusers folder; in fp8 with the folder's calibration, if it has one."""
         unet = load_pretrained(directory).unet
         if dtype == "fp8":
@@ -62,7 +64,9 @@ class FusedUNet(PlannedUNet):
     def _make_plan(self, size: tuple[int, int]) -> Plan:
         plan = super()._make_plan(size)
         check = self.device.type == "cuda" if self.check is None else self.check
-        if check and self.device.type != "meta" and not plan.fallbacks:  # before the plan allocates: the worker needs as much
+        if (
+            check and self.device.type != "meta" and not plan.fallbacks
+        ):  # before the plan allocates: the worker needs as much
             spec = self.spec(size, plan)
             if cached_results(spec) is None and self.device.type == "cuda":
                 compile_in_parallel(spec)

@@ -26,7 +26,9 @@ from ...utils.subprocess import JsonWorker, WorkerEnded, WorkerTimeout
 from .checks import FORWARD, STEP_CHECKS, CheckResult
 from .model import PlanSpec
 
-START_TIMEOUT = 300.0  # seconds until a worker reports its first check: imports, packing, a busy machine
+START_TIMEOUT = (
+    300.0  # seconds until a worker reports its first check: imports, packing, a busy machine
+)
 
 
 def verify(spec: PlanSpec, **options: Any) -> dict[str, CheckResult]:
@@ -68,7 +70,9 @@ def run_checks(
         before = len(results)
         end = _run_worker(spec, command, timeout, progress, results)
         if len(results) == before:
-            raise RuntimeError(f"the self-check could not start: {end}. Pass check=False to run without it")
+            raise RuntimeError(
+                f"the self-check could not start: {end}. Pass check=False to run without it"
+            )
     return {name: results[name] for name in names}
 
 
@@ -85,7 +89,9 @@ def _run_worker(
     running: str | None = None
     patience = max(timeout, START_TIMEOUT)
     with JsonWorker("ddpm_fast.engines.fused.checks", command=command) as worker:
-        worker.send(dict(spec=spec.to_json(), passed={name: r.passed for name, r in results.items()}))
+        worker.send(
+            dict(spec=spec.to_json(), passed={name: r.passed for name, r in results.items()})
+        )
         worker.finish()
         while True:
             try:
@@ -101,9 +107,13 @@ def _run_worker(
                 results[message["finished"]], running = CheckResult(**message["result"]), None
             elif "out_of_memory" in message:
                 reason = message["out_of_memory"]
-                raise torch.OutOfMemoryError(f"the self-check ran out of memory; use a smaller batch_size ({reason})")
+                raise torch.OutOfMemoryError(
+                    f"the self-check ran out of memory; use a smaller batch_size ({reason})"
+                )
     if isinstance(end, WorkerEnded) and end.code == -signal.SIGKILL:
-        raise torch.OutOfMemoryError("the self-check's process was killed, as systems do when the host's memory runs out")
+        raise torch.OutOfMemoryError(
+            "the self-check's process was killed, as systems do when the host's memory runs out"
+        )
     if running is not None:
         results[running] = CheckResult(str(end), timed_out=isinstance(end, WorkerTimeout))
     return str(end)
@@ -118,7 +128,9 @@ def fallbacks_of(results: Mapping[str, CheckResult]) -> set[str]:
     failed = {name: r for name, r in results.items() if not r.passed}
     if not failed:
         return set()
-    named = "; ".join(f"{k} ({v.reason})" for k, v in list(failed.items())[:5]) + (" ..." if len(failed) > 5 else "")
+    named = "; ".join(f"{k} ({v.reason})" for k, v in list(failed.items())[:5]) + (
+        " ..." if len(failed) > 5 else ""
+    )
     launches = set(results) - {*STEP_CHECKS, FORWARD}
     fallbacks = launches if FORWARD in failed else set(failed) & launches
     _triton.UNTRUSTED.update(set(failed) & set(STEP_CHECKS))
@@ -142,7 +154,9 @@ def cache_path(spec: PlanSpec) -> Path:
 def cache_key(spec: PlanSpec) -> str:
     """SHA-256 of all that results depend on: hardware, software, the kernels' sources, the plan."""
     device = torch.device(spec.options["device"])
-    hardware = [torch.cuda.get_device_name(device), driver()] if device.type == "cuda" else [device.type]
+    hardware = (
+        [torch.cuda.get_device_name(device), driver()] if device.type == "cuda" else [device.type]
+    )
     sources = hashlib.sha256()
     for path in sorted(Path(noise.__file__).parent.glob("*.py")):
         sources.update(path.read_bytes())
@@ -164,7 +178,9 @@ def cached_results(spec: PlanSpec) -> dict[str, CheckResult] | None:
 def _cache(path: Path, results: Mapping[str, CheckResult]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps({k: asdict(v) for k, v in results.items()}, indent=1).encode())
+        write_atomically(
+            path, json.dumps({k: asdict(v) for k, v in results.items()}, indent=1).encode()
+        )
     except OSError as error:
         warnings.warn(
             f"the results of the self-check cannot be cached; it runs again next time: {error}",

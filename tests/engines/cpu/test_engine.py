@@ -33,11 +33,21 @@ NETWORKS = {
     "narrow heads": dict(channels=(12, 24), head_dim=6, norm_groups=4),
     "attention everywhere": dict(attention=True, heads=2, sample_size=(12, 4)),
     "attention up only": dict(attention=False, up_attention=(True, False), mid_attention=False),
-    "scale-shift, learned variance": dict(scale_shift=True, out_channels=6, cos_first=True, freq_shift=0),
-    "resblocks resample": dict(down_resample="resnet", up_resample="resnet", scale_shift=True, num_classes=3),
-    "centred, divided": dict(center_input=True, mid_scale=1.4142135, mid_norm_groups=0, downsample_padding=1),
-    "one pixel at the bottom": dict(channels=(8, 8, 8, 8), norm_groups=4, attention=(False, False, False, True), sample_size=8),
-    "blocks per level": dict(channels=(16, 24, 32), layers=(1, 1, 2), attention=(False, True, True), num_classes=3),
+    "scale-shift, learned variance": dict(
+        scale_shift=True, out_channels=6, cos_first=True, freq_shift=0
+    ),
+    "resblocks resample": dict(
+        down_resample="resnet", up_resample="resnet", scale_shift=True, num_classes=3
+    ),
+    "centred, divided": dict(
+        center_input=True, mid_scale=1.4142135, mid_norm_groups=0, downsample_padding=1
+    ),
+    "one pixel at the bottom": dict(
+        channels=(8, 8, 8, 8), norm_groups=4, attention=(False, False, False, True), sample_size=8
+    ),
+    "blocks per level": dict(
+        channels=(16, 24, 32), layers=(1, 1, 2), attention=(False, True, True), num_classes=3
+    ),
     "one channel": dict(in_channels=1, out_channels=1, layers=2),
 }
 
@@ -106,7 +116,10 @@ def test_winograd_and_direct_convolutions_are_both_used():
 
     program = UNetProgram(network(), (3, 16, 16), 16)
     count = Counter(row[0] for row in program.instructions)
-    assert count[NUMBERS["winograd_in"]] > 5 and count[NUMBERS["gemm"]] > count[NUMBERS["winograd_in"]] + 5
+    assert (
+        count[NUMBERS["winograd_in"]] > 5
+        and count[NUMBERS["gemm"]] > count[NUMBERS["winograd_in"]] + 5
+    )
 
 
 # ---- bits
@@ -162,9 +175,13 @@ def test_the_noise_is_that_of_the_reference_to_the_bit():
     coef = np.zeros((2, len(COLUMNS)))
     coef[:, COLUMNS.index("sigma")] = coef[:, COLUMNS.index("clip")] = 1  # x_{t-1} = z
     seed, image = torch.tensor([0, -5, 2**62, 9]), torch.tensor([0, 3, 2**40 + 5, 2**62])
-    state = SamplingState(torch.zeros(4, *shape_of(unet)), torch.zeros(4, dtype=torch.int32), seed, image, None)
+    state = SamplingState(
+        torch.zeros(4, *shape_of(unet)), torch.zeros(4, dtype=torch.int32), seed, image, None
+    )
     for i in engine(unet).steps(state, StepTable(np.array([3, 2]), coef)):
-        z = noise.noise_reference(seed, image, torch.full((4,), i - 1), noise.REVERSE, shape_of(unet))
+        z = noise.noise_reference(
+            seed, image, torch.full((4,), i - 1), noise.REVERSE, shape_of(unet)
+        )
         assert torch.equal(state.x, z)
 
 
@@ -189,7 +206,15 @@ def test_cpus_with_narrower_vectors(width, monkeypatch):
 
 
 def sampler(unet, variance="fixed_large", prediction="eps", clip=1.0):
-    return Sampler(unet, NoiseSchedule.linear(timesteps=T), shape_of(unet), prediction, variance, clip, engine="reference")
+    return Sampler(
+        unet,
+        NoiseSchedule.linear(timesteps=T),
+        shape_of(unet),
+        prediction,
+        variance,
+        clip,
+        engine="reference",
+    )
 
 
 def start(s, table, count=5, layout=torch.channels_last):
@@ -244,7 +269,12 @@ def test_loops_do_not_depend_on_the_batch_and_show_every_step():
     s, e = sampler(unet), engine(unet)
     table = s.table(solver="dpm++2m-sde", steps=6)
     every, alone = start(s, table), start(s, table)
-    alone = SamplingState(*(v[4:] for v in (alone.x, alone.step_index, alone.seed, alone.image, alone.labels, alone.x_0)))
+    alone = SamplingState(
+        *(
+            v[4:]
+            for v in (alone.x, alone.step_index, alone.seed, alone.image, alone.labels, alone.x_0)
+        )
+    )
     seen = []
     for i in e.steps(every, table):
         assert every.step_index.tolist() == [i] * 5
@@ -262,14 +292,21 @@ def test_images_may_be_at_different_rows_stay_after_the_last_and_lie_in_another_
     for state in (apart, together):
         state.step_index[:] = torch.tensor([2, 0, 1, 4, 0])
     at_rest = apart.x[3].clone()
-    assert list(e.steps(apart, table)) == list(EagerEngine(unet, torch.float32).steps(together, table))
-    assert torch.equal(apart.x[3], at_rest) and apart.step_index.tolist() == together.step_index.tolist() == [4] * 5
+    assert list(e.steps(apart, table)) == list(
+        EagerEngine(unet, torch.float32).steps(together, table)
+    )
+    assert (
+        torch.equal(apart.x[3], at_rest)
+        and apart.step_index.tolist() == together.step_index.tolist() == [4] * 5
+    )
     assert (apart.x - together.x).abs().max() < 1e-4
 
 
 def test_a_sampler_draws_with_it(monkeypatch):
     unet = network(num_classes=7)
-    drawn = Sampler(unet, NoiseSchedule.linear(timesteps=T), shape_of(unet), engine="reference").sample(3, steps=5, output="float")
+    drawn = Sampler(
+        unet, NoiseSchedule.linear(timesteps=T), shape_of(unet), engine="reference"
+    ).sample(3, steps=5, output="float")
     monkeypatch.setattr("ddpm_fast.engines.cpu.engine.CPUEngine", lambda *args: engine(unet))
     s = Sampler(unet, NoiseSchedule.linear(timesteps=T), shape_of(unet))
     assert s.engine.name == "cpu"

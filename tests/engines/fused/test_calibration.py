@@ -9,10 +9,26 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ddpm_fast import FusedUNet, NoiseSchedule, Sampler, UNet, UNetConfig, load_pretrained, save_pretrained
+from ddpm_fast import (
+    FusedUNet,
+    NoiseSchedule,
+    Sampler,
+    UNet,
+    UNetConfig,
+    load_pretrained,
+    save_pretrained,
+)
 from ddpm_fast.checkpoints.checkpoint import Checkpoint
 from ddpm_fast.engines.base import DTYPES
-from ddpm_fast.engines.fused.calibration import FILE, FLOOR, MARGIN, Calibration, allowed_error, e4m3_convolutions, load_calibration
+from ddpm_fast.engines.fused.calibration import (
+    FILE,
+    FLOOR,
+    MARGIN,
+    Calibration,
+    allowed_error,
+    e4m3_convolutions,
+    load_calibration,
+)
 from ddpm_fast.engines.fused.checks import check_launch
 from ddpm_fast.engines.fused.model import PlanSpec
 from ddpm_fast.kernels._triton import INTERPRETED
@@ -20,7 +36,17 @@ from ddpm_fast.sampling.calibrate import calibrate
 from ddpm_fast.utils.numerics import relative_error
 
 pytest.importorskip("safetensors")
-CONFIG = UNetConfig(8, 1, 1, channels=(32, 32), layers=1, attention=False, mid_attention=False, norm_groups=4, num_classes=10)
+CONFIG = UNetConfig(
+    8,
+    1,
+    1,
+    channels=(32, 32),
+    layers=1,
+    attention=False,
+    mid_attention=False,
+    norm_groups=4,
+    num_classes=10,
+)
 PLANTED = "up_blocks.0.resnets.1.conv2"
 HOW = dict(images=3, steps=4)
 
@@ -77,7 +103,11 @@ def run(capsys):
 
 def inputs(batch=3):
     torch.manual_seed(1)
-    return torch.randn(batch, 1, 8, 8), torch.tensor([999, 500, 0])[:batch], torch.tensor([0, 3, 9])[:batch]
+    return (
+        torch.randn(batch, 1, 8, 8),
+        torch.tensor([999, 500, 0])[:batch],
+        torch.tensor([0, 3, 9])[:batch],
+    )
 
 
 # ---- the pass
@@ -89,7 +119,9 @@ def test_what_is_found(found):
     c, name, seen = checkpoint(), "mid_block.resnets.0.conv1", []
     conv = c.unet.get_submodule(name)
     conv.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].double()))
-    Sampler(c.unet, c.schedule, (1, 8, 8), engine="reference").sample(3, seed=1, solver="ddim", steps=4)
+    Sampler(c.unet, c.schedule, (1, 8, 8), engine="reference").sample(
+        3, seed=1, solver="ddim", steps=4
+    )
     x, layer = torch.cat(seen), found.layers[name]
     assert len(seen) == 4 and layer.amax == pytest.approx(float(x.abs().max()), rel=1e-5)
 
@@ -98,24 +130,36 @@ def test_what_is_found(found):
 
     weight = conv.weight.double()
     wq = rounded(weight, weight.abs().amax((1, 2, 3), keepdim=True) / 448)
-    exact, narrow = (F.conv2d(*v, padding=1) for v in ((x, weight), (rounded(x, MARGIN * layer.amax / 448), wq)))
+    exact, narrow = (
+        F.conv2d(*v, padding=1) for v in ((x, weight), (rounded(x, MARGIN * layer.amax / 448), wq))
+    )
     assert layer.error == pytest.approx(relative_error(narrow, exact), rel=1e-3)
     assert set(found.layers) == set(e4m3_convolutions(c.unet)) and not found.keep_bf16
-    assert all(0.01 < v.error < FLOOR for v in found.layers.values())  # 0.0375 if all were independent
+    assert all(
+        0.01 < v.error < FLOOR for v in found.layers.values()
+    )  # 0.0375 if all were independent
 
 
 def test_the_rule():
     assert allowed_error(dict(a=0.01, b=0.02, c=0.9)) == FLOOR  # nothing below it is out of line
     assert allowed_error(dict(a=0.04, b=0.05, c=0.9)) == 0.1
     assert allowed_error(dict(a=0.04, b=float("nan"))) == 0.08
-    of = lambda **errors: Calibration.of(network(), {}, dict.fromkeys(errors, 1.0), errors).keep_bf16
-    assert of(a=0.02, b=0.04, c=0.05, d=0.06) == [] and of(a=0.02, b=0.02, c=0.06, d=float("nan")) == ["c", "d"]
+    of = lambda **errors: (
+        Calibration.of(network(), {}, dict.fromkeys(errors, 1.0), errors).keep_bf16
+    )
+    assert of(a=0.02, b=0.04, c=0.05, d=0.06) == [] and of(
+        a=0.02, b=0.02, c=0.06, d=float("nan")
+    ) == ["c", "d"]
 
 
 def test_refuses_what_it_cannot_calibrate():
     with pytest.raises(ValueError, match="images = 0, steps = 4; expected integers"):
         calibrate(checkpoint(), images=0, steps=4)
-    unet = UNet(UNetConfig(8, 1, 1, channels=(24,), layers=1, attention=False, mid_attention=False, norm_groups=4))
+    unet = UNet(
+        UNetConfig(
+            8, 1, 1, channels=(24,), layers=1, attention=False, mid_attention=False, norm_groups=4
+        )
+    )
     with pytest.raises(ValueError, match="multiples of 32 channels"):
         calibrate(Checkpoint(unet, NoiseSchedule.linear()), images=1, steps=1)
 
@@ -127,14 +171,22 @@ def test_the_command_writes_the_same_bytes_twice(run, folder, tmp_path, found):
     options = ("calibrate", "--weights", folder, "--images", 3, "--steps", 4)
     code, out, _ = run(*options, "--json")
     report = json.loads(out)
-    assert code == 0 and report["keep_bf16"] == [] and report["out"] == str(folder / FILE) and len(report["layers"]) == 16
+    assert (
+        code == 0
+        and report["keep_bf16"] == []
+        and report["out"] == str(folder / FILE)
+        and len(report["layers"]) == 16
+    )
     code, out, _ = run(*options, "--out", tmp_path / "again.json")
     assert code == 0 and "none of 16 stay bf16: 0.0" in out and PLANTED in out
     assert (folder / FILE).read_bytes() == (tmp_path / "again.json").read_bytes() == found.to_json()
     assert not [p for p in folder.iterdir() if p.name.startswith(".")]
     back = load_calibration(folder, load_pretrained(folder).unet)
     assert back == found and back.made == dict(HOW, solver="ddim", seed=1)
-    for more, message in ((("--out", tmp_path), "is a directory"), (("--out", tmp_path / "no" / "x.json"), "not a directory")):
+    for more, message in (
+        (("--out", tmp_path), "is a directory"),
+        (("--out", tmp_path / "no" / "x.json"), "not a directory"),
+    ):
         code, _, err = run(*options, *more)
         assert code == 2 and message in err and err.count("\n") == 1
 
@@ -149,8 +201,12 @@ DAMAGES = {
     "format 2; this version reads format 1": lambda c: c | dict(format=2),
     "format None": lambda c: {},
     "KeyError 'layers'": lambda c: {k: v for k, v in c.items() if k != "layers"},
-    "expected amax and error of 0 or more": lambda c: c | dict(layers={PLANTED: dict(amax=-1.0, error=0.1, keep_bf16=False)}),
-    "keep_bf16 true or false": lambda c: c | dict(layers={PLANTED: dict(amax=1.0, error=0.1, keep_bf16="no")}),
+    "expected amax and error of 0 or more": lambda c: (
+        c | dict(layers={PLANTED: dict(amax=-1.0, error=0.1, keep_bf16=False)})
+    ),
+    "keep_bf16 true or false": lambda c: (
+        c | dict(layers={PLANTED: dict(amax=1.0, error=0.1, keep_bf16="no")})
+    ),
     "unexpected keyword": lambda c: c | dict(layers={PLANTED: dict(size=1.0)}),
     "has no attribute": lambda c: c | dict(layers=[1]),
     "expected weights, made and layers": lambda c: c | dict(made=None),
@@ -167,7 +223,12 @@ def test_a_damaged_file_is_refused(message, folder, run, found):
     assert FusedUNet.from_pretrained(folder, 1, "fp32", check=False)
     if message in ("of other weights", "format None"):
         code, _, err = run("info", folder, "--plan", "--dtype", "fp8")
-        assert code == 2 and message in err and err.count("\n") == 1 and "make it again by ddpm-fast calibrate" in err
+        assert (
+            code == 2
+            and message in err
+            and err.count("\n") == 1
+            and "make it again by ddpm-fast calibrate" in err
+        )
         assert run("info", folder, "--plan")[0] == 0
 
 
@@ -194,7 +255,8 @@ def test_units_are_the_calibrated_ones(found):
     with pytest.raises(ValueError, match="of other weights"):
         FusedUNet(network(seed=1), 3, "fp8", "cpu", calibration=found)
     errors = [
-        relative_error(FusedUNet(unet, 3, "fp8", "cpu", **o)(*inputs()), unet(*inputs())) for o in ({}, dict(calibration=found))
+        relative_error(FusedUNet(unet, 3, "fp8", "cpu", **o)(*inputs()), unet(*inputs()))
+        for o in ({}, dict(calibration=found))
     ]
     assert max(errors) < 0.1
 
@@ -204,16 +266,27 @@ def test_a_layer_out_of_line_stays_in_bf16(planted, figure):
     unet, args = network(planted=True), inputs()
     assert planted.keep_bf16 == [PLANTED] and planted.layers[PLANTED].error > 0.5
     fused = FusedUNet(unet, 3, "fp8", "cpu", calibration=planted)
-    types = {launch.name: launch.op.weight.dtype for launch in fused.plan() if launch.op.name == "conv3x3"}
+    types = {
+        launch.name: launch.op.weight.dtype
+        for launch in fused.plan()
+        if launch.op.name == "conv3x3"
+    }
     narrow = {name for name, dtype in types.items() if dtype == torch.float8_e4m3fn}
     assert types[PLANTED] == torch.bfloat16 and narrow == set(planted.layers) - {PLANTED}
     by_rule = relative_error(FusedUNet(unet, 3, "fp8", "cpu")(*args), unet(*args))
     in_bf16 = relative_error(fused(*args), unet(*args))
-    figure("a layer without bits: fp8 forward with all in e4m3, with that one in bf16", f"{by_rule:.2f}, {in_bf16:.3f}")
+    figure(
+        "a layer without bits: fp8 forward with all in e4m3, with that one in bf16",
+        f"{by_rule:.2f}, {in_bf16:.3f}",
+    )
     assert in_bf16 < 0.6 * by_rule
     # the plan that a self-check's worker makes from the description has the same launches, with other weights
-    child = PlanSpec.from_json(json.loads(json.dumps(fused.spec().to_json()))).network(network(seed=1))
-    assert [(n.name, n.out.dtype) for n in child.plan()] == [(n.name, n.out.dtype) for n in fused.plan()]
+    child = PlanSpec.from_json(json.loads(json.dumps(fused.spec().to_json()))).network(
+        network(seed=1)
+    )
+    assert [(n.name, n.out.dtype) for n in child.plan()] == [
+        (n.name, n.out.dtype) for n in fused.plan()
+    ]
 
 
 def test_the_plan_shows_it(run, folder, planted):
@@ -226,10 +299,16 @@ def test_the_plan_shows_it(run, folder, planted):
     assert code == 0 and "15 convolutions in e4m3, with ranges as calibrated, 1 kept in bf16" in out
     assert why in out
     assert [line.split()[0] for line in out.splitlines() if " bf16 kept " in line] == [PLANTED]
-    report = json.loads(run("info", folder, "--plan", "--dtype", "fp8", "--batch-size", 4, "--json")[1])
+    report = json.loads(
+        run("info", folder, "--plan", "--dtype", "fp8", "--batch-size", 4, "--json")[1]
+    )
     operands = {row["launch"]: row["operands"] for row in report["plan"]}
     assert report["calibrated"] and report["keep_bf16"] == [PLANTED]
-    assert (operands[PLANTED], operands["conv_in"], operands["mid_block.resnets.0.conv1"]) == ("bf16", "bf16", "e4m3")
+    assert (operands[PLANTED], operands["conv_in"], operands["mid_block.resnets.0.conv1"]) == (
+        "bf16",
+        "bf16",
+        "e4m3",
+    )
     assert operands["conv_norm_out"] is None
 
 
@@ -246,7 +325,10 @@ def test_bad_options_are_said():
     unet = network()
     for options, message in (
         (dict(accumulation="exact"), "accumulation 'exact'; expected one of bounded, unbounded"),
-        (dict(keep_bf16=["conv_out"]), r"keep_bf16 is \['conv_out'\]; expected a list of convolutions' names, of down_blocks"),
+        (
+            dict(keep_bf16=["conv_out"]),
+            r"keep_bf16 is \['conv_out'\]; expected a list of convolutions' names, of down_blocks",
+        ),
         (dict(keep_bf16=PLANTED), f"keep_bf16 is '{PLANTED}'"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -261,8 +343,14 @@ def test_accumulation_reaches_the_launch(accumulation):
     plan = FusedUNet(network().to("meta"), 3, "fp8", "meta", accumulation=accumulation).plan()
     with triton_tools.record_launches() as launches:
         plan.run()
-    bounds = {(a["IMPRECISE"], a["BLOCK_K"]) for a in (launch.args for launch in launches) if a.get("SCALED")}
-    assert bounds == ({(32, 32), (64, 64)} if accumulation == "bounded" else {(None, 32), (None, 64)})
+    bounds = {
+        (a["IMPRECISE"], a["BLOCK_K"])
+        for a in (launch.args for launch in launches)
+        if a.get("SCALED")
+    }
+    assert bounds == (
+        {(32, 32), (64, 64)} if accumulation == "bounded" else {(None, 32), (None, 64)}
+    )
 
 
 # ---- what saturates
@@ -280,7 +368,9 @@ def test_saturation_is_counted(found):
     fused = FusedUNet(unet, 3, "fp8", "cpu", calibration=scaled(found, 4), count_saturated=True)
     fused(*args)
     assert fused.saturated() == {}
-    name = "down_blocks.0.resnets.0.conv1"  # what it reads is the same, whatever the others are told
+    name = (
+        "down_blocks.0.resnets.0.conv1"  # what it reads is the same, whatever the others are told
+    )
     claimed = scaled(found, 0.1)
     small = FusedUNet(unet, 3, "fp8", "cpu", calibration=claimed, count_saturated=True)
     small(*args)
@@ -290,7 +380,9 @@ def test_saturation_is_counted(found):
         plan.run_one(launch)
         if launch.name == name.replace("conv1", "norm1"):
             break
-    over = int((plan.maps[launch.out].pixels.float().abs() > MARGIN * claimed.layers[name].amax).sum())
+    over = int(
+        (plan.maps[launch.out].pixels.float().abs() > MARGIN * claimed.layers[name].amax).sum()
+    )
     assert over > 100 and small.saturated()[name] == pytest.approx(
         over, abs=over // 50
     )  # bf16 rounded the independent count's values
@@ -311,7 +403,12 @@ def right_casts(monkeypatch):
         def right(x, given, wanted, rounding):
             if (str(given), str(wanted)) != ("fp32", "fp8e4nv"):
                 return convert(x, given, wanted, rounding)
-            return torch.from_numpy(x.view(np.float32).copy()).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+            return (
+                torch.from_numpy(x.view(np.float32).copy())
+                .to(torch.float8_e4m3fn)
+                .view(torch.uint8)
+                .numpy()
+            )
 
         monkeypatch.setattr(interpreter, "_convert_float", right)
 
@@ -326,12 +423,16 @@ def test_by_kernels_as_by_fallbacks(monkeypatch, device, figure, found):
     args = [v.to(device) for v in inputs()]
     exact, errors, counts = unet(*args), [], []
     for calibration in (scaled(found, 4), scaled(found, 0.3)):
-        fused = FusedUNet(unet, 3, "fp8", check=False, calibration=calibration, count_saturated=True)
+        fused = FusedUNet(
+            unet, 3, "fp8", check=False, calibration=calibration, count_saturated=True
+        )
         for fallbacks in (set(), {launch.name for launch in fused.plan()}):
             fused.plan().fallbacks = fallbacks
             errors.append(relative_error(fused(*args), exact))
             counts.append(fused.saturated(clear=True))
-    figure("fp8 with calibration: error by kernels, by fallbacks", f"{errors[0]:.1e}, {errors[1]:.1e}")
+    figure(
+        "fp8 with calibration: error by kernels, by fallbacks", f"{errors[0]:.1e}, {errors[1]:.1e}"
+    )
     assert errors[0] < 1.05 * errors[1] < 0.1
     assert counts[:2] == [{}, {}]
     by_kernels, by_fallbacks = counts[2:]
@@ -344,12 +445,20 @@ def test_by_kernels_as_by_fallbacks(monkeypatch, device, figure, found):
 @torch.no_grad()
 def test_the_self_check_sees_a_wrong_unit(monkeypatch, found):
     """In an e4m3 norm, whose fallbacks in fp32 and in e4m3 must speak in the same unit; here a fallback stands for the kernel."""
-    norm = type(next(n.op for n in FusedUNet(network(), 3, "fp8", "cpu").plan() if n.op.name == "group_norm_silu"))
+    norm = type(
+        next(
+            n.op
+            for n in FusedUNet(network(), 3, "fp8", "cpu").plan()
+            if n.op.name == "group_norm_silu"
+        )
+    )
     monkeypatch.setattr(norm, "run", lambda op, **maps: op.fallback(**maps, compute=torch.float32))
     plan = FusedUNet(network(), 3, "fp8", "cpu", calibration=found).load(*inputs())
     launch = next(n for n in plan if n.out.dtype == torch.float8_e4m3fn)
     plan.run()
     assert check_launch(plan, launch).passed
-    wrong = lambda op, **maps: replace(op, unit=op.unit / 1.3).fallback(**maps, compute=torch.float32)
+    wrong = lambda op, **maps: replace(op, unit=op.unit / 1.3).fallback(
+        **maps, compute=torch.float32
+    )
     monkeypatch.setattr(norm, "run", wrong)
     assert "relative error" in check_launch(plan, launch).reason

@@ -18,7 +18,15 @@ from ddpm_fast.kernels.step_index import advance, advance_reference
 from ddpm_fast.utils.numerics import relative_error
 
 SCHEDULE = NoiseSchedule.linear()
-NET = dict(sample_size=8, in_channels=1, out_channels=1, channels=(16, 32), layers=1, attention=(False, True), norm_groups=4)
+NET = dict(
+    sample_size=8,
+    in_channels=1,
+    out_channels=1,
+    channels=(16, 32),
+    layers=1,
+    attention=(False, True),
+    norm_groups=4,
+)
 LOOPS = [
     dict(solver="ddpm", steps=6),
     dict(solver="ddim", steps=5, eta=0.5),
@@ -82,7 +90,9 @@ def test_fused_by_fallbacks_draws_the_reference_images(loop):
 
 
 @pytest.mark.kernel
-@pytest.mark.parametrize(("loop", "dtype"), [*((loop, "fp32") for loop in LOOPS), (LOOPS[2], "fp16")], ids=str)
+@pytest.mark.parametrize(
+    ("loop", "dtype"), [*((loop, "fp32") for loop in LOOPS), (LOOPS[2], "fp16")], ids=str
+)
 def test_fused_by_kernels_draws_the_reference_images(loop, dtype, device, figure):
     options = dict(seed=3, labels=[1, 2], output="float") | loop | dict(steps=3)
     model = unet().to(device)
@@ -90,15 +100,25 @@ def test_fused_by_kernels_draws_the_reference_images(loop, dtype, device, figure
     got = sampler("fused", model, dtype=dtype).sample(2, **options)
     plain = sampler("reference", model, dtype=dtype).sample(2, **options)
     error, other = relative_error(got, exact), relative_error(plain, exact)
-    figure(f"3 steps of {loop['solver']} by kernels, {dtype}; plain PyTorch in that type", f"{error:.1e}; {other:.1e}")
+    figure(
+        f"3 steps of {loop['solver']} by kernels, {dtype}; plain PyTorch in that type",
+        f"{error:.1e}; {other:.1e}",
+    )
     assert error <= max(2 * other, 1e-5)
 
 
 def test_fused_with_learned_variance_and_under_a_solver_that_sets_its_own():
     model = unet(None, out_channels=2)
-    for variance, loop in (("learned_range", LOOPS[0]), ("fixed_small", LOOPS[0]), ("fixed_small", LOOPS[2])):
+    for variance, loop in (
+        ("learned_range", LOOPS[0]),
+        ("fixed_small", LOOPS[0]),
+        ("fixed_small", LOOPS[2]),
+    ):
         options = dict(seed=1, output="float") | loop
-        want, got = (sampler(e, model, variance=variance, dtype="fp32").sample(3, **options) for e in ("reference", "fused"))
+        want, got = (
+            sampler(e, model, variance=variance, dtype="fp32").sample(3, **options)
+            for e in ("reference", "fused")
+        )
         torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
 
 
@@ -144,7 +164,9 @@ def test_between_the_first_and_the_last_step_the_host_only_replays(graphed):
         for done in s.engine.steps(state, table):
             counts.append((done, len(seen)))
     assert [done for done, _ in counts] == list(range(1, 21))
-    assert len({number for _, number in counts}) == 1  # no operation of torch's, so no synchronisation and no allocation
+    assert (
+        len({number for _, number in counts}) == 1
+    )  # no operation of torch's, so no synchronisation and no allocation
     single = next(g for g in Recorded.made if g.repeats == 1)
     assert single.replays == 20
 
@@ -166,12 +188,18 @@ def test_a_tail_is_drawn_in_the_captured_size(graphed):
     s = graphed()
     images = s.sample(10, batch_size=4, steps=3, output="float")
     assert [b.capacity for b in s.engine._buffers] == [4] and len(Recorded.made) == 2
-    torch.testing.assert_close(images, sampler("reference").sample(10, steps=3, output="float"), rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        images, sampler("reference").sample(10, steps=3, output="float"), rtol=0, atol=1e-4
+    )
     s.sample(3, steps=3)  # fits; a fourth place is idle
     assert [b.capacity for b in s.engine._buffers] == [4]
     s.sample(1, steps=3)
     assert [b.capacity for b in s.engine._buffers] == [4, 1]
-    for images, capacities in ((17, [4, 1, 24]), (13, [4, 1, 24]), (25, [4, 1, 32])):  # 32 replace the 24
+    for images, capacities in (
+        (17, [4, 1, 24]),
+        (13, [4, 1, 24]),
+        (25, [4, 1, 32]),
+    ):  # 32 replace the 24
         s.sample(images, steps=1)
         assert [b.capacity for b in s.engine._buffers] == capacities
 
@@ -204,13 +232,20 @@ def test_out_of_memory_halves_the_batch_and_keeps_the_images(graphed):
         return make(batch)
 
     s.engine._make = scarce
-    with pytest.warns(UserWarning, match="out of memory with a batch of 8 images; continuing with 4"):
+    with pytest.warns(
+        UserWarning, match="out of memory with a batch of 8 images; continuing with 4"
+    ):
         got = s.sample(9, batch_size=8, steps=3, output="float")
-    torch.testing.assert_close(got, sampler("reference").sample(9, steps=3, output="float"), rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        got, sampler("reference").sample(9, steps=3, output="float"), rtol=0, atol=1e-4
+    )
     s.engine.free()
     assert all(g.freed for g in Recorded.made)
     s.engine._make = lambda batch: (_ for _ in ()).throw(torch.OutOfMemoryError("no memory at all"))
-    with pytest.warns(UserWarning, match="going on with 1"), pytest.raises(torch.OutOfMemoryError, match="at all"):
+    with (
+        pytest.warns(UserWarning, match="going on with 1"),
+        pytest.raises(torch.OutOfMemoryError, match="at all"),
+    ):
         s.sample(2, steps=3)
 
 
@@ -225,7 +260,9 @@ def test_new_weights_are_seen(engine, how):
         (weight if how == "in place" else weight.data).mul_(1.5)
     after = s.sample(2, steps=3, output="float")
     assert relative_error(after, before) > 1e-3
-    torch.testing.assert_close(after, sampler("reference", model).sample(2, steps=3, output="float"), rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        after, sampler("reference", model).sample(2, steps=3, output="float"), rtol=0, atol=1e-4
+    )
 
 
 def test_a_sampler_may_be_used_while_its_images_are_on_their_way(graphed):
@@ -244,7 +281,12 @@ def test_inference_mode_and_the_newer_precision_settings():
     want = sampler("reference").sample(2, steps=2, output="float")
     with torch.inference_mode():
         assert torch.equal(sampler("reference").sample(2, steps=2, output="float"), want)
-        torch.testing.assert_close(sampler("fused", dtype="fp32").sample(2, steps=2, output="float"), want, rtol=0, atol=1e-4)
+        torch.testing.assert_close(
+            sampler("fused", dtype="fp32").sample(2, steps=2, output="float"),
+            want,
+            rtol=0,
+            atol=1e-4,
+        )
     code = (
         "import torch; torch.backends.cudnn.conv.fp32_precision = torch.backends.cuda.matmul.fp32_precision = 'tf32'\n"
         "from ddpm_fast import NoiseSchedule, Sampler\n"
@@ -274,7 +316,9 @@ def test_a_run_stops_between_steps_and_keeps_what_is_finished():
 def test_told_to_stop_after_a_last_step_the_batch_counts(engine):
     s = sampler(engine, dtype="fp32")
     whole, asked = s.sample(4, batch_size=2, steps=3, output="float"), []
-    got = s.sample(4, batch_size=2, steps=3, output="float", stop=lambda: asked.append(1) or len(asked) == 4)
+    got = s.sample(
+        4, batch_size=2, steps=3, output="float", stop=lambda: asked.append(1) or len(asked) == 4
+    )
     assert torch.equal(got, whole[:2])  # before each batch, and after its first and second step
 
 
@@ -284,18 +328,33 @@ def test_told_to_stop_after_a_last_step_the_batch_counts(engine):
 def test_auto_says_why():
     assert sampler("auto", lambda x, t: x).engine.reason == "the model is not a ddpm_fast UNet"
     half = sampler("auto", unet().bfloat16())
-    assert (half.engine.name, half.precision) == ("reference", "bf16") and half.engine.reason == "bf16 on cpu"
+    assert (half.engine.name, half.precision) == (
+        "reference",
+        "bf16",
+    ) and half.engine.reason == "bf16 on cpu"
     assert sampler("fused", dtype="fp8").engine.name == "fused"
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(engine="cuda"), "engine 'cuda'; expected one of auto, fused, compile, cpu, reference"),
-        (dict(engine="fused", model=lambda x, t: x), "engine 'fused' takes a UNet; this model is function"),
+        (
+            dict(engine="cuda"),
+            "engine 'cuda'; expected one of auto, fused, compile, cpu, reference",
+        ),
+        (
+            dict(engine="fused", model=lambda x, t: x),
+            "engine 'fused' takes a UNet; this model is function",
+        ),
         (dict(engine="cpu", model=lambda x, t: x), "engine 'cpu' takes a UNet in fp32 on a CPU"),
-        (dict(engine="reference", dtype="fp8"), r"fp8 needs engine 'fused'; this is engine 'reference' \(as requested\)"),
-        (dict(engine="auto", dtype="fp8"), r"fp8 needs engine 'fused'; this is engine 'reference' \(fp8 on cpu\)"),
+        (
+            dict(engine="reference", dtype="fp8"),
+            r"fp8 needs engine 'fused'; this is engine 'reference' \(as requested\)",
+        ),
+        (
+            dict(engine="auto", dtype="fp8"),
+            r"fp8 needs engine 'fused'; this is engine 'reference' \(fp8 on cpu\)",
+        ),
         (dict(engine="auto", dtype="int8"), "dtype 'int8'; expected one of fp32, fp16, bf16, fp8"),
         (dict(engine="auto", dtype="bf16", model=lambda x, t: x), "only a UNet is cast"),
     ],
@@ -310,7 +369,9 @@ def test_half_precision_by_name_leaves_the_weights_alone():
     model = unet()
     s = sampler("reference", model, dtype="bf16")
     assert model.dtype == torch.float32 and s.model.dtype == torch.bfloat16
-    torch.testing.assert_close(s.sample(2, steps=3), sampler("reference", unet().bfloat16()).sample(2, steps=3))
+    torch.testing.assert_close(
+        s.sample(2, steps=3), sampler("reference", unet().bfloat16()).sample(2, steps=3)
+    )
 
 
 def test_torch_compile_is_held_against_the_network(monkeypatch):
@@ -318,7 +379,9 @@ def test_torch_compile_is_held_against_the_network(monkeypatch):
     with pytest.raises(RuntimeError, match=r"torch\.compile gives another result, off by 1\.0e-03"):
         sampler("compile").sample(1, steps=2)
     monkeypatch.setattr(torch, "compile", lambda model, mode=None: model)
-    assert torch.equal(sampler("compile").sample(2, steps=3), sampler("reference").sample(2, steps=3))
+    assert torch.equal(
+        sampler("compile").sample(2, steps=3), sampler("reference").sample(2, steps=3)
+    )
 
 
 # ---- advance
@@ -334,21 +397,28 @@ def test_advance(device):
         want = advance_reference(row, t_of, label, 10, by)
         advance(row, t_of, t, entry, label, 10, by)
         assert all(torch.equal(got.long(), v) for got, v in zip((row, t, entry), want, strict=True))
-    assert row[:5].tolist() == [2, 3, 3, 3, 3] and t[:5].tolist() == [3, 0, 0, 0, 0] and entry[3] == 3
+    assert (
+        row[:5].tolist() == [2, 3, 3, 3, 3] and t[:5].tolist() == [3, 0, 0, 0, 0] and entry[3] == 3
+    )
 
 
 def test_advance_refuses():
     row, other = torch.zeros(2, dtype=torch.int32), torch.zeros(2, dtype=torch.int64)
     for options in (dict(t=other[:1]), dict(step=other), dict(t_of=other.float()), dict(label=row)):
         with pytest.raises(ValueError, match="expected int"):
-            advance(**dict(step=row, t_of=other, t=other, time_row=other, label=other, classes=1) | options)
+            advance(
+                **dict(step=row, t_of=other, t=other, time_row=other, label=other, classes=1)
+                | options
+            )
 
 
 # ---- a wrong kernel
 
 
 @pytest.mark.kernel
-def test_a_wrong_kernel_is_caught_and_its_launch_runs_by_its_fallback(device, tmp_path, monkeypatch):
+def test_a_wrong_kernel_is_caught_and_its_launch_runs_by_its_fallback(
+    device, tmp_path, monkeypatch
+):
     from ddpm_fast.kernels.conv3x3 import Conv3x3
 
     monkeypatch.setenv("DDPM_FAST_CACHE", str(tmp_path))
@@ -361,14 +431,18 @@ def test_a_wrong_kernel_is_caught_and_its_launch_runs_by_its_fallback(device, tm
             out.pixels[:, :, 2, 3] += 0.5
 
     monkeypatch.setattr(Conv3x3, "run", wrong)
-    monkeypatch.setattr(verification, "run_checks", partial(verification.run_checks, command=planted(tmp_path)))
+    monkeypatch.setattr(
+        verification, "run_checks", partial(verification.run_checks, command=planted(tmp_path))
+    )
     s = sampler("fused", model, dtype="fp32")
     s.engine = FusedEngine(model, s.shape, "fp32", s.device, len(SCHEDULE), graph=None, check=True)
     with pytest.warns(UserWarning, match="conv_out"):
         got = s.sample(2, steps=2, output="float")
     (buffers,) = s.engine._buffers
     assert "conv_out" in buffers.network.plan().fallbacks and not s.engine.invariant
-    torch.testing.assert_close(got, sampler("reference", model).sample(2, steps=2, output="float"), rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        got, sampler("reference", model).sample(2, steps=2, output="float"), rtol=0, atol=1e-4
+    )
 
 
 def planted(folder):

@@ -34,7 +34,15 @@ def chain(generator, count):
     buffers, launches = [], []
     for i in range(count):
         dtype = torch.float32 if generator.random() < 0.3 else torch.bfloat16
-        b = Buffer(f"b{i}", 2, int(generator.integers(1, 9)), 5, int(generator.integers(1, 40)), dtype, bool(generator.integers(2)))
+        b = Buffer(
+            f"b{i}",
+            2,
+            int(generator.integers(1, 9)),
+            5,
+            int(generator.integers(1, 40)),
+            dtype,
+            bool(generator.integers(2)),
+        )
         reads = {f"r{j}": buffers[j] for j in generator.integers(0, i, min(i, 3))} if i else {}
         launches.append(Launch(f"l{i}", Nothing(), reads, {"out": b}))
         buffers.append(b)
@@ -47,11 +55,20 @@ def test_no_two_buffers_that_live_at_once_overlap(seed):
     arena, life = Arena.of(launches), lifetimes(launches)
     assert set(arena.offsets) == set(life)
     for i, launch in enumerate(launches):
-        alive = sorted((arena.offsets[b], arena.offsets[b] + b.nbytes) for b, (first, last) in life.items() if first <= i <= last)
+        alive = sorted(
+            (arena.offsets[b], arena.offsets[b] + b.nbytes)
+            for b, (first, last) in life.items()
+            if first <= i <= last
+        )
         assert all(end <= begin for (_, end), (begin, _) in pairwise(alive))
-        assert {b for b, (first, last) in life.items() if first <= i <= last} >= set(launch.buffers.values())
+        assert {b for b, (first, last) in life.items() if first <= i <= last} >= set(
+            launch.buffers.values()
+        )
     assert all(at % ALIGNMENT == 0 for at in arena.offsets.values())
-    most = max(sum(b.nbytes for b, (first, last) in life.items() if first <= i <= last) for i in range(len(launches)))
+    most = max(
+        sum(b.nbytes for b, (first, last) in life.items() if first <= i <= last)
+        for i in range(len(launches))
+    )
     assert most <= arena.size <= 1.35 * most + ALIGNMENT * len(launches)
 
 
@@ -68,7 +85,9 @@ def test_memory_of_the_cifar10_network(figure):
 
 
 @pytest.mark.parametrize(
-    ("config", "launches", "gn_pass"), [(UNetConfig(), 130, 36.5e6), (CELEBA, 200, 1525e6)], ids=["cifar", "celeba"]
+    ("config", "launches", "gn_pass"),
+    [(UNetConfig(), 130, 36.5e6), (CELEBA, 200, 1525e6)],
+    ids=["cifar", "celeba"],
 )
 def test_the_plan_counts_what_the_reference_counts(config, launches, gn_pass, figure):
     """FLOP: torch's count of the reference, minus what the algebra saves, itemised. gn_pass: bytes of an image where everything is
@@ -81,7 +100,10 @@ def test_the_plan_counts_what_the_reference_counts(config, launches, gn_pass, fi
     want = unet_cost(config).flops - sum(saved.values())
     assert abs(flops / want - 1) < 0.001
     weights = {id(launch.op): launch.op.weight for launch in plan if hasattr(launch.op, "weight")}
-    moved = (sum(launch.cost()[1] for launch in plan) - sum(w.numel() * w.element_size() for w in weights.values())) / 16
+    moved = (
+        sum(launch.cost()[1] for launch in plan)
+        - sum(w.numel() * w.element_size() for w in weights.values())
+    ) / 16
     name = f"plan, {config.channels}"
     figure(
         f"{name}: launches, GFLOP an image, saved",
@@ -95,7 +117,9 @@ def test_the_plan_counts_what_the_reference_counts(config, launches, gn_pass, fi
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_writers_of_what_a_norm_would_read_twice_keep_statistics(sm, dtype):
     """By the same tiles for every batch, alive until the last norm that reads them; where one pass holds an image, none does."""
-    assert not any("stats" in launch.buffers for launch in planned(UNetConfig(), 1, dtype, sm).plan())
+    assert not any(
+        "stats" in launch.buffers for launch in planned(UNetConfig(), 1, dtype, sm).plan()
+    )
     tilings = []
     for batch in (1, 2, 16):
         plan = planned(CELEBA, batch, dtype, sm).plan()
@@ -122,12 +146,22 @@ def savings(config):
     for i, level in enumerate(unet.up_blocks):
         if level.upsamplers is not None:
             scale = 2 ** (len(config.channels) - 2 - i)
-            resolution["upsampling"] += (h // scale) * (w // scale) * 2 * level.upsamplers[0].conv.weight.numel() * 5 // 9
+            resolution["upsampling"] += (
+                (h // scale) * (w // scale) * 2 * level.upsamplers[0].conv.weight.numel() * 5 // 9
+            )
     for name, module in unet.named_modules():
         if type(module).__name__ == "Attention":
-            depth = config.levels_of("attention").index(True) if "mid" not in name else len(config.channels) - 1
-            resolution["attention"] += (h >> depth) * (w >> depth) * 2 * 2 * module.to_q.weight.numel()
-        if isinstance(module, torch.nn.Linear) and ("time_embedding" in name or "time_emb_proj" in name):
+            depth = (
+                config.levels_of("attention").index(True)
+                if "mid" not in name
+                else len(config.channels) - 1
+            )
+            resolution["attention"] += (
+                (h >> depth) * (w >> depth) * 2 * 2 * module.to_q.weight.numel()
+            )
+        if isinstance(module, torch.nn.Linear) and (
+            "time_embedding" in name or "time_emb_proj" in name
+        ):
             resolution["time"] += 2 * module.weight.numel()
     return resolution
 
@@ -142,9 +176,14 @@ def test_a_roofline_is_the_larger_of_two_times():
         assert (e.bound == "launch") == (e.floor < GAP)
     total = sum(estimate(launch, gpu).predicted for launch in plan)
     assert 5e-3 < total < 9e-3  # the estimate made from the same rates by hand: 7.1 ms
-    fp8 = sum(estimate(launch, gpu).predicted for launch in planned(UNetConfig(), 256, "fp8").plan())
+    fp8 = sum(
+        estimate(launch, gpu).predicted for launch in planned(UNetConfig(), 256, "fp8").plan()
+    )
     assert 4e-3 < fp8 < 5.5e-3  # by hand 4.6 ms
-    assert all(GPUS[name].product < GPUS[name].half and GPUS[name].copy < GPUS[name].bandwidth for name in GPUS)
+    assert all(
+        GPUS[name].product < GPUS[name].half and GPUS[name].copy < GPUS[name].bandwidth
+        for name in GPUS
+    )
 
 
 def test_the_rule_for_tiles():
@@ -152,9 +191,14 @@ def test_the_rule_for_tiles():
     for sm in (80, 90, 100):
         for dtype in (torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float32):
             for c in (32, 48, 64, 96, 128, 384):
-                cuts = [cut(Target(sm, 132), dtype, c, 128, rows, tma=True, warps=4) for rows in (16, 1000, 10**4, 10**6)]
+                cuts = [
+                    cut(Target(sm, 132), dtype, c, 128, rows, tma=True, warps=4)
+                    for rows in (16, 1000, 10**4, 10**6)
+                ]
                 assert len({(t.block_k, t.block_n, t.tma) for t in cuts}) == 1
-                assert all(t.block_m >= 64 and c % t.block_k == 0 and t.tma == (sm >= 90) for t in cuts)
+                assert all(
+                    t.block_m >= 64 and c % t.block_k == 0 and t.tma == (sm >= 90) for t in cuts
+                )
     assert [outputs_of(k) for k in (1, 3, 6, 16, 32, 48, 64, 96, 128, 192, 256, 320)] == [
         16,
         16,
@@ -175,5 +219,8 @@ def test_a_tile_can_be_overridden():
     key = "conv3x3 sm90 bfloat16 128->128 32x32"
     plan = planned(UNetConfig(), 4, tiles={key: dict(block_m=64, warps=8)}).plan()
     tiles = {launch.name: launch.op.tiles for launch in plan if launch.op.name == "conv3x3"}
-    assert (tiles["down_blocks.0.resnets.0.conv1"].block_m, tiles["down_blocks.0.resnets.0.conv1"].warps) == (64, 8)
+    assert (
+        tiles["down_blocks.0.resnets.0.conv1"].block_m,
+        tiles["down_blocks.0.resnets.0.conv1"].warps,
+    ) == (64, 8)
     assert tiles["down_blocks.1.resnets.1.conv2"].warps == 4

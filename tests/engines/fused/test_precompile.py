@@ -28,7 +28,10 @@ def test_every_launch_compiles_as_meant(figure):
         serial += seconds
         found = [result] if isinstance(result, str) else faults(case, result)
         wrong += [f"{case.kernel} in {case.where}: {'; '.join(found)}"] if found else []
-    figure("launches of four networks, sm_90: distinct, seconds to compile one by one", f"{len(cases)}, {serial:.0f}")
+    figure(
+        "launches of four networks, sm_90: distinct, seconds to compile one by one",
+        f"{len(cases)}, {serial:.0f}",
+    )
     assert not wrong
 
 
@@ -53,14 +56,25 @@ def test_faults_are_seen():
     cases = distinct(["cifar10"], [256], ["bf16"], 90)
     conv = next(c for c in cases if c.kernel == "_conv3x3_kernel" and c.launch.args["RESIDUAL"])
     spilling = Case(
-        90, conv.where, type(conv.launch)(conv.launch.kernel, (1,), conv.launch.args, dict(conv.launch.options, maxnreg=96))
+        90,
+        conv.where,
+        type(conv.launch)(
+            conv.launch.kernel, (1,), conv.launch.args, dict(conv.launch.options, maxnreg=96)
+        ),
     )
     large = Case(
-        90, conv.where, type(conv.launch)(conv.launch.kernel, (1,), conv.launch.args, dict(conv.launch.options, num_stages=7))
+        90,
+        conv.where,
+        type(conv.launch)(
+            conv.launch.kernel, (1,), conv.launch.args, dict(conv.launch.options, num_stages=7)
+        ),
     )
     for case, message in ((spilling, "local-memory"), (large, "shared memory")):
         _, result, _ = next(compile_all([case]))
-        assert any(message in fault for fault in ([result] if isinstance(result, str) else faults(case, result)))
+        assert any(
+            message in fault
+            for fault in ([result] if isinstance(result, str) else faults(case, result))
+        )
 
 
 def test_narrow_accesses_and_foreign_instructions_are_seen():
@@ -73,16 +87,31 @@ def test_narrow_accesses_and_foreign_instructions_are_seen():
     assert any(".U16" in fault for fault in faults(odd, compile_launch(odd.launch, 90)))
     conv = next(c for c in cases if c.kernel == "_conv3x3_kernel")
     compiled = compile_launch(conv.launch, 90)
-    assert faults(conv, compiled) == [] and faults(replace(conv, sm=100), compiled) == ["no tcgen05.mma"]
+    assert faults(conv, compiled) == [] and faults(replace(conv, sm=100), compiled) == [
+        "no tcgen05.mma"
+    ]
 
 
 def test_shortest_loop_leaves_out_what_is_jumped_over():
-    lines = ["MOV", "HGMMA.64", "@P0 BRA 0x50", "FADD", "STG", "@P1 BRA 0x10", "EXIT"]  # the product, an epilogue, the loop's end
-    numbered = [(f"{16 * i:04x}", *(line.split(" ", 1) if line.startswith("@") else ("", line))) for i, line in enumerate(lines)]
+    lines = [
+        "MOV",
+        "HGMMA.64",
+        "@P0 BRA 0x50",
+        "FADD",
+        "STG",
+        "@P1 BRA 0x10",
+        "EXIT",
+    ]  # the product, an epilogue, the loop's end
+    numbered = [
+        (f"{16 * i:04x}", *(line.split(" ", 1) if line.startswith("@") else ("", line)))
+        for i, line in enumerate(lines)
+    ]
     assert _shortest_loop(numbered) == 3 and _shortest_loop(numbered[:5]) == 0
 
 
-def test_kernels_compiled_side_by_side_are_those_that_the_plan_launches(tmp_path, monkeypatch, figure):
+def test_kernels_compiled_side_by_side_are_those_that_the_plan_launches(
+    tmp_path, monkeypatch, figure
+):
     """A second process finds all of them in Triton's cache and adds nothing."""
     from ddpm_fast import UNet
     from ddpm_fast.engines.fused.precompile import compile_in_parallel, distinct_launches
@@ -101,4 +130,7 @@ def test_kernels_compiled_side_by_side_are_those_that_the_plan_launches(tmp_path
     assert compile_in_parallel(spec, 1) == [0]
     second = time.perf_counter() - began
     assert sorted(tmp_path.rglob("*.cubin")) == kept and len(kept) == len(distinct_launches(spec))
-    figure(f"{len(kept)} kernels of the CIFAR-10 network: seconds in two processes, in a second run", f"{first:.1f}, {second:.1f}")
+    figure(
+        f"{len(kept)} kernels of the CIFAR-10 network: seconds in two processes, in a second run",
+        f"{first:.1f}, {second:.1f}",
+    )

@@ -19,8 +19,12 @@ WEIGHTS = Path(__file__).parents[3] / "weights" / "fashion-mnist-32"
 SMALL = dict(in_channels=1, out_channels=1, layers=1)
 # together they take every path: straddling groups, attention on two levels, folded and with heads, both downsamplings ...
 NETS = {
-    "straddling groups": UNetConfig(8, channels=(32, 48), layers=1, attention=(False, True), norm_groups=4),  # 80 = 4 x 20 channels
-    "attention on two levels": UNetConfig(8, channels=(16, 32, 32), attention=(True, False, True), norm_groups=8, **SMALL),
+    "straddling groups": UNetConfig(
+        8, channels=(32, 48), layers=1, attention=(False, True), norm_groups=4
+    ),  # 80 = 4 x 20 channels
+    "attention on two levels": UNetConfig(
+        8, channels=(16, 32, 32), attention=(True, False, True), norm_groups=8, **SMALL
+    ),
     "scale-shift, heads, 6 outputs": UNetConfig(
         (8, 12),
         channels=(32, 48),
@@ -32,10 +36,24 @@ NETS = {
         out_channels=6,
         cos_first=True,
     ),
-    "symmetric downsampling": UNetConfig(16, channels=(16, 32), norm_groups=4, downsample_padding=1, attention=False, **SMALL),
-    "class-conditional, 28x28": UNetConfig(28, channels=(16, 32, 48), norm_groups=16, num_classes=10, attention=False, **SMALL),
-    "blocks per level": UNetConfig(16, 1, 1, channels=(16, 32, 32), layers=(1, 1, 2), attention=(False, True, True), norm_groups=8),
-    "not square": UNetConfig((8, 24), channels=(16, 32), norm_groups=4, attention=(False, True), **SMALL),
+    "symmetric downsampling": UNetConfig(
+        16, channels=(16, 32), norm_groups=4, downsample_padding=1, attention=False, **SMALL
+    ),
+    "class-conditional, 28x28": UNetConfig(
+        28, channels=(16, 32, 48), norm_groups=16, num_classes=10, attention=False, **SMALL
+    ),
+    "blocks per level": UNetConfig(
+        16,
+        1,
+        1,
+        channels=(16, 32, 32),
+        layers=(1, 1, 2),
+        attention=(False, True, True),
+        norm_groups=8,
+    ),
+    "not square": UNetConfig(
+        (8, 24), channels=(16, 32), norm_groups=4, attention=(False, True), **SMALL
+    ),
     "ADM resampling, no norm in the middle": UNetConfig(
         16,
         channels=(16, 32),
@@ -58,9 +76,18 @@ NETS = {
         **SMALL,
     ),
     "mid scale, centred, odd time width": UNetConfig(
-        8, channels=(16, 32), norm_groups=4, attention=(False, True), mid_scale=2**0.5, center_input=True, time_dim=40, **SMALL
+        8,
+        channels=(16, 32),
+        norm_groups=4,
+        attention=(False, True),
+        mid_scale=2**0.5,
+        center_input=True,
+        time_dim=40,
+        **SMALL,
     ),
-    "two-pass norms": UNetConfig((48, 44), channels=(16, 16), norm_groups=2, attention=False, mid_attention=False, **SMALL),
+    "two-pass norms": UNetConfig(
+        (48, 44), channels=(16, 16), norm_groups=2, attention=False, mid_attention=False, **SMALL
+    ),
 }
 
 
@@ -78,7 +105,11 @@ def inputs(config, batch, size=None):
     x = torch.randn(batch, config.in_channels, *(size or config.size))
     t = torch.randint(1000, (batch,))
     t[: min(2, batch)] = torch.tensor([999, 0])[:batch]
-    return (x, t) if config.num_classes is None else (x, t, torch.randint(config.num_classes, (batch,)))
+    return (
+        (x, t)
+        if config.num_classes is None
+        else (x, t, torch.randint(config.num_classes, (batch,)))
+    )
 
 
 def run(fused, *args):
@@ -88,7 +119,8 @@ def run(fused, *args):
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    ("config", "batch"), [(NETWORKS["cifar10"], 3), (NETWORKS["celebahq256"], 1), (NETWORKS["improved_cifar10"], 2)]
+    ("config", "batch"),
+    [(NETWORKS["cifar10"], 3), (NETWORKS["celebahq256"], 1), (NETWORKS["improved_cifar10"], 2)],
 )
 def test_by_fallbacks_at_full_size(config, batch, figure):
     unet = of(config)
@@ -100,7 +132,9 @@ def test_by_fallbacks_at_full_size(config, batch, figure):
     figure(f"FusedUNet by fallbacks against the reference, {config.channels}, fp32", f"{error:.1e}")
     assert error < 1e-5
     if batch > 1:  # a smaller batch than it was planned for, and another size
-        assert relative_error(run(fused, *(v[:1] for v in args)), unet(*(v[:1] for v in args))) < 1e-5
+        assert (
+            relative_error(run(fused, *(v[:1] for v in args)), unet(*(v[:1] for v in args))) < 1e-5
+        )
         other = inputs(config, batch, (16, 48))
         assert relative_error(run(fused, *other), unet(*other)) < 1e-5
         assert relative_error(run(fused, *args), unet(*args)) < 1e-5
@@ -111,10 +145,21 @@ def test_the_weights_that_ship_by_fallbacks(figure):
     checkpoint = load_pretrained(WEIGHTS)
     unet = checkpoint.unet.eval()
     args = inputs(unet.config, 5)
-    errors = {d: relative_error(run(FusedUNet(unet, 5, d, "cpu"), *args), unet(*args)) for d in ("fp32", "fp16", "bf16", "fp8")}
-    figure("FusedUNet against the reference, weights that ship", ", ".join(f"{k} {v:.1e}" for k, v in errors.items()))
+    errors = {
+        d: relative_error(run(FusedUNet(unet, 5, d, "cpu"), *args), unet(*args))
+        for d in ("fp32", "fp16", "bf16", "fp8")
+    }
+    figure(
+        "FusedUNet against the reference, weights that ship",
+        ", ".join(f"{k} {v:.1e}" for k, v in errors.items()),
+    )
     plain = relative_error(unet.bfloat16()(*args), unet.float()(*args))
-    assert errors["fp32"] < 1e-5 and errors["fp16"] < 2e-3 and errors["bf16"] < 2 * plain and errors["fp8"] < 0.1
+    assert (
+        errors["fp32"] < 1e-5
+        and errors["fp16"] < 2e-3
+        and errors["bf16"] < 2 * plain
+        and errors["fp8"] < 0.1
+    )
 
 
 @torch.no_grad()
@@ -140,7 +185,10 @@ def test_small_networks_by_kernels(name, device, figure):
     got = run(fused, *args)
     exact, plain = unet.double()(*args), unet.float()(*args)
     error, allowed = relative_error(got, exact), max(1e-6, 2 * relative_error(plain, exact))
-    figure(f"by kernels against fp64, {name}: {len(fused.plan())} launches", f"{error:.1e} (plain PyTorch {allowed / 2:.1e})")
+    figure(
+        f"by kernels against fp64, {name}: {len(fused.plan())} launches",
+        f"{error:.1e} (plain PyTorch {allowed / 2:.1e})",
+    )
     assert error <= allowed
     fused.plan().fallbacks = {launch.name for launch in fused.plan()}
     assert relative_error(run(fused, *args), exact) <= allowed
@@ -170,8 +218,12 @@ def test_an_image_is_the_same_alone_first_last_and_in_a_ragged_batch(name, dtype
     args = [v.to(device) for v in inputs(config, 5)]
     whole = run(FusedUNet(unet, 5, dtype, check=False), *args)
     small = FusedUNet(unet, 2, dtype, check=False)
-    assert torch.equal(run(small, *(v[3:4] for v in args)), whole[3:4])  # alone, in a batch that is not full
-    assert torch.equal(run(small, *(v[[4, 0]] for v in args)), whole[[4, 0]])  # the last first, the first last
+    assert torch.equal(
+        run(small, *(v[3:4] for v in args)), whole[3:4]
+    )  # alone, in a batch that is not full
+    assert torch.equal(
+        run(small, *(v[[4, 0]] for v in args)), whole[[4, 0]]
+    )  # the last first, the first last
     assert small.invariant
 
 
@@ -180,7 +232,14 @@ def test_an_image_is_the_same_alone_first_last_and_in_a_ragged_batch(name, dtype
 def test_an_image_is_the_same_in_every_batch_where_its_norms_read_statistics(device, monkeypatch):
     """No map fits one pass, so the launch that writes one keeps statistics of it, unless it is an attention layer."""
     monkeypatch.setattr(group_norm_silu, "HELD", 1)
-    config = UNetConfig((6, 10), channels=(16, 16), attention=(True, False), mid_attention=False, norm_groups=4, **SMALL)
+    config = UNetConfig(
+        (6, 10),
+        channels=(16, 16),
+        attention=(True, False),
+        mid_attention=False,
+        norm_groups=4,
+        **SMALL,
+    )
     unet = of(config).to(device)
     args = [v.to(device) for v in inputs(config, 3)]
     fused = FusedUNet(unet, 3, "fp32", check=False)
@@ -189,8 +248,12 @@ def test_an_image_is_the_same_in_every_batch_where_its_norms_read_statistics(dev
     assert any("stats2" in reads for reads in from_statistics) and len(from_statistics) < len(norms)
     whole = run(fused, *args)
     small = FusedUNet(unet, 2, "fp32", check=False)
-    assert torch.equal(run(small, *(v[1:2] for v in args)), whole[1:2])  # alone, in a batch that is not full
-    assert torch.equal(run(small, *(v[[2, 0]] for v in args)), whole[[2, 0]])  # the last first, the first last
+    assert torch.equal(
+        run(small, *(v[1:2] for v in args)), whole[1:2]
+    )  # alone, in a batch that is not full
+    assert torch.equal(
+        run(small, *(v[[2, 0]] for v in args)), whole[[2, 0]]
+    )  # the last first, the first last
     assert small.invariant
     exact, plain = unet.double()(*args), unet.float()(*args)
     assert relative_error(whole, exact) <= max(1e-6, 2 * relative_error(plain, exact))
@@ -206,7 +269,10 @@ def test_the_cifar10_network_by_every_kernel_of_its_plan(device, figure):
     fused.plan().fallbacks = {launch.name for launch in fused.plan()}
     fallbacks = run(fused, *args)
     error, other = relative_error(got, exact), relative_error(fallbacks, exact)
-    figure("CIFAR-10 network, fp16, against fp32: by kernels, by fallbacks", f"{error:.1e}, {other:.1e}")
+    figure(
+        "CIFAR-10 network, fp16, against fp32: by kernels, by fallbacks",
+        f"{error:.1e}, {other:.1e}",
+    )
     assert error < 1.5 * other and error < 2e-3
 
 
@@ -254,7 +320,9 @@ def test_samples_like_the_reference():
     schedule, shape = NoiseSchedule.linear(), (1, *config.size)
     want = Sampler(unet, schedule, shape).sample(3, steps=5, output="float")
     fused = FusedUNet(unet, 2, "fp32", check=False)
-    got = Sampler(fused, schedule, shape, device="cpu").sample(3, steps=5, output="float", batch_size=2)
+    got = Sampler(fused, schedule, shape, device="cpu").sample(
+        3, steps=5, output="float", batch_size=2
+    )
     torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
 
 
@@ -284,11 +352,22 @@ def test_bad_input_is_said():
         with pytest.raises(ValueError, match=message):
             fused(*args)
     with pytest.raises(ValueError, match="no labels"):
-        FusedUNet(of(NETS["not square"]), 1, "fp32", check=False)(torch.zeros(1, 1, 8, 24), 0, torch.zeros(1, dtype=torch.int64))
-    with pytest.raises(ValueError, match="attention heads of 768 channels; the kernels take up to 512"):
-        FusedUNet(UNet(UNetConfig(8, channels=(32, 768), layers=1, attention=False)), 1, device="meta")
+        FusedUNet(of(NETS["not square"]), 1, "fp32", check=False)(
+            torch.zeros(1, 1, 8, 24), 0, torch.zeros(1, dtype=torch.int64)
+        )
+    with pytest.raises(
+        ValueError, match="attention heads of 768 channels; the kernels take up to 512"
+    ):
+        FusedUNet(
+            UNet(UNetConfig(8, channels=(32, 768), layers=1, attention=False)), 1, device="meta"
+        )
     with pytest.raises(ValueError, match="multiples of 16"):
-        FusedUNet(UNet(UNetConfig(8, channels=(8, 24), norm_groups=4, attention=False, mid_attention=False)), 1)
+        FusedUNet(
+            UNet(
+                UNetConfig(8, channels=(8, 24), norm_groups=4, attention=False, mid_attention=False)
+            ),
+            1,
+        )
     with pytest.raises(ValueError, match=r"8\.9 or newer"):
         FusedUNet(unet, 1, "fp8", target=Target(80, 108))
     for options, message in (
@@ -301,7 +380,14 @@ def test_bad_input_is_said():
         with pytest.raises(ValueError, match=message):
             FusedUNet(unet, **options)
     with pytest.raises(ValueError, match="sample_size"):
-        FusedUNet(UNet(UNetConfig(None, channels=(16,), norm_groups=4, attention=False, mid_attention=False)), 1)
+        FusedUNet(
+            UNet(
+                UNetConfig(
+                    None, channels=(16,), norm_groups=4, attention=False, mid_attention=False
+                )
+            ),
+            1,
+        )
 
 
 def test_whatever_the_caller_has_switched_on():
@@ -320,7 +406,11 @@ def test_whatever_the_caller_has_switched_on():
 
 def test_small_integers_do_not_overflow():
     model = UNet(NETS["class-conditional, 28x28"]).eval()
-    network, x, labels = FusedUNet(model, 2, "fp32"), torch.randn(2, 1, 28, 28), torch.tensor([9, 1], dtype=torch.uint8)
+    network, x, labels = (
+        FusedUNet(model, 2, "fp32"),
+        torch.randn(2, 1, 28, 28),
+        torch.tensor([9, 1], dtype=torch.uint8),
+    )
     t = torch.tensor([200, 255])
     assert torch.equal(network(x, t.to(torch.uint8), labels), network(x, t, labels.long()))
 
@@ -332,7 +422,10 @@ def test_resized_shares_the_weights():
     t = torch.arange(5) * 200
     assert more.batch_size == 5 and network.batch_size == 2 and more._packed is network._packed
     assert relative_error(more(x, t, labels), model(x, t, labels).detach()) < 3e-6
-    assert relative_error(network(x[:2], t[:2], labels[:2]), model(x[:2], t[:2], labels[:2]).detach()) < 3e-6
+    assert (
+        relative_error(network(x[:2], t[:2], labels[:2]), model(x[:2], t[:2], labels[:2]).detach())
+        < 3e-6
+    )
     with pytest.raises(ValueError, match="batch_size = 0"):
         network.resized(0)
 
@@ -341,7 +434,10 @@ def test_resized_shares_the_weights():
     ("tiles", "message"),
     [
         ({"conv": {"block_m": 64}}, "tiles for 'conv'; expected a key such as"),
-        ({"conv3x3 sm90 bfloat16 128->128 32x32": {"rows": 64}}, "set rows; expected some of block_m, block_n, block_k"),
+        (
+            {"conv3x3 sm90 bfloat16 128->128 32x32": {"rows": 64}},
+            "set rows; expected some of block_m, block_n, block_k",
+        ),
     ],
 )
 def test_refuses_tiles(tiles, message):

@@ -18,7 +18,9 @@ from ddpm_fast.kernels._feature_map import FeatureMap
 from ddpm_fast.testing import Damaged, relative_error
 from ddpm_fast.utils.cache import cache_dir, cached_files, clear_cache
 
-TINY = UNetConfig(8, 1, 1, channels=(16, 16), layers=1, attention=False, mid_attention=False, norm_groups=4)
+TINY = UNetConfig(
+    8, 1, 1, channels=(16, 16), layers=1, attention=False, mid_attention=False, norm_groups=4
+)
 # what a worker runs instead of `python -m ddpm_fast.engines.fused.checks`: the same, with faults planted in some launches
 PLANTED = """
 import os, time
@@ -94,9 +96,21 @@ def test_planted_faults_are_found_and_count_against_their_launch():
     network = fused()
     faults = {
         "ConvIn": ("crashes", "ended with code -6", ["conv_in"]),
-        "ConvDownsample": ("wrong_pixel", "relative error|worst pixel", ["down_blocks.0.downsamplers.0.conv"]),
-        "ConvUpsample": ("does_not_compile", "SyntaxError: no such instruction", ["up_blocks.0.upsamplers.0.conv"]),
-        "Conv1x1": ("border", "border is not zero", [n.name for n in network.plan() if n.op.name == "conv1x1"]),
+        "ConvDownsample": (
+            "wrong_pixel",
+            "relative error|worst pixel",
+            ["down_blocks.0.downsamplers.0.conv"],
+        ),
+        "ConvUpsample": (
+            "does_not_compile",
+            "SyntaxError: no such instruction",
+            ["up_blocks.0.upsamplers.0.conv"],
+        ),
+        "Conv1x1": (
+            "border",
+            "border is not zero",
+            [n.name for n in network.plan() if n.op.name == "conv1x1"],
+        ),
         "GroupNormSiLU": (
             "differs",
             "two runs differ",
@@ -104,7 +118,9 @@ def test_planted_faults_are_found_and_count_against_their_launch():
         ),
         "Conv3x3": ("never_returns", "no answer for 12 s", ["conv_out"]),
     }
-    command = planted("[" + ", ".join(f"({op}, {fault})" for op, (fault, _, _) in faults.items()) + "]")
+    command = planted(
+        "[" + ", ".join(f"({op}, {fault})" for op, (fault, _, _) in faults.items()) + "]"
+    )
     found = verification.run_checks(network.spec(), command, timeout=12)
     reasons = {k: v.reason for k, v in found.items() if not v.passed}
     assert set(reasons) == {name for _, _, names in faults.values() for name in names}
@@ -119,12 +135,18 @@ def test_planted_faults_are_found_and_count_against_their_launch():
 def test_what_failed_runs_by_its_fallback_and_the_images_are_right(monkeypatch):
     """Results are computed once, cached, and followed; the warning names the launch."""
     command = planted("[(ConvDownsample, wrong_pixel)]")
-    monkeypatch.setattr(verification, "run_checks", partial(verification.run_checks, command=command))
+    monkeypatch.setattr(
+        verification, "run_checks", partial(verification.run_checks, command=command)
+    )
     torch.manual_seed(0)
     unet = UNet(TINY).eval().requires_grad_(False)
-    with pytest.warns(UserWarning, match=r"1 of \d+ failed .* down_blocks\.0\.downsamplers\.0\.conv \(relative"):
+    with pytest.warns(
+        UserWarning, match=r"1 of \d+ failed .* down_blocks\.0\.downsamplers\.0\.conv \(relative"
+    ):
         network = FusedUNet(unet, 2, "fp32", check=True)
-    assert network.plan().fallbacks == {"down_blocks.0.downsamplers.0.conv"} and not network.invariant
+    assert (
+        network.plan().fallbacks == {"down_blocks.0.downsamplers.0.conv"} and not network.invariant
+    )
     x = torch.randn(2, 1, 8, 8)
     assert relative_error(network(x, 500), unet(x, torch.tensor(500))) < 3e-6
     results = verification.cached_results(network.spec())
@@ -177,10 +199,18 @@ def test_what_follows_from_a_result(monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert verification.fallbacks_of(dict.fromkeys(names, good)) == set()
-    with pytest.warns(UserWarning, match=r"1 of 6 failed .* what failed runs in plain PyTorch.*: conv_in \(wrong\)"):
-        assert verification.fallbacks_of(dict.fromkeys(names, good) | dict(conv_in=bad)) == {"conv_in"}
+    with pytest.warns(
+        UserWarning,
+        match=r"1 of 6 failed .* what failed runs in plain PyTorch.*: conv_in \(wrong\)",
+    ):
+        assert verification.fallbacks_of(dict.fromkeys(names, good) | dict(conv_in=bad)) == {
+            "conv_in"
+        }
     with pytest.warns(UserWarning, match="the whole network runs"):
-        assert verification.fallbacks_of(dict.fromkeys(names, good) | {FORWARD: bad}) == {"conv_in", "conv_out"}
+        assert verification.fallbacks_of(dict.fromkeys(names, good) | {FORWARD: bad}) == {
+            "conv_in",
+            "conv_out",
+        }
     assert not _triton.UNTRUSTED
     with pytest.warns(UserWarning, match="noise"):
         assert verification.fallbacks_of(dict.fromkeys(names, good) | dict(noise=bad)) == set()
@@ -195,7 +225,9 @@ def test_an_untrusted_kernel_is_not_launched(monkeypatch, device):
     monkeypatch.setattr(noise, "_fill", lambda *_, **__: pytest.fail("launched"))
     monkeypatch.setattr(_triton, "UNTRUSTED", {"noise"})
     assert torch.equal(noise.noise(seed, row, row, noise.X_T, 1, 4, 4), want)
-    assert not _triton.launches_kernel(seed, "noise", "ddpm_step") and _triton.launches_kernel(seed, "ddpm_step")
+    assert not _triton.launches_kernel(seed, "noise", "ddpm_step") and _triton.launches_kernel(
+        seed, "ddpm_step"
+    )
 
 
 def test_a_worker_that_cannot_start_is_no_result():
@@ -220,7 +252,9 @@ def test_a_killed_worker_and_a_late_answer_are_not_kept():
     """The first is what happens when the host's memory runs out; the second may be a busy machine's fault, and counts this once."""
     begin = "import json, os, time; print(json.dumps(dict(started='noise')), flush=True); "
     with pytest.raises(torch.OutOfMemoryError, match="killed"):
-        verification.verify(fused().spec(), command=[sys.executable, "-c", begin + "os.kill(os.getpid(), 9)"])
+        verification.verify(
+            fused().spec(), command=[sys.executable, "-c", begin + "os.kill(os.getpid(), 9)"]
+        )
     late = {"noise": CheckResult("no answer for 1 s", timed_out=True), "conv_in": CheckResult()}
     spec = fused().spec()
     with pytest.MonkeyPatch.context() as patch:
