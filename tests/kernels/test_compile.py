@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 from bench.studies.predict import CASES, Operation, launch_of, predict
-from ddpm_fast.testing import compile_launch
+from ddpm_fast.utils.triton_tools import compile_launch
 
 pytestmark = pytest.mark.compile
 

@@ -9,7 +9,7 @@ import torch
 pytest.importorskip("triton")
 from bench.tools.compile_check import Case, compile_all, distinct, faults, launches_of, with_fp32
 from bench.workloads import NETWORKS
-from ddpm_fast.testing import _shortest_loop, compile_launch, launch_key
+from ddpm_fast.utils.triton_tools import _shortest_loop, compile_launch, launch_key
 
 pytestmark = pytest.mark.compile
 
