@@ -25,7 +25,6 @@ from ddpm_fast.testing import (
     spread,
 )
 
-pytestmark = pytest.mark.usefixtures("sums_as_on_a_gpu")
 E4M3 = torch.float8_e4m3fn
 EPS = 1e-6
 COLUMN = 3  # where the layer's entries begin in a row of the table

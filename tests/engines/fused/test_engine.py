@@ -451,6 +451,8 @@ def planted(folder):
     script.write_text(
         "from ddpm_fast.engines.fused import checks\n"
         "from ddpm_fast.kernels.conv3x3 import Conv3x3\n"
+        "from ddpm_fast.testing import interpret_like_a_gpu\n"
+        "interpret_like_a_gpu()\n"
         "run = Conv3x3.run\n"
         "def wrong(self, x, out, **more):\n"
         "    run(self, x=x, out=out, **more)\n"
