@@ -15,6 +15,7 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
+    repeats = _repeats(items)
     acceptance = config.getoption("--acceptance")
     full = acceptance or config.getoption("--full")
 
@@ -24,7 +25,7 @@ def pytest_collection_modifyitems(config, items):
             return False
         if has("compile") and INTERPRETED:
             return False
-        if has("full") and not full:  # on a GPU they are quick
+        if (has("full") or item in repeats) and not full:  # on a GPU they are quick
             return GPU and bool(has("kernel") or has("gpu"))
         return acceptance or not has("acceptance")
 
@@ -33,6 +34,19 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if item.get_closest_marker("gpu") and not GPU:
             item.add_marker(pytest.mark.skip(reason="no GPU"))
+
+
+def _repeats(items):
+    """Cases of tests marked each_value whose parameters all have values that earlier cases have."""
+    repeats, seen = set(), set()
+    for item in items:
+        if item.get_closest_marker("each_value"):
+            test = (item.path, item.originalname)
+            values = {(*test, name, repr(value)) for name, value in item.callspec.params.items()}
+            if values <= seen:
+                repeats.add(item)
+            seen |= values
+    return repeats
 
 
 def pytest_report_header():

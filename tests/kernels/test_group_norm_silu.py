@@ -140,6 +140,7 @@ TWO_PASS = {
 
 @pytest.mark.kernel
 @pytest.mark.parametrize(("shape", "form", "dtype"), spread(ONE_PASS, FORMS), ids=str)
+@pytest.mark.each_value
 def test_one_pass(shape, form, dtype, device):
     case = Case(*ONE_PASS[shape], dtype, device, **FORMS[form])
     assert case.op.scratch_elements(case.arguments()["x"]) == 0

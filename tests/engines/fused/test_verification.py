@@ -84,6 +84,7 @@ def planted(faults):
 
 
 @pytest.mark.kernel
+@pytest.mark.full
 def test_right_kernels_pass():
     network, seen = fused(dtype="fp16"), []
     found = verification.run_checks(network.spec(), progress=seen.append)
@@ -94,6 +95,7 @@ def test_right_kernels_pass():
 
 
 @pytest.mark.kernel
+@pytest.mark.full
 def test_planted_faults_are_found_and_count_against_their_launch():
     """All in one plan: whatever a launch does to its process, the launches after it are checked."""
     network = fused()
