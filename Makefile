@@ -1,6 +1,8 @@
 # make sample   draws a grid of images into samples.png
-# make test     runs the test suite, with or without a GPU
-# make check    lint, format, types          make proof   the long proofs
+# make test     every operation, engine and command, with or without a GPU: within eight minutes on two cores
+# make test-all   in addition the oldest Triton, whole networks and long statistics: within twenty minutes, check and sample included
+# make acceptance   proofs in full size, compile-check among them: hours
+# make check    lint, format, types
 # make bench    ddpm_fast and the baselines on this machine: tables, JSON and figures in bench-results/, within ten minutes
 # make bench-update MACHINE=cpu-amd-zen4   commits those results to bench/results and rewrites the documents' tables
 # make gpu      on a machine with a GPU: tests, then timings, within eight minutes
@@ -15,36 +17,36 @@ NEWEST_TRITON := 3.9.0
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install -q --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
-# each release as one wheel in a folder of its own: the environment's Triton is whichever its torch wants
+# Each release as one wheel in a folder of its own: the environment's Triton is whichever its torch wants.
+TRITONS := $(foreach v,$(OLDEST_TRITON) $(NEWEST_TRITON),$(VENV)/.triton-$(v))
 OLDEST := PYTHONPATH="$(CURDIR)/$(VENV)/triton-$(OLDEST_TRITON)"
 NEWEST := PYTHONPATH="$(CURDIR)/$(VENV)/triton-$(NEWEST_TRITON)"
 IS_TRITON = -c 'import sys, triton; sys.exit(triton.__version__ != sys.argv[1] and "wrong Triton: " + triton.__version__)'
 
-.PHONY: sample test interpreted compiled check proof bench bench-update bench-suites compile-check gpu clean
+.PHONY: sample test test-all acceptance check bench bench-update bench-suites compile-check gpu clean
 
 sample: $(INSTALLED)
 	$(PY) -m ddpm_fast sample --weights $(WEIGHTS) --images 64 --solver ddim --steps 50 --out samples.png
 
-# The kernels run by Triton's interpreter and compile under the oldest and the newest release; whole networks under the oldest, which
-# is what most GPUs have (compile-check has both). On a GPU they run there too.
-BUT_NETWORKS := $(foreach t,unet verification precompile engine calibration,--ignore tests/engines/fused/test_$(t).py)
+# Two processes, each on one core. The kernels run by Triton's interpreter; everything else, compilation for GPUs that are not here
+# included, runs in a second call, for TRITON_INTERPRET is read once per process. On a GPU the kernels run there too.
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist worksteal -p no:benchmark
 test: $(INSTALLED)
-	@+$(MAKE) --no-print-directory -j2 --output-sync=recurse interpreted compiled
-	$(PY) -m pytest -q -m "not compile"
+	TRITON_INTERPRET=1 $(PYTEST) -m kernel
+	$(PYTEST)
 
-# side by side, each on one core
-interpreted compiled: export OMP_NUM_THREADS = 1
-interpreted:
+# In full by the oldest release, which is what most GPUs have; the newest runs the kernels and compiles them, whole networks excepted.
+test-all: $(INSTALLED) $(TRITONS)
+	$(PYTEST) --full -m "not compile"
 	$(OLDEST) $(PY) $(IS_TRITON) $(OLDEST_TRITON)
-	$(OLDEST) TRITON_INTERPRET=1 $(PY) -m pytest -q -m kernel
-compiled:
-	$(OLDEST) $(PY) -m pytest -q -m compile
+	$(OLDEST) TRITON_INTERPRET=1 $(PYTEST) --full -m kernel
+	$(OLDEST) $(PYTEST) --full -m compile
 	$(NEWEST) $(PY) $(IS_TRITON) $(NEWEST_TRITON)
-	$(NEWEST) TRITON_INTERPRET=1 $(PY) -m pytest -q -m kernel $(BUT_NETWORKS)
-	$(NEWEST) $(PY) -m pytest -q -m compile $(BUT_NETWORKS)
+	$(NEWEST) TRITON_INTERPRET=1 $(PYTEST) -m kernel
+	$(NEWEST) $(PYTEST) -m compile
 
-proof: $(INSTALLED)
-	$(PY) -m pytest -q --proof -m proof
+acceptance: $(INSTALLED) compile-check
+	$(PYTEST) --acceptance -m acceptance
 
 bench: $(VENV)/.baselines
 	$(PY) -m bench.run_all
@@ -64,7 +66,7 @@ $(VENV)/.baselines: $(INSTALLED)
 	$(PIP) -c $(VENV)/constraints.txt -e '.[baselines]' || echo "some baselines cannot be installed here"
 	touch $@
 
-compile-check: $(INSTALLED)
+compile-check: $(INSTALLED) $(TRITONS)
 	$(OLDEST) $(PY) -m bench.tools.compile_check
 	$(NEWEST) $(PY) -m bench.tools.compile_check
 
@@ -87,8 +89,10 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt
 	  $(PYTHON) -m venv --clear $(VENV) && cp constraints.txt $(VENV)/ && $(PIP) -c constraints.txt torch; \
 	fi
 	$(PIP) -c $(VENV)/constraints.txt -e '.[dev]'
-	$(PIP) --no-deps --target $(VENV)/triton-$(OLDEST_TRITON) triton==$(OLDEST_TRITON)
-	$(PY) $(IS_TRITON) $(NEWEST_TRITON) 2>/dev/null || $(PIP) --no-deps --target $(VENV)/triton-$(NEWEST_TRITON) triton==$(NEWEST_TRITON)
+	touch $@
+
+$(VENV)/.triton-%: $(INSTALLED)
+	$(PY) $(IS_TRITON) $* 2>/dev/null || $(PIP) --no-deps --target $(VENV)/triton-$* triton==$*
 	touch $@
 
 clean:

@@ -1,12 +1,16 @@
-"""Assertions that tests share: the accuracy criterion, and operations on feature maps."""
+"""Assertions that tests share: the accuracy criterion, and operations on feature maps; and the
+numerics of Triton's interpreter.
+"""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,6 +29,42 @@ def assert_as_accurate(fused: Tensor, plain: Tensor, exact: Tensor, slack: float
     assert error <= allowed, (
         f"max error {error:.3g} > {allowed:.3g} = {slack} x plain PyTorch + 1 ulp"
     )
+
+
+# ---- the interpreter
+
+
+def interpret_like_a_gpu() -> None:
+    """Replaces the products and sums of Triton's interpreter by some whose rounding is like a GPU's.
+
+    The interpreter passes `tl.dot` to BLAS. OpenBLAS's kernels for AVX2 round the products of one
+    row differently by where the row is in the tile, so that an image's bits would depend on its
+    position in the batch; on a GPU, as here, all rows are computed alike. `tl.sum` along any axis
+    but the last adds one value after another, and its error grows with their number; a GPU's
+    threads add as a tree, and so does numpy along a contiguous axis.
+    """
+    if INTERPRETED:
+        from triton.runtime import interpreter
+
+        numpy = ModuleType("numpy")
+        numpy.__dict__.update(vars(np) | dict(matmul=_matmul, sum=_tree_sum))
+        interpreter.np = numpy
+
+
+def _matmul(a: Any, b: Any, dtype: Any = None) -> Any:
+    """a [..., M, K] @ b [..., K, N], added in the order of K."""
+    a, b = a.astype(dtype or a.dtype), b.astype(dtype or b.dtype)
+    product = a[..., :1] * b[..., :1, :]
+    for k in range(1, a.shape[-1]):
+        product += a[..., k : k + 1] * b[..., k : k + 1, :]
+    return product
+
+
+def _tree_sum(x: Any, axis: int | None = None, keepdims: bool = False) -> Any:
+    if axis is None:
+        return np.sum(x, keepdims=keepdims)
+    total = np.sum(np.ascontiguousarray(np.moveaxis(x, axis, -1)), axis=-1)
+    return np.expand_dims(total, axis) if keepdims else total
 
 
 # ---- operations on feature maps

@@ -1,30 +1,52 @@
-import numpy as np
 import pytest
 import torch
 
 from ddpm_fast.kernels._triton import INTERPRETED
+from ddpm_fast.testing import interpret_like_a_gpu
 
 GPU = torch.cuda.is_available()
 FIGURES: list[str] = []
+interpret_like_a_gpu()
 
 
 def pytest_addoption(parser):
-    parser.addoption("--proof", action="store_true", help="run the long proofs too")
+    parser.addoption("--full", action="store_true", help="run the tests marked full too")
+    parser.addoption("--acceptance", action="store_true", help="run the proofs in full size too")
 
 
 def pytest_collection_modifyitems(config, items):
-    if not (GPU or INTERPRETED):  # they run in an invocation of their own, by the interpreter
-        config.hook.pytest_deselected(items=[i for i in items if i.get_closest_marker("kernel")])
-        items[:] = [i for i in items if not i.get_closest_marker("kernel")]
-    reasons = {
-        "gpu": None if GPU else "no GPU",
-        "compile": "kernels are being interpreted" if INTERPRETED else None,
-        "proof": None if config.getoption("--proof") else "long; runs with --proof",
-    }
+    repeats = _repeats(items)
+    acceptance = config.getoption("--acceptance")
+    full = acceptance or config.getoption("--full")
+
+    def runs(item):
+        has = item.get_closest_marker
+        if has("kernel") and not (GPU or INTERPRETED):  # an invocation of their own interprets them
+            return False
+        if has("compile") and INTERPRETED:
+            return False
+        if (has("full") or item in repeats) and not full:  # on a GPU they are quick
+            return GPU and bool(has("kernel") or has("gpu"))
+        return acceptance or not has("acceptance")
+
+    config.hook.pytest_deselected(items=[i for i in items if not runs(i)])
+    items[:] = [i for i in items if runs(i)]
     for item in items:
-        for marker, reason in reasons.items():
-            if reason and item.get_closest_marker(marker):
-                item.add_marker(pytest.mark.skip(reason=reason))
+        if item.get_closest_marker("gpu") and not GPU:
+            item.add_marker(pytest.mark.skip(reason="no GPU"))
+
+
+def _repeats(items):
+    """Cases of tests marked each_value whose parameters all have values that earlier cases have."""
+    repeats, seen = set(), set()
+    for item in items:
+        if item.get_closest_marker("each_value"):
+            test = (item.path, item.originalname)
+            values = {(*test, name, repr(value)) for name, value in item.callspec.params.items()}
+            if values <= seen:
+                repeats.add(item)
+            seen |= values
+    return repeats
 
 
 def pytest_report_header():
@@ -48,29 +70,19 @@ def poison_empty():
 
 
 @pytest.fixture
-def sums_as_on_a_gpu(monkeypatch):
-    """The interpreter adds a tile's pixels one after another; a GPU's threads add as a tree, and so does numpy along a row."""
-    if INTERPRETED:
-        summed = np.sum
-
-        def tree(x, axis=None, keepdims=False):
-            if axis is None:
-                return summed(x, keepdims=keepdims)
-            y = summed(np.ascontiguousarray(np.moveaxis(x, axis, -1)), axis=-1)
-            return np.expand_dims(y, axis) if keepdims else y
-
-        monkeypatch.setattr(np, "sum", tree)
-
-
-@pytest.fixture
 def device():
     return "cuda" if GPU and not INTERPRETED else "cpu"
 
 
 @pytest.fixture
-def figure():
+def figure(record_property):
     """figure("what", value): a measured figure, printed at the end of the run."""
-    return lambda what, value: FIGURES.append(f"{what:72} {value}")
+    return lambda what, value: record_property("figure", f"{what:72} {value}")
+
+
+def pytest_runtest_logreport(report):
+    if report.when == "teardown":  # also of another process's tests
+        FIGURES.extend(value for name, value in report.user_properties if name == "figure")
 
 
 def pytest_terminal_summary(terminalreporter):

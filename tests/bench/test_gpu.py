@@ -15,6 +15,7 @@ from ddpm_fast.benchmark.timer import measure
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.full
 def test_gpu_bench_runs_in_tiny(tmp_path):
     """The command that a GPU machine gets, so that it cannot be broken on the day one is there."""
     command = [sys.executable, "-m", "bench.gpu", "--tiny", "--out", tmp_path / "r.json"]
@@ -158,6 +159,7 @@ def test_measure():
     assert timing.runs >= 5 and 0 < timing.median < 0.1
 
 
+@pytest.mark.full
 def test_training_engines_take_turns_and_agree(capsys, monkeypatch, tmp_path):
     """Tiny sizes: the figures mean nothing, the engines' losses agree or nothing is timed."""
     from bench.studies import training
@@ -190,6 +192,7 @@ def test_training_engines_take_turns_and_agree(capsys, monkeypatch, tmp_path):
 
 
 @pytest.mark.kernel
+@pytest.mark.full
 def test_tuning_finds_the_faster_of_two_tiles(monkeypatch, tmp_path):
     """By a clock that counts rows instead of seconds, so that the smallest tile wins; what it writes, FusedUNet takes."""
     from bench.tools import tune

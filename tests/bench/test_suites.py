@@ -35,6 +35,7 @@ def pytest_benchmark(*arguments, path=None):
     )
 
 
+@pytest.mark.full
 def test_every_suite_runs_and_says_what_it_found(tmp_path):
     files = [
         "bench/bench_kernels.py",
@@ -63,6 +64,7 @@ def test_every_suite_runs_and_says_what_it_found(tmp_path):
     )  # what is skipped, and why
 
 
+@pytest.mark.full
 def test_a_planted_wrong_kernel_is_not_timed(tmp_path):
     (tmp_path / "planted.py").write_text(
         "import bench.elementwise as e\nright = e.q_sample\ne.q_sample = lambda *a: right(*a) * 1.00001\n"
@@ -84,6 +86,7 @@ def test_a_planted_wrong_kernel_is_not_timed(tmp_path):
     assert not left or not json.loads(left)["benchmarks"]
 
 
+@pytest.mark.full
 def test_run_all_writes_a_result_and_a_picture(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
 
@@ -163,6 +166,7 @@ def test_predictions_grow_as_they_must():
         assert all(fits.Fit.of(k, rows).max_error < 0.2 for k, rows in series.items())
 
 
+@pytest.mark.full
 def test_figures_are_drawn(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     figures.draw(tmp_path)

@@ -75,6 +75,7 @@ def test_a_ratio_is_of_one_round():
 # ---- the comparison
 
 
+@pytest.mark.full
 def test_engines_take_turns_and_are_checked_against_fp64(weights):
     pytest.importorskip("diffusers")
     case, logged = run(
@@ -139,6 +140,7 @@ def planted(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # where a user's class is imported from
 
 
+@pytest.mark.full
 def test_what_is_wrong_is_not_timed(weights, planted):
     wrong = {
         "planted:WrongNetwork": "the relative error of its output is 1.0e-04; expected at most 1.0e-05",
@@ -350,15 +352,15 @@ def test_commands(weights, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("ddpm_fast.cli.bench.Effort", partial(Effort, burst=0.002, rest=0))
     out = tmp_path / "a.json"
     how = ("--weights", weights, "--seconds", 0, "--steps", 2, "--baselines", "plain PyTorch")
-    code, text, _ = call(capsys, "sweep", *how, "--batch-sizes", "1,2,3", "--out", out)
+    code, text, _ = call(capsys, "sweep", *how, "--batch-sizes", "1,3", "--out", out)
     assert (
         code == 0
         and f"-> {out}, {tmp_path / 'a.png'}" in text
-        and text.count("plain PyTorch fp32") >= 3
+        and text.count("plain PyTorch fp32") >= 2
     )
     found = json.loads(out.read_text())
     assert (
-        [case["batch"] for case in found["cases"]] == [1, 2, 3]
+        [case["batch"] for case in found["cases"]] == [1, 3]
         and found["kernels"]
         and found["ceilings"]
     )

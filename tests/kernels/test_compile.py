@@ -12,8 +12,9 @@ from ddpm_fast.utils.triton_tools import compile_launch
 pytestmark = pytest.mark.compile
 
 
-@pytest.mark.parametrize("sm", [80, 90, 100])
+@pytest.mark.parametrize("sm", [90, 80, 100])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.each_value
 def test_compiles_as_meant(case, sm, figure):
     p = predict(case, sm)
     _, c, h, w = case.shape

@@ -73,6 +73,7 @@ def test_kernel_every_form(options, device):
 @pytest.mark.parametrize(
     "layouts", list(itertools.product(LAYOUTS, LAYOUTS)), ids=lambda v: " and ".join(v)
 )
+@pytest.mark.each_value
 def test_kernel_shapes_and_layouts(shape, dtype, layouts, device):
     check(case(shape, dtype=dtype, layout=layouts[0], out_layout=layouts[1], device=device))
 
@@ -113,6 +114,7 @@ def with_history(args):
 @pytest.mark.parametrize("solver", ["dpm++2m", "dpm++2m-sde", "ddim"])
 @pytest.mark.parametrize("shape", [(4, 3, 7, 5), (4, 1, 28, 28), (2, 5, 3, 17)], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.each_value
 def test_kernel_history(layout, shape, solver, device):
     got, plain, exact = with_history(case(shape, layout=layout, device=device, solver=solver))
     for g, p, e in zip(got, plain, exact, strict=True):

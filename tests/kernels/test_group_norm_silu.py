@@ -25,7 +25,6 @@ from ddpm_fast.testing import (
     spread,
 )
 
-pytestmark = pytest.mark.usefixtures("sums_as_on_a_gpu")
 E4M3 = torch.float8_e4m3fn
 EPS = 1e-6
 COLUMN = 3  # where the layer's entries begin in a row of the table
@@ -141,6 +140,7 @@ TWO_PASS = {
 
 @pytest.mark.kernel
 @pytest.mark.parametrize(("shape", "form", "dtype"), spread(ONE_PASS, FORMS), ids=str)
+@pytest.mark.each_value
 def test_one_pass(shape, form, dtype, device):
     case = Case(*ONE_PASS[shape], dtype, device, **FORMS[form])
     assert case.op.scratch_elements(case.arguments()["x"]) == 0

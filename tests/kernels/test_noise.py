@@ -230,7 +230,7 @@ def _correlation(a, b):
     return np.corrcoef(a.ravel(), b.ravel())[0, 1] * np.sqrt(a.size)
 
 
-@pytest.mark.proof
+@pytest.mark.acceptance
 def test_statistics_of_sixty_million(figure):
     """60 seeds, 1,024,000 normals each: the moments of all, and whether the 60 p-values are uniform."""
     from scipy import stats

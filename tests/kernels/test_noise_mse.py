@@ -63,6 +63,7 @@ def check(args):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.each_value
 def test_kernel(shape, dtype, layout, prediction, device):
     check(case(shape, dtype, layout, prediction, device))
 
@@ -116,6 +117,7 @@ def test_opcheck_of_the_reference(prediction):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("prediction", ["eps", "x_0", "v"])
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.each_value
 def test_reference_op(dtype, prediction, layout):
     check(case((3, 3, 7, 5), dtype, layout, prediction))
 

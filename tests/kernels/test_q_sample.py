@@ -33,6 +33,7 @@ def case(shape, dtype, layout, device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.each_value
 def test_kernel(shape, dtype, layout, device):
     x_0, coef, t, row, seed, image = case(shape, dtype, layout, device)
     eps = N.noise_reference(seed, image, row, N.Q_SAMPLE, shape[1:])

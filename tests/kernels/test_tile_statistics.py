@@ -28,7 +28,6 @@ from ddpm_fast.testing import (
     spread,
 )
 
-pytestmark = pytest.mark.usefixtures("sums_as_on_a_gpu")
 E4M3 = torch.float8_e4m3fn
 HALF = operand_types()[-1]
 # kind -> height and width of its input for an output of 1 by 1

@@ -229,6 +229,7 @@ print(last)
 """
 
 
+@pytest.mark.full
 def test_twenty_kills_lose_nothing(train, data, tmp_path, figure):
     run, more = (
         tmp_path / "run",

@@ -9,7 +9,7 @@ The criterion, on the first, the middle and the last image of a batch, with the 
 before:
 
 - relative L2 error at most twice that of the same operation by plain PyTorch in the launch's own
-  precision (or one unit in the last place)
+  precision (or one unit in the last place; two of fp32)
 - no pixel that is off by more than twice what plain PyTorch's worst pixel is, and one unit in the
   last place of the output's largest value: a GPU's exp and rsqrt are off by as much
 - a border of exact zeros, and the same bits in a second run
@@ -90,7 +90,11 @@ def compare(kernel: FeatureMap, exact: FeatureMap, plain: FeatureMap) -> CheckRe
             )
         )
     (error, pixel), (plain_error, plain_pixel) = errors
-    allowed, pixel_allowed = max(2 * plain_error, ulp), 2 * plain_pixel + ulp
+    # In fp32 the mean and the scale of a norm are rounded as coarsely as its output. Either's error
+    # is common to a whole group, so a few groups make the L2 error of plain PyTorch, half a unit to
+    # one, a matter of luck: twice a lucky one is less than what a right kernel rounds.
+    floor = 2 * ulp if kernel.rows.dtype == torch.float32 else ulp
+    allowed, pixel_allowed = max(2 * plain_error, floor), 2 * plain_pixel + ulp
     reason = ""
     if not error <= allowed:
         reason = f"relative error {error:.1e}, {allowed:.1e} allowed"

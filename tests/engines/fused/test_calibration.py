@@ -416,6 +416,7 @@ def right_casts(monkeypatch):
 @torch.no_grad()
 @pytest.mark.kernel
 @pytest.mark.usefixtures("right_casts")
+@pytest.mark.full
 def test_by_kernels_as_by_fallbacks(monkeypatch, device, figure, found):
     """End to end, in fp16 and e4m3, since the interpreter cannot multiply bf16."""
     monkeypatch.setitem(DTYPES, "fp8", (torch.float16, torch.float8_e4m3fn))

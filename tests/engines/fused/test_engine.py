@@ -91,7 +91,12 @@ def test_fused_by_fallbacks_draws_the_reference_images(loop):
 
 @pytest.mark.kernel
 @pytest.mark.parametrize(
-    ("loop", "dtype"), [*((loop, "fp32") for loop in LOOPS), (LOOPS[2], "fp16")], ids=str
+    ("loop", "dtype"),
+    [
+        *(pytest.param(loop, "fp32", marks=pytest.mark.full) for loop in LOOPS),
+        (LOOPS[2], "fp16"),
+    ],
+    ids=str,
 )
 def test_fused_by_kernels_draws_the_reference_images(loop, dtype, device, figure):
     options = dict(seed=3, labels=[1, 2], output="float") | loop | dict(steps=3)
@@ -123,6 +128,7 @@ def test_fused_with_learned_variance_and_under_a_solver_that_sets_its_own():
 
 
 @pytest.mark.kernel
+@pytest.mark.full
 def test_an_image_has_the_same_bits_in_every_batch_of_the_fused_engine(device):
     s = sampler("fused", unet().to(device), dtype="fp16")
     options = dict(seed=2, solver="ddpm", steps=2, output="float")
@@ -416,6 +422,7 @@ def test_advance_refuses():
 
 
 @pytest.mark.kernel
+@pytest.mark.full
 def test_a_wrong_kernel_is_caught_and_its_launch_runs_by_its_fallback(
     device, tmp_path, monkeypatch
 ):
@@ -451,6 +458,8 @@ def planted(folder):
     script.write_text(
         "from ddpm_fast.engines.fused import checks\n"
         "from ddpm_fast.kernels.conv3x3 import Conv3x3\n"
+        "from ddpm_fast.testing import interpret_like_a_gpu\n"
+        "interpret_like_a_gpu()\n"
         "run = Conv3x3.run\n"
         "def wrong(self, x, out, **more):\n"
         "    run(self, x=x, out=out, **more)\n"

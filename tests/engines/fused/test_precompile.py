@@ -14,6 +14,7 @@ from ddpm_fast.utils.triton_tools import _shortest_loop, compile_launch, launch_
 pytestmark = pytest.mark.compile
 
 
+@pytest.mark.full
 def test_every_launch_compiles_as_meant(figure):
     cases = distinct(NETWORKS, [256], ["bf16"], 90)
     known = {launch_key(c.launch) for c in cases}

@@ -90,6 +90,12 @@ NETS = {
     ),
 }
 
+QUICK = (
+    "straddling groups",
+    "ADM resampling, added time",
+    "mid scale, centred, odd time width",
+)
+
 
 def of(config, seed=0):
     """Random weights; norms and biases too, so that a fault in them shows."""
@@ -122,6 +128,7 @@ def run(fused, *args):
     ("config", "batch"),
     [(NETWORKS["cifar10"], 3), (NETWORKS["celebahq256"], 1), (NETWORKS["improved_cifar10"], 2)],
 )
+@pytest.mark.full
 def test_by_fallbacks_at_full_size(config, batch, figure):
     unet = of(config)
     fused = FusedUNet.from_unet(unet, batch, dtype="fp32")
@@ -166,7 +173,7 @@ def test_the_weights_that_ship_by_fallbacks(figure):
 def test_blocks_per_level_by_the_fallback():
     unet = of(NETS["blocks per level"])
     fused = FusedUNet(unet, 2, "fp32", "cpu", check=False)
-    fused.plan().twins = {launch.name for launch in fused.plan()}
+    fused.plan().fallbacks = {launch.name for launch in fused.plan()}
     args = inputs(unet.config, 2)
     expected = unet.double()(*args)
     assert relative_error(run(fused, *args), expected) < 1e-5
@@ -174,7 +181,9 @@ def test_blocks_per_level_by_the_fallback():
 
 @torch.no_grad()
 @pytest.mark.kernel
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize(
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.full) for n in NETS]
+)
 def test_small_networks_by_kernels(name, device, figure):
     config = NETS[name]
     unet = of(config).to(device)
@@ -196,6 +205,7 @@ def test_small_networks_by_kernels(name, device, figure):
 
 @torch.no_grad()
 @pytest.mark.kernel
+@pytest.mark.full
 def test_any_launch_can_be_swapped_for_its_fallback(device):
     config = NETS["mid scale, centred, odd time width"]
     unet = of(config).to(device)
@@ -210,8 +220,14 @@ def test_any_launch_can_be_swapped_for_its_fallback(device):
 
 @torch.no_grad()
 @pytest.mark.kernel
-@pytest.mark.parametrize("name", ["straddling groups", "scale-shift, heads, 6 outputs"])
-@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "straddling groups",
+        pytest.param("scale-shift, heads, 6 outputs", marks=pytest.mark.full),
+    ],
+)
+@pytest.mark.parametrize("dtype", [pytest.param("fp32", marks=pytest.mark.full), "fp16"])
 def test_an_image_is_the_same_alone_first_last_and_in_a_ragged_batch(name, dtype, device):
     config = replace(NETS[name], sample_size=(4, 6))
     unet = of(config).to(device)
@@ -229,6 +245,7 @@ def test_an_image_is_the_same_alone_first_last_and_in_a_ragged_batch(name, dtype
 
 @torch.no_grad()
 @pytest.mark.kernel
+@pytest.mark.full
 def test_an_image_is_the_same_in_every_batch_where_its_norms_read_statistics(device, monkeypatch):
     """No map fits one pass, so the launch that writes one keeps statistics of it, unless it is an attention layer."""
     monkeypatch.setattr(group_norm_silu, "HELD", 1)
@@ -261,6 +278,7 @@ def test_an_image_is_the_same_in_every_batch_where_its_norms_read_statistics(dev
 
 @torch.no_grad()
 @pytest.mark.kernel
+@pytest.mark.full
 def test_the_cifar10_network_by_every_kernel_of_its_plan(device, figure):
     unet = of(UNetConfig()).to(device)
     args = [v.to(device) for v in inputs(unet.config, 1)]
@@ -296,6 +314,7 @@ def test_rows_of_the_time_embedding_by_fallbacks(monkeypatch):
 
 
 @pytest.mark.kernel
+@pytest.mark.full
 def test_rows_of_the_time_embedding_by_kernels(monkeypatch, device):
     rows_step_by_step(monkeypatch, device)
 
