@@ -78,7 +78,10 @@ def _of_groups(membership: Path, root: Path) -> list[int]:
 def _left(group: Path, limit: str, usage: str, reclaimable: str) -> int | None:
     try:
         most, used = int((group / limit).read_text()), int((group / usage).read_text())
-        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
     except (OSError, ValueError):  # no such group, or "max": no limit
         return None
+    try:
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        stat = {}
     return most - used + int(stat.get(reclaimable, 0))
