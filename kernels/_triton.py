@@ -6,6 +6,8 @@ and works anywhere; launching a kernel then raises an error that names what is m
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from functools import update_wrapper
 from types import SimpleNamespace
 from typing import Any
 
@@ -34,6 +36,21 @@ except ImportError:
 
 PRESENT = not isinstance(triton, SimpleNamespace)
 INTERPRETED = PRESENT and bool(triton.knobs.runtime.interpret)
+
+
+def operation(name: str, mutates_args: Iterable[str] = ()) -> Callable[[Callable[..., Any]], Any]:
+    """Decorator: a `torch.library` operation with the signature and docstring of its function.
+
+    Args:
+        name: "namespace::operation".
+        mutates_args: Names of the arguments that the operation writes into.
+    """
+
+    def register(function: Callable[..., Any]) -> Any:
+        registered = torch.library.custom_op(name, mutates_args=tuple(mutates_args))(function)
+        return update_wrapper(registered, function)
+
+    return register
 
 
 # Kernels that failed their check on this machine: their operations, and those that make the same noise, run their references.

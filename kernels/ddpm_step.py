@@ -21,6 +21,7 @@ from ._triton import (
     image_strides,
     is_element_order,
     launches_kernel,
+    operation,
     tl,
     triton,
 )
@@ -215,7 +216,7 @@ def _launch(
             )
 
 
-@torch.library.custom_op("ddpm_fast::ddpm_step", mutates_args=("x_t", "old"))
+@operation("ddpm_fast::ddpm_step", mutates_args=("x_t", "old"))
 def ddpm_step(
     x_t: Tensor,
     out: Tensor,

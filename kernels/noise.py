@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._triton import check_per_image, launches_kernel, tl, triton
+from ._triton import check_per_image, launches_kernel, operation, tl, triton
 
 # Streams. Their values are part of what "image i of seed s" means: never renumber.
 X_T, REVERSE, Q_SAMPLE, TRAIN_T, LABEL, DEQUANTISE, SHUFFLE = range(7)
@@ -273,7 +273,7 @@ def _fill(
 # ---- the operations
 
 
-@torch.library.custom_op("ddpm_fast::words", mutates_args=())
+@operation("ddpm_fast::words")
 def words(seed: Tensor, image: Tensor, noise_row: Tensor, tag: int, count: int) -> Tensor:
     """`count` random words for each image: int64 [B, count] in 0..2^32-1. See `noise`."""
     check_per_image(len(seed), seed.device, seed=seed, image=image, noise_row=noise_row)
@@ -284,7 +284,7 @@ def words(seed: Tensor, image: Tensor, noise_row: Tensor, tag: int, count: int) 
     return out
 
 
-@torch.library.custom_op("ddpm_fast::noise", mutates_args=())
+@operation("ddpm_fast::noise")
 def noise(
     seed: Tensor, image: Tensor, noise_row: Tensor, tag: int, channels: int, height: int, width: int
 ) -> Tensor:

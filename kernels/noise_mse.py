@@ -15,6 +15,7 @@ from ._triton import (
     image_strides,
     is_element_order,
     launches_kernel,
+    operation,
     tl,
     triton,
 )
@@ -156,7 +157,7 @@ def _check(out, x_0, coef, t, noise_row, seed, image) -> None:
     check_per_image(len(out), out.device, t=t, noise_row=noise_row, seed=seed, image=image)
 
 
-@torch.library.custom_op("ddpm_fast::noise_mse", mutates_args=())
+@operation("ddpm_fast::noise_mse")
 def noise_mse(
     out: Tensor,
     x_0: Tensor | None,
@@ -182,7 +183,7 @@ def noise_mse(
     return noise_mse_reference(out, eps, x_0, coef, t)
 
 
-@torch.library.custom_op("ddpm_fast::noise_mse_gradient", mutates_args=())
+@operation("ddpm_fast::noise_mse_gradient")
 def noise_mse_gradient(
     loss_gradient: Tensor,
     out: Tensor,

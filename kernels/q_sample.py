@@ -14,6 +14,7 @@ from ._triton import (
     image_strides,
     is_element_order,
     launches_kernel,
+    operation,
     tl,
     triton,
 )
@@ -103,7 +104,7 @@ def _launch(
     return x_t
 
 
-@torch.library.custom_op("ddpm_fast::q_sample", mutates_args=())
+@operation("ddpm_fast::q_sample")
 def q_sample(
     x_0: Tensor, coef: Tensor, t: Tensor, noise_row: Tensor, seed: Tensor, image: Tensor
 ) -> Tensor:

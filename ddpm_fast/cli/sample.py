@@ -96,7 +96,7 @@ def sample(
     sampler = Sampler.from_pretrained(
         weights, pick_device(device), dtype, parse_size(size), variance, engine
     )
-    sink = _checked(open_sink, out, indices, sampler.shape[0])
+    sink = _checked(open_sink, out, indices, sampler.shape[0], sampler.shape[1:])
     params = SamplingParams(seed, solver, parse_steps(steps), spacing, eta, preset)
     step_count = len(sampler.table(params))
     show = sys.stderr.isatty() if progress is None else progress

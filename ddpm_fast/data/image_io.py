@@ -5,11 +5,15 @@ from __future__ import annotations
 import io
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..utils.files import write_atomically
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as PILImage
 
 Pixels = NDArray[np.uint8]
 PNG_CHANNELS = (1, 3, 4)
@@ -30,31 +34,46 @@ def grid(images: Pixels, columns: int | None = None, gap: int = GAP, scale: int 
     return sheet
 
 
-def encode_png(image: Pixels, **text: str) -> bytes:
-    """An image [H, W, C] with 1, 3 or 4 channels as PNG, with `text` in its text chunks."""
+def check_channels(channels: int) -> None:
+    """ValueError for a number of channels that PNG and Pillow do not have."""
+    if channels not in PNG_CHANNELS:
+        raise ValueError(
+            f"cannot write {channels}-channel images as PNG; write .npy or .npz instead"
+        )
+
+
+def to_pil(images: Pixels) -> list[PILImage]:
+    """Images uint8 [N, H, W, C] with 1, 3 or 4 channels, an array or a tensor, as Pillow images."""
     from PIL import Image
+
+    pixels = np.asarray(images)
+    check_channels(pixels.shape[-1])
+    return [Image.fromarray(p[:, :, 0] if p.shape[2] == 1 else p) for p in pixels]
+
+
+def encode_png(image: Pixels, **text: str) -> bytes:
+    """An image uint8 [H, W, C] with 1, 3 or 4 channels, an array or a tensor, as the bytes of a PNG
+    file, with `text` in its text chunks.
+    """
     from PIL.PngImagePlugin import PngInfo
 
-    if image.shape[2] not in PNG_CHANNELS:
-        raise ValueError(
-            f"cannot write {image.shape[2]}-channel images as PNG; write .npy or .npz instead"
-        )
     buffer = io.BytesIO()
     chunks = PngInfo()
     for key, value in text.items():
         chunks.add_text(key, value)
-    Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).save(
-        buffer, format="PNG", pnginfo=chunks
-    )
+    to_pil(np.asarray(image)[None])[0].save(buffer, format="PNG", pnginfo=chunks)
     return buffer.getvalue()
 
 
-def save_grid(path: Path, images: Pixels, columns: int | None = None) -> None:
-    """Writes all images as one PNG grid, small ones enlarged to about 64 pixels."""
+def save_grid(path: str | Path, images: Pixels, columns: int | None = None) -> None:
+    """Writes images uint8 [N, H, W, C], an array or a tensor, as one PNG grid, small ones enlarged
+    to about 64 pixels.
+    """
+    images = np.asarray(images)
     scale = max(1, 64 // max(images.shape[1:3])) if len(images) <= 256 else 1
     columns = columns or math.ceil(math.sqrt(len(images)))
     write_atomically(
-        path,
+        Path(path),
         encode_png(grid(images, columns, scale=scale), rows=str(math.ceil(len(images) / columns))),
     )
 

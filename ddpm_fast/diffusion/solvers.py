@@ -39,6 +39,11 @@ class StepTable:
     def __len__(self) -> int:
         return len(self.t)
 
+    def __repr__(self) -> str:
+        ends = f", t = {self.t[0]} ... {self.t[-1]}" if len(self) else ""
+        learned = ", learned variance" if self.learned else ""
+        return f"StepTable({len(self)} steps{ends}{learned})"
+
     @property
     def multistep(self) -> bool:
         """Does any step look back at the x_0 of the step before?"""

@@ -1,12 +1,13 @@
-"""What every engine is: the state of a batch, the interface that a sampler calls, and the number
-formats by name.
+"""What every engine is: the state of a batch, the interface that a sampler calls, the number
+formats by name, and the context that engines compute in.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -29,20 +30,89 @@ DTYPES = {
 }
 
 
+ALIASES = {
+    "float32": "fp32",
+    "float": "fp32",
+    "float16": "fp16",
+    "half": "fp16",
+    "bfloat16": "bf16",
+    "float8_e4m3fn": "fp8",
+    "float8": "fp8",
+}
+
+
 def dtype_name(dtype: str | torch.dtype) -> str:
-    """Returns the key in `DTYPES` of a name or a torch dtype of activations.
+    """Returns the key in `DTYPES` of a dtype.
+
+    Args:
+        dtype: A key of `DTYPES`, PyTorch's name of the dtype of activations with or without
+            "torch.", both in any case, or the torch dtype.
 
     Raises:
         ValueError: The dtype is not supported.
     """
-    name = (
-        dtype
-        if isinstance(dtype, str)
-        else next((k for k, v in DTYPES.items() if v.activations == dtype), str(dtype))
-    )
-    if name not in DTYPES:
-        raise ValueError(f"dtype {dtype!r}; expected one of {', '.join(DTYPES)}")
-    return name
+    if isinstance(dtype, (str, torch.dtype)):
+        name = str(dtype).lower().removeprefix("torch.")
+        name = ALIASES.get(name, name)
+        if name in DTYPES:
+            return name
+    raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
+
+
+def check_device(device: torch.device | str) -> torch.device:
+    """Returns a device that can compute.
+
+    Raises:
+        ValueError: The name is unknown, or this machine or this build of PyTorch lacks the device.
+    """
+    try:
+        checked = torch.device(device)
+        torch.zeros(1, device=checked).item()  # a build without CUDA fails only here
+    except Exception as error:  # the type of the error depends on the backend
+        available = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        if torch.backends.mps.is_available():
+            available.append("mps")
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = f"; {reason}" if len(reason) < 100 else ""
+        raise ValueError(
+            f"device is {str(device)!r}; expected one of {', '.join(available)}{reason}"
+        ) from None
+    return checked
+
+
+@contextmanager
+def default_numerics(device: torch.device) -> Iterator[None]:
+    """Context in which the caller's defaults do not change what is computed.
+
+    `torch.autocast` is off, the default dtype is float32, and a default device that is neither the
+    CPU nor `device` is replaced by `device`. Without such defaults nothing is changed.
+    """
+    with ExitStack() as stack:
+        for kind in {device.type, "cpu"}:
+            if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        if torch.get_default_device().type not in ("cpu", device.type):
+            stack.enter_context(device)
+        if (dtype := torch.get_default_dtype()) != torch.float32:
+            torch.set_default_dtype(torch.float32)
+            stack.callback(torch.set_default_dtype, dtype)
+        yield
+
+
+def isolated(
+    steps: Generator[int, None, None], device: torch.device
+) -> Generator[int, None, None]:
+    """The generator, with `default_numerics` in effect whenever it runs, not between its yields."""
+    try:
+        while True:
+            with default_numerics(device):
+                done = next(steps, None)
+            if done is None:
+                return
+            yield done
+    finally:
+        with default_numerics(device):
+            steps.close()
 
 
 @dataclass
@@ -94,6 +164,12 @@ class Engine(Protocol):
     def free(self) -> None:
         """Releases device memory; it is reallocated on demand."""
         ...
+
+
+def engine_repr(engine: Engine, **details: Any) -> str:
+    """One line that describes an engine."""
+    listed = "".join(f", {name}={value}" for name, value in details.items())
+    return f"{type(engine).__name__}({engine.name!r}{listed}, reason={engine.reason!r})"
 
 
 def mean_of(out: Tensor, channels: int, learned: bool) -> Tensor:

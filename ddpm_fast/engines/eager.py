@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..diffusion.solvers import StepTable
 from ..kernels.ddpm_step import ddpm_step
 from ..utils.numerics import full_fp32
-from .base import SamplingState, mean_of
+from .base import SamplingState, engine_repr, mean_of
 
 COMPILED_ERROR = 1e-5  # relative L2 error against the network in fp32 that torch.compile may have
 COMPILED_ULPS = 64  # the same in half precision, in units in the last place
@@ -40,6 +40,9 @@ class EagerEngine:
         self.model, self.dtype, self.reason = model, dtype, reason
         self.name = "compile" if compile else "reference"
         self.call = compiled(model) if compile else model
+
+    def __repr__(self) -> str:
+        return engine_repr(self, dtype=self.dtype)
 
     def prepare(self, batch_size: int) -> None:
         """Does nothing: memory is allocated in every step."""

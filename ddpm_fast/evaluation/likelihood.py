@@ -25,8 +25,10 @@ from ..diffusion.presets import preset_of
 from ..diffusion.schedule import Array
 from ..diffusion.timesteps import Steps
 from ..diffusion.vlb import Bound
+from ..engines.base import default_numerics
 from ..engines.eager import inference
 from ..kernels.q_sample import q_sample
+from ..sampling.callbacks import progress_bar
 from ..sampling.sampler import Sampler
 from ..utils.files import write_atomically
 from ..utils.validation import integer, seed_bits
@@ -66,6 +68,7 @@ def bits_per_dimension(
     terms_file: str | Path | None = None,
     save_every: float = 30.0,
     callback: Callable[[int], Any] = lambda count: None,
+    progress: bool = False,
 ) -> Bits:
     """Bits per dimension of every image, with the sampler's network, schedule, prediction, variance and clip.
 
@@ -81,6 +84,7 @@ def bits_per_dimension(
         terms_file: an .npz with the terms computed so far; the same call resumes from it.
         save_every: seconds between two writes of `terms_file`.
         callback: called with the number of new terms after every batch.
+        progress: show a progress bar.
 
     Raises:
         ValueError: the images do not fit the network, or `terms_file` belongs to another evaluation.
@@ -101,18 +105,26 @@ def bits_per_dimension(
     count, total = len(data), len(chain)
     identity = _identity(sampler, data, visited, seed, preset)
     terms, done = np.full(count * total, np.nan), 0
-    if terms_file is not None and Path(terms_file).exists():
+    resumed = terms_file is not None and Path(terms_file).exists()
+    if terms_file is not None and resumed:
         terms, done = _read(Path(terms_file), identity, count * total)
-        callback(done)
     saved = time.monotonic()
-    with inference(sampler.model):
+    with (
+        progress_bar(progress, count * total, "term") as bar,
+        default_numerics(sampler.device),
+        inference(sampler.model),
+    ):
+        if resumed:
+            callback(done)
+            bar.update(done)
         while done < count * total:
-            pair = torch.arange(done, min(done + batch_size, count * total))
+            pair = torch.arange(done, min(done + batch_size, count * total), device="cpu")
             terms[done : done + len(pair)] = (
                 _terms(sampler, bound, data, coef, label, pair, seed).cpu().numpy()
             )
             done += len(pair)
             callback(len(pair))
+            bar.update(len(pair))
             if terms_file is not None and (
                 time.monotonic() - saved > save_every or done == count * total
             ):

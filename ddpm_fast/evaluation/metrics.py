@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..sampling.callbacks import progress_bar
 from .classifier import Classifier
 
 FEATURES = "EfficientNet-Lite0 (ImageNet), 1280 pooled features of the image at 64 x 64"
@@ -40,8 +41,13 @@ class Features(nn.Module):
         self.device = torch.device(device)
 
     @torch.no_grad()
-    def forward(self, images: Tensor, batch_size: int = 64) -> Tensor:
-        return torch.cat([self._of(part) for part in images.split(batch_size)])
+    def forward(self, images: Tensor, batch_size: int = 64, progress: bool = False) -> Tensor:
+        features = []
+        with progress_bar(progress, len(images), "image") as bar:
+            for part in images.split(batch_size):
+                features.append(self._of(part))
+                bar.update(len(part))
+        return torch.cat(features)
 
     def _of(self, images: Tensor) -> Tensor:
         x = images.to(self.device).permute(0, 3, 1, 2).float().expand(-1, 3, -1, -1)

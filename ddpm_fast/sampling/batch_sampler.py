@@ -1,4 +1,5 @@
-"""Batch sampler: the reverse process (Ho et al. 2020, algorithm 2) for one batch, any solver and any network.
+"""Batch sampler: the reverse process (Ho et al. 2020, algorithm 2) for one batch, any solver and any
+network.
 
 The noise of an image is counted by (seed, image index, step, element), so an image does not depend
 on the batch size or on its position in the batch.
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,7 +19,15 @@ from ..diffusion.prediction import check_prediction
 from ..diffusion.presets import preset_of
 from ..diffusion.schedule import NoiseSchedule
 from ..diffusion.solvers import LEARNED, VARIANCES, StepTable
-from ..engines.base import DTYPES, Engine, SamplingState, dtype_name
+from ..engines.base import (
+    DTYPES,
+    Engine,
+    SamplingState,
+    check_device,
+    default_numerics,
+    dtype_name,
+    isolated,
+)
 from ..engines.eager import EagerEngine
 from ..engines.fused.calibration import Calibration
 from ..engines.select import EngineRequest, choose
@@ -26,7 +35,9 @@ from ..kernels import noise
 from ..models.fingerprint import weights_fingerprint
 from ..models.unet import UNet
 from ..utils.validation import integer
+from . import fork
 from .callbacks import Callback
+from .model import check_model
 from .request import (
     SamplingOptions,
     SamplingParams,
@@ -77,18 +88,48 @@ class BatchSampler:
         parameters = model.parameters() if isinstance(model, nn.Module) else iter(())
         default = torch.empty(0, dtype=torch.float32, device="cpu")
         parameter = next((p for p in parameters if p.is_floating_point()), default)
-        self.device = torch.device(parameter.device if device is None else device)
-        weights_dtype = parameter.dtype if parameter.dtype.itemsize == 2 else torch.float32
-        self.precision = dtype_name(weights_dtype if dtype is None else dtype)
-        if DTYPES[self.precision].activations != weights_dtype and not isinstance(model, UNet):
-            raise ValueError(
-                f"dtype {self.precision} with a model of {weights_dtype}; expected that of the model, because only a UNet is "
-                "cast: cast the model"
-            )
+        self.device = parameter.device if device is None else check_device(device)
+        self.precision = _precision(model, parameter, dtype)
+        if not isinstance(model, UNet):
+            check_model(model, num_classes, parameter, self.device)
         self._engine_name, self._given, self._calibration = engine, model, calibration
         self._choose()
 
+    def arguments(self) -> dict[str, Any]:
+        """Constructor arguments of an equal sampler."""
+        return dict(
+            model=self._given,
+            schedule=self.schedule,
+            shape=self.shape,
+            prediction=self.prediction,
+            variance=self.variance,
+            clip=self.clip,
+            num_classes=self.num_classes,
+            device=self.device,
+            engine=self._engine_name,
+            dtype=self.precision,
+            calibration=self._calibration,
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.arguments()  # an engine has threads, machine code or graphs: it is rebuilt
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        BatchSampler.__init__(self, **state)
+
+    def __repr__(self) -> str:
+        model = type(self._given).__name__
+        if isinstance(self._given, nn.Module):
+            model += f" of {sum(p.numel() for p in self._given.parameters()):,} parameters"
+        classes = "" if self.num_classes is None else f", {self.num_classes} classes"
+        return (
+            f"{type(self).__name__}({model}, shape {self.shape}{classes}, "
+            f"{len(self.schedule)} timesteps, {self.prediction}, {self.variance}, "
+            f"clip {self.clip}, {self.precision} on {self.device}, engine {self.engine.name!r})"
+        )
+
     def _choose(self) -> None:
+        fork.check()
         request = EngineRequest(
             self._given,
             self.shape,
@@ -97,7 +138,8 @@ class BatchSampler:
             len(self.schedule),
             self._calibration,
         )
-        self.engine: Engine = choose(self._engine_name, request)
+        with default_numerics(torch.device("cpu")):
+            self.engine: Engine = choose(self._engine_name, request)
         plain = self.engine if isinstance(self.engine, EagerEngine) else None
         self.model = plain.model if plain is not None else self._given
         self.dtype = plain.dtype if plain is not None else torch.float32
@@ -120,7 +162,7 @@ class BatchSampler:
         **options: Unpack[SamplingOptions],
     ) -> StepTable:
         """The step table of the parameters, or of the same keywords; `start` replaces the first t."""
-        p = as_params(params, options)
+        p = as_params(params, options, "Sampler.table")
         preset = preset_of(p.preset)
         t = preset.timesteps(len(self.schedule), p.solver, p.steps, p.spacing)
         if start is not None:
@@ -154,7 +196,8 @@ class BatchSampler:
     def run(self, state: SamplingState, table: StepTable, callback: Callback | None = None) -> None:
         """Advances the state through the whole table, in place."""
         self.refresh()
-        self.engine.prepare(len(state.x))
+        with default_numerics(self.device):
+            self.engine.prepare(len(state.x))
         for _ in self.steps(state, table, callback):
             pass
 
@@ -166,7 +209,8 @@ class BatchSampler:
         stop: Callable[[], bool] | None = None,
     ) -> Iterator[int]:
         """Yields the number of steps completed so far; ends early if `stop()` returns True."""
-        with closing(self.engine.steps(state, table, every_step=callback is not None)) as steps:
+        advance = self.engine.steps(state, table, every_step=callback is not None)
+        with closing(isolated(advance, self.device)) as steps:
             for done in steps:
                 if callback is not None:
                     callback(done - 1, int(table.t[done - 1]), state.x)
@@ -175,7 +219,12 @@ class BatchSampler:
                     return
 
     def refresh(self) -> None:
-        """Rebuilds the engine if the model's weights have changed since they were copied."""
+        """Rebuilds the engine if the model's weights have changed since they were copied.
+
+        Raises:
+            RuntimeError: This process was forked from one that has computed.
+        """
+        fork.check()
         if self._fingerprint() != self._weights:
             self.engine.free()
             self._choose()
@@ -183,3 +232,24 @@ class BatchSampler:
     def check_start(self, start: tuple[Tensor, int], count: int) -> tuple[Tensor, int]:
         """Validates (x_t, t) for `count` images. ValueError for a wrong shape or timestep."""
         return check_start(start, (count, *self.shape), len(self.schedule))
+
+
+def _precision(
+    model: Callable[..., Tensor], parameter: Tensor, dtype: str | torch.dtype | None
+) -> str:
+    """The key of `DTYPES` that a network computes in. ValueError if its weights have another type."""
+    weights = parameter.dtype
+    if weights == torch.float64 and isinstance(model, UNet):
+        weights = torch.float32  # for comparisons: it converts x_t itself
+    if weights not in {kind.activations for kind in DTYPES.values()}:
+        raise ValueError(
+            f"the model has weights of {weights}; expected float32, float16 or bfloat16: "
+            "convert it, for example with model.float()"
+        )
+    precision = dtype_name(weights if dtype is None else dtype)
+    if DTYPES[precision].activations != weights and not isinstance(model, UNet):
+        raise ValueError(
+            f"dtype is {precision} and the model has weights of {weights}; expected the same, "
+            "because only a UNet is cast: cast the model"
+        )
+    return precision

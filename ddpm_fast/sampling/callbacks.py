@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..utils.validation import integer
 from .output import copy_to_host
 
 Callback = Callable[[int, int, Tensor], None]  # (step, t, x)
@@ -17,21 +18,36 @@ Callback = Callable[[int, int, Tensor], None]  # (step, t, x)
 class Trajectory:
     """Callback that records the state x_t after every `every`-th step.
 
+    It holds one run of `Sampler.sample` or `Sampler.stream`: the next run replaces it. A batch that
+    was stopped or repeated before its last step is left out.
+
+    Args:
+        every: Number of steps between two records, at least 1.
+
     Attributes:
-        t: the recorded timesteps, a list of length K.
-        x: the recorded states, fp32 [K, N, C, H, W] on the CPU.
+        t: The recorded timesteps, a list of length K.
+        x: The recorded states, fp32 [K, N, C, H, W] on the CPU.
     """
 
     def __init__(self, every: int = 1) -> None:
-        if every < 1:
+        if integer("every", every) < 1:
             raise ValueError(f"every = {every}; expected at least 1")
         self.every = every
-        self._states: dict[int, list[Tensor]] = {}  # by step, one entry per batch
+        self.begin_run()
+
+    def begin_run(self) -> None:
+        """Removes all records."""
+        self._batches: list[dict[int, Tensor]] = []  # of each batch, the states by step
+        self._last: list[int] = []  # of each batch, its last step
         self._timesteps: dict[int, int] = {}
 
     def __call__(self, step: int, t: int, x: Tensor) -> None:
+        if step == 0 or not self._batches:
+            self._batches.append({})
+            self._last.append(step)
+        self._last[-1] = step
         if (step + 1) % self.every == 0:
-            self._states.setdefault(step, []).append(copy_to_host(x) if x.is_cuda else x.clone())
+            self._batches[-1][step] = copy_to_host(x) if x.is_cuda else x.clone()
             self._timesteps[step] = t
 
     @property
@@ -40,9 +56,19 @@ class Trajectory:
 
     @property
     def x(self) -> Tensor:
+        if not self._timesteps:
+            raise RuntimeError(
+                f"the trajectory has no records; pass it as callback= to Sampler.sample, with at "
+                f"least every = {self.every} steps"
+            )
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()  # the copies are asynchronous
-        return torch.stack([torch.cat(batches) for batches in self._states.values()])
+        whole = [
+            batch
+            for batch, last in zip(self._batches, self._last, strict=True)
+            if last == max(self._last)
+        ]
+        return torch.stack([torch.cat([batch[step] for batch in whole]) for step in whole[0]])
 
 
 def without_padding(callback: Callback | None, count: int) -> Callback | None:
@@ -55,10 +81,12 @@ class _NoBar:
         pass
 
 
-def progress_bar(progress: bool, total: int) -> Any:
-    """A tqdm bar over `total` image-steps, as a context manager; without `progress`, an object that shows nothing."""
+def progress_bar(progress: bool, total: int, unit: str = "image-step") -> Any:
+    """A tqdm bar over `total` units, as a context manager; without `progress`, an object that shows
+    nothing.
+    """
     if not progress:
         return nullcontext(_NoBar())
     from tqdm import tqdm
 
-    return tqdm(total=total, unit="image-step", leave=False)
+    return tqdm(total=total, unit=unit, leave=False)

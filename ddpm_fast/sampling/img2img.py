@@ -10,6 +10,7 @@ from ..diffusion.timesteps import Steps, choose_timesteps
 from ..kernels.q_sample import q_sample
 from ..utils.validation import integer, seed_bits
 from .batch_sampler import BatchSampler
+from .callbacks import progress_bar
 from .request import Indices, Labels, check_indices, check_labels, indices_tensor, rows_of
 
 
@@ -48,6 +49,7 @@ def invert(
     labels: Labels = None,
     spacing: str = "linspace",
     batch_size: int = 64,
+    progress: bool = False,
 ) -> tuple[Tensor, int]:
     """DDIM inversion (Song et al. 2021, section 4.3): runs the probability-flow ODE from images to noise.
 
@@ -61,6 +63,7 @@ def invert(
         labels: as in `Sampler.sample`; required with classes.
         spacing: as in `SamplingParams`.
         batch_size: images per batch.
+        progress: show a progress bar.
 
     Returns:
         (x_t fp32 [N, C, H, W], t).
@@ -76,8 +79,11 @@ def invert(
     table = ddim_inversion_table(sampler.schedule, t, sampler.prediction)
     classes = check_labels(labels, len(x_0), sampler.num_classes)
     inverted = []
-    for rows in torch.arange(len(x_0)).split(batch_size):
-        state = sampler.begin(rows, 0, rows_of(classes, rows), rows_of(x_0, rows))
-        sampler.run(state, table)
-        inverted.append(state.x)
+    with progress_bar(progress, len(x_0) * len(table)) as bar:
+        # without a callback an engine may take several steps at once
+        callback = (lambda step, t, x: bar.update(len(x))) if progress else None
+        for rows in torch.arange(len(x_0), device="cpu").split(batch_size):
+            state = sampler.begin(rows, 0, rows_of(classes, rows), rows_of(x_0, rows))
+            sampler.run(state, table, callback)
+            inverted.append(state.x)
     return torch.cat(inverted), int(t[0])

@@ -4,21 +4,51 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..data.image_io import to_pil
 from ..data.pixels import to_uint8
 from ..diffusion.presets import preset_of
 
 
+OUTPUTS = ("uint8", "float", "pil")
+
+
+class _Pair(NamedTuple):
+    first: int
+    images: Any
+
+
+class Batch(_Pair):
+    """A batch of finished images, the pair (first, images).
+
+    Attributes:
+        first: Index of the first image.
+        images: The images, as `output` requests them.
+        indices: Index of every image, int64 [N] on the CPU.
+    """
+
+    indices: Tensor
+
+    @classmethod
+    def of(cls, indices: Tensor, images: Any) -> Batch:
+        batch = cls(int(indices[0]), images)
+        batch.indices = indices
+        return batch
+
+
 @dataclass(eq=False)
 class HostTransfer:
-    """A batch whose images are being copied to the host, or, for output "float", computed on the device.
+    """A batch whose images are being copied to the host, or, for output "float", computed on the
+    device.
 
     Attributes:
         indices: image indices, int64 [N] on the CPU.
         images: uint8 [N, H, W, C] on the CPU or fp32 [N, C, H, W] on the device.
+        output: one of `OUTPUTS`.
         finite: bool [N], False for an image that contains NaN or Inf.
         event: recorded after the last copy; None on the CPU.
         precision: of the network, for the error message.
@@ -26,6 +56,7 @@ class HostTransfer:
 
     indices: Tensor
     images: Tensor
+    output: str
     finite: Tensor
     event: torch.cuda.Event | None
     precision: str
@@ -34,24 +65,26 @@ class HostTransfer:
     def start(
         cls, x: Tensor, indices: Tensor, output: str, preset: str, precision: str
     ) -> HostTransfer:
-        """Starts the conversion of x [N, C, H, W] to `output` and its copy; returns without waiting for either."""
+        """Starts the conversion of x [N, C, H, W] to `output` and its copy; returns without waiting
+        for either.
+        """
         finite = x.isfinite().flatten(1).all(1)
-        images = to_uint8(x, preset_of(preset).level) if output == "uint8" else x.contiguous()
+        on_device = output == "float"
+        images = x.contiguous() if on_device else to_uint8(x, preset_of(preset).level)
         if not x.is_cuda:
-            return cls(
-                indices, images.cpu() if output == "uint8" else images, finite, None, precision
-            )
+            images = images if on_device else images.cpu()
+            return cls(indices, images, output, finite, None, precision)
         finite = copy_to_host(finite)
-        images = copy_to_host(images) if output == "uint8" else images
+        images = images if on_device else copy_to_host(images)
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(x.device))
-        return cls(indices, images, finite, event, precision)
+        return cls(indices, images, output, finite, event, precision)
 
     def done(self) -> bool:
         return self.event is None or self.event.query()
 
-    def result(self) -> tuple[int, Tensor]:
-        """Waits for the transfer; returns (index of the first image, images).
+    def result(self) -> Batch:
+        """Waits for the transfer; returns the batch.
 
         Raises:
             RuntimeError: an image contains NaN or Inf.
@@ -61,13 +94,17 @@ class HostTransfer:
         if not self.finite.all():
             invalid = self.indices[~self.finite.cpu()].tolist()
             raise RuntimeError(
-                f"images {invalid[:8]} contain NaN or Inf; check the weights, or use a higher precision than {self.precision}"
+                f"images {invalid[:8]} contain NaN or Inf; check the weights, or use a higher "
+                f"precision than {self.precision}"
             )
-        return int(self.indices[0]), self.images
+        images = to_pil(self.images.numpy()) if self.output == "pil" else self.images
+        return Batch.of(self.indices, images)
 
 
-def completed(transfers: list[HostTransfer], wait: bool = False) -> Iterator[tuple[int, Tensor]]:
-    """Removes finished transfers, or all if `wait`, from the front of the list and yields their results."""
+def completed(transfers: list[HostTransfer], wait: bool = False) -> Iterator[Batch]:
+    """Removes finished transfers, or all if `wait`, from the front of the list and yields their
+    results.
+    """
     while transfers and (wait or transfers[0].done()):
         yield transfers.pop(0).result()
 

@@ -17,6 +17,7 @@ from ..diffusion.timesteps import SPACINGS, Steps
 from ..kernels import noise
 from ..utils.validation import integer, is_number, seed_bits
 from .callbacks import Callback
+from .keywords import check_keywords
 
 Indices = int | range | Sequence[int] | Tensor
 Labels = int | Sequence[int] | Tensor | None
@@ -104,10 +105,9 @@ class SamplingOptions(TypedDict, total=False):
 
 
 class StreamOptions(SamplingOptions, total=False):
-    """Keywords of `Sampler.sample` and `Sampler.stream`."""
+    """Keywords of `Sampler.sample` and `Sampler.stream`, in addition to `output`."""
 
     labels: Labels
-    output: str
     batch_size: int
     start: tuple[Tensor, int] | None
     pad: bool
@@ -116,8 +116,16 @@ class StreamOptions(SamplingOptions, total=False):
     stop: Callable[[], bool] | None
 
 
-def as_params(params: SamplingParams | None, options: Mapping[str, Any]) -> SamplingParams:
-    """`params`, or the parameters that keywords name. ValueError if both are given."""
+def as_params(
+    params: SamplingParams | None, options: Mapping[str, Any], method: str
+) -> SamplingParams:
+    """`params`, or the parameters that keywords of `method` name.
+
+    Raises:
+        ValueError: Both are given, or `params` has another type.
+        TypeError: A keyword is unknown.
+    """
+    check_keywords(method, options, SamplingOptions.__annotations__)
     if params is None:
         return SamplingParams(**options)
     if not isinstance(params, SamplingParams):
@@ -200,7 +208,10 @@ def check_labels(labels: Labels, count: int, num_classes: int | None) -> Tensor 
     if labels is None:
         return None
     if num_classes is None:
-        raise ValueError("labels were given, but the network is unconditional; leave them out")
+        raise ValueError(
+            "labels were given and the sampler has no classes; leave them out, or give "
+            "Sampler(..., num_classes=) if the network takes labels"
+        )
     try:
         tensor = torch.as_tensor(labels, device="cpu")
         valid = not tensor.is_floating_point() and tensor.dtype != torch.bool

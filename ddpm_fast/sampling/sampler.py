@@ -8,18 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..checkpoints.checkpoint import Checkpoint, load_pretrained
 from ..diffusion.timesteps import Steps
+from ..engines.base import DTYPES, check_device, default_numerics, dtype_name
 from ..engines.fused.calibration import Calibration, load_calibration
-from ..models.unet import channels_last
+from ..models.unet import UNet, channels_last
 from ..utils.validation import seed_bits
 from . import img2img
 from .batch_sampler import BatchSampler
+from .output import Batch
 from .request import (
     Indices,
     Labels,
@@ -32,7 +34,8 @@ from .request import (
 from .stream import BatchStream
 
 if TYPE_CHECKING:
-    from typing_extensions import Unpack
+    from PIL.Image import Image
+    from typing_extensions import Self, Unpack
 
 
 class Sampler(BatchSampler):
@@ -53,10 +56,14 @@ class Sampler(BatchSampler):
             "cpu": the CPU engine, for a `UNet` in fp32;
             "compile": torch.compile of the model;
             "reference": the model as it is.
-        dtype: "fp32", "fp16", "bf16", or "fp8" with the fused engine; default: that of the weights.
-            Engine "reference" casts the input of a module with fp16 or bf16 weights and computes
-            without TF32 for fp32 weights. The state x_t is always fp32.
+        dtype: "fp32", "fp16", "bf16", or "fp8" with the fused engine, or PyTorch's name of the dtype,
+            or the torch dtype; default: that of the weights. Engine "reference" casts the input of a
+            module with fp16 or bf16 weights and computes without TF32 for fp32 weights. The state
+            x_t is always fp32. `torch.autocast` and the default dtype of the caller have no effect.
         calibration: of fp8 layers (`ddpm-fast calibrate`); None: ranges by rule.
+
+    Pickling and `copy.deepcopy` keep the arguments and rebuild the engine. After a fork, a process
+    whose parent has computed raises RuntimeError: start processes with "spawn".
 
     Raises:
         ValueError: an argument is out of range, or the engine cannot run this model.
@@ -76,9 +83,12 @@ class Sampler(BatchSampler):
 
         dtype "fp8" uses the folder's calibration, if there is one.
         """
-        checkpoint = load_pretrained(directory)
-        calibration = load_calibration(directory, checkpoint.unet) if dtype == "fp8" else None
-        return cls.from_checkpoint(checkpoint, device, dtype, size, variance, engine, calibration)
+        name = dtype_name(dtype or "fp32")
+        with default_numerics(torch.device("cpu")):
+            checkpoint = load_pretrained(directory)
+            fp8 = name == "fp8"
+            calibration = load_calibration(directory, checkpoint.unet) if fp8 else None
+        return cls.from_checkpoint(checkpoint, device, name, size, variance, engine, calibration)
 
     @classmethod
     def from_checkpoint(
@@ -104,21 +114,81 @@ class Sampler(BatchSampler):
         size = size or checkpoint.unet.config.size
         if size is None:
             raise ValueError("the configuration has no sample_size; give size=(height, width)")
-        unet = channels_last(
-            checkpoint.unet.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        )
+        default = "cuda" if torch.cuda.is_available() else "cpu"
+        unet = channels_last(checkpoint.unet.to(check_device(device or default)))
         c, shape = checkpoint, (unet.config.in_channels, *size)
         model = (unet, c.schedule, shape, c.prediction, variance or c.variance, c.clip)
         return cls(*model, engine=engine, dtype=dtype or "fp32", calibration=calibration)
 
+    def to(
+        self,
+        device: torch.device | torch.dtype | str | None = None,
+        dtype: str | torch.dtype | None = None,
+    ) -> Self:
+        """Moves the sampler to a device, or to another dtype, in place; its engine is rebuilt.
+
+        A module moves with it. A `UNet` keeps the dtype of its weights, another module is cast.
+
+        Args:
+            device: default: unchanged. A torch dtype is taken as `dtype`.
+            dtype: default: unchanged.
+
+        Returns:
+            The sampler itself.
+
+        Raises:
+            ValueError: the device or dtype is not available, or the engine does not support it. The
+                sampler is then unchanged.
+        """
+        if isinstance(device, torch.dtype):
+            device, dtype = None, device
+        target = self.device if device is None else check_device(device)
+        precision = self.precision if dtype is None else dtype_name(dtype)
+        arguments, model, previous = self.arguments(), self._given, self.device
+        if isinstance(model, nn.Module):
+            model.to(target)
+            if not isinstance(model, UNet) and precision != self.precision:
+                model.to(DTYPES[precision].activations)
+        try:
+            moved = type(self)(**{**arguments, "device": target, "dtype": precision})
+        except ValueError:
+            if isinstance(model, nn.Module):
+                model.to(previous)
+            raise
+        self.engine.free()
+        self.__dict__.update(moved.__dict__)
+        return self
+
     # ---- whole images
+
+    @overload
+    def sample(
+        self,
+        indices: Indices,
+        params: SamplingParams | None = None,
+        *,
+        output: Literal["pil"],
+        **options: Unpack[StreamOptions],
+    ) -> list[Image]: ...
+
+    @overload
+    def sample(
+        self,
+        indices: Indices,
+        params: SamplingParams | None = None,
+        *,
+        output: str = "uint8",
+        **options: Unpack[StreamOptions],
+    ) -> Tensor: ...
 
     def sample(
         self,
         indices: Indices,
         params: SamplingParams | None = None,
+        *,
+        output: str = "uint8",
         **options: Unpack[StreamOptions],
-    ) -> Tensor:
+    ) -> Any:
         """Draws images: `sample(64, seed=0, solver="ddim", steps=50)`.
 
         Args:
@@ -126,7 +196,7 @@ class Sampler(BatchSampler):
             params: seed, solver, steps, spacing, eta and preset; or give these as keywords.
             labels: one class, or one per image; None with a class-conditional network: each image
                 draws its class from its noise.
-            output: "uint8" (default) or "float".
+            output: "uint8" (default), "float" or "pil".
             batch_size: images per batch; default: 64.
             start: (x_t [N, C, H, W], t): start from partly noised images instead of noise.
             pad: pad the last batch, so that every batch has the same size.
@@ -137,27 +207,36 @@ class Sampler(BatchSampler):
 
         Returns:
             uint8 [N, H, W, C] on the CPU: round((x + 1) 127.5) of x clipped to [-1, 1], or as the
-            preset rounds. With output="float" fp32 [N, C, H, W] on the device.
+            preset rounds. With output="float" fp32 [N, C, H, W] on the device; with output="pil" a
+            list of the uint8 images as `PIL.Image.Image`.
 
         Raises:
-            ValueError: an argument is invalid.
+            ValueError: an argument is invalid, or the images do not fit in memory.
             RuntimeError: an image contains NaN or Inf.
+            TypeError: a keyword is unknown.
         """
-        return BatchStream.of(self, indices, params, **options).collect()
+        stream = BatchStream.of(self, "Sampler.sample", indices, params, output=output, **options)
+        return stream.collect()
 
     def stream(
         self,
         indices: Indices,
         params: SamplingParams | None = None,
+        *,
+        output: str = "uint8",
         **options: Unpack[StreamOptions],
-    ) -> Iterator[tuple[int, Tensor]]:
+    ) -> Iterator[Batch]:
         """Draws images batch by batch, for runs that do not fit in memory. Arguments as in `sample`.
 
-        Yields (index of the first image, images) per batch. On a GPU a batch is copied to the host
-        while the next one is drawn. If a batch does not fit in memory, smaller ones follow.
+        Yields a `Batch` per batch: the pair (index of the first image, images), with the indices of
+        all its images as `batch.indices`. On a GPU a batch is copied to the host while the next one
+        is drawn. If a batch does not fit in memory, smaller ones follow. A run that was stopped
+        after n images continues with the indices range(n, N).
         """
         # invalid arguments raise at the call, not at the first image
-        return iter(BatchStream.of(self, indices, params, **options))
+        return iter(
+            BatchStream.of(self, "Sampler.stream", indices, params, output=output, **options)
+        )
 
     # ---- images to start from
 
@@ -179,6 +258,7 @@ class Sampler(BatchSampler):
         labels: Labels = None,
         spacing: str = "linspace",
         batch_size: int = 64,
+        progress: bool = False,
     ) -> tuple[Tensor, int]:
         """(x_t, t) from which DDIM leads back to images x_0: see `img2img.invert`."""
-        return img2img.invert(self, x_0, steps, labels, spacing, batch_size)
+        return img2img.invert(self, x_0, steps, labels, spacing, batch_size, progress)

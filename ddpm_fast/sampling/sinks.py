@@ -8,6 +8,7 @@ with open_sink("samples.npz", indices=range(100), channels=3) as sink:
 from __future__ import annotations
 
 import io
+import math
 import os
 from pathlib import Path
 
@@ -18,9 +19,11 @@ from torch import Tensor
 
 from ..data.image_io import PNG_CHANNELS, Pixels, encode_png, save_grid
 from ..utils.files import write_atomically
+from .memory import check_fits
 from .request import Indices, check_indices, indices_tensor
 
 GRIDS, ARRAYS = (".png",), (".npy", ".npz")
+INSTEAD = "write a directory, which holds one batch in memory and keeps finished images after a kill"
 
 
 class Sink:
@@ -129,18 +132,32 @@ class FolderSink(Sink):
             write_atomically(self.path / f"{index:0{self._digits}d}.png", encode_png(image))
 
 
-def open_sink(path: str | Path, indices: Indices, channels: int | None = None) -> Sink:
-    """The sink for a path: .png a grid, .npy or .npz an array, a name without a suffix a folder of PNG files.
+def open_sink(
+    path: str | Path,
+    indices: Indices,
+    channels: int | None = None,
+    size: tuple[int, int] | None = None,
+) -> Sink:
+    """The sink for a path: .png a grid, .npy or .npz an array, a name without a suffix a folder of
+    PNG files.
+
+    Grids and arrays are held in memory until `close`; a folder keeps finished images if the run is
+    killed.
 
     Args:
         path: checked now rather than after sampling.
         indices: of the images that will be written, in this order.
         channels: of the images; checked if given.
+        size: (H, W) of the images; if given with `channels`, images that memory cannot hold are
+            refused.
 
     Raises:
-        ValueError: the path cannot be written, or images of `channels` channels cannot be written there.
+        ValueError: the path cannot be written, or such images cannot be written there.
     """
     target = check_path(path)
+    if target.suffix and channels is not None and size is not None:
+        held = 3 * channels * math.prod(size)  # in batches, in one array, and encoded
+        check_fits(len(check_indices(indices)), held, torch.device("cpu"), INSTEAD)
     if target.suffix in ARRAYS:
         return ArraySink(target, indices)
     if channels is not None and channels not in PNG_CHANNELS:

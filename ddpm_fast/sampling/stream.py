@@ -1,25 +1,32 @@
-"""The loop over batches: splits a request, draws batch by batch, transfers finished batches while the next one is drawn."""
+"""The loop over batches: splits a request, draws batch by batch, transfers finished batches while
+the next one is drawn.
+"""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from ..data.image_io import check_channels
 from ..diffusion.solvers import StepTable
+from ..engines.base import default_numerics
 from ..utils.validation import integer, seed_bits
 from .batch_sampler import BatchSampler
-from .callbacks import Callback, progress_bar, without_padding
-from .output import HostTransfer, completed
+from .callbacks import Callback, Trajectory, progress_bar, without_padding
+from .keywords import check_keywords
+from .memory import check_fits
+from .output import OUTPUTS, Batch, HostTransfer, completed
 from .request import (
     Indices,
     Labels,
     SamplingOptions,
     SamplingParams,
+    StreamOptions,
     as_params,
     check_indices,
     check_labels,
@@ -31,9 +38,15 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
+INSTEAD = (
+    "draw them batch by batch with Sampler.stream, or into a directory (ddpm-fast sample --out "
+    "DIRECTORY), which also keeps finished images if the run is killed"
+)
+
+
 @dataclass(eq=False)
 class BatchStream:
-    """A validated request; iteration yields (index of the first image, images) per batch.
+    """A validated request; iteration yields a `Batch` (index of the first image, images) per batch.
 
     Attributes:
         sampler: draws the batches.
@@ -64,6 +77,7 @@ class BatchStream:
     def of(
         cls,
         sampler: BatchSampler,
+        method: str,
         indices: Indices,
         params: SamplingParams | None = None,
         *,
@@ -77,30 +91,46 @@ class BatchStream:
         stop: Callable[[], bool] | None = None,
         **options: Unpack[SamplingOptions],
     ) -> BatchStream:
-        """Validates the arguments of `Sampler.sample`."""
-        params, checked = as_params(params, options), check_indices(indices)
+        """Validates the arguments of `Sampler.sample` or another method of this name."""
+        check_keywords(method, options, [*StreamOptions.__annotations__, "output"])
+        params, checked = as_params(params, options, method), check_indices(indices)
         if integer("batch_size", batch_size) < 1:
             raise ValueError(f"batch_size = {batch_size}; expected at least 1")
-        if output not in ("uint8", "float"):
-            raise ValueError(f'output {output!r}; expected "uint8" or "float"')
+        if output not in OUTPUTS:
+            raise ValueError(f"output {output!r}; expected one of {', '.join(OUTPUTS)}")
+        if output == "pil":
+            check_channels(sampler.shape[0])
         x, t = (None, None) if start is None else sampler.check_start(start, len(checked))
         table = sampler.table(params, start=t)
         classes = check_labels(labels, len(checked), sampler.num_classes)
         request = (checked, seed_bits(params.seed), classes, x, output, params.preset)
         return cls(sampler, table, *request, batch_size, pad, progress, callback, stop)
 
-    def collect(self) -> Tensor:
-        """All images in one tensor."""
-        if batches := [images for _, images in self]:
-            return torch.cat(batches)
-        c, h, w = self.sampler.shape
-        if self.output == "uint8":
-            return torch.empty(0, h, w, c, dtype=torch.uint8)
-        return torch.empty(0, c, h, w, device=self.sampler.device)
+    def collect(self) -> Any:
+        """All images in one tensor, or, for output "pil", in one list.
 
-    def __iter__(self) -> Iterator[tuple[int, Tensor]]:
+        Raises:
+            ValueError: They do not fit in memory.
+        """
+        c, h, w = self.sampler.shape
+        shape, dtype, device = (h, w, c), torch.uint8, torch.device("cpu")
+        if self.output == "float":
+            shape, dtype, device = (c, h, w), torch.float32, self.sampler.device
+        total = len(self.indices)
+        check_fits(total, c * h * w * dtype.itemsize, device, INSTEAD)
+        if self.output == "pil":
+            return [image for _, images in self for image in images]
+        result, count = torch.empty(total, *shape, dtype=dtype, device=device), 0
+        for _, images in self:
+            result[count : count + len(images)] = images
+            count += len(images)
+        return result if count == total else result[:count].clone()
+
+    def __iter__(self) -> Iterator[Batch]:
         sampler, total = self.sampler, len(self.indices)
         sampler.refresh()
+        if isinstance(self.callback, Trajectory):
+            self.callback.begin_run()
         first, size = 0, self.batch_size if self.pad else min(self.batch_size, total)
         transfers: list[HostTransfer] = []
         with progress_bar(self.progress, len(self.table) * total) as bar:
@@ -113,7 +143,8 @@ class BatchStream:
                     )
                 out_of_memory = False
                 try:
-                    sampler.engine.prepare(size)
+                    with default_numerics(sampler.device):
+                        sampler.engine.prepare(size)
                     state = sampler.begin(
                         image, self.seed, rows_of(self.labels, rows), rows_of(self.x_start, rows)
                     )

@@ -15,7 +15,7 @@ from torch import Tensor
 from ...diffusion.solvers import StepTable
 from ...models.unet import UNet
 from ...utils.validation import is_count
-from ..base import SamplingState
+from ..base import SamplingState, engine_repr
 
 if TYPE_CHECKING:
     from .executor import NativeExecutor
@@ -52,6 +52,9 @@ class CPUEngine:
         _check(unet, self.shape, timesteps, threads)
         self._executor = _executor(unet, shape, timesteps, threads)
         self.reason = self._executor.reason
+
+    def __repr__(self) -> str:
+        return engine_repr(self, shape=self.shape)
 
     @property
     def memory(self) -> int:

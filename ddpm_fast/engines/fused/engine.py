@@ -22,7 +22,7 @@ from ...diffusion.solvers import StepTable
 from ...kernels.ddpm_step import COLUMNS, ddpm_step
 from ...kernels.step_index import advance
 from ...models.unet import UNet
-from ..base import SamplingState, mean_of
+from ..base import SamplingState, engine_repr, mean_of
 from .cuda_graph import Graphed
 from .model import PlannedUNet
 from .unet import FusedUNet
@@ -168,6 +168,9 @@ class FusedEngine:
             unet, batch, precision, device, shape[1:], timesteps, **options
         )
         self._buffers: list[StaticBuffers] = []
+
+    def __repr__(self) -> str:
+        return engine_repr(self, batch_sizes=[buffers.capacity for buffers in self._buffers])
 
     @property
     def invariant(self) -> bool:
