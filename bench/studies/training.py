@@ -32,7 +32,8 @@ from ddpm_fast.benchmark.results import provenance, write
 from ddpm_fast.data.datasets import ImageData
 from ddpm_fast.training import cpu_ops
 from ddpm_fast.training.config import TrainConfig
-from ddpm_fast.training.trainer import AUTOCAST, Trainer
+from ddpm_fast.training.gradient import AUTOCAST
+from ddpm_fast.training.trainer import Trainer
 from ddpm_fast.utils.subprocess import JsonWorker, json_stdio
 
 RATE, DECAY = 1e-3, 0.999

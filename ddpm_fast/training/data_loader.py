@@ -25,7 +25,7 @@ class Batch(NamedTuple):
     labels: Tensor | None
 
 
-class Feed:
+class BatchLoader:
     """Batches of a data set, number 0, 1, 2 ... of an endless run through it.
 
     Every epoch visits every image once, in an order of its own; batches run across its end. Image i in epoch e has its timestep,

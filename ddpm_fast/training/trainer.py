@@ -10,12 +10,8 @@ Nothing is drawn from a generator with a state. The order of the images, each on
 
 from __future__ import annotations
 
-import ctypes
-import hashlib
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,38 +25,21 @@ from ..models.unet import UNet
 from ..utils.validation import seed_bits
 from .config import TrainConfig
 from .cpu_ops import use_fused_norms, use_wide_backward
-from .data_loader import Batch, Feed
+from .data_loader import Batch, BatchLoader
 from .ema import MAIN, Averages
 from .flat_weights import as_vector, flatten, sum_in_order
+from .gradient import (
+    AUTOCAST,
+    Noised,
+    autocast,
+    dropout_rng,
+    keep_freed_memory,
+    split_over_cores,
+)
+from .identity import check_fit, run_identity
 from .timestep_sampler import QUARTILES, LossAware, quartile_sums
 
-_IDENTITY = (
-    "train_batch_size",
-    "gradient_accumulation_steps",
-    "random_flip",
-    "use_ema",
-    "seed",
-    "prediction_type",
-    "loss_type",
-    "snr_gamma",
-    "timestep_sampling",
-)
-AUTOCAST = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 VALIDATION_ROW = 2**24 - 1  # the noise of validation: a row that no epoch reaches
-_SMALLEST_PART = 8  # images; below that, a thread of its own costs more than it brings
-
-
-class Noised(NamedTuple):
-    """A batch as the network and the loss see it: what `Objective.losses` takes, the labels, the weights of the losses."""
-
-    x_0: Tensor
-    x_t: Tensor
-    t: Tensor
-    row: Tensor
-    seed: Tensor
-    image: Tensor
-    labels: Tensor | None
-    weight: Tensor | None
 
 
 class Trainer:
@@ -110,7 +89,7 @@ class Trainer:
             eps=config.adam_epsilon,
             fused=True,
         )
-        self.feed = Feed(
+        self.loader = BatchLoader(
             data,
             config.seed,
             config.train_batch_size,
@@ -139,9 +118,9 @@ class Trainer:
         self._model: Callable[..., Tensor] = (
             torch.compile(self.unet) if config.compile else self.unet
         )
-        self._parts, self._pool = self._split_over_cores()
+        self._parts, self._pool = split_over_cores(self.unet, config, self.device)
         if self.device.type == "cpu":
-            _keep_freed_memory()
+            keep_freed_memory()
             if (dtype := AUTOCAST[config.mixed_precision]) is not None:
                 use_wide_backward(self.unet, dtype)
             if not config.compile:  # the compiler fuses by itself and cannot look into machine code
@@ -221,7 +200,7 @@ class Trainer:
 
     def _gradient(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
         """Loss and flat gradient of batch `number`, scaled so that the step's batches add up to their mean; `quartile_sums`."""
-        batch, weight = self.feed.batch(number), None
+        batch, weight = self.loader.batch(number), None
         if self.timesteps is not None:
             t, weight = self.timesteps.draw(batch.word)
             batch = batch._replace(t=t)
@@ -235,7 +214,7 @@ class Trainer:
             return loss.detach(), losses.detach(), torch.cat([as_vector(g) for g in gradients])
 
         if self._pool is None:
-            with self._dropout_of(number):
+            with dropout_rng(self.unet, self.config.seed, number):
                 loss, losses, gradient = part(inputs)
         else:
             chunks = zip(
@@ -256,40 +235,9 @@ class Trainer:
         return Noised(batch.x_0, x_t, batch.t, batch.epoch, seed, batch.image, labels, weight)
 
     def _losses(self, model: Callable[..., Tensor], inputs: Noised) -> Tensor:
-        with self._autocast():
+        with autocast(self.config, self.device):
             out = model(inputs.x_t, inputs.t, inputs.labels)
         return self.objective.losses(out, *inputs[:6])
-
-    def _autocast(self) -> Any:
-        dtype = AUTOCAST[self.config.mixed_precision]
-        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
-
-    @contextmanager
-    def _dropout_of(self, number: int) -> Iterator[None]:
-        """Dropout is the one thing that draws from torch's generator; so that is set for each batch, and put back."""
-        if not self.unet.config.dropout:
-            yield
-            return
-        devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
-            torch.manual_seed((self.config.seed * 1_000_003 + number) % 2**63)
-            yield
-
-    def _split_over_cores(self) -> tuple[int, ThreadPoolExecutor | None]:
-        threads = torch.get_num_threads()
-        batch = self.config.train_batch_size
-        fits = [n for n in range(1, threads + 1) if batch % n == 0 and batch // n >= _SMALLEST_PART]
-        parts = max(fits, default=1)
-        if (
-            self.device.type != "cpu"
-            or parts == 1
-            or self.unet.config.dropout
-            or self.config.compile
-        ):
-            return 1, None
-        return parts, ThreadPoolExecutor(
-            parts, initializer=torch.set_num_threads, initargs=(threads // parts,)
-        )
 
     # ---- everything that a resumed run needs
 
@@ -328,47 +276,5 @@ class Trainer:
         self.done = done
 
     def identity(self) -> dict[str, Any]:
-        """What must not change between the parts of a run."""
-        config = self.config
-        beta = hashlib.sha256(self.schedule.beta.tobytes()).hexdigest()
-        return dict(
-            network=self.unet.config.to_diffusers(),
-            beta=beta,
-            data=self.data.digest,
-            **{name: getattr(config, name) for name in _IDENTITY},
-        )
-
-
-def check_fit(unet: UNet, data: ImageData, learned_variance: bool = False) -> None:
-    """ValueError where the network cannot train on these images."""
-    (_, height, width, channels), c = data.images.shape, unet.config
-    coarsest = 2 ** (len(c.channels) - 1)
-    if height % coarsest or width % coarsest:
-        raise ValueError(
-            f"the images are {height} x {width}; {len(c.channels)} levels need sides divisible by {coarsest}"
-        )
-    wanted = channels * (1 + learned_variance)
-    if c.in_channels != channels or c.out_channels != wanted:
-        raise ValueError(
-            f"the images have {channels} channels, so the network must take {channels} and give {wanted}"
-            f"{' (mean and variance)' if learned_variance else ''}; it takes {c.in_channels} and gives {c.out_channels}"
-        )
-    if c.num_classes is not None and (data.num_classes is None or data.num_classes > c.num_classes):
-        raise ValueError(
-            f"the network has {c.num_classes} classes, the data {data.num_classes or 'no labels'}"
-        )
-
-
-def _keep_freed_memory() -> None:
-    """Tells glibc to keep what is freed: else every activation is mapped and zeroed by the kernel anew, a tenth of the time."""
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError):
-        return  # another C library
-    m_trim_threshold, m_top_pad, m_mmap_threshold = -1, -2, -3
-    for parameter, value in (
-        (m_mmap_threshold, 2**30),
-        (m_trim_threshold, 2**31 - 1),
-        (m_top_pad, 2**26),
-    ):
-        mallopt(parameter, value)
+        """What must not change between the parts of a run: see `identity.run_identity`."""
+        return run_identity(self.unet.config, self.schedule, self.data, self.config)

@@ -118,7 +118,7 @@ def test_training_on_the_gpu_is_training_on_the_cpu():
     """Order, timesteps, flips and noise to the bit; the weights after some steps to rounding."""
     here, there = (trainer(device, random_flip=True) for device in ("cpu", "cuda"))
     for number in (0, 5):
-        want, got = (t._noised(t.feed.batch(number)) for t in (here, there))
+        want, got = (t._noised(t.loader.batch(number)) for t in (here, there))
         for name in ("x_0", "t", "row", "image", "labels"):
             assert torch.equal(getattr(want, name), getattr(got, name).cpu())
         assert relative_error(got.x_t.cpu(), want.x_t) < 1e-6

@@ -57,7 +57,7 @@ def test_gradient_is_that_of_the_formula_in_fp64(options):
     t.step()
     got = t.weights.grad
     t = trainer(**options)
-    inputs, unet = t._noised(t.feed.batch(0)), unet_for(**options).double()
+    inputs, unet = t._noised(t.loader.batch(0)), unet_for(**options).double()
     out = unet(inputs.x_t.double(), inputs.t)
     eps = N.noise_reference(inputs.seed, inputs.image, inputs.row, N.Q_SAMPLE, (1, 8, 8)).double()
     a, s = (

@@ -11,7 +11,7 @@ from ddpm_fast import NoiseSchedule, Sampler, UNet, UNetConfig
 from ddpm_fast.data.datasets import ImageData
 from ddpm_fast.kernels import noise as N
 from ddpm_fast.training.config import TrainConfig
-from ddpm_fast.training.data_loader import Feed
+from ddpm_fast.training.data_loader import BatchLoader
 from ddpm_fast.training.trainer import Trainer
 from ddpm_fast.utils.numerics import relative_error
 
@@ -71,10 +71,10 @@ def plain_steps(count, prediction="eps", **options):
         num_training_steps=config.max_train_steps,
     )
     ema = EMAModel(unet.parameters(), 0.6, use_ema_warmup=True, inv_gamma=2.0, power=0.5)
-    feed, losses = Feed(DATA, 0, 8, torch.device("cpu")), []
+    loader, losses = BatchLoader(DATA, 0, 8, torch.device("cpu")), []
     bar = torch.from_numpy(SCHEDULE.alpha_bar.copy())
     for step in range(count):
-        batch = feed.batch(step)
+        batch = loader.batch(step)
         a, s = (v[batch.t].view(-1, 1, 1, 1).float() for v in (bar.sqrt(), (1 - bar).sqrt()))
         eps = N.noise_reference(
             torch.zeros_like(batch.image), batch.image, batch.epoch, N.Q_SAMPLE, (1, 8, 8)
@@ -175,7 +175,7 @@ def test_cores_and_accumulation_change_nothing_but_rounding():
 def test_gradient_in_fp64():
     ours, _ = gradient(train_batch_size=16, max_grad_norm=1e9)
     t = trainer(train_batch_size=16)
-    unet, inputs = small_unet().double(), t._noised(t.feed.batch(0))
+    unet, inputs = small_unet().double(), t._noised(t.loader.batch(0))
     out = unet(inputs.x_t.double(), inputs.t, inputs.labels)
     exact = torch.autograd.grad(F.mse_loss(out, noise_of(inputs).double()), list(unet.parameters()))
     exact = torch.cat(
@@ -188,8 +188,8 @@ def test_gradient_in_fp64():
 
 
 def test_every_epoch_visits_every_image_once_in_an_order_of_its_own():
-    feed = Feed(DATA, 3, 8, torch.device("cpu"))
-    seen = [feed.batch(i) for i in range(10)]  # 80 visits: four epochs
+    loader = BatchLoader(DATA, 3, 8, torch.device("cpu"))
+    seen = [loader.batch(i) for i in range(10)]  # 80 visits: four epochs
     image, epoch = torch.cat([b.image for b in seen]), torch.cat([b.epoch for b in seen])
     assert epoch.tolist() == [i // 20 for i in range(80)]
     orders = image.view(4, 20)
@@ -207,7 +207,7 @@ def test_draws_depend_on_seed_image_and_epoch_alone():
     for size in (8, 5):
         t = trainer(train_batch_size=size, random_flip=True, seed=7)
         for number in range(80 // size):
-            batch = t.feed.batch(number)
+            batch = t.loader.batch(number)
             inputs = t._noised(batch)
             x_t, eps = inputs.x_t, noise_of(inputs)
             for i in range(size):
@@ -225,14 +225,14 @@ def test_draws_depend_on_seed_image_and_epoch_alone():
 
 def test_timesteps_are_uniform_flips_are_half_and_orders_are_random():
     data = ImageData(np.arange(4, dtype=np.uint8).reshape(1, 2, 2, 1).repeat(5000, axis=0))
-    feed = Feed(data, 0, 5000, torch.device("cpu"), random_flip=True)
-    batches = [feed.batch(i) for i in range(8)]
+    loader = BatchLoader(data, 0, 5000, torch.device("cpu"), random_flip=True)
+    batches = [loader.batch(i) for i in range(8)]
     counts = torch.cat([b.t for b in batches]).bincount(minlength=1000)
     assert len(counts) == 1000 and stats.chisquare(counts).pvalue > 1e-3
     flipped = torch.cat([b.x_0[:, 0, 0, 0] > b.x_0[:, 0, 0, 1] for b in batches])
     assert stats.binomtest(int(flipped.sum()), len(flipped)).pvalue > 1e-3
     place = torch.stack(
-        [feed.order(e).argsort() for e in range(8)]
+        [loader.order(e).argsort() for e in range(8)]
     ).double()  # where each image stands
     assert (torch.corrcoef(place) - torch.eye(8)).abs().max() < 5 / math.sqrt(5000)
     assert abs(
@@ -242,13 +242,13 @@ def test_timesteps_are_uniform_flips_are_half_and_orders_are_random():
 
 def test_the_order_is_frozen():
     """Part of what "a run with seed s" means: a change here breaks every resume."""
-    feed = Feed(DATA, 1234, 8, torch.device("cpu"))
-    assert feed.batch(0).image.tolist() == ORDER and feed.batch(0).t.tolist() == TIMES
+    loader = BatchLoader(DATA, 1234, 8, torch.device("cpu"))
+    assert loader.batch(0).image.tolist() == ORDER and loader.batch(0).t.tolist() == TIMES
 
 
 def test_noise_of_the_step_is_the_kernels(device):
     t = trainer(device=device)
-    batch = t.feed.batch(3)
+    batch = t.loader.batch(3)
     inputs = t._noised(batch)
     assert torch.equal(inputs.labels, batch.labels) and torch.equal(inputs.t, batch.t)
     bar = torch.from_numpy(SCHEDULE.alpha_bar.copy()).to(device)[batch.t].view(-1, 1, 1, 1)
@@ -388,7 +388,7 @@ def test_refuses_data_that_does_not_fit():
     with pytest.raises(ValueError, match="the network has 3 classes, the data 5"):
         trainer(ImageData(DATA.images, np.arange(20) % 5))
     assert (
-        trainer(unet=small_unet(num_classes=None)).feed.batch(0).labels is not None
+        trainer(unet=small_unet(num_classes=None)).loader.batch(0).labels is not None
     )  # an unconditional network ignores them
     trainer(unet=small_unet(num_classes=None)).step()
 
