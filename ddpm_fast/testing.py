@@ -52,12 +52,15 @@ def interpret_like_a_gpu() -> None:
 
 
 def _matmul(a: Any, b: Any, dtype: Any = None) -> Any:
-    """a [..., M, K] @ b [..., K, N], added in the order of K."""
-    a, b = a.astype(dtype or a.dtype), b.astype(dtype or b.dtype)
-    product = a[..., :1] * b[..., :1, :]
-    for k in range(1, a.shape[-1]):
-        product += a[..., k : k + 1] * b[..., k : k + 1, :]
-    return product
+    """a [..., M, K] @ b [..., K, N], added in fp64 and rounded once."""
+    x, y = a.astype(np.float64), b.astype(np.float64)
+    if a.dtype.itemsize < 4:  # fp64 holds these products and sums exactly, in whatever order
+        product = np.matmul(x, y)
+    else:
+        product = x[..., :1] * y[..., :1, :]
+        for k in range(1, x.shape[-1]):
+            product += x[..., k : k + 1] * y[..., k : k + 1, :]
+    return product.astype(dtype or a.dtype)
 
 
 def _tree_sum(x: Any, axis: int | None = None, keepdims: bool = False) -> Any:
