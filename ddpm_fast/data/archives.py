@@ -110,8 +110,9 @@ def _read_idx(path: Path) -> Pixels:
     try:
         with gzip.open(path) if zipped else open(path, "rb") as file:
             start = file.read(4)
-            lengths = file.read(4 * start[3]) if len(start) == 4 else b""
-            if start[:3] != b"\0\0\x08" or not 1 <= start[3] <= 4 or len(lengths) < 4 * start[3]:
+            dimensions = start[3] if start[:3] == b"\0\0\x08" and len(start) == 4 else 0
+            lengths = file.read(4 * dimensions)
+            if not 1 <= dimensions <= 4 or len(lengths) < 4 * dimensions:
                 raise ValueError(f"{path} is not an IDX file of uint8 with 1 to 4 dimensions")
             shape = tuple(int(n) for n in np.frombuffer(lengths, ">u4"))
             count = math.prod(shape)

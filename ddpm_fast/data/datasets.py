@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -217,13 +218,18 @@ def _read_folder(source: Path, resolution: int, fit: str, channels: int | None) 
     openers = [partial(open_image, path) for path in paths]
     with refusing_bombs():
         if channels is None:
-            channels = 1 if all(channels_of(opener()) == 1 for opener in openers) else 3
+            channels = 1 if all(_channels(opener) == 1 for opener in openers) else 3
         images = decode(openers, len(paths), resolution, fit, channels)
     if not all(homes) or len(names) < 2:
         return ImageData(images)
     return ImageData(
         images, np.array([names.index(home[0]) for home in homes], np.int64), tuple(names)
     )
+
+
+def _channels(opener: Callable[[], Any]) -> int:
+    with opener() as image:
+        return channels_of(image)
 
 
 def _hidden(path: Path) -> bool:

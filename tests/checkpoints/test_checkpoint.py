@@ -247,7 +247,10 @@ BAD_SCHEDULER_VALUES = [
             )
             for change in BAD_SCHEDULER_VALUES
         ],
-        (lambda d: edit(d / "scheduler/scheduler_config.json", surprise=1), "unknown key 'surprise'"),
+        (
+            lambda d: edit(d / "scheduler/scheduler_config.json", surprise=1),
+            "unknown key 'surprise'",
+        ),
         (
             lambda d: edit(d / "scheduler/scheduler_config.json", thresholding=True),
             "thresholding=True is not supported",
