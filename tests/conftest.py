@@ -4,6 +4,16 @@ import torch
 from ddpm_fast.kernels._triton import INTERPRETED
 from ddpm_fast.testing import interpret_like_a_gpu
 
+try:
+    import hypothesis
+except ImportError:  # only the property tests need it
+    pass
+else:
+    _options = dict(deadline=None, derandomize=True)
+    hypothesis.settings.register_profile("default", max_examples=200, **_options)
+    hypothesis.settings.register_profile("acceptance", max_examples=3000, **_options)
+    hypothesis.settings.load_profile("default")
+
 GPU = torch.cuda.is_available()
 FIGURES: list[str] = []
 interpret_like_a_gpu()

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..diffusion.schedule import NoiseSchedule
 from ..models.unet import UNet
 from ..utils.files import write_directory_atomically
+from ..utils.validation import shown
 from .diffusers import (
+    CLIP,
     INDEX,
     PREDICTIONS,
     SCHEDULER,
+    SCHEDULER_LIMIT,
     VARIANCES,
     folder_files,
-    read_json,
-    read_scheduler,
-    read_unet,
+    read_folder,
 )
 
 
@@ -40,15 +42,19 @@ class Checkpoint:
 def load_pretrained(directory: str | Path) -> Checkpoint:
     """Loads a diffusers folder (DDPM or DDIM pipeline) on the CPU, in fp32.
 
+    The result does not depend on torch's default dtype or device. Only regular files are read, and
+    nothing is unpickled. `config.json` may have 1 MiB and `scheduler_config.json` 16 MiB.
+
     Raises:
-        ValueError: something is missing, unknown, unsupported, of the wrong shape, or contains NaN or Inf.
+        ValueError: something is missing, unknown, unsupported, out of range, of the wrong shape or
+            type, or contains NaN or Inf. The message is one line that names the file.
     """
     directory = Path(directory)
-    if not directory.is_dir():
+    if not os.path.isdir(directory):
         raise ValueError(
             f"{directory} is not a directory; expected a checkpoint with unet/ and scheduler/"
         )
-    return Checkpoint(read_unet(directory), *read_scheduler(read_json(directory / SCHEDULER)))
+    return Checkpoint(*read_folder(directory))
 
 
 def save_pretrained(
@@ -74,8 +80,9 @@ def save_pretrained(
             raise ValueError(
                 f"{name} {value!r}; expected one of {', '.join(sorted(set(known.values())))}"
             )
-    if clip is not None and not clip > 0:
-        raise ValueError(f"clip = {clip}; expected a positive bound, or None")
+    expected, fits = CLIP
+    if clip is not None and not fits(clip):
+        raise ValueError(f"clip = {shown(clip)}; expected {expected}, or None")
     directory = Path(directory)
     if (
         directory.exists()
@@ -85,4 +92,10 @@ def save_pretrained(
         raise ValueError(f"{directory} exists and is not a checkpoint; choose another directory")
     if not directory.absolute().parent.is_dir():
         raise ValueError(f"{directory.absolute().parent} is not a directory; create it first")
-    write_directory_atomically(directory, folder_files(unet, schedule, prediction, variance, clip))
+    files = folder_files(unet, schedule, prediction, variance, clip)
+    if len(files[SCHEDULER]) > SCHEDULER_LIMIT:
+        raise ValueError(
+            f"schedule has {len(schedule)} betas that are not linear; expected at most "
+            f"{SCHEDULER_LIMIT} bytes of {SCHEDULER}: use fewer timesteps"
+        )
+    write_directory_atomically(directory, files)

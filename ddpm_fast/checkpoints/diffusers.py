@@ -8,19 +8,24 @@ scheduler/scheduler_config.json
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from ..diffusion.schedule import NoiseSchedule
+from ..diffusion.schedule import MAX_TIMESTEPS, NoiseSchedule
 from ..models.config import UNetConfig
+from ..models.limits import FLAG, Rule, count, number
 from ..models.unet import UNet
+from ..utils.input_files import JSON_LIMIT, MIB, naming, read_json_object
+from ..utils.validation import is_number, shown
+from .weights import WEIGHTS, read_unet
 
-INDEX, SCHEDULER = "model_index.json", "scheduler/scheduler_config.json"
-WEIGHTS = "diffusion_pytorch_model.safetensors"
+INDEX, UNET = "model_index.json", "unet/config.json"
+SCHEDULER = "scheduler/scheduler_config.json"
+SCHEDULER_LIMIT = 16 * MIB  # bytes; trained_betas has about 25 per step
 PREDICTIONS = {"epsilon": "eps", "sample": "x_0", "v_prediction": "v"}
 # The "_log" forms differ in how the likelihood code stores them, not in the samples.
 VARIANCES = {
@@ -44,22 +49,33 @@ _SCHEDULER_DEFAULTS: dict[str, Any] = dict(
     rescale_betas_zero_snr=False,
     timestep_values=None,
 )
+CLIP = number(1e-6, 1e6)
+MIN_BETA_START = 1e-8  # 1 - beta is 1 in fp32 from there on
+_SCHEDULER_RULES: dict[str, Rule] = dict(
+    num_train_timesteps=count(MAX_TIMESTEPS),
+    beta_start=number(0, 1),
+    beta_end=number(0, 1),
+    clip_sample=FLAG,
+    clip_sample_range=CLIP,
+    rescale_betas_zero_snr=FLAG,
+)
 # Sampling options, which do not describe what was trained: chosen at each call instead.
-_SCHEDULER_CHOICES = {
-    "dynamic_thresholding_ratio",
-    "sample_max_value",
-    "timestep_spacing",
-    "steps_offset",
-    "set_alpha_to_one",
-    "skip_prk_steps",
-}
-
-
-def read_unet(directory: Path) -> UNet:
-    """The network in unet/, on the CPU in fp32, in eval mode."""
-    unet = UNet(UNetConfig.from_diffusers(read_json(directory / "unet" / "config.json")))
-    unet.load_state_dict(read_weights(directory / "unet", unet))
-    return unet.eval()
+_CHOICE_RULES: dict[str, Rule] = dict(
+    dynamic_thresholding_ratio=number(0, 1),
+    sample_max_value=number(0, 1e6),
+    timestep_spacing=("a name", lambda v: isinstance(v, str)),
+    steps_offset=("an integer of at least 0", lambda v: type(v) is int and v >= 0),
+    set_alpha_to_one=FLAG,
+    skip_prk_steps=FLAG,
+)
+# Classes whose configuration describes the process of Ho et al. 2020 by the keys above.
+SCHEDULERS = (
+    "DDPMScheduler",
+    "DDIMScheduler",
+    "PNDMScheduler",
+    "DDPMParallelScheduler",
+    "DDIMParallelScheduler",
+)
 
 
 def folder_files(
@@ -72,7 +88,7 @@ def folder_files(
     weights = {k: v.detach().cpu().contiguous() for k, v in unet.state_dict().items()}
     return {
         INDEX: _json(dict(_class_name="DDPMPipeline", **classes)),
-        "unet/config.json": _json(unet.config.to_diffusers()),
+        UNET: _json(unet.config.to_diffusers()),
         f"unet/{WEIGHTS}": save(weights, metadata={"format": "pt"}),
         SCHEDULER: _json(scheduler_config(schedule, prediction, variance, clip)),
     }
@@ -82,92 +98,49 @@ def _json(content: Mapping[str, Any]) -> bytes:
     return (json.dumps(content, indent=2) + "\n").encode()
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError:
+def read_folder(directory: Path) -> tuple[UNet, NoiseSchedule, str, str, float | None]:
+    """(network, schedule, prediction, variance, clip) of a folder."""
+    unet_config = _read_json(directory / UNET, JSON_LIMIT)
+    scheduler = _read_json(directory / SCHEDULER, SCHEDULER_LIMIT)
+    with naming(directory / UNET):
+        config = UNetConfig.from_diffusers(unet_config)
+    with naming(directory / SCHEDULER):
+        process = read_scheduler(scheduler)
+    return read_unet(directory / "unet", config), *process
+
+
+def _read_json(path: Path, limit: int) -> dict[str, Any]:
+    if not os.path.lexists(path):
         raise ValueError(
             f"{path} is missing; expected a diffusers folder with unet/ and scheduler/"
-        ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds {type(content).__name__}; expected a JSON object")
-    return content
-
-
-def read_weights(folder: Path, unet: UNet) -> dict[str, torch.Tensor]:
-    """The state dict of `unet` from its safetensors file, checked for names, shapes and finiteness."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    path = folder / WEIGHTS
-    if not path.is_file():
-        others = (
-            ", ".join(sorted(p.name for p in folder.iterdir() if p.suffix != ".json"))
-            or "no weights"
         )
-        raise ValueError(
-            f"{path} is missing ({others} found); only one safetensors file is read, never a pickle"
-        )
-    try:
-        weights = {_current_name(k): v for k, v in load_file(path).items()}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
-    expected = unet.state_dict()
-    if wrong := sorted(set(weights) ^ set(expected)):
-        kind = "unexpected" if wrong[0] in weights else "missing"
-        raise ValueError(
-            f"{path}: {kind} parameter {wrong[0]} ({len(wrong)} names differ from the configuration's network)"
-        )
-    for name, value in weights.items():
-        # attention layers of old checkpoints are 1x1 convolutions
-        value = weights[name] = (
-            value.reshape(expected[name].shape)
-            if value.numel() == expected[name].numel()
-            else value
-        )
-        if value.shape != expected[name].shape:
-            raise ValueError(
-                f"{path}: {name} has shape {tuple(value.shape)}; expected {tuple(expected[name].shape)}"
-            )
-        if not value.isfinite().all():
-            raise ValueError(f"{path}: {name} contains NaN or Inf")
-    return weights
-
-
-def _current_name(name: str) -> str:
-    """diffusers' names before 2023 (the google/ddpm-* repositories): attention's query, key, value, proj_attn."""
-    if ".attentions." in name:
-        for old, new in (
-            ("query", "to_q"),
-            ("key", "to_k"),
-            ("value", "to_v"),
-            ("proj_attn", "to_out.0"),
-        ):
-            name = name.replace(f".{old}.", f".{new}.")
-    return name
+    return read_json_object(path, limit)
 
 
 def read_scheduler(config: Mapping[str, Any]) -> tuple[NoiseSchedule, str, str, float | None]:
     """(schedule, prediction, variance, clip) from diffusers' scheduler_config.json."""
-    values = {
-        k: v for k, v in config.items() if not k.startswith("_") and k not in _SCHEDULER_CHOICES
-    }
-    if unknown := sorted(set(values) - set(_SCHEDULER_DEFAULTS)):
-        raise ValueError(f"unknown key {', '.join(unknown)} in scheduler_config.json")
+    if (name := config.get("_class_name", SCHEDULERS[0])) not in SCHEDULERS:
+        raise ValueError(
+            f"this scheduler class is unsupported: {shown(name)}; supported: {', '.join(SCHEDULERS)}"
+        )
+    values = {k: v for k, v in config.items() if not k.startswith("_")}
+    if unknown := sorted(set(values) - set(_SCHEDULER_DEFAULTS) - set(_CHOICE_RULES)):
+        raise ValueError(
+            f"unknown key {', '.join(map(shown, unknown[:5]))} ({len(unknown)} in all); "
+            f"known: {', '.join([*_SCHEDULER_DEFAULTS, *_CHOICE_RULES])}"
+        )
     d = {**_SCHEDULER_DEFAULTS, **values}
     for key in ("thresholding", "timestep_values"):
-        if d[key] not in (False, None):
-            raise ValueError(f"scheduler_config.json: {key}={d[key]} is not supported")
+        if d[key] is not False and d[key] is not None:
+            raise ValueError(f"{key}={shown(d[key])} is not supported; expected false or null")
     for key, known in (("prediction_type", PREDICTIONS), ("variance_type", VARIANCES)):
-        if str(d[key]) not in known:
+        if not isinstance(d[key], str) or d[key] not in known:
             raise ValueError(
-                f"scheduler_config.json: {key}={d[key]!r} is not supported; supported: {', '.join(known)}"
+                f"{key}={shown(d[key])} is not supported; supported: {', '.join(known)}"
             )
-    for key in ("beta_start", "beta_end", "clip_sample_range"):
-        if not isinstance(d[key], (int, float)) or not d[key] > 0:
-            raise ValueError(f"scheduler_config.json: {key}={d[key]!r}; expected a positive number")
+    for key, (expected, fits) in (_SCHEDULER_RULES | _CHOICE_RULES).items():
+        if key in d and not fits(d[key]):
+            raise ValueError(f"{key}={shown(d[key])}; expected {expected}")
     clip = float(d["clip_sample_range"]) if d["clip_sample"] else None
     schedule = _read_schedule(d)
     if d["rescale_betas_zero_snr"]:
@@ -177,41 +150,39 @@ def read_scheduler(config: Mapping[str, Any]) -> tuple[NoiseSchedule, str, str, 
 
 def schedule_of_diffusers(name: str, timesteps: int = 1000) -> NoiseSchedule:
     """The schedule of diffusers' DDPMScheduler(beta_schedule=name): linear, scaled_linear, squaredcos_cap_v2 or sigmoid."""
-    return _read_schedule(
-        {**_SCHEDULER_DEFAULTS, "beta_schedule": name, "num_train_timesteps": timesteps}
-    )
+    return read_scheduler({"beta_schedule": name, "num_train_timesteps": timesteps})[0]
 
 
 def _read_schedule(d: Mapping[str, Any]) -> NoiseSchedule:
-    start, end, count = d["beta_start"], d["beta_end"], d["num_train_timesteps"]
-    if d["trained_betas"] is not None:
-        betas = d["trained_betas"]
-        if (
-            not isinstance(betas, list)
-            or len(betas) != count
-            or not all(isinstance(b, float) for b in betas)
-        ):
+    start, end, steps = d["beta_start"], d["beta_end"], d["num_train_timesteps"]
+    if (betas := d["trained_betas"]) is not None:
+        if not isinstance(betas, list) or len(betas) != steps or not all(map(is_number, betas)):
             raise ValueError(
-                f"scheduler_config.json: trained_betas must be a list of num_train_timesteps={count!r} numbers"
+                f"trained_betas={shown(betas)}; expected a list of num_train_timesteps={steps} numbers"
             )
         return NoiseSchedule.from_betas(betas)
+    if not _is_beta_range(start, end):
+        raise ValueError(
+            f"beta_start={start}, beta_end={end}; expected {MIN_BETA_START:g} <= beta_start <= beta_end < 1"
+        )
     if d["beta_schedule"] == "linear":
-        return NoiseSchedule.linear(start, end, count)
+        return NoiseSchedule.linear(start, end, steps)
     if d["beta_schedule"] == "scaled_linear":
-        return NoiseSchedule.scaled_linear(start, end, count)
+        return NoiseSchedule.scaled_linear(start, end, steps)
     if d["beta_schedule"] == "squaredcos_cap_v2":
-        return NoiseSchedule.cosine(count)
-    if (
-        d["beta_schedule"] == "sigmoid"
-    ):  # beta itself is a sigmoid here, unlike NoiseSchedule.sigmoid
-        unit = NoiseSchedule.linear(timesteps=count)  # validates the count
+        return NoiseSchedule.cosine(steps)
+    if d["beta_schedule"] == "sigmoid":  # of beta itself, unlike NoiseSchedule.sigmoid
         return NoiseSchedule.from_betas(
-            start + (end - start) / (1 + np.exp(-np.linspace(-6, 6, len(unit))))
+            start + (end - start) / (1 + np.exp(-np.linspace(-6, 6, steps)))
         )
     raise ValueError(
-        f"scheduler_config.json: beta_schedule={d['beta_schedule']!r} is not supported; "
+        f"beta_schedule={shown(d['beta_schedule'])} is not supported; "
         "supported: linear, scaled_linear, squaredcos_cap_v2, sigmoid, or trained_betas"
     )
+
+
+def _is_beta_range(start: float, end: float) -> bool:
+    return MIN_BETA_START <= start <= end < 1
 
 
 def scheduler_config(
@@ -219,18 +190,19 @@ def scheduler_config(
 ) -> dict[str, Any]:
     """The scheduler_config.json of diffusers' DDPMScheduler."""
     names = {prediction: name for name, prediction in PREDICTIONS.items()}
-    linear = NoiseSchedule.linear(schedule.beta[0], schedule.beta[-1], len(schedule))
+    start, end = float(schedule.beta[0]), float(schedule.beta[-1])
+    is_linear = _is_beta_range(start, end) and schedule == NoiseSchedule.linear(
+        start, end, len(schedule)
+    )
     return dict(
         _class_name="DDPMScheduler",
         num_train_timesteps=len(schedule),
-        beta_start=float(schedule.beta[0]),
-        beta_end=float(schedule.beta[-1]),
+        beta_start=start,
+        beta_end=end,
         beta_schedule="linear",
-        trained_betas=None
-        if np.array_equal(schedule.beta, linear.beta)
-        else schedule.beta.tolist(),
+        trained_betas=None if is_linear else schedule.beta.tolist(),
         variance_type=variance,
         clip_sample=clip is not None,
-        clip_sample_range=1.0 if clip is None else clip,
+        clip_sample_range=1.0 if clip is None else float(clip),
         prediction_type=names[prediction],
     )

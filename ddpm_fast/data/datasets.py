@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import zlib
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from ..utils.validation import is_count
-from .resize import Pixels, channels_of, decode, fit_array, open_image
+from ..utils.validation import is_count, shown
+from .archives import IntArray, as_labels, read_idx_pair, read_numpy
+from .resize import Pixels, channels_of, decode, fit_array, open_image, refusing_bombs
 
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 FITS = ("crop", "pad")
 MOST_CLASSES = 100_000  # larger labels are identifiers, not classes
-IntArray = NDArray[np.int64]
+MOST_PIXELS = 16_384  # per side of a training image
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +91,8 @@ def load_images(
         source: a folder of images at any depth; if every image lies in one of several first-level sub-folders,
             these are the classes, in order of name. Or a folder or file in IDX format (MNIST's), gzipped or
             not, with the labels next to the images. Or an .npz with "images" and optionally "labels" (or
-            arr_0, arr_1; or x_train, y_train), or an .npy.
+            arr_0, arr_1; or x_train, y_train), or an .npy. Only regular files are read. An image may have
+            89 million pixels; what an archive may unpack to is bounded (`data.archives`).
         resolution: side in pixels.
         fit: "crop": scale until the shorter side fits and crop the middle; "pad": scale down if too large and
             center on black.
@@ -102,13 +103,15 @@ def load_images(
         ValueError: the source is missing, unreadable or of another kind.
     """
     source = Path(source)
-    if not is_count(resolution):
-        raise ValueError(f"resolution = {resolution!r}; expected pixels, at least 1")
+    if not is_count(resolution, MOST_PIXELS):
+        raise ValueError(
+            f"resolution = {shown(resolution)}; expected pixels, at least 1, at most {MOST_PIXELS}"
+        )
     if fit not in FITS or split not in ("train", "test") or channels not in (None, 1, 3):
         raise ValueError(
             f"fit={fit!r}, split={split!r}, channels={channels!r}; expected crop or pad, train or test, 1 or 3"
         )
-    if not source.exists():
+    if not os.path.exists(source):  # False too for a loop of links and a name that is too long
         raise ValueError(
             f"{source} does not exist; expected a folder of images, or an .npz, .npy or IDX file"
         )
@@ -118,9 +121,9 @@ def load_images(
             return _read_folder(source, resolution, fit, channels)
         source = _of_split(source, idx_files, split)
     if source.suffix in (".npz", ".npy"):
-        images, labels = _read_numpy(source, split)
+        images, labels = read_numpy(source, split)
     elif "idx3" in source.name:
-        images, labels = _read_idx_pair(source)
+        images, labels = read_idx_pair(source)
     else:
         raise ValueError(
             f"{source}: unknown kind of file; expected a folder of images, or an .npz, .npy or IDX file"
@@ -167,7 +170,7 @@ def load_dataset(
     if channels is None:
         channels = 1 if all(channels_of(table[i][image]) == 1 for i in range(len(table))) else 3
     images = decode(openers, len(table), resolution, fit, channels)
-    labels = None if label is None else _as_labels(label, np.asarray(table[label]))
+    labels = None if label is None else as_labels(label, np.asarray(table[label]))
     names = None if label is None else getattr(table.features[label], "names", None)
     return ImageData(images, labels, None if names is None else tuple(names))
 
@@ -212,11 +215,11 @@ def _read_folder(source: Path, resolution: int, fit: str, channels: int | None) 
         )
     homes = [path.relative_to(source).parts[:-1] for path in paths]
     names = sorted({home[0] for home in homes if home})
-    if channels is None:
-        channels = 1 if all(channels_of(open_image(path)) == 1 for path in paths) else 3
-    images = decode(
-        (partial(open_image, path) for path in paths), len(paths), resolution, fit, channels
-    )
+    openers = [partial(open_image, path) for path in paths]
+    with refusing_bombs():
+        if channels is None:
+            channels = 1 if all(_channels(opener) == 1 for opener in openers) else 3
+        images = decode(openers, len(paths), resolution, fit, channels)
     if not all(homes) or len(names) < 2:
         return ImageData(images)
     return ImageData(
@@ -224,64 +227,10 @@ def _read_folder(source: Path, resolution: int, fit: str, channels: int | None) 
     )
 
 
+def _channels(opener: Callable[[], Any]) -> int:
+    with opener() as image:
+        return channels_of(image)
+
+
 def _hidden(path: Path) -> bool:
     return any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
-
-
-def _read_numpy(path: Path, split: str) -> tuple[Pixels, IntArray | None]:
-    try:
-        content = np.load(path, mmap_mode="r", allow_pickle=False)
-        if isinstance(content, np.ndarray):
-            return content, None
-        with content:
-            pair = next(
-                (
-                    p
-                    for p in (
-                        ("images", "labels"),
-                        (f"x_{split}", f"y_{split}"),
-                        ("arr_0", "arr_1"),
-                    )
-                    if p[0] in content
-                ),
-                None,
-            )
-            if pair is None:
-                raise ValueError(
-                    f"its arrays are {', '.join(content)}; expected images, x_{split} or arr_0"
-                )
-            labels = content.get(pair[1])
-            return content[pair[0]], None if labels is None else _as_labels(pair[1], labels)
-    except Exception as error:  # damaged files raise errors of zlib, tokenize and others
-        raise ValueError(f"{path} cannot be read: {error}") from None
-
-
-def _as_labels(name: str, labels: NDArray[Any]) -> IntArray:
-    if labels.dtype.kind not in "iu" or not len(labels) or labels.size != len(labels):
-        raise ValueError(f"{name} is {labels.dtype} {labels.shape}; expected integers [N]")
-    return labels.astype(np.int64).reshape(-1)
-
-
-def _read_idx_pair(path: Path) -> tuple[Pixels, IntArray | None]:
-    name = path.name.removesuffix(".gz").replace("images", "labels").replace("idx3", "idx1")
-    label_files = [
-        p for p in (path.with_name(name), path.with_name(f"{name}.gz")) if p.exists() and p != path
-    ]
-    return _read_idx(path), _read_idx(label_files[0]).astype(np.int64) if label_files else None
-
-
-def _read_idx(path: Path) -> Pixels:
-    """The format of MNIST's files: two zero bytes, 8 for uint8, the number of dimensions, their lengths, the bytes."""
-    try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
-    if len(content) < 4 or content[:3] != b"\0\0\x08" or len(content) < 4 + 4 * content[3]:
-        raise ValueError(f"{path} is not an IDX file of uint8")
-    shape = np.frombuffer(content, ">u4", count=content[3], offset=4)
-    pixels = np.frombuffer(content, np.uint8, offset=4 + 4 * content[3])
-    if pixels.size != np.prod(shape, dtype=np.int64):
-        raise ValueError(
-            f"{path} has {pixels.size} bytes of pixels; expected {' x '.join(map(str, shape))}, as its header states"
-        )
-    return pixels.reshape(shape)

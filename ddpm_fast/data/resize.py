@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,16 +14,34 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..utils.input_files import regular_file_size
+
 Pixels = NDArray[np.uint8]
 
 
 def open_image(path: Path) -> Any:
+    """Pillow's image of a regular file, not decoded yet. ValueError for a file that is no image."""
     from PIL import Image
 
+    regular_file_size(path)
     try:
         return Image.open(path)
-    except Exception:  # Pillow raises errors of many types for damaged or oversized files
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ValueError(
+            f"{path} has too many pixels: {str(error).partition(',')[0]}; scale it down or remove it"
+        ) from None
+    except Exception:  # Pillow raises errors of many types for damaged files
         raise ValueError(f"{path} cannot be read; expected an image: repair or remove it") from None
+
+
+@contextmanager
+def refusing_bombs() -> Iterator[None]:
+    """Makes images above Pillow's limit of 89 million pixels an error, in every thread."""
+    from PIL import Image
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        yield
 
 
 def channels_of(image: Any) -> int:

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..utils.validation import is_count, is_counts
+from ..utils.validation import is_count, shown
 from .diffusers_format import arguments_from_diffusers, to_diffusers
+from .limits import FIELDS, WIDTHS
 
 
 class LevelConfig(NamedTuple):
@@ -52,7 +53,11 @@ class UNetConfig:
     mid_scale        outputs at the bottom are divided by this
     center_input     the network sees 2 x - 1
 
-    Raises ValueError for an invalid combination.
+    Bounds: sample_size 16,384 per side; in_channels and out_channels 4,096; 16 levels of up to 16,384 channels and
+    128 layers each; time_dim 65,536; num_classes 1,000,000; norm_eps 1e-12 to 1; freq_shift 0 to below channels[0] / 2;
+    dropout 0 to below 1; mid_scale 1e-6 to 1e6.
+
+    Raises ValueError for a value of another type or out of these bounds, and for an invalid combination.
     """
 
     sample_size: int | tuple[int, int] | None = 32
@@ -81,10 +86,9 @@ class UNetConfig:
     center_input: bool = False
 
     def __post_init__(self, head_dim: int | tuple[int, ...] | None) -> None:
-        if not is_counts(self.channels, None):
-            raise ValueError(
-                f"channels={self.channels!r}; expected a tuple of integers of at least 1, one per level"
-            )
+        expected, fits = WIDTHS  # first: every per-level field is expanded to this length
+        if not fits(self.channels):
+            raise ValueError(f"channels={shown(self.channels)}; expected {expected}")
         self._store("channels", tuple(self.channels))
         if isinstance(self.sample_size, list):
             self._store("sample_size", tuple(self.sample_size))
@@ -99,13 +103,14 @@ class UNetConfig:
             "up_resample",
         ):
             self._store(name, self._per_level(name, getattr(self, name)))
-        self._store("time_dim", self.time_dim or 4 * self.channels[0])
+        if self.time_dim == 0:
+            self._store("time_dim", 4 * self.channels[0])
         if self.mid_norm_groups is None:
             self._store("mid_norm_groups", self.norm_groups)
         if head_dim is not None:
-            if set(self.levels_of("heads")) != {1}:
+            if any(heads != 1 for heads in self.levels_of("heads")):
                 raise ValueError(
-                    f"heads={self.heads} and head_dim={head_dim} were both given: give one of them"
+                    f"heads={shown(self.heads)} and head_dim={shown(head_dim)} were both given: give one of them"
                 )
             self._store("heads", tuple(self._split(head_dim)))
         # what no layer reads is set to one value, so that equal networks have equal configurations
@@ -127,7 +132,7 @@ class UNetConfig:
         value = tuple(value) if isinstance(value, (tuple, list)) else (value,) * levels
         if len(value) != levels:
             raise ValueError(
-                f"{name}={value} has {len(value)} entries, channels={self.channels} has {levels} levels"
+                f"{name}={shown(value)} has {len(value)} entries, channels={self.channels} has {levels} levels"
             )
         return value
 
@@ -137,46 +142,35 @@ class UNetConfig:
         ):
             if attends and (not is_count(d) or c % d):
                 raise ValueError(
-                    f"a level of {c} channels cannot be split into attention heads of {d}"
+                    f"a level of {c} channels cannot be split into attention heads of {shown(d)}"
                 )
             yield c // d if attends else 1
 
     def _check(self) -> None:
-        numbers = (
-            self.in_channels,
-            self.out_channels,
-            self.time_dim,
-            self.norm_groups,
-            *self.channels,
-            *self.levels_of("layers"),
-        )
-        numbers += self.levels_of("heads")
-        if not all(is_count(n) for n in (*numbers, self.num_classes or 1)) or self.num_classes == 0:
-            raise ValueError(
-                f"{self}: channels, layers, heads, time_dim, norm_groups and num_classes must be integers of at least 1"
-            )
-        if not (self.norm_eps > 0 and self.mid_scale > 0 and 0 <= self.dropout < 1):
-            raise ValueError(
-                f"norm_eps={self.norm_eps}, mid_scale={self.mid_scale}, dropout={self.dropout}; expected > 0, > 0, 0 to 1"
-            )
+        for name, (expected, fits) in FIELDS.items():
+            if not fits(value := getattr(self, name)):
+                raise ValueError(f"{name}={shown(value)}; expected {expected}")
         for level, attends in zip(self.levels, self.attends, strict=True):
             if level.channels % self.norm_groups:
                 raise ValueError(
                     f"a level of {level.channels} channels cannot be split into norm_groups={self.norm_groups} equal groups"
                 )
-            if attends and (level.heads < 1 or level.channels % level.heads):
+            if attends and level.channels % level.heads:
                 raise ValueError(
                     f"a level of {level.channels} channels cannot be split into {level.heads} attention heads"
                 )
-            for resample in (level.down_resample, level.up_resample):
-                if resample not in ("conv", "resnet"):
-                    raise ValueError(f'resampling {resample!r}; expected "conv" or "resnet"')
-        if self.downsample_padding not in (0, 1):
+        if self.mid_attention and self.mid_norm_groups and self.channels[-1] % self.mid_norm_groups:
             raise ValueError(
-                f"downsample_padding={self.downsample_padding}; expected 0 (right and bottom) or 1 (symmetric)"
+                f"mid_norm_groups={self.mid_norm_groups}; expected a divisor of the "
+                f"{self.channels[-1]} channels of the coarsest level"
             )
         if self.channels[0] % 2:
             raise ValueError(f"channels[0]={self.channels[0]}; the sinusoid needs an even number")
+        if self.freq_shift >= self.channels[0] // 2:  # the frequencies divide by the difference
+            raise ValueError(
+                f"freq_shift={self.freq_shift}; expected below {self.channels[0] // 2}, "
+                "half the channels of the finest level"
+            )
 
     def levels_of(self, name: str) -> tuple[Any, ...]:
         """A per-level field as the tuple that it is once constructed."""

@@ -7,11 +7,13 @@ that it never builds another network.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..utils.validation import is_count, is_counts, is_number
+from ..utils.validation import is_count, is_counts, shown
+from .limits import FIELDS, FLAG, MAX_LAYERS, MAX_WIDTH, Rule, count, optional
 
+MODEL = "UNet2DModel"
 # diffusers' own defaults: a key that a config.json leaves out means these.
 _DIFFUSERS_DEFAULTS: dict[str, Any] = dict(
     sample_size=None,
@@ -44,46 +46,39 @@ _DIFFUSERS_DEFAULTS: dict[str, Any] = dict(
     num_train_timesteps=None,
 )
 
-_COUNT = ("an integer of at least 1", is_count)
-_NUMBER = ("a number", is_number)
-_POSITIVE = ("a positive number", lambda v: is_number(v) and v > 0)
-_FLAG = ("true or false", lambda v: isinstance(v, bool))
-_NAMES = (
+_NAMES: Rule = (
     "a list of names",
     lambda v: isinstance(v, (list, tuple)) and bool(v) and all(isinstance(n, str) for n in v),
 )
-_OPTIONAL_COUNT = ("an integer of at least 1, or null", lambda v: v is None or is_count(v))
 # What each key that holds a number, a flag or a list must be: a damaged file is one clear line.
-_KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = dict(
-    sample_size=(
-        "an integer, a pair of them, or null",
-        lambda v: v is None or is_count(v) or is_counts(v, 2),
-    ),
-    in_channels=_COUNT,
-    out_channels=_COUNT,
-    center_input_sample=_FLAG,
-    time_embedding_dim=_OPTIONAL_COUNT,
-    freq_shift=_NUMBER,
-    flip_sin_to_cos=_FLAG,
+_RULES: dict[str, Rule] = dict(
+    sample_size=FIELDS["sample_size"],
+    in_channels=FIELDS["in_channels"],
+    out_channels=FIELDS["out_channels"],
+    center_input_sample=FLAG,
+    time_embedding_dim=optional(FIELDS["time_dim"]),
+    freq_shift=FIELDS["freq_shift"],
+    flip_sin_to_cos=FLAG,
     down_block_types=_NAMES,
     up_block_types=_NAMES,
-    block_out_channels=("a list of integers of at least 1", lambda v: is_counts(v, None)),
+    block_out_channels=FIELDS["channels"],
     layers_per_block=(
-        "an integer of at least 1, or a list of them",
-        lambda v: is_count(v) or is_counts(v),
+        FIELDS["layers"][0],
+        lambda v: is_count(v, MAX_LAYERS) or is_counts(v, None, MAX_LAYERS),
     ),
-    mid_block_scale_factor=_POSITIVE,
-    dropout=("a number from 0 to below 1", lambda v: is_number(v) and 0 <= v < 1),
-    attention_head_dim=_OPTIONAL_COUNT,
-    norm_num_groups=_COUNT,
-    attn_norm_num_groups=_OPTIONAL_COUNT,
-    norm_eps=_POSITIVE,
-    add_attention=_FLAG,
-    num_class_embeds=_OPTIONAL_COUNT,
+    mid_block_scale_factor=FIELDS["mid_scale"],
+    dropout=FIELDS["dropout"],
+    attention_head_dim=optional(count(MAX_WIDTH)),
+    norm_num_groups=FIELDS["norm_groups"],
+    attn_norm_num_groups=optional(count(MAX_WIDTH)),
+    norm_eps=FIELDS["norm_eps"],
+    add_attention=FLAG,
+    num_class_embeds=FIELDS["num_classes"],
+    # checked, but without effect: diffusers reads it for time_embedding_type="learned" only
+    num_train_timesteps=optional(count(2**24 - 1)),
 )
 
 # The values for which this network computes what diffusers computes; everything else is refused.
-# num_train_timesteps is absent on purpose: diffusers reads it for time_embedding_type="learned" only.
 _SUPPORTED: dict[str, tuple[Any, ...]] = dict(
     time_embedding_type=("positional",),
     mid_block_type=("UNetMidBlock2D",),
@@ -110,21 +105,25 @@ _UP_BLOCKS = {
 
 def arguments_from_diffusers(config: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of `UNetConfig` for a UNet2DModel configuration: see `UNetConfig.from_diffusers`."""
+    if (model := config.get("_class_name", MODEL)) != MODEL:
+        raise ValueError(f"this model class is unsupported: {shown(model)}; supported: {MODEL}")
     values = {k: v for k, v in config.items() if not k.startswith("_")}
     if unknown := sorted(set(values) - set(_DIFFUSERS_DEFAULTS)):
         raise ValueError(
-            f"unknown key {', '.join(unknown)} in the UNet2DModel configuration; known: {', '.join(_DIFFUSERS_DEFAULTS)}"
+            f"unknown key {', '.join(map(shown, unknown[:5]))} in the {MODEL} configuration "
+            f"({len(unknown)} in all); known: {', '.join(_DIFFUSERS_DEFAULTS)}"
         )
     d = {**_DIFFUSERS_DEFAULTS, **values}
     for key, supported in _SUPPORTED.items():
-        if d[key] not in supported:
+        # by type too: True == 1
+        if not any(type(d[key]) is type(value) and d[key] == value for value in supported):
             raise ValueError(
-                f"{key}={d[key]!r} is not supported; supported: {', '.join(map(repr, supported))}"
+                f"{key}={shown(d[key])} is not supported; supported: {', '.join(map(repr, supported))}"
             )
-    for key, (expected, fits) in _KINDS.items():
+    for key, (expected, fits) in _RULES.items():
         if not fits(d[key]):
             raise ValueError(
-                f"{key}={d[key]!r} in the UNet2DModel configuration; expected {expected}"
+                f"{key}={shown(d[key])} in the {MODEL} configuration; expected {expected}"
             )
     down = [_block(name, _DOWN_BLOCKS, d["downsample_type"]) for name in d["down_block_types"]]
     up = [_block(name, _UP_BLOCKS, d["upsample_type"]) for name in reversed(d["up_block_types"])]
@@ -188,7 +187,7 @@ def to_diffusers(c: Mapping[str, Any], attends: Sequence[bool]) -> dict[str, Any
     )
     up, up_type = _names(list(zip(c["up_attention"], c["up_resample"], strict=True)), 0, _UP_BLOCKS)
     return dict(
-        _class_name="UNet2DModel",
+        _class_name=MODEL,
         sample_size=list(c["sample_size"])
         if isinstance(c["sample_size"], tuple)
         else c["sample_size"],
@@ -230,7 +229,9 @@ def _block(
     """(attention, resampling) of a diffusers block name."""
     name = name.removeprefix("UNetRes")
     if name not in known:
-        raise ValueError(f"block type {name!r} is not supported; supported: {', '.join(known)}")
+        raise ValueError(
+            f"block type {shown(name)} is not supported; supported: {', '.join(known)}"
+        )
     attention, fixed = known[name]
     return attention, fixed or resample
 

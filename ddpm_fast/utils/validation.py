@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import reprlib
 from typing import Any
 
 
@@ -25,21 +26,48 @@ def seed_bits(seed: int) -> int:
     return seed - 2**64 if seed >= 2**63 else seed
 
 
-def is_count(value: Any) -> bool:
-    """True for an int of at least 1."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+def is_count(value: Any, limit: float = math.inf) -> bool:
+    """True for an int from 1 to `limit`."""
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= limit
 
 
-def is_counts(value: Any, length: int | None = None) -> bool:
-    """True for a non-empty list or tuple of counts, of `length` if that is given."""
+def is_counts(value: Any, length: int | None = None, limit: float = math.inf) -> bool:
+    """True for a non-empty list or tuple of counts up to `limit`, of `length` if that is given."""
     return (
         isinstance(value, (list, tuple))
         and bool(value)
         and length in (None, len(value))
-        and all(map(is_count, value))
+        and all(is_count(n, limit) for n in value)
     )
 
 
 def is_number(value: Any) -> bool:
-    """True for a finite int or float."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """True for an int or float in the range of fp64."""
+    try:
+        return (
+            isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        )
+    except OverflowError:  # an int beyond fp64
+        return False
+
+
+def is_number_in(value: Any, low: float, high: float) -> bool:
+    """True for an int or float from `low` to `high`, both included."""
+    return is_number(value) and low <= value <= high
+
+
+def shown(value: Any) -> str:
+    """`repr` of a value for an error message: one line, cut where it is long."""
+    return " ".join(_Shown().repr(value).split())
+
+
+class _Shown(reprlib.Repr):
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = 80
+        self.maxlist = self.maxtuple = 16
+        self.maxlevel = 3
+
+    def repr_int(self, x: int, level: int) -> str:
+        # Python refuses to print ints of more than 4300 digits.
+        return repr(x) if x.bit_length() <= 128 else f"an integer of {x.bit_length()} bits"

@@ -233,7 +233,7 @@ BAD_SCHEDULER_VALUES = [
         (lambda d: (d / WEIGHTS).write_bytes((d / WEIGHTS).read_bytes()[:-100]), "cannot be read"),
         (lambda d: (d / "unet/config.json").write_text("{"), "is not JSON"),
         (lambda d: (d / "unet/config.json").write_text("[]"), "expected a JSON object"),
-        (lambda d: edit(d / "unet/config.json", surprise=1), "unknown key surprise"),
+        (lambda d: edit(d / "unet/config.json", surprise=1), "unknown key 'surprise'"),
         (lambda d: edit(d / "unet/config.json", in_channels=1), "has shape"),
         (lambda d: edit(d / "unet/config.json", layers_per_block=2), "missing parameter"),
         *[
@@ -247,7 +247,10 @@ BAD_SCHEDULER_VALUES = [
             )
             for change in BAD_SCHEDULER_VALUES
         ],
-        (lambda d: edit(d / "scheduler/scheduler_config.json", surprise=1), "unknown key surprise"),
+        (
+            lambda d: edit(d / "scheduler/scheduler_config.json", surprise=1),
+            "unknown key 'surprise'",
+        ),
         (
             lambda d: edit(d / "scheduler/scheduler_config.json", thresholding=True),
             "thresholding=True is not supported",

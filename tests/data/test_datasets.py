@@ -1,6 +1,14 @@
 """Every source gives the pixels that were put in."""
 
 import gzip
+import io
+import os
+import struct
+import time
+import tracemalloc
+import warnings
+import zipfile
+import zlib
 
 import numpy as np
 import pytest
@@ -234,3 +242,163 @@ def test_sixteen_bits_keep_their_range_and_unknown_ranges_are_refused(tmp_path):
     Image.fromarray(GREY[0].astype(np.float32)).save(tmp_path / "b.tif")
     with pytest.raises(ValueError, match=r"b\.tif cannot be read: mode F"):
         load_images(tmp_path, 8)
+
+
+# ---- hostile files
+
+
+def refusal(source, seconds=5.0, resolution=8, **options):
+    """The one line of the ValueError that loading raises within `seconds`."""
+    start = time.perf_counter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing is printed besides the error
+        with pytest.raises(ValueError) as caught:  # noqa: PT011  # the callers match the message
+            load_images(source, resolution, **options)
+    assert time.perf_counter() - start < seconds and "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["a.npz", "a.npy", "images-idx3", "images-idx3.gz"])
+@pytest.mark.parametrize("target", ["fifo", "/dev/zero"])
+def test_only_regular_files_are_read(tmp_path, name, target):
+    os.mkfifo(tmp_path / name) if target == "fifo" else (tmp_path / name).symlink_to(target)
+    assert f"{name} is a FIFO, device or socket; expected a regular file" in refusal(
+        tmp_path / name
+    )
+
+
+@pytest.mark.parametrize("channels", [None, 3])
+def test_a_fifo_among_images_is_refused(tmp_path, channels):
+    Image.fromarray(COLOUR[0]).save(tmp_path / "a.png")
+    os.mkfifo(tmp_path / "f.png")
+    assert "f.png is a FIFO" in refusal(tmp_path, channels=channels)
+
+
+def test_links_in_a_loop_and_impossible_names_do_not_exist(tmp_path):
+    (tmp_path / "a.npz").symlink_to("a.npz")
+    assert "does not exist" in refusal(tmp_path / "a.npz")
+    assert "does not exist" in refusal(tmp_path / ("x" * 5000))
+    assert "does not exist" in refusal("a\0b.npz")
+    (tmp_path / "c.png").symlink_to("c.png")
+    assert "c.png cannot be read: Too many levels of symbolic links" in refusal(tmp_path)
+
+
+def write_npz(path, size, content, name="images.npy"):
+    """An .npz whose array starts with `content` and goes on with zeros up to `size` bytes."""
+    with (
+        zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive,
+        archive.open(name, "w") as member,
+    ):
+        member.write(content)
+        for first in range(len(content), size, 2**20):
+            member.write(bytes(min(2**20, size - first)))
+
+
+def npy_header(shape):
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        buffer, dict(descr="|u1", fortran_order=False, shape=shape)
+    )
+    return buffer.getvalue()
+
+
+def test_zip_bombs_are_refused_before_they_are_unpacked(tmp_path, monkeypatch):
+    monkeypatch.setattr("ddpm_fast.data.archives.SMALL", 2**20)
+    header = npy_header((2048, 32, 32))
+    write_npz(tmp_path / "bomb.npz", len(header) + 2**21, header)
+    # what the archive holds is zeros of the right number: only the ratio shows the bomb
+    monkeypatch.setattr(np.lib.format, "read_array", lambda *a, **k: pytest.fail("unpacked"))
+    text = refusal(tmp_path / "bomb.npz")
+    assert "bomb.npz cannot be read: images unpacks from" in text
+    assert "100 times the packed size" in text
+
+
+@pytest.mark.parametrize(
+    ("shape", "size"), [((6, 8, 8), 2**21), ((10**6, 10**6, 10**6), 384), ((2**40, 2**40), 384)]
+)
+def test_arrays_are_as_large_as_their_header_states(tmp_path, shape, size):
+    header = npy_header(shape)
+    write_npz(tmp_path / "a.npz", len(header) + size, header)
+    assert "images unpacks to" in refusal(tmp_path / "a.npz")
+
+
+def test_labels_in_an_archive_are_bounded_too(tmp_path):
+    header = npy_header((3, 3))
+    np.savez(tmp_path / "a.npz", images=GREY)
+    with zipfile.ZipFile(tmp_path / "a.npz", "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("labels.npy", header + bytes(2**21))
+    assert "labels unpacks to" in refusal(tmp_path / "a.npz")
+
+
+def test_compressed_arrays_are_read(tmp_path):
+    np.savez_compressed(tmp_path / "a.npz", images=GREY, labels=LABELS)
+    data = load_images(tmp_path / "a.npz", 8)
+    assert np.array_equal(data.images[..., 0], GREY) and np.array_equal(data.labels, LABELS)
+
+
+def idx_header(*shape):
+    return bytes([0, 0, 8, len(shape)]) + b"".join(n.to_bytes(4, "big") for n in shape)
+
+
+def test_gzip_bombs_are_refused_before_they_are_unpacked(tmp_path, monkeypatch):
+    monkeypatch.setattr("ddpm_fast.data.archives.SMALL", 2**20)
+    path = tmp_path / "images-idx3.gz"
+    # the header states what the file holds: only the ratio shows the bomb
+    path.write_bytes(gzip.compress(idx_header(2048, 32, 32) + bytes(2**21), 1))
+    assert "100 times the packed size" in refusal(path)
+    # the header states little, and the file goes on: no more than stated is unpacked
+    path.write_bytes(gzip.compress(idx_header(2, 8, 8) + bytes(2**26), 1))
+    tracemalloc.start()
+    try:
+        assert "does not have 2 x 8 x 8 bytes" in refusal(path)
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (idx_header(2**32 - 1, 2**32 - 1, 2**32 - 1), "images-idx3"),
+        (idx_header(*[1] * 255), "1 to 4 dimensions"),
+        (idx_header(), "1 to 4 dimensions"),
+        (idx_header(2, 8, 8) + bytes(127), "does not have 2 x 8 x 8 bytes"),
+        (idx_header(2, 8, 8) + bytes(129), "does not have 2 x 8 x 8 bytes"),
+        (b"\0\0\x08", "not an IDX file"),
+        (b"", "not an IDX file"),
+    ],
+    ids=range(7),
+)
+def test_idx_files_hold_what_their_header_states(tmp_path, suffix, content, message):
+    path = tmp_path / f"images-idx3{suffix}"
+    path.write_bytes(gzip.compress(content) if suffix else content)
+    text = refusal(path)
+    assert message in text and str(path) in text
+
+
+def write_png_bomb(path, side):
+    """A PNG of side x side black pixels, one bit each, in a few kilobytes."""
+    chunk = lambda kind, data: (
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    )
+    pack = zlib.compressobj(1)
+    rows = b"".join(pack.compress(bytes(1 + side // 8)) for _ in range(side)) + pack.flush()
+    header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    )
+
+
+@pytest.mark.parametrize("channels", [None, 1])
+@pytest.mark.parametrize("side", [10_000, 20_000])  # Pillow warns of the first, refuses the second
+def test_images_with_too_many_pixels_are_refused(tmp_path, side, channels):
+    write_png_bomb(tmp_path / "bomb.png", side)
+    text = refusal(tmp_path, channels=channels)
+    assert "bomb.png has too many pixels" in text and f"{side * side} pixels" in text
+
+
+def test_resolutions_are_bounded(tmp_path):
+    np.save(tmp_path / "a.npy", GREY)
+    for resolution in (10**9, 10**400, True, 8.0):
+        assert "resolution = " in refusal(tmp_path / "a.npy", resolution=resolution)

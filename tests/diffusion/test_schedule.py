@@ -1,3 +1,6 @@
+import copy
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -145,3 +148,66 @@ def test_zero_terminal_snr_is_lin_et_als_rescaling():
     assert zero.respaced([0, 500, 999]).alpha_bar[-1] == 0
     with pytest.raises(ValueError, match="beta"):
         NoiseSchedule.from_betas([0.1, 1.0, 0.1])
+
+
+def test_repr_is_one_line():
+    assert (
+        repr(NoiseSchedule.linear())
+        == "NoiseSchedule(T=1000, beta=0.0001..0.02, alpha_bar[-1]=4.036e-05)"
+    )
+
+
+def test_schedules_are_compared_by_their_betas():
+    same = [
+        NoiseSchedule.cosine(),
+        NoiseSchedule.cosine(),
+        NoiseSchedule(NoiseSchedule.cosine().beta),
+    ]
+    assert same[0] == same[1] == same[2] and len({hash(schedule) for schedule in same}) == 1
+    other = same[0].beta.copy()
+    other[500] = np.nextafter(other[500], 1)
+    assert NoiseSchedule(other) != same[0] and NoiseSchedule(other[:-1]) != same[0]
+    assert same[0] != "cosine" and {NoiseSchedule.linear(), NoiseSchedule.linear()} == {
+        NoiseSchedule.linear()
+    }
+
+
+@pytest.mark.parametrize("copied", [lambda s: pickle.loads(pickle.dumps(s)), copy.deepcopy])
+def test_copies_are_equal_and_cannot_be_changed(copied):
+    schedule = copied(NoiseSchedule.linear())
+    assert schedule == NoiseSchedule.linear()
+    with pytest.raises(ValueError, match="read-only"):
+        schedule.beta[0] = 2
+
+
+INF, NAN = float("inf"), float("nan")
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: NoiseSchedule.linear(1e-4, INF), r"end \(a beta\) = inf; expected a number"),
+        (lambda: NoiseSchedule.linear(NAN, 0.02), r"start \(a beta\) = nan"),
+        (lambda: NoiseSchedule.linear("1e-4", 0.02), r"start \(a beta\) = '1e-4'"),
+        (lambda: NoiseSchedule.scaled_linear(-1, 0.02), r"start \(a beta\) = -1"),
+        (lambda: NoiseSchedule.linear(1e-300, 0.02), r"start \(a beta\) = 1e-300"),
+        (lambda: NoiseSchedule.linear(10**400, 0.02), "an integer of 1329 bits"),
+        (lambda: NoiseSchedule.linear(timesteps=True), "timesteps = True"),
+        (lambda: NoiseSchedule.linear(timesteps=10**5000), "timesteps = an integer of"),
+        (lambda: NoiseSchedule.cosine(offset=-1), "offset = -1"),
+        (lambda: NoiseSchedule.cosine(max_beta=NAN), "max_beta = nan"),
+        (lambda: NoiseSchedule.sigmoid(tau=0), "tau = 0"),
+        (lambda: NoiseSchedule.sigmoid(start=1, end=1), "beta"),
+        (lambda: NoiseSchedule.from_betas([1e-300, 0.1]), "beta\\[0\\] = 1e-300"),
+        (lambda: NoiseSchedule.from_betas({"a": 1}), "betas is"),
+        (lambda: NoiseSchedule.from_betas([[0.1], 0.2]), "betas is"),
+        (lambda: NoiseSchedule.from_betas(np.full(2**24, 0.1)), "beta has shape"),
+        (lambda: NoiseSchedule.from_alpha_bar([INF]), "beta"),
+        (lambda: NoiseSchedule.linear(timesteps=1).zero_terminal_snr(), "at least two steps"),
+    ],
+)
+def test_refuses_in_one_line_and_without_warnings(build, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        build()
+    assert "\n" not in str(caught.value)
