@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from ..data.image_io import Pixels, first_row
-from ..training.checkpoints import LOG, read_log
-from ..training.run import SAMPLES
+from ..training.log import LOG, read_log
+from ..training.monitor import SAMPLES
 from .style import BLUE, GREEN, GREY, ORANGE, PINK, figure, save
 
 

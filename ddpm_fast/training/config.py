@@ -129,6 +129,28 @@ class TrainConfig:
         return tuple(min(decay, warm) for decay in self.ema_decays)
 
 
+def config_warnings(config: TrainConfig, images: int) -> list[str]:
+    """What probably is not meant, one line each: a valid configuration for `images` images that wastes its run."""
+    steps, lines = config.max_train_steps, []
+    if config.lr_scheduler != "constant" and config.lr_warmup_steps >= steps:
+        highest = config.rate(steps - 1)
+        lines.append(
+            f"lr_warmup_steps is {config.lr_warmup_steps} in a run of {steps} steps: the learning rate only rises, "
+            f"to {highest:.2g}; set --lr_warmup_steps {steps // 10}"
+        )
+    elif 0 < config.lr_decay_start * steps < config.lr_warmup_steps:
+        lines.append(
+            f"lr_decay_start is {config.lr_decay_start}, step {config.lr_decay_start * steps:.0f} of {steps}, before the "
+            f"end of the {config.lr_warmup_steps} warm-up steps: the decay starts after them; lower --lr_warmup_steps"
+        )
+    if config.train_batch_size > images:
+        lines.append(
+            f"train_batch_size is {config.train_batch_size} with {images} images: a batch repeats images; "
+            f"lower --train_batch_size"
+        )
+    return lines
+
+
 def _decays(value: Any) -> tuple[float, ...]:
     """`ema_decays` as a tuple of floats. ValueError for anything else than different numbers from 0 to below 1."""
     decays = tuple(value) if isinstance(value, (tuple, list)) else ()
