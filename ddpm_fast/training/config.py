@@ -1,4 +1,4 @@
-"""How to train: every number that a training run depends on."""
+"""Training configuration."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class TrainConfig:
     loss_type                    "simple", "min_snr" (with snr_gamma), "hybrid" or "vlb": see `objective.Objective`; the last two
                                  teach the variance and need a network that gives twice the channels
     timestep_sampling            "uniform" or "loss_aware", in proportion to the root of the mean squared loss
-    random_flip                  half of the images are mirrored, anew in every epoch
+    random_flip                  half of the images are mirrored, drawn again in every epoch
     seed                         0 ... 2^64-1: of everything that is drawn
     compile                      the network through torch.compile
 
-    Raises ValueError for a value that makes no sense, and says which.
+    Raises ValueError for an invalid value, which it names.
     """
 
     train_batch_size: int = 16

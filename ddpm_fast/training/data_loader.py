@@ -1,4 +1,4 @@
-"""Which images a training step sees, in which order, and with what drawn for each: all of it a function of the seed."""
+"""Data loader of training: order, timesteps, flips and noise are functions of the seed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Batch(NamedTuple):
 class BatchLoader:
     """Batches of a data set, number 0, 1, 2 ... of an endless run through it.
 
-    Every epoch visits every image once, in an order of its own; batches run across its end. Image i in epoch e has its timestep,
+    Every epoch visits every image once, in a different order; batches run across its end. Image i in epoch e has its timestep,
     flip and noise from the Philox streams of (seed, i, e): they depend neither on the batch size nor on what was drawn before.
     Where the images fit into half of a GPU's free memory they are held there; else the next batch is fetched meanwhile.
     """

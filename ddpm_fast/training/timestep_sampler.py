@@ -48,7 +48,7 @@ class LossAware:
             (torch.ones_like(same).triu(1) & same).sum(1),
         )
         place = t * HISTORY + (self.count[t] + before) % HISTORY
-        # of more than ten at once the last ten stay; what is not kept goes to a place behind the end
+        # of more than ten at once the last ten stay; the others go to a place after the end
         place = torch.where(is_finite & (after < HISTORY), place, self.squares.numel())
         flat = torch.cat([self.squares.flatten(), self.squares.new_zeros(1)])
         flat[place] = losses.double().square()

@@ -1,11 +1,11 @@
-"""Training (Ho et al. 2020, algorithm 1): one step of it, exactly repeatable.
+"""Trainer: a bit-exactly repeatable training step (Ho et al. 2020, algorithm 1).
 
     x_0 ~ data;  t ~ uniform;  eps ~ N(0, 1);  descend the gradient of || eps - eps_theta(x_t, t) ||^2
 
 or of another loss of `objective.Objective`. eps is drawn by `q_sample` and again by the loss, and never stored.
 
 Nothing is drawn from a generator with a state. The order of the images, each one's timestep, flip and noise are functions of
-(seed, image, epoch), so a run that was killed goes on as if nothing had happened: step number and tensors say it all.
+(seed, image, epoch), so a run that was killed resumes bit-exactly from its step number and tensors.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Trainer:
     averages  name -> `UNet` of every average: "ema", then such as "ema_0.9995" for further decays (see `ema.Averages`)
     done      steps taken
 
-    On a CPU every thread takes images of its own through the network where there are enough: as fast as the cores allow.
+    On a CPU every thread computes a part of the batch if each part has at least 8 images.
     ValueError where network, data and configuration do not fit together.
     """
 
@@ -196,7 +196,7 @@ class Trainer:
         count = min(count, len(data))
         place = torch.arange(count)
         chosen = place * len(data) // count
-        # multiples of the golden ratio: as even as a grid, and no class of sorted data gets timesteps of its own
+        # multiples of the golden ratio: as even as a grid, and no class of sorted data is limited to certain timesteps
         times = ((place * 0.6180339887498949) % 1 * len(self.schedule)).long()
         total, training = 0.0, unet.training
         unet.eval()
