@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
 
-from ..data.datasets import FITS
-from ..diffusion.losses import LOSSES
-from ..diffusion.prediction import PREDICTIONS
-from ..training.config import LR_SCHEDULERS, PRECISIONS, TIMESTEP_SAMPLING
-from .common import PATH
-
+PATH = click.Path(path_type=Path)
+# Written out, because the modules that define them import PyTorch; a test compares them.
+FITS = ("crop", "pad")
+LOSSES = ("simple", "min-snr", "hybrid", "vlb")
+LR_SCHEDULERS = ("constant", "constant-with-warmup", "cosine", "linear")
+PRECISIONS = ("no", "bf16", "fp16")
+PREDICTIONS = ("eps", "x_0", "v")
+TIMESTEP_SAMPLING = ("uniform", "loss-aware")
 SCHEDULES = ("linear", "scaled-linear", "squaredcos-cap-v2", "sigmoid")
 DIFFUSERS_PREDICTIONS = {"epsilon": "eps", "sample": "x_0", "v-prediction": "v"}
 
@@ -37,7 +40,9 @@ OPTIONS = (
         "The run: model/, checkpoints, log.jsonl, samples/.",
         type=PATH,
     ),
-    _option("--resolution", 64, "Side of the square training images, in pixels."),
+    _option(
+        "--resolution", 64, "Side of the square training images, in pixels.", type=click.IntRange(1)
+    ),
     _option(
         "--fit",
         "crop",
@@ -74,8 +79,10 @@ OPTIONS = (
         None,
         "Levels with attention, from 0, the finest, such as 1,2.  [default: the coarsest]",
     ),
-    _option("--head-dim", 32, "Channels of an attention head."),
-    _option("--dropout", 0.0, "In every residual block."),
+    _option("--head-dim", 32, "Channels of an attention head.", type=click.IntRange(1)),
+    _option(
+        "--dropout", 0.0, "In every residual block.", type=click.FloatRange(0, 1, max_open=True)
+    ),
     _option(
         "--model-config-name-or-path",
         None,
@@ -88,10 +95,17 @@ OPTIONS = (
         "Start from this checkpoint's network and weights (a diffusers folder).",
         type=PATH,
     ),
-    _option("--train-batch-size", 16, "Images of one forward pass."),
-    _option("--gradient-accumulation-steps", 1, "Batches of one optimizer step."),
-    _option("--num-epochs", 100, "Passes over the data."),
-    _option("--max-train-steps", None, "Optimizer steps, instead of --num-epochs.", type=int),
+    _option("--train-batch-size", 16, "Images of one forward pass.", type=click.IntRange(1)),
+    _option(
+        "--gradient-accumulation-steps", 1, "Batches of one optimizer step.", type=click.IntRange(1)
+    ),
+    _option("--num-epochs", 100, "Passes over the data.", type=click.IntRange(1)),
+    _option(
+        "--max-train-steps",
+        None,
+        "Optimizer steps, instead of --num-epochs.",
+        type=click.IntRange(1),
+    ),
     _option(
         "--max-seconds",
         None,
@@ -103,7 +117,7 @@ OPTIONS = (
         "--lr-scheduler",
         "cosine",
         "How the rate runs.",
-        type=click.Choice([s.replace("_", "-") for s in LR_SCHEDULERS]),
+        type=click.Choice(LR_SCHEDULERS),
     ),
     _option("--lr-warmup-steps", 500, "The rate rises over so many steps."),
     _option(
@@ -143,16 +157,16 @@ OPTIONS = (
         "--loss-type",
         "simple",
         "What is minimised.",
-        type=click.Choice([s.replace("_", "-") for s in LOSSES]),
+        type=click.Choice(LOSSES),
     ),
     _option("--snr-gamma", 5.0, "Of the loss min-snr."),
     _option(
         "--timestep-sampling",
         "uniform",
         "How t is drawn.",
-        type=click.Choice([s.replace("_", "-") for s in TIMESTEP_SAMPLING]),
+        type=click.Choice(TIMESTEP_SAMPLING),
     ),
-    _option("--ddpm-num-steps", 1000, "T of the noise schedule."),
+    _option("--ddpm-num-steps", 1000, "T of the noise schedule.", type=click.IntRange(1)),
     _option("--ddpm-beta-schedule", "linear", "Noise schedule.", type=click.Choice(SCHEDULES)),
     _option(
         "--rescale-betas-zero-snr",
@@ -200,7 +214,7 @@ OPTIONS = (
     _option(
         "--resume-from-checkpoint",
         None,
-        '"latest", or a checkpoint of this run: go on from it, to the bit.',
+        '"latest", or a checkpoint of this run: resume from it bit-exactly, with its options.',
     ),
 )
 

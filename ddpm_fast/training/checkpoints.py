@@ -1,33 +1,38 @@
-"""The files of a training run: checkpoints with a checksum, the log, the lock."""
+"""Checkpoints of a training run, with a checksum, and the lock of its directory."""
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
-from collections.abc import Callable
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from ..utils.files import write_atomically
+from .ema import MAIN
 
-LOG = "log.jsonl"
+MODEL = "model"
 _PATTERN = "checkpoint-" + 8 * "[0-9]" + ".safetensors"
 _VERSION = "2"
 
 
 def lock(directory: Path) -> Any:
-    """Held until the process ends, however it ends. ValueError if another process holds it."""
-    held = open(directory / ".lock", "w")  # noqa: SIM115  # open as long as the run
+    """A lock that lasts until it is closed or the process ends. ValueError if another process has it."""
+    file = open(directory / ".lock", "w")  # noqa: SIM115  # open as long as the run
     try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         raise ValueError(
             f"another process is training in {directory}; wait for it, or choose another directory"
         ) from None
-    return held
+    return file
 
 
 def checkpoints(directory: Path) -> list[Path]:
@@ -40,14 +45,14 @@ def step_of(path: Path) -> int:
     return int(path.stem.rpartition("-")[2])
 
 
-def latest_checkpoint(directory: Path, say: Callable[[str], Any] = print) -> Path | None:
-    """The newest checkpoint that is whole; None if there is none. Damaged ones are passed over with a word."""
+def latest_checkpoint(directory: Path, log: Callable[[str], Any] = print) -> Path | None:
+    """The newest intact checkpoint; None if there is none. Damaged ones are skipped and reported."""
     for path in reversed(checkpoints(directory)):
         try:
             read_checkpoint(path)
             return path
         except ValueError as error:
-            say(f"{error}; trying the one before")
+            log(f"{error}; trying the one before")
     return None
 
 
@@ -57,22 +62,48 @@ def write_checkpoint(path: Path, state: dict[str, Tensor], header: dict[str, Any
 
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     text = json.dumps(header, sort_keys=True)
-    write_atomically(
-        path,
-        save(
-            tensors,
-            dict(format="pt", version=_VERSION, header=text, sha256=_checksum(tensors, text)),
-        ),
-    )
+    metadata = dict(format="pt", version=_VERSION, header=text, sha256=_checksum(tensors, text))
+    with named_file(path):
+        write_atomically(path, save(tensors, metadata))
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """The header of a checkpoint, without its tensors. ValueError as in `read_checkpoint`."""
+    metadata, _ = _read(path, with_tensors=False)
+    return json.loads(metadata["header"])
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What `write_checkpoint` wrote. ValueError for a file that is damaged or something else."""
+    """State and header as `write_checkpoint` wrote them. ValueError for a damaged or a different file."""
+    metadata, tensors = _read(path, with_tensors=True)
+    if _checksum(tensors, metadata["header"]) != metadata["sha256"]:
+        raise ValueError(f"{path} is damaged: its checksum does not fit")
+    return tensors, json.loads(metadata["header"])
+
+
+def model_folder(average: str) -> str:
+    """The folder of an average's weights in a run's directory: "model", or "model-ema-0.9995"."""
+    return MODEL if average == MAIN else f"{MODEL}-{average.replace('_', '-')}"
+
+
+def remove_partial_files(directory: Path, models: Iterable[Path]) -> None:
+    """Removes partly written files of a killed run. A hidden model stays if it is the only one."""
+    for path in [*directory.glob(".*.tmp"), *directory.glob("samples/.*.tmp")]:
+        path.unlink()
+    for model in models:
+        staged = re.compile(rf"\.{re.escape(model.name)}-[a-z0-9_]{{8}}(-old)?")
+        for path in directory.glob(f".{MODEL}-*"):  # as `save_pretrained` names them
+            if staged.fullmatch(path.name) and model.exists():
+                shutil.rmtree(path)
+
+
+def _read(path: Path, with_tensors: bool) -> tuple[dict[str, str], dict[str, Tensor]]:
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, "pt") as f:
-            metadata, tensors = f.metadata() or {}, {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+            names = f.keys() if with_tensors else ()
+            metadata, tensors = f.metadata() or {}, {name: f.get_tensor(name) for name in names}
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist") from None
     except (SafetensorError, OSError) as error:
@@ -81,23 +112,17 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise ValueError(
             f"{path} is no training checkpoint of format {_VERSION}; resume with the version that wrote it"
         )
-    if _checksum(tensors, metadata["header"]) != metadata["sha256"]:
-        raise ValueError(f"{path} is damaged: its checksum does not fit")
-    return tensors, json.loads(metadata["header"])
+    return metadata, tensors
 
 
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """The entries of a log; a torn last line, as a kill leaves it, and what else is no entry is left out."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    found = []
-    for line in lines:
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(entry, dict) and isinstance(entry.get("step"), int):
-            found.append(entry)
-    return found
+@contextmanager
+def named_file(path: Path) -> Iterator[None]:
+    """Raises an OSError of its body with the file's name: a full disk reports none."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise OSError(error.errno or errno.EIO, reason, str(path)) from None
 
 
 def _checksum(tensors: dict[str, Tensor], text: str) -> str:

@@ -1,4 +1,4 @@
-"""How to train: every number that a training run depends on."""
+"""Training configuration."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class TrainConfig:
     loss_type                    "simple", "min_snr" (with snr_gamma), "hybrid" or "vlb": see `objective.Objective`; the last two
                                  teach the variance and need a network that gives twice the channels
     timestep_sampling            "uniform" or "loss_aware", in proportion to the root of the mean squared loss
-    random_flip                  half of the images are mirrored, anew in every epoch
+    random_flip                  half of the images are mirrored, drawn again in every epoch
     seed                         0 ... 2^64-1: of everything that is drawn
     compile                      the network through torch.compile
 
-    Raises ValueError for a value that makes no sense, and says which.
+    Raises ValueError for an invalid value, which it names.
     """
 
     train_batch_size: int = 16
@@ -127,6 +127,28 @@ class TrainConfig:
         """What each average keeps of itself at step 0, 1, ...: nothing at first, so that it forgets the random start."""
         warm = 1 - (1 + step / self.ema_inv_gamma) ** -self.ema_power
         return tuple(min(decay, warm) for decay in self.ema_decays)
+
+
+def config_warnings(config: TrainConfig, images: int) -> list[str]:
+    """What probably is not meant, one line each: a valid configuration for `images` images that wastes its run."""
+    steps, lines = config.max_train_steps, []
+    if config.lr_scheduler != "constant" and config.lr_warmup_steps >= steps:
+        highest = config.rate(steps - 1)
+        lines.append(
+            f"lr_warmup_steps is {config.lr_warmup_steps} in a run of {steps} steps: the learning rate only rises, "
+            f"to {highest:.2g}; set --lr_warmup_steps {steps // 10}"
+        )
+    elif 0 < config.lr_decay_start * steps < config.lr_warmup_steps:
+        lines.append(
+            f"lr_decay_start is {config.lr_decay_start}, step {config.lr_decay_start * steps:.0f} of {steps}, before the "
+            f"end of the {config.lr_warmup_steps} warm-up steps: the decay starts after them; lower --lr_warmup_steps"
+        )
+    if config.train_batch_size > images:
+        lines.append(
+            f"train_batch_size is {config.train_batch_size} with {images} images: a batch repeats images; "
+            f"lower --train_batch_size"
+        )
+    return lines
 
 
 def _decays(value: Any) -> tuple[float, ...]:

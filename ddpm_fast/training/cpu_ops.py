@@ -42,7 +42,7 @@ def _norm_silu(
 
 def use_wide_backward(unet: UNet, dtype: torch.dtype = torch.bfloat16) -> None:
     """Makes the slow operations of autocast to `dtype` go through fp32, in this instance alone."""
-    slow_products = not _is_native(dtype)
+    slow_products = not is_native(dtype)
     for module in unet.modules():
         if isinstance(module, nn.GroupNorm):
             module.forward = partial(_group_norm, module)  # type: ignore[method-assign]
@@ -116,7 +116,7 @@ def _product(layer: nn.Conv2d | nn.Linear, x: Tensor) -> Tensor:
         return plain(layer, x.float()).to(dtype)
 
 
-def _is_native(dtype: torch.dtype) -> bool:
+def is_native(dtype: torch.dtype) -> bool:
     """Whether PyTorch's products of this dtype use the CPU's own instructions; without them they run up to ten times slower."""
     mkldnn = torch.ops.mkldnn
     return (

@@ -1,4 +1,4 @@
-"""Which images a training step sees, in which order, and with what drawn for each: all of it a function of the seed."""
+"""Data loader of training: order, timesteps, flips and noise are functions of the seed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Batch(NamedTuple):
 class BatchLoader:
     """Batches of a data set, number 0, 1, 2 ... of an endless run through it.
 
-    Every epoch visits every image once, in an order of its own; batches run across its end. Image i in epoch e has its timestep,
+    Every epoch visits every image once, in a different order; batches run across its end. Image i in epoch e has its timestep,
     flip and noise from the Philox streams of (seed, i, e): they depend neither on the batch size nor on what was drawn before.
     Where the images fit into half of a GPU's free memory they are held there; else the next batch is fetched meanwhile.
     """
@@ -51,8 +51,8 @@ class BatchLoader:
         self.random_flip, self.timesteps = random_flip, timesteps
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
         self._labels = None if data.labels is None else torch.from_numpy(data.labels).to(device)
-        self._held = self._hold()
-        self._fetcher = ThreadPoolExecutor(1) if self._held is None else None
+        self._resident = self._copy_to_device()
+        self._fetcher = ThreadPoolExecutor(1) if self._resident is None else None
         self._next: tuple[int, Future[tuple[Tensor, Tensor, Tensor]]] | None = None
 
     def batch(self, number: int) -> Batch:
@@ -106,13 +106,13 @@ class BatchLoader:
     def _fetch(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
         image, epoch = self.visits(number * self.batch_size, self.batch_size)
         place = _send(image, self.device)
-        x = self._held[place] if self._held is not None else self._copy(image)
+        x = self._resident[place] if self._resident is not None else self._copy(image)
         return place, _send(epoch, self.device), x
 
     def _copy(self, image: Tensor) -> Tensor:
         return _send(torch.from_numpy(self.data.images[image.numpy()]), self.device)
 
-    def _hold(self) -> Tensor | None:
+    def _copy_to_device(self) -> Tensor | None:
         if self.device.type == "cpu":
             return None
         if (

@@ -15,7 +15,7 @@ from ..models.unet import UNet
 from .config import TrainConfig
 
 AUTOCAST = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
-_SMALLEST_PART = 8  # images; below that, a thread of its own costs more than it saves
+_SMALLEST_PART = 8  # images; below that, a separate thread costs more than it saves
 
 
 class Noised(NamedTuple):

@@ -41,19 +41,19 @@ class LossAware:
 
     def update(self, t: Tensor, losses: Tensor) -> None:
         """Keeps the losses [B], as they are without weights, of timesteps t [B]. Those that are not finite are left out."""
-        kept = losses.isfinite()
-        same = (t[:, None] == t[None, :]) & kept[None, :]
+        is_finite = losses.isfinite()
+        same = (t[:, None] == t[None, :]) & is_finite[None, :]
         before, after = (
             (torch.ones_like(same).tril(-1) & same).sum(1),
             (torch.ones_like(same).triu(1) & same).sum(1),
         )
         place = t * HISTORY + (self.count[t] + before) % HISTORY
-        # of more than ten at once the last ten stay; what is not kept goes to a place behind the end
-        place = torch.where(kept & (after < HISTORY), place, self.squares.numel())
+        # of more than ten at once the last ten stay; the others go to a place after the end
+        place = torch.where(is_finite & (after < HISTORY), place, self.squares.numel())
         flat = torch.cat([self.squares.flatten(), self.squares.new_zeros(1)])
         flat[place] = losses.double().square()
         self.squares.copy_(flat[:-1].view_as(self.squares))
-        self.count += torch.zeros_like(self.count).scatter_add_(0, t, kept.long())
+        self.count += torch.zeros_like(self.count).scatter_add_(0, t, is_finite.long())
 
 
 def quartile_sums(t: Tensor, losses: Tensor, timesteps: int) -> Tensor:

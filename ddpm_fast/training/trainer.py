@@ -1,15 +1,16 @@
-"""Training (Ho et al. 2020, algorithm 1): one step of it, exactly repeatable.
+"""Trainer: a bit-exactly repeatable training step (Ho et al. 2020, algorithm 1).
 
     x_0 ~ data;  t ~ uniform;  eps ~ N(0, 1);  descend the gradient of || eps - eps_theta(x_t, t) ||^2
 
 or of another loss of `objective.Objective`. eps is drawn by `q_sample` and again by the loss, and never stored.
 
 Nothing is drawn from a generator with a state. The order of the images, each one's timestep, flip and noise are functions of
-(seed, image, epoch), so a run that was killed goes on as if nothing had happened: step number and tensors say it all.
+(seed, image, epoch), so a run that was killed resumes bit-exactly from its step number and tensors.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -36,7 +37,7 @@ from .gradient import (
     keep_freed_memory,
     split_over_cores,
 )
-from .identity import check_fit, run_identity
+from .identity import check_batch, check_fit, run_identity
 from .timestep_sampler import QUARTILES, LossAware, quartile_sums
 
 VALIDATION_ROW = 2**24 - 1  # the noise of validation: a row that no epoch reaches
@@ -50,7 +51,7 @@ class Trainer:
     averages  name -> `UNet` of every average: "ema", then such as "ema_0.9995" for further decays (see `ema.Averages`)
     done      steps taken
 
-    On a CPU every thread takes images of its own through the network where there are enough: as fast as the cores allow.
+    On a CPU every thread computes a part of the batch if each part has at least 8 images.
     ValueError where network, data and configuration do not fit together.
     """
 
@@ -65,6 +66,7 @@ class Trainer:
         self.config, self.schedule, self.data = config, schedule, data
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         check_fit(unet, data, config.learned_variance)
+        check_batch(config, len(data))
         epochs = (
             config.max_train_steps
             * config.train_batch_size
@@ -115,6 +117,7 @@ class Trainer:
         self._coef = schedule.q_sample_table(self.device)
         # since the last `means`: loss, gradient norm, steps kept and skipped; then losses and images by quartile of t
         self._sums = torch.zeros(4 + 2 * QUARTILES, device=self.device)
+        self._skips = torch.zeros((), dtype=torch.int64, device=self.device)
         self._model: Callable[..., Tensor] = (
             torch.compile(self.unet) if config.compile else self.unet
         )
@@ -139,36 +142,52 @@ class Trainer:
             group["lr"] = config.rate(self.done)
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_([self.weights], config.max_grad_norm)
-        kept = norm.isfinite() & loss.isfinite()
-        skipped = (~kept).float()
+        is_finite = norm.isfinite() & loss.isfinite()
+        skipped = (~is_finite).float()
         if not self.scaler.is_enabled():
             self.optimizer.found_inf = skipped  # type: ignore[attr-defined]  # the fused kernel then leaves all as it is
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self._averages.update(self.weights.detach(), self.done)
         self._sums += torch.where(
-            kept, torch.cat([torch.stack([loss, norm, 1 - skipped, skipped]), quartiles]), 0
+            is_finite, torch.cat([torch.stack([loss, norm, 1 - skipped, skipped]), quartiles]), 0
         )
         self._sums[3] += skipped
+        self._skips = torch.where(is_finite, 0, self._skips + 1)
         self.done += 1
 
-    def means(self) -> dict[str, float]:
-        """Loss and gradient norm, averaged since the last call over the steps that were not skipped, and how many were.
+    @property
+    def consecutive_skips(self) -> int:
+        """The latest steps in a row whose gradient was not finite. Waits for the device."""
+        return int(self._skips)
+
+    def is_finite(self) -> bool:
+        """Whether weights and averages give a finite loss on up to 64 images. Waits for the device."""
+        networks = {id(unet): unet for unet in (self.unet, *self.averages.values())}
+        count = min(64, self.config.train_batch_size)
+        return all(
+            math.isfinite(self.validation_loss(unet, self.data, count))
+            for unet in networks.values()
+        )
+
+    def means(self, reset: bool = True) -> dict[str, float]:
+        """Loss and gradient norm, averaged since the last reset over the steps that were not skipped, and how many were.
 
         loss_q0 ... loss_q3 are the mean losses of the images whose t was in [0, T/4), ... [3T/4, T), unweighted by how t was
         drawn. NaN for a mean over nothing. Waits for the device.
         """
-        (loss, norm, kept, skipped), losses, images = self._sums.cpu().split(
+        (loss, norm, steps, skipped), losses, images = self._sums.cpu().split(
             [4, QUARTILES, QUARTILES]
         )
         by_quartile = {f"loss_q{i}": mean for i, mean in enumerate((losses / images).tolist())}
         means = dict(
-            loss=float(loss / kept),
-            grad_norm=float(norm / kept),
+            loss=float(loss / steps),
+            grad_norm=float(norm / steps),
             skipped=int(skipped),
             **by_quartile,
         )
-        self._sums.zero_()
+        if reset:
+            self._sums.zero_()
         return means
 
     @torch.no_grad()
@@ -177,7 +196,7 @@ class Trainer:
         count = min(count, len(data))
         place = torch.arange(count)
         chosen = place * len(data) // count
-        # multiples of the golden ratio: as even as a grid, and no class of sorted data gets timesteps of its own
+        # multiples of the golden ratio: as even as a grid, and no class of sorted data is limited to certain timesteps
         times = ((place * 0.6180339887498949) % 1 * len(self.schedule)).long()
         total, training = 0.0, unet.training
         unet.eval()
@@ -246,13 +265,13 @@ class Trainer:
 
         Beside the number `done`, that is everything.
         """
-        held = self.optimizer.state[self.weights]
-        if not held:  # as Adam itself would begin
-            held.update(
+        moments = self.optimizer.state[self.weights]
+        if not moments:  # as Adam itself initializes them
+            moments.update(
                 step=torch.zeros((), device=self.device), exp_avg=torch.zeros_like(self.weights)
             )
-            held.update(exp_avg_sq=torch.zeros_like(self.weights))
-        state = dict(weights=self.weights.detach(), sums=self._sums, **held)
+            moments.update(exp_avg_sq=torch.zeros_like(self.weights))
+        state = dict(weights=self.weights.detach(), sums=self._sums, **moments)
         if self.timesteps is not None:
             state.update(loss_squares=self.timesteps.squares, loss_count=self.timesteps.count)
         return {**state, **self._averages.vectors}
@@ -264,14 +283,14 @@ class Trainer:
         Averages can be neither added nor removed on the way.
         """
         self._averages.check_names(state)
-        own = self.state()
-        if wrong := sorted(own.keys() ^ state.keys()) or [
-            k for k in own if own[k].shape != state[k].shape
+        current = self.state()
+        if wrong := sorted(current.keys() ^ state.keys()) or [
+            k for k in current if current[k].shape != state[k].shape
         ]:
             raise ValueError(
                 f"the state belongs to another network or configuration: {', '.join(wrong)} differ"
             )
-        for name, tensor in own.items():
+        for name, tensor in current.items():
             tensor.copy_(state[name])
         self.done = done
 

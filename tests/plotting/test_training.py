@@ -101,6 +101,43 @@ def test_losses_by_quartile_get_a_panel(run, tmp_path, monkeypatch):
     )
 
 
+def figure_of(plot, monkeypatch, *arguments):
+    figures, module = [], import_module("ddpm_fast.plotting.training")
+    monkeypatch.setattr(module, "save", lambda figure, out: figures.append(figure))
+    plot(*arguments)
+    return figures[0]
+
+
+def test_the_axes_hold_the_whole_curve(run, tmp_path, monkeypatch):
+    """Regression: the axis ended at five times the lowest loss, below the first half of the curve."""
+    with open(run / "log.jsonl", "w") as f:
+        for step, loss in ((1, 1.13), (2, None), (3, 0.5), (4, 0.12)):
+            quartiles = {f"loss_q{i}": loss and loss * 10**-i for i in range(4)}
+            entry = dict(
+                step=step, images=step, epoch=step / 9, loss=loss, seconds=162, **quartiles
+            )
+            f.write(json.dumps(entry) + "\n")
+        f.write(json.dumps(dict(step=4, ema_loss=0.1, raw_loss=None, held_out=True)) + "\n")
+    upper, lower = figure_of(plot_loss, monkeypatch, run, tmp_path / "loss.png").axes
+    for axes, lowest in ((upper, 0.1), (lower, 0.12e-3)):
+        low, high = axes.get_ylim()
+        assert lowest / 2 < low <= lowest and 1.13 <= high < 2.3
+    assert upper.get_title("left") == "4 steps, 0.4 epochs, 2.7 minutes of training"
+
+
+@pytest.mark.parametrize("columns", [1, 3, 10])
+def test_the_sheet_is_as_wide_as_its_grids(run, tmp_path, monkeypatch, columns):
+    """Regression: three columns stood in the middle of a sheet of eight inches."""
+    for path in (run / "samples").iterdir():
+        save_grid(path, np.zeros((4 * columns, 8, 8, 1), np.uint8), columns)
+    figure = figure_of(plot_course, monkeypatch, run, tmp_path / "course.png")
+    figure.draw_without_rendering()
+    rows = figure.axes[0].get_window_extent()
+    assert (
+        figure.bbox.width - rows.width < 1.3 * figure.dpi and rows.height > 0.8 * figure.bbox.height
+    )
+
+
 def test_course(run, tmp_path):
     for name in ("course.png", "course.svg", "course.pdf"):
         plot_course(run, tmp_path / name, rows=3)

@@ -321,7 +321,7 @@ def test_fallback_where_the_fused_form_does_not_fit(monkeypatch):
 def test_products_in_fp32_where_the_cpu_has_no_bf16(monkeypatch):
     """Rounded once, at the end, whatever the layer; the result keeps autocast's dtype."""
     for native in (True, False):
-        monkeypatch.setattr(cpu_ops, "_is_native", lambda dtype, native=native: native)
+        monkeypatch.setattr(cpu_ops, "is_native", lambda dtype, native=native: native)
         unet = network()
         use_wide_backward(unet)
         replaced = [

@@ -14,8 +14,10 @@ import torch
 
 from ddpm_fast import NoiseSchedule, Sampler, UNet, UNetConfig, load_pretrained
 from ddpm_fast.data.datasets import ImageData
-from ddpm_fast.training.checkpoints import read_checkpoint, read_log
+from ddpm_fast.training.checkpoints import read_checkpoint
 from ddpm_fast.training.config import TrainConfig
+from ddpm_fast.training.log import read_log
+from ddpm_fast.training.monitor import Monitor
 from ddpm_fast.training.timestep_sampler import quartile_sums
 from ddpm_fast.training.trainer import Trainer
 
@@ -446,8 +448,10 @@ def test_speed_is_that_of_the_steps_alone(call, tmp_path, monkeypatch):
         return timed
 
     monkeypatch.setattr(Trainer, "step", taking(2, Trainer.step))
-    for name in ("save_checkpoint", "save_model", "_validate", "_draw", "_evaluate"):
+    for name in ("save_checkpoint", "save_model"):
         monkeypatch.setattr(run.TrainingRun, name, taking(100, getattr(run.TrainingRun, name)))
+    for name in ("validate", "draw", "evaluate"):
+        monkeypatch.setattr(Monitor, name, taking(100, getattr(Monitor, name)))
     every = (
         "--logging-steps",
         3,
