@@ -324,8 +324,8 @@ def test_nothing_broken_is_returned():
         (dict(indices=2, steps=0), "0 steps"),
         (dict(indices=2, solver="heun"), "solver 'heun'"),
         (dict(indices=2, batch_size=0), "batch_size = 0"),
-        (dict(indices=2, output="pil"), "output 'pil'"),
-        (dict(indices=2, labels=3), "unconditional"),
+        (dict(indices=2, output="png"), "output 'png'"),
+        (dict(indices=2, labels=3), "the sampler has no classes"),
         (dict(indices=2, start=(torch.zeros(1, 1, 8, 8), 5)), r"expected floating \(2, 1, 8, 8\)"),
         (
             dict(indices=2, start=(torch.zeros(2, 1, 8, 8, dtype=torch.uint8), 5)),
