@@ -1,11 +1,12 @@
-# make sample   draws a grid of images into samples.png
+# make sample   draws a grid of images into samples.png; installs only what that takes
 # make test     runs the test suite, with or without a GPU
 # make check    lint, format, types          make proof   the long proofs
 # make bench    ddpm_fast and the baselines on this machine: tables, JSON and figures in bench-results/, within ten minutes
 # make bench-update MACHINE=cpu-amd-zen4   commits those results to bench/results and rewrites the documents' tables
 # make gpu      on a machine with a GPU: tests, then timings, within eight minutes
 # make compile-check   every launch of four networks for sm_80, sm_90 and sm_100, by both releases of Triton
-# Everything is installed once into $(VENV); a torch that the machine already has is used as it is.
+# Everything is installed once into $(VENV): what sampling takes by `make sample`, the rest by the other targets.
+# A torch that the machine already has is used as it is.
 PYTHON ?= python3
 VENV ?= .venv
 WEIGHTS ?= weights/fashion-mnist-32
@@ -14,7 +15,11 @@ NEWEST_TRITON := 3.9.0
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install -q --disable-pip-version-check
+SAMPLING := $(VENV)/.sampling
 INSTALLED := $(VENV)/.installed
+# what sampling imports: the dependencies and the extra cpu of pyproject.toml, without triton, which on a GPU comes with torch;
+# and the build back end, at hand instead of in an environment that pip would make for it
+NEEDED := numpy safetensors pillow tqdm click llvmlite "setuptools>=77"
 # each release as one wheel in a folder of its own: the environment's Triton is whichever its torch wants
 OLDEST := PYTHONPATH="$(CURDIR)/$(VENV)/triton-$(OLDEST_TRITON)"
 NEWEST := PYTHONPATH="$(CURDIR)/$(VENV)/triton-$(NEWEST_TRITON)"
@@ -22,7 +27,7 @@ IS_TRITON = -c 'import sys, triton; sys.exit(triton.__version__ != sys.argv[1] a
 
 .PHONY: sample test interpreted compiled check proof bench bench-update bench-suites compile-check gpu clean
 
-sample: $(INSTALLED)
+sample: $(SAMPLING)
 	$(PY) -m ddpm_fast sample --weights $(WEIGHTS) --images 64 --solver ddim --steps 50 --out samples.png
 
 # The kernels run by Triton's interpreter and compile under the oldest and the newest release; whole networks under the oldest, which
@@ -77,19 +82,32 @@ check: $(INSTALLED)
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-# With a new enough torch in reach of $(PYTHON), the environment looks through to it; else torch is the first thing installed.
-$(INSTALLED): pyproject.toml setup.py constraints.txt
+# With a new enough torch in reach of the environment, it looks through to the machine's packages; else torch is installed.
+# Byte code is compiled at the first import: of torch's 2000 modules a third is used.
+$(SAMPLING): pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, this is " + sys.version.split()[0])'
-	$(PYTHON) -m venv --clear --system-site-packages $(VENV)
+	@echo "creating $(VENV) ..."
+	@$(PYTHON) -m venv --clear --system-site-packages $(VENV)
 	@if $(PY) -c 'import torch; assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)' 2>/dev/null; then \
 	  echo "using the torch that this machine has"; grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt; \
 	else \
-	  $(PYTHON) -m venv --clear $(VENV) && cp constraints.txt $(VENV)/ && $(PIP) -c constraints.txt torch; \
+	  sed -i 's/^include-system-site-packages.*/include-system-site-packages = false/' $(VENV)/pyvenv.cfg && cp constraints.txt $(VENV)/ && \
+	  echo "installing torch, the largest part ..." && \
+	  $(PY) -m pip install --disable-pip-version-check --no-compile -c constraints.txt torch; \
 	fi
-	$(PIP) -c $(VENV)/constraints.txt -e '.[dev]'
-	$(PIP) --no-deps --target $(VENV)/triton-$(OLDEST_TRITON) triton==$(OLDEST_TRITON)
-	$(PY) $(IS_TRITON) $(NEWEST_TRITON) 2>/dev/null || $(PIP) --no-deps --target $(VENV)/triton-$(NEWEST_TRITON) triton==$(NEWEST_TRITON)
-	touch $@
+	@echo "installing numpy, llvmlite and what else sampling imports ..."
+	@$(PIP) --no-compile -c $(VENV)/constraints.txt $(NEEDED)
+	@echo "installing ddpm_fast ..."
+	@$(PIP) --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(INSTALLED): $(SAMPLING)
+	@echo "installing what tests, checks and benchmarks need ..."
+	@$(PIP) -c $(VENV)/constraints.txt -e '.[dev]'
+	@echo "installing Triton $(OLDEST_TRITON) and $(NEWEST_TRITON), for the tests of both ..."
+	@$(PIP) --no-deps --target $(VENV)/triton-$(OLDEST_TRITON) triton==$(OLDEST_TRITON)
+	@$(PY) $(IS_TRITON) $(NEWEST_TRITON) 2>/dev/null || $(PIP) --no-deps --target $(VENV)/triton-$(NEWEST_TRITON) triton==$(NEWEST_TRITON)
+	@touch $@
 
 clean:
 	rm -rf $(VENV) samples.png

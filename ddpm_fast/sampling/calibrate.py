@@ -29,6 +29,7 @@ def calibrate(
     steps: int = 25,
     seed: int = 1,
     device: torch.device | str | None = None,
+    progress: bool = False,
 ) -> Calibration:
     """Measures activation ranges for e4m3 by sampling with the reference network.
 
@@ -43,6 +44,7 @@ def calibrate(
         steps: DDIM steps.
         seed: 0 ... 2^64-1.
         device: default: that of the network.
+        progress: show a progress bar for each of the two runs.
 
     Raises:
         ValueError: no convolution of the network can compute in e4m3.
@@ -64,7 +66,13 @@ def calibrate(
             for name, conv in convolutions.items():
                 hooks.callback(conv.register_forward_pre_hook(hook(name, conv)).remove)
             _sampler(checkpoint, device).sample(
-                images, seed=seed, solver="ddim", steps=steps, output="float", batch_size=BATCH
+                images,
+                seed=seed,
+                solver="ddim",
+                steps=steps,
+                output="float",
+                batch_size=BATCH,
+                progress=progress,
             )
 
     amax = dict.fromkeys(convolutions, 0.0)
