@@ -122,7 +122,12 @@ def pick_device(name: str | None) -> torch.device | None:
 def print_report(report: dict[str, Any], as_json: bool, text: str) -> None:
     """Prints the result of a command, as one JSON object or as text."""
     text = json.dumps(report) if as_json else text
-    click.echo(text.encode(errors="backslashreplace"))  # file names need not be Unicode
+    click.echo(printable(text))
+
+
+def printable(text: str) -> str:
+    """The text with escapes for what is not Unicode: file names are bytes."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def parse_size(text: str | None) -> tuple[int, int] | None:

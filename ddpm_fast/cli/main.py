@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, NoReturn
 import click
 
 from .. import __version__
+from .common import printable
 from .interrupts import INTERRUPTED, import_interruptibly
 
 
@@ -108,7 +109,7 @@ def _fail(message: str, code: int = 2) -> NoReturn:
     message = " ".join(message.split())
     if len(message) > _LONGEST:
         message = f"{message[: _LONGEST // 2]} ... {message[-_LONGEST // 2 :]}"
-    click.echo(f"ddpm-fast: error: {message}".encode(errors="backslashreplace"), err=True)
+    click.echo(printable(f"ddpm-fast: error: {message}"), err=True)
     sys.exit(code)
 
 

@@ -63,13 +63,13 @@ def test_choices_are_those_of_the_library():
     assert choices.SOLVERS == of("diffusion.solvers").SOLVERS
     assert choices.VARIANCES == of("diffusion.solvers").VARIANCES
     assert choices.SPACINGS == of("diffusion.timesteps").SPACINGS
-    assert choices.PRESETS == tuple(of("diffusion.presets").PRESETS)
-    assert choices.DTYPES == tuple(of("engines.base").DTYPES)
-    assert choices.NETWORK_DTYPES == choices.DTYPES[:3]
+    assert tuple(of("diffusion.presets").PRESETS) == choices.PRESETS
+    assert tuple(of("engines.base").DTYPES) == choices.DTYPES
+    assert choices.DTYPES[:3] == choices.NETWORK_DTYPES
     assert choices.ENGINES == of("engines.select").ENGINES
     assert choices.FITS == of("data.datasets").FITS
-    assert choices.GPUS == tuple(of("engines.fused.roofline").GPUS)
-    assert choices.SCHEDULES == tuple(of("cli.actions.plot").SCHEDULES)
+    assert tuple(of("engines.fused.roofline").GPUS) == choices.GPUS
+    assert tuple(of("cli.actions.plot").SCHEDULES) == choices.SCHEDULES
     assert (choices.DDPM_FAST, *choices.BASELINES) == tuple(of("benchmark.baselines").BASELINES)
     assert of("engines.fused.calibration").FILE == "calibration.json"  # as in the help of calibrate
 

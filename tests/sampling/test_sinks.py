@@ -142,7 +142,7 @@ def test_the_longest_name_can_be_written(tmp_path):
 
 def test_files_that_memory_cannot_hold_are_refused(tmp_path):
     for name in ("a.npz", "a.npy", "a.png"):
-        with pytest.raises(ValueError, match="of memory at once.*write a directory"):
+        with pytest.raises(ValueError, match=r"of memory at once.*write a directory"):
             open_sink(tmp_path / name, 10**12, (1, 32, 32))
     assert isinstance(open_sink(tmp_path / "many", 10**12, (1, 32, 32)), FolderSink)
 
@@ -169,7 +169,7 @@ def test_a_file_that_the_system_refuses_to_write_leaves_nothing(tmp_path, name):
     images = torch.randint(0, 256, (5, 64, 64, 3), dtype=torch.uint8)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
     try:
-        with pytest.raises(SinkError, match=f"{name}: File too large; 0 of 5 images are in"):
+        with pytest.raises(SinkError, match=rf"{name}: File too large; 0 of 5 images are in"):
             write(open_sink(tmp_path / name, 5), [images], 0)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
