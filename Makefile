@@ -1,4 +1,4 @@
-# make sample   draws a grid of images into samples.png
+# make sample   draws a grid of images into samples.png; installs only what that takes
 # make test     every operation, engine and command, with or without a GPU: within eight minutes on two cores
 # make test-all   in addition the oldest Triton, whole networks and long statistics: within twenty minutes, check and sample included
 # make acceptance   proofs in full size, compile-check among them: hours
@@ -7,7 +7,8 @@
 # make bench-update MACHINE=cpu-amd-zen4   commits those results to bench/results and rewrites the documents' tables
 # make gpu      on a machine with a GPU: tests, then timings, within eight minutes
 # make compile-check   every launch of four networks for sm_80, sm_90 and sm_100, by both releases of Triton
-# Everything is installed once into $(VENV); a torch that the machine already has is used as it is.
+# Everything is installed once into $(VENV): what sampling takes by `make sample`, the rest by the other targets.
+# A torch that the machine already has is used as it is.
 PYTHON ?= python3
 VENV ?= .venv
 WEIGHTS ?= weights/fashion-mnist-32
@@ -16,7 +17,11 @@ NEWEST_TRITON := 3.9.0
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install -q --disable-pip-version-check
+SAMPLING := $(VENV)/.sampling
 INSTALLED := $(VENV)/.installed
+# what sampling imports: the dependencies and the extra cpu of pyproject.toml, without triton, which on a GPU comes with torch;
+# and the build back end, at hand instead of in an environment that pip would make for it
+NEEDED := numpy safetensors pillow tqdm click llvmlite "setuptools>=77"
 # Each release as one wheel in a folder of its own: the environment's Triton is whichever its torch wants.
 TRITONS := $(foreach v,$(OLDEST_TRITON) $(NEWEST_TRITON),$(VENV)/.triton-$(v))
 OLDEST := PYTHONPATH="$(CURDIR)/$(VENV)/triton-$(OLDEST_TRITON)"
@@ -25,7 +30,7 @@ IS_TRITON = -c 'import sys, triton; sys.exit(triton.__version__ != sys.argv[1] a
 
 .PHONY: sample test test-all acceptance check bench bench-update bench-suites compile-check gpu clean
 
-sample: $(INSTALLED)
+sample: $(SAMPLING)
 	$(PY) -m ddpm_fast sample --weights $(WEIGHTS) --images 64 --solver ddim --steps 50 --out samples.png
 
 # Two processes, each on one core. The kernels run by Triton's interpreter; everything else, compilation for GPUs that are not here
@@ -79,21 +84,34 @@ check: $(INSTALLED)
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-# With a new enough torch in reach of $(PYTHON), the environment looks through to it; else torch is the first thing installed.
-$(INSTALLED): pyproject.toml setup.py constraints.txt
+# With a new enough torch in reach of the environment, it looks through to the machine's packages; else torch is installed.
+# Byte code is compiled at the first import: of torch's 2000 modules a third is used.
+$(SAMPLING): pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, this is " + sys.version.split()[0])'
-	$(PYTHON) -m venv --clear --system-site-packages $(VENV)
+	@echo "creating $(VENV) ..."
+	@$(PYTHON) -m venv --clear --system-site-packages $(VENV)
 	@if $(PY) -c 'import torch; assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)' 2>/dev/null; then \
 	  echo "using the torch that this machine has"; grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt; \
 	else \
-	  $(PYTHON) -m venv --clear $(VENV) && cp constraints.txt $(VENV)/ && $(PIP) -c constraints.txt torch; \
+	  sed -i 's/^include-system-site-packages.*/include-system-site-packages = false/' $(VENV)/pyvenv.cfg && cp constraints.txt $(VENV)/ && \
+	  echo "installing torch, the largest part ..." && \
+	  $(PY) -m pip install --disable-pip-version-check --no-compile -c constraints.txt torch; \
 	fi
-	$(PIP) -c $(VENV)/constraints.txt -e '.[dev]'
-	touch $@
+	@echo "installing numpy, llvmlite and what else sampling imports ..."
+	@$(PIP) --no-compile -c $(VENV)/constraints.txt $(NEEDED)
+	@echo "installing ddpm_fast ..."
+	@$(PIP) --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(INSTALLED): $(SAMPLING)
+	@echo "installing what tests, checks and benchmarks need ..."
+	@$(PIP) -c $(VENV)/constraints.txt -e '.[dev]'
+	@touch $@
 
 $(VENV)/.triton-%: $(INSTALLED)
-	$(PY) $(IS_TRITON) $* 2>/dev/null || $(PIP) --no-deps --target $(VENV)/triton-$* triton==$*
-	touch $@
+	@echo "installing Triton $* ..."
+	@$(PY) $(IS_TRITON) $* 2>/dev/null || $(PIP) --no-deps --target $(VENV)/triton-$* triton==$*
+	@touch $@
 
 clean:
 	rm -rf $(VENV) samples.png

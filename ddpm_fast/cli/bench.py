@@ -3,29 +3,16 @@
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import click
-import torch
 
-from ..benchmark import results
-from ..benchmark.baselines import BASELINES
-from ..benchmark.figures import draw
-from ..benchmark.kernels import ceilings, kernel_times
-from ..benchmark.runner import Effort, case_of, comparison
-from ..benchmark.worker import Setting
-from ..engines.base import DTYPES
-from ..plotting.style import check_out
-from .common import PATH, parse_size, pick_device, print_report
-
-DDPM_FAST = "ddpm_fast"
+from .choices import BASELINES, DDPM_FAST, DTYPES
+from .common import PATH, action, parse_size
 
 
 def _options(command: Any) -> Any:
-    known = ", ".join(n for n in BASELINES if n != DDPM_FAST)
+    known = ", ".join(BASELINES)
     decimal = click.FloatRange(0)
     options = [
         click.option("--weights", type=PATH, required=True, help="Checkpoint: a diffusers folder."),
@@ -36,7 +23,11 @@ def _options(command: Any) -> Any:
             help=f"Comma-separated: {known}, package.module:Class; or none.  [default: all]",
         ),
         click.option(
-            "--seconds", type=decimal, default=30, show_default=True, help="Time per batch size."
+            "--seconds",
+            type=decimal,
+            default=30,
+            show_default=True,
+            help="Shortest time of the rounds per batch size; starting the engines and the roofline add about a minute.",
         ),
         click.option(
             "--steps",
@@ -79,7 +70,7 @@ def bench() -> None:
 
 
 _DTYPE = click.option(
-    "--dtype", type=click.Choice(list(DTYPES)), help="[default: bf16 on a GPU, else fp32]"
+    "--dtype", type=click.Choice(DTYPES), help="[default: bf16 on a GPU, else fp32]"
 )
 
 
@@ -129,122 +120,21 @@ def sweep(batch_sizes: str, dtypes: str | None, **options: Any) -> None:
 def _run(
     batches: list[int],
     dtypes: list[str | None],
-    weights: Path,
-    device: str | None,
     size: str | None,
     baselines: str | None,
-    seconds: float,
-    steps: int | None,
-    out: Path,
-    compare: Path | None,
-    threshold: float,
-    as_json: bool,
-    warm_start_limit: float = 0,
-    several: bool = False,
+    **options: Any,
 ) -> None:
-    names, figure = [DDPM_FAST, *_baselines(baselines)], _figure_path(out)
-    on = pick_device(device) or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if dtypes == [None]:
-        dtypes = ["fp32"] if on.type == "cpu" else ["bf16", "fp8"] if several else ["bf16"]
-    if on.type == "cuda":
-        torch.cuda.set_device(on)
-    elif "fp8" in dtypes:
-        raise ValueError(f"fp8 is unsupported on {on}; give --dtype fp32, fp16 or bf16")
-    settings = [
-        Setting(str(weights), str(d), str(on), torch.get_num_threads(), parse_size(size))
-        for d in dtypes
-    ]
-    workload = settings[0].workload()
-    chain = len(workload.checkpoint.schedule)
-    if steps is not None and steps > chain:
-        raise ValueError(
-            f"--steps is {steps}; expected at most {chain}, the timesteps of this checkpoint"
-        )
-    result = results.empty_result(workload, weights.resolve().name, chain)
-    old = _older(compare, out)
-    planned = [
-        (s, batch, _steps_of(old, result, case_of(s, batch, workload)))
-        for s in settings
-        for batch in batches
-    ]
-    log: Callable[[str], None] = lambda line: click.echo(line, err=as_json)
-    warn: Callable[[str], None] = lambda line: click.echo(line, err=True)
-    for setting in settings:
-        effort = Effort(seconds, steps=steps, warm_start_limit=warm_start_limit)
-        with comparison(setting, names, batches[0], effort, warn) as c:
-            for batch, old_steps in ((b, n) for s, b, n in planned if s is setting):
-                result["cases"].append(c.case(batch, old_steps))
-                results.write(out, result)
-                log(results.table_of(result["cases"][-1], result["network"]) + "\n")
-    result["ceilings"] = ceilings(on, settings[-1].dtype)
-    result["kernels"] = kernel_times(settings[-1].workload(), batches[-1])
-    results.write(out, result)
-    if figure is not None:
-        draw(result, figure)
-    log(
-        f"-> {out}" + (f", {figure}" if figure else "; for a figure: pip install 'ddpm-fast[plot]'")
-    )
-    _report([] if old is None else results.changes(old, result), threshold, result, as_json, log)
-
-
-def _report(
-    changes: list[results.Change],
-    threshold: float,
-    result: results.Result,
-    as_json: bool,
-    log: Callable[[str], None],
-) -> None:
-    """Logs what changed since the older file; exit code 1 if ddpm_fast is slower."""
-    for change in changes:
-        log(change.line())
-    worse = results.slower(changes, threshold / 100)
-    if as_json:
-        print_report(result | dict(slower=[change.line() for change in worse]), True, "")
-    if worse:
-        click.echo(
-            f"ddpm-fast: {len(worse)} of {len(changes)} times are longer by more than {threshold:g} %",
-            err=True,
-        )
-        sys.exit(1)
-
-
-def _older(compare: Path | None, out: Path) -> dict[str, Any] | None:
-    """The result to compare with; ValueError if it is not one, or would be overwritten."""
-    if compare is None:
-        return None
-    if compare.resolve() == out.resolve():
-        raise ValueError(
-            f"--compare is {compare}, the file that --out would overwrite; give another --out"
-        )
-    return results.read(compare)
-
-
-def _steps_of(
-    old: dict[str, Any] | None, result: dict[str, Any], case: dict[str, Any]
-) -> int | None:
-    """Steps per loop of the older file. ValueError, before any long work, if it has no such case."""
-    return None if old is None else results.same_case(old, result["network"], case)["steps"]
+    names = _baselines(baselines)
+    action("bench").bench(batches, dtypes, [DDPM_FAST, *names], size=parse_size(size), **options)
 
 
 def _baselines(text: str | None) -> list[str]:
     if text is None:
-        return [name for name in BASELINES if name != DDPM_FAST]
+        return list(BASELINES)
     names = [] if text == "none" else [name.strip() for name in text.split(",")]
-    if wrong := [
-        name for name in names if (name not in BASELINES and ":" not in name) or name == DDPM_FAST
-    ]:
-        known = ", ".join(name for name in BASELINES if name != DDPM_FAST)
+    if wrong := [name for name in names if name not in BASELINES and ":" not in name]:
         raise ValueError(
-            f"--baselines has the unknown engine {wrong[0]!r}; expected {known}, package.module:Class, or none"
+            f"--baselines has the unknown engine {wrong[0]!r:.60}; expected {', '.join(BASELINES)}, "
+            "package.module:Class, or none"
         )
     return list(dict.fromkeys(names))
-
-
-def _figure_path(out: Path) -> Path | None:
-    """Path of the figure, next to the results file; None without the extra `plot`. ValueError if `out` cannot be written."""
-    if out.suffix != ".json" or not out.absolute().parent.is_dir() or out.is_dir():
-        raise ValueError(f"--out is {out}; expected the name of a .json file in an existing folder")
-    try:
-        return check_out(out.with_suffix(".png"))
-    except ValueError:
-        return None

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
-from importlib import import_module
 from typing import Any, NamedTuple, NoReturn
 
 import click
 
 from .. import __version__
+from .common import printable
+from .interrupts import INTERRUPTED, import_interruptibly
 
 
 class _Command(NamedTuple):
@@ -17,7 +20,11 @@ class _Command(NamedTuple):
     help: str  # as in the list of commands
 
 
-# A command's module, and with it torch, is imported when the command is used.
+# Errors of a run, not of its arguments.
+_RUN_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOMEM)
+_LONGEST = 600  # characters of an error message; the middle of a longer one is left out
+
+# A command's module is imported when the command is used; torch when its options have been parsed.
 _COMMANDS = {
     "sample": _Command("sample", "sample", "Draw images."),
     "train": _Command("train", "train", "Train a network on your images."),
@@ -42,7 +49,8 @@ class _LazyGroup(click.Group):
         if cmd_name not in _COMMANDS:
             return None
         command = _COMMANDS[cmd_name]
-        return getattr(import_module(f".{command.module}", __package__), command.name)
+        module = import_interruptibly(f".{command.module}", __package__)
+        return getattr(module, command.name)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
@@ -64,7 +72,11 @@ def cli() -> None:
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
-    """The `ddpm-fast` command. Invalid input: one line on stderr and exit code 2; a failed run: one line and 1."""
+    """The `ddpm-fast` command.
+
+    Exit codes: 0 for success; 2 for invalid input and 1 for a failed run, each with one line on
+    stderr; 130 after Ctrl-C.
+    """
     try:
         cli.main(arguments, prog_name="ddpm-fast", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
@@ -72,11 +84,20 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         sys.exit(2)
     except click.ClickException as error:
         _fail(error.format_message())
-    except (ValueError, OSError) as error:
+    except BrokenPipeError:  # the reader of stdout has ended, as `head` does
+        _discard_stdout()
+        sys.exit(1)
+    except OSError as error:
+        if error.errno in _RUN_ERRORS:
+            _discard_stdout()
+        name = f"{os.fsdecode(error.filename)}: " if error.filename is not None else ""
+        code = 1 if error.errno in _RUN_ERRORS else 2
+        _fail(f"{name}{error.strerror}" if error.strerror else str(error), code)
+    except ValueError as error:
         _fail(str(error))
     except (click.Abort, KeyboardInterrupt):  # before RuntimeError, of which Abort is one
         click.echo("ddpm-fast: interrupted", err=True)
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
     except MemoryError as error:
         _fail(f"out of memory: {error}", code=1)
     except RuntimeError as error:
@@ -85,5 +106,16 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 
 def _fail(message: str, code: int = 2) -> NoReturn:
-    click.echo(f"ddpm-fast: error: {' '.join(message.split())}", err=True)
+    message = " ".join(message.split())
+    if len(message) > _LONGEST:
+        message = f"{message[: _LONGEST // 2]} ... {message[-_LONGEST // 2 :]}"
+    click.echo(printable(f"ddpm-fast: error: {message}"), err=True)
     sys.exit(code)
+
+
+def _discard_stdout() -> None:
+    """Redirects a stdout that cannot be written to, so that Python does not report it again at its exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

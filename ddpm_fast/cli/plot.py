@@ -2,38 +2,25 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 
-from ..checkpoints.checkpoint import load_pretrained
-from ..data.animation import KINDS, LEAST, find_av, save_animation
-from ..data.datasets import FITS, load_images
-from ..diffusion.schedule import NoiseSchedule
-from ..plotting.diffusion import (
-    ZERO_SNR,
-    frames_of,
-    plot_forward,
-    plot_reverse,
-    plot_schedules,
-    reverse_trajectory,
+from ..utils.validation import seed_bits
+from .choices import FITS, SCHEDULES
+from .common import (
+    PATH,
+    PROGRESS,
+    action,
+    parse_images,
+    parse_steps,
+    shows_progress,
+    solver_options,
 )
-from ..plotting.style import check_out
-from ..plotting.training import plot_course, plot_loss
-from ..sampling.sampler import Sampler
-from .common import PATH, parse_images, parse_steps, pick_device, solver_options
 
-SCHEDULES: dict[str, Callable[[int], NoiseSchedule]] = {
-    "linear": lambda timesteps: NoiseSchedule.linear(timesteps=timesteps),
-    "scaled-linear": lambda timesteps: NoiseSchedule.scaled_linear(timesteps=timesteps),
-    "cosine": NoiseSchedule.cosine,
-    "sigmoid": NoiseSchedule.sigmoid,
-}
 _PICTURE = "FILE.png, .svg or .pdf"
+_MOST_IMAGES = 256
 
 
 @click.group()
@@ -45,12 +32,12 @@ def plot() -> None:
 @click.option(
     "--schedule",
     "names",
-    type=click.Choice(list(SCHEDULES)),
+    type=click.Choice(SCHEDULES),
     multiple=True,
     help="Again for several.  [default: all there are]",
 )
 @click.option("--weights", type=PATH, help="The schedule of this checkpoint instead.")
-@click.option("--timesteps", type=click.IntRange(2), help="T.  [default: 1000]")
+@click.option("--timesteps", type=click.IntRange(2, 1_000_000), help="T.  [default: 1000]")
 @click.option(
     "--zero-snr", is_flag=True, help="Beside each, the same rescaled to end in pure noise."
 )
@@ -59,17 +46,9 @@ def schedule(
     names: tuple[str, ...], weights: Path | None, timesteps: int | None, zero_snr: bool, out: Path
 ) -> None:
     """beta, alpha_bar and signal-to-noise ratio over t."""
-    check_out(out)
     if weights is not None and (names or timesteps):
         raise ValueError("give --schedule and --timesteps or --weights, not both")
-    if weights is not None:
-        chosen = {weights.resolve().name: load_pretrained(weights).schedule}
-    else:
-        chosen = {name: SCHEDULES[name](timesteps or 1000) for name in names or SCHEDULES}
-    if zero_snr:
-        chosen |= {f"{name}{ZERO_SNR}": s.zero_terminal_snr() for name, s in list(chosen.items())}
-    plot_schedules(chosen, out)
-    click.echo(f"{', '.join(chosen)} -> {out}")
+    action("plot").schedule(names or SCHEDULES, weights, timesteps or 1000, zero_snr, out)
 
 
 @plot.command()
@@ -84,10 +63,10 @@ def schedule(
     default=(0,),
     help="Which; again for several rows.",
 )
-@click.option("--resolution", type=click.IntRange(1), default=32, show_default=True)
+@click.option("--resolution", type=click.IntRange(1, 8192), default=32, show_default=True)
 @click.option("--fit", type=click.Choice(FITS), default="crop", show_default=True)
 @click.option(
-    "--schedule", "name", type=click.Choice(list(SCHEDULES)), default="linear", show_default=True
+    "--schedule", "name", type=click.Choice(SCHEDULES), default="linear", show_default=True
 )
 @click.option(
     "--steps",
@@ -109,14 +88,8 @@ def forward(
     out: Path,
 ) -> None:
     """Images noised by the forward chain, step by step until nothing is left."""
-    check_out(out)
-    data = load_images(data_dir, resolution, fit)
-    if max(numbers) >= len(data):
-        raise ValueError(
-            f"--image {max(numbers)}: {data_dir} holds {len(data)} images, counted from 0"
-        )
-    plot_forward(SCHEDULES[name](1000), data.images[np.array(numbers)], out, seed, steps)
-    click.echo(f"{data_dir} -> {out}")
+    seed_bits(seed)
+    action("plot").forward(data_dir, numbers, resolution, fit, name, steps, seed, out)
 
 
 @plot.command()
@@ -141,41 +114,15 @@ def forward(
     show_default=True,
     help=f"{_PICTURE}; .gif or .mp4 for a film",
 )
-def reverse(
-    weights: Path,
-    images: str,
-    seed: int,
-    label: int | None,
-    moments: int,
-    device: str | None,
-    variance: str | None,
-    out: Path,
-    **options: Any,
-) -> None:
+@PROGRESS
+def reverse(images: str, progress: bool | None, **options: Any) -> None:
     """Noise on its way to images, and below it what image the network sees in it: as a strip or as a film."""
-    check_out(out, (".png", ".svg", ".pdf", *KINDS))
-    if out.suffix == ".mp4":
-        find_av()
     indices = parse_images(images)
-    sampler = Sampler.from_pretrained(weights, pick_device(device), variance=variance)
-    if sampler.shape[0] not in (1, 3):
-        raise ValueError(f"cannot plot {sampler.shape[0]}-channel images; expected 1 or 3 channels")
-    film = out.suffix in KINDS
-    options["steps"] = parse_steps(options["steps"])
-    trajectory = reverse_trajectory(
-        sampler, indices, seed, label, LEAST if film else moments, **options
-    )
-    if film:
-        width, target = (
-            len(indices) * (sampler.shape[2] + 2),
-            240 if out.suffix == ".gif" else 480,
-        )  # GIF cannot compress noise
-        save_animation(frames_of(trajectory, max(1, math.ceil(target / width))), out)
-    else:
-        plot_reverse(trajectory, out)
-    click.echo(
-        f"{len(indices)} images of seed {seed}, {len(sampler.table(**options))} {options['solver']} steps -> {out}"
-    )
+    if len(indices) > _MOST_IMAGES:
+        raise ValueError(f"--images {images}: expected at most {_MOST_IMAGES} images in a plot")
+    seed_bits(options["seed"])
+    options |= dict(steps=parse_steps(options["steps"]), show=shows_progress(progress))
+    action("plot").reverse(indices, **options)
 
 
 @plot.command()
@@ -183,8 +130,7 @@ def reverse(
 @click.option("--out", type=PATH, default="loss.png", show_default=True, help=_PICTURE)
 def loss(run: Path, out: Path) -> None:
     """Losses over images seen, from the log in RUN."""
-    plot_loss(run, out)
-    click.echo(f"{run} -> {out}")
+    action("plot").loss(run, out)
 
 
 @plot.command()
@@ -195,5 +141,4 @@ def loss(run: Path, out: Path) -> None:
 )
 def course(run: Path, out: Path, rows: int) -> None:
     """The same images drawn over the course of training, from the grids in RUN."""
-    plot_course(run, out, rows)
-    click.echo(f"{run} -> {out}")
+    action("plot").course(run, out, rows)

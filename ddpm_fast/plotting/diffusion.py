@@ -17,6 +17,7 @@ from ..diffusion.forward_process import q_step
 from ..diffusion.presets import preset_of
 from ..diffusion.schedule import NoiseSchedule
 from ..kernels import noise
+from ..sampling.callbacks import progress_bar
 from ..sampling.request import Indices, Labels, check_indices, check_labels, indices_tensor
 from ..sampling.sampler import Sampler
 from ..utils.validation import seed_bits
@@ -129,9 +130,11 @@ def reverse_trajectory(
     seed: int = 0,
     labels: Labels = None,
     moments: int = 10,
+    progress: bool = False,
     **how: Any,
 ) -> Reverse:
     """The images that `sampler.sample(indices, seed=seed, labels=labels, **how)` draws, at `moments` steps; how: solver, steps, ...
+    With `progress`, a progress bar is shown.
 
     RuntimeError where they come out with values that are not finite.
     """
@@ -145,12 +148,14 @@ def reverse_trajectory(
     t, x, x_0 = [len(sampler.schedule)], [to_uint8(state.x, level)], [to_uint8(state.x_0, level)]
 
     def keep(step: int, at: int, now: Tensor) -> None:
+        bar.update(len(image))
         if step in wanted:
             t.append(int(table.t[step + 1]) if step + 1 < len(table) else -1)
             x.append(to_uint8(now, level))
             x_0.append(to_uint8(state.x_0 if state.x_0 is not None else now, level))
 
-    sampler.run(state, table, callback=keep)
+    with progress_bar(progress, len(table) * len(image)) as bar:
+        sampler.run(state, table, callback=keep)
     if not state.x.isfinite().all():
         raise RuntimeError("the images came out with values that are not finite; check the weights")
     return Reverse(t, *(torch.stack(v).cpu().numpy() for v in (x, x_0)))

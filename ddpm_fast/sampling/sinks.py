@@ -1,6 +1,9 @@
 """Sinks: where sampled images are written. A PNG grid, an array file, or a folder of PNG files.
 
-with open_sink("samples.npz", indices=range(100), channels=3) as sink:
+A grid and an array file are written at the end, from images held in memory. A folder receives every
+image as it is finished and keeps it after a kill.
+
+with open_sink("samples.npz", indices=range(100), shape=(3, 32, 32)) as sink:
     for first, images in sampler.stream(range(100), seed=0):
         sink.write(first, images)
 """
@@ -9,7 +12,8 @@ from __future__ import annotations
 
 import io
 import math
-import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +23,18 @@ from torch import Tensor
 
 from ..data.image_io import PNG_CHANNELS, Pixels, encode_png, save_grid
 from ..utils.files import write_atomically
-from .memory import check_fits
+from ..utils.memory import check_fits
+from .paths import ARRAYS, GRIDS, KNOWN, check_path, kind_of
 from .request import Indices, check_indices, indices_tensor
 
-GRIDS, ARRAYS = (".png",), (".npy", ".npz")
-INSTEAD = "write a directory, which holds one batch in memory and keeps finished images after a kill"
+COPIES = 3  # of the images that a file of all images takes at its end: batches, joined, encoded
+INSTEAD = (
+    "write a directory, which holds one batch in memory and keeps finished images after a kill"
+)
+
+
+class SinkError(RuntimeError):
+    """Raised where images cannot be written, for example on a full disk."""
 
 
 class Sink:
@@ -50,6 +61,7 @@ class Sink:
 
         Raises:
             ValueError: the batch does not follow the previous one.
+            SinkError: an image cannot be written.
         """
         indices = indices_tensor(self._indices[self.count : self.count + len(images)])
         if len(indices) < len(images) or (len(images) and int(indices[0]) != first):
@@ -64,7 +76,18 @@ class Sink:
         raise NotImplementedError
 
     def close(self) -> None:
-        """Writes what is still held; without any image, nothing."""
+        """Writes what is still held; without any image, nothing. Raises SinkError if that fails."""
+
+    @contextmanager
+    def _writing(self, path: Path, complete: int) -> Iterator[None]:
+        """Converts an error of the file system to one that reports how many images are there."""
+        try:
+            yield
+        except OSError as error:
+            raise SinkError(
+                f"{path}: {error.strerror or error}; {complete} of {len(self._indices)} images "
+                f"are in {self.path}"
+            ) from error
 
     def __enter__(self) -> Sink:
         return self
@@ -85,7 +108,9 @@ class _Held(Sink):
         self._batches.append(torch.from_numpy(images))
 
     def close(self) -> None:
-        if self._batches:
+        if not self._batches:
+            return
+        with self._writing(self.path, 0):
             self._save(torch.cat(self._batches).numpy())
 
     def _save(self, images: Pixels) -> None:
@@ -104,7 +129,7 @@ class ArraySink(_Held):
 
     def _save(self, images: Pixels) -> None:
         buffer = io.BytesIO()
-        if self.path.suffix == ".npy":
+        if kind_of(self.path) == ".npy":
             np.save(buffer, images)
         else:
             indices = indices_tensor(self._indices[: len(images)]).numpy()
@@ -127,67 +152,37 @@ class FolderSink(Sink):
         self._digits = max(6, len(str(last)))
 
     def _write(self, indices: NDArray[np.int64], images: Pixels) -> None:
-        self.path.mkdir(exist_ok=True)
-        for index, image in zip(indices, images, strict=True):
-            write_atomically(self.path / f"{index:0{self._digits}d}.png", encode_png(image))
+        with self._writing(self.path, self.count):
+            self.path.mkdir(exist_ok=True)
+        for i, (index, image) in enumerate(zip(indices, images, strict=True)):
+            path = self.path / f"{index:0{self._digits}d}.png"
+            with self._writing(path, self.count + i):
+                write_atomically(path, encode_png(image))
 
 
 def open_sink(
-    path: str | Path,
-    indices: Indices,
-    channels: int | None = None,
-    size: tuple[int, int] | None = None,
+    path: str | Path, indices: Indices, shape: tuple[int, int, int] | None = None
 ) -> Sink:
-    """The sink for a path: .png a grid, .npy or .npz an array, a name without a suffix a folder of
-    PNG files.
-
-    Grids and arrays are held in memory until `close`; a folder keeps finished images if the run is
-    killed.
+    """The sink for a path: .png a grid, .npy or .npz an array, a name without a suffix a folder of PNG files.
 
     Args:
         path: checked now rather than after sampling.
         indices: of the images that will be written, in this order.
-        channels: of the images; checked if given.
-        size: (H, W) of the images; if given with `channels`, images that memory cannot hold are
-            refused.
+        shape: (C, H, W) of the images; checked if given.
 
     Raises:
-        ValueError: the path cannot be written, or such images cannot be written there.
+        ValueError: the path cannot be written, images of C channels cannot be written there, or all
+            images must be held in memory at once and do not fit.
     """
     target = check_path(path)
-    if target.suffix and channels is not None and size is not None:
-        held = 3 * channels * math.prod(size)  # in batches, in one array, and encoded
-        check_fits(len(check_indices(indices)), held, torch.device("cpu"), INSTEAD)
-    if target.suffix in ARRAYS:
+    kind, count = kind_of(target), len(check_indices(indices))
+    if shape is not None:
+        if kind not in ARRAYS and shape[0] not in PNG_CHANNELS:
+            raise ValueError(
+                f"{path}: cannot write {shape[0]}-channel images as PNG; write {' or '.join(ARRAYS)}"
+            )
+        if kind in KNOWN:
+            check_fits(count, COPIES * math.prod(shape), torch.device("cpu"), INSTEAD)
+    if kind in ARRAYS:
         return ArraySink(target, indices)
-    if channels is not None and channels not in PNG_CHANNELS:
-        raise ValueError(
-            f"{path}: cannot write {channels}-channel images as PNG; write {' or '.join(ARRAYS)}"
-        )
-    return GridSink(target, indices) if target.suffix in GRIDS else FolderSink(target, indices)
-
-
-def check_path(path: str | Path) -> Path:
-    """A path that `open_sink` can write to. ValueError for any other."""
-    text, path = str(path), Path(path)
-    known = GRIDS + ARRAYS
-    if not text or (text.endswith("/") and path.suffix):
-        raise ValueError(f"path is {text!r}; expected the name of a file or of a directory")
-    if path.suffix and path.suffix not in known and not path.is_dir():
-        raise ValueError(
-            f"{text}: unknown kind of file; expected {', '.join(known)}, or a directory"
-        )
-    if not path.absolute().parent.is_dir():
-        raise ValueError(
-            f"{text}: the directory {path.absolute().parent} does not exist; create it first"
-        )
-    if path.suffix in known and path.is_dir():
-        raise ValueError(f"{text} is a directory; expected a file name")
-    if not path.suffix and path.is_file():
-        raise ValueError(
-            f"{text} is a file; expected a directory, or a name ending in {', '.join(known)}"
-        )
-    writable = path if path.is_dir() else path.absolute().parent
-    if not os.access(writable, os.W_OK):
-        raise ValueError(f"{text}: the directory {writable} is not writable; choose another one")
-    return path
+    return GridSink(target, indices) if kind in GRIDS else FolderSink(target, indices)

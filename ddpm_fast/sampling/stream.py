@@ -15,11 +15,11 @@ from torch import Tensor
 from ..data.image_io import check_channels
 from ..diffusion.solvers import StepTable
 from ..engines.base import default_numerics
+from ..utils.memory import check_fits
 from ..utils.validation import integer, seed_bits
 from .batch_sampler import BatchSampler
 from .callbacks import Callback, Trajectory, progress_bar, without_padding
 from .keywords import check_keywords
-from .memory import check_fits
 from .output import OUTPUTS, Batch, HostTransfer, completed
 from .request import (
     Indices,

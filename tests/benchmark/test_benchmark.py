@@ -349,7 +349,7 @@ def call(capsys, *arguments):
 
 def test_commands(weights, tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr("ddpm_fast.cli.bench.Effort", partial(Effort, burst=0.002, rest=0))
+    monkeypatch.setattr("ddpm_fast.cli.actions.bench.Effort", partial(Effort, burst=0.002, rest=0))
     out = tmp_path / "a.json"
     how = ("--weights", weights, "--seconds", 0, "--steps", 2, "--baselines", "plain PyTorch")
     code, text, _ = call(capsys, "sweep", *how, "--batch-sizes", "1,3", "--out", out)

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from ddpm_fast import UNet
 from ddpm_fast.checkpoints.checkpoint import load_pretrained
@@ -56,15 +58,46 @@ def test_plan(run):
 
     code, out, _ = run("info", WEIGHTS, "--plan", "--batch-size", 16)
     lines = out.splitlines()
+    assert code == 0 and lines[0].split()[:2] == ["launch", "input"]
+    table = lines[1 : lines.index("")]
+    headings = [line for line in table if len(line.split()) == 1]
+    assert len(table) - len(headings) == len(plan) and "down_blocks.0" in headings
     assert (
-        code == 0 and len(lines) == len(plan) + 4 and lines[0].split()[:2] == ["launch", "kernel"]
+        "not checked on this machine" in out and "H100 SXM, batch 16, bf16: no faster than" in out
     )
-    assert (
-        "not checked on this machine" in lines[-2]
-        and "H100 SXM, batch 16, bf16: no faster than" in lines[-1]
-    )
-    joined = next(line for line in lines if line.startswith("up_blocks.2.resnets.0.norm1 "))
+    block = lines.index("up_blocks.2")
+    joined = next(line for line in lines[block:] if line.startswith("  resnets.0.norm1 "))
     assert "32x32x64+32" in joined and "32x32x96" in joined  # two maps read as one
+
+
+@pytest.mark.parametrize(
+    "options", [(), ("--dtype", "fp8"), ("--gpu", "b200", "--size", "256x256")]
+)
+def test_plan_fits_120_columns(run, options):
+    code, out, _ = run("info", WEIGHTS, "--plan", *options)
+    assert code == 0 and max(map(len, out.splitlines())) <= 120
+
+
+def test_the_two_figures_of_flop_differ_by_upsampling_and_the_time_embedding(run):
+    """As PyTorch computes the network, less 5/9 of its upsampling convolutions and its time embedding."""
+    unet = load_pretrained(WEIGHTS).unet.eval()
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        unet(
+            torch.zeros(1, 1, 32, 32),
+            torch.zeros(1, dtype=torch.long),
+            torch.zeros(1, dtype=torch.long),
+        )
+    flops = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
+    upsampling = sum(n for name, n in flops.items() if name.endswith("upsamplers.0.conv"))
+    time = sum(n for name, n in flops.items() if "time_emb" in name and ".linear" not in name)
+    report = json.loads(run("info", WEIGHTS, "--plan", "--json")[1])
+    defined = json.loads(run("info", WEIGHTS, "--json")[1])["flops"]
+    planned = sum(row["flops"] for row in report["plan"]) / report["batch_size"]
+    assert planned == defined - upsampling * 5 // 9 - time
+    out = run("info", WEIGHTS)[1] + run("info", WEIGHTS, "--plan")[1]
+    assert f"{defined / 1e9:.3f} GFLOP per image per step, as PyTorch computes" in out
+    assert f"{planned / 1e9:.3f} GFLOP per image per step, " in out
+    assert f"{defined / 1e9:.3f} GFLOP in PyTorch" in out
 
 
 def test_plan_of_another_gpu_type_and_size(run):
@@ -84,14 +117,12 @@ def test_plan_of_another_gpu_type_and_size(run):
 
 def test_cache(run, tmp_path, monkeypatch):
     monkeypatch.setenv("DDPM_FAST_CACHE", str(tmp_path / "cache"))
-    assert run("info", "--cache")[1].endswith("cache: 0 files, 0.0 MiB\n")
+    assert run("info", "--cache")[1].endswith("cache: 0 files, 0 KiB\n")
     (tmp_path / "cache" / "checks").mkdir(parents=True)
-    (tmp_path / "cache" / "checks" / "a.json").write_text("{}")
+    (tmp_path / "cache" / "checks" / "a.json").write_text("{}" * 1024)
     code, out, _ = run("info", "--cache", "--json")
     assert code == 0 and json.loads(out)["files"] == ["checks/a.json"]
-    assert (
-        "1 files, 0.0 MiB, removed" in run("info", "--cache", "--clear")[1] and not cached_files()
-    )
+    assert "1 file, 2.0 KiB, removed" in run("info", "--cache", "--clear")[1] and not cached_files()
     for arguments, message in (
         (("--clear",), "--cache"),
         ((), "--cache"),

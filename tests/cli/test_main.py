@@ -1,5 +1,7 @@
+import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +14,7 @@ import torch
 
 from ddpm_fast import NoiseSchedule, Sampler, UNet, UNetConfig, save_pretrained
 from ddpm_fast.engines.eager import EagerEngine
+from ddpm_fast.sampling.callbacks import progress_bar
 
 pytest.importorskip("click")
 pytest.importorskip("safetensors")
@@ -199,15 +202,36 @@ def test_help_names_every_command(run):
         (["sample", "--weights", "W", "--seed", "-1"], "seed = -1; expected 0 to 2^64 - 1"),
         (["sample", "--weights", "W", "--steps", "0"], "0 steps"),
         (["sample", "--weights", "W", "--label", "10"], "expected 0..9"),
-        (["sample", "--weights", "W", "--batch-size", "0"], "batch_size = 0"),
+        (
+            ["sample", "--weights", "W", "--batch-size", "0"],
+            "'--batch-size': 0 is not in the range",
+        ),
         (["sample", "--weights", "W", "--solver", "euler"], "'euler' is not one of"),
         (["sample", "--weights", "W", "--device", "toaster"], "--device toaster"),
         (["sample", "--weights", "W", "--device", "meta"], "--device meta"),
         (["sample", "--weights", "W", "--images", "9" * 20], "image indices from 0"),
+        (["sample", "--weights", "W", "--images", "9" * 5000], "expected a count such as 64"),
+        (["sample", "--weights", "W", "--steps", "9" * 5000], "at most the timesteps"),
+        (["sample", "--weights", "W", "--steps", "2000"], "2000 steps"),
+        (["sample", "--weights", "W", "--out", "-"], "--out: -: cannot write images to stdout"),
+        (["sample", "--weights", "W", "--out", "/dev/full"], "--out: /dev/full is a device"),
+        (["sample", "--weights", "W", "--out", "/dev/null"], "--out: /dev/null is a device"),
+        (["sample", "--weights", "W", "--out", "a" * 250], "expected at most 220"),
+        (
+            ["sample", "--weights", "W", "--images", str(10**12), "--out", "x.npz"],
+            "--out: x.npz: 1",
+        ),
+        (["sample", "--weights", "W", "--size", "9" * 5000 + "x8"], "expected HEIGHTxWIDTH"),
+        (["sample", "--weights", "W", "--size", "999998x999998"], "give a smaller --size"),
+        (["eval", "--weights", "W", "--data-dir", "x", "--images", "2"], "give --bits-per-dim"),
+        (["plot", "reverse", "--weights", "W", "--images", "10000"], "at most 256 images"),
         (["sample", "--weights", "W", "--out", ""], "expected the name of a file"),
         (["sample", "--weights", "W", "--out", "x.npy/"], "expected the name of a file"),
         (["sample", "--weights", "W", "--size", "32"], "expected HEIGHTxWIDTH"),
-        (["sample", "--weights", "W", "--size", "7x8"], "divisible by 2"),
+        (
+            ["sample", "--weights", "W", "--size", "7x8"],
+            "--size is 7x8; expected a height and a width divisible by 2",
+        ),
         (["sample", "--weights", "W", "--shiny"], "No such option"),
         (["info", "nowhere"], "nowhere is not a directory"),
         (["dance"], "No such command"),
@@ -230,6 +254,128 @@ def test_refuses_the_output_before_sampling(run, weights, tmp_path, monkeypatch)
 
     monkeypatch.setattr("ddpm_fast.sampling.sampler.Sampler.begin", sampled)
     assert run("sample", "--weights", weights, "--out", tmp_path / "no" / "x.png")[0] == 2
+
+
+@pytest.mark.parametrize("out", ["/dev/full", "/dev/null", "-", "a" * 250, "x.jpg"])
+def test_refuses_the_output_before_loading_the_model(run, weights, monkeypatch, out):
+    monkeypatch.setattr(
+        "ddpm_fast.cli.actions.sample.load_pretrained", lambda *_: pytest.fail("loaded")
+    )
+    assert run("sample", "--weights", weights, "--out", out)[0] == 2
+
+
+def test_refuses_the_size_before_building_the_engine(run, weights, monkeypatch):
+    monkeypatch.setattr(
+        "ddpm_fast.sampling.sampler.Sampler.from_checkpoint", lambda *_: pytest.fail("built")
+    )
+    code, _, err = run("sample", "--weights", weights, "--size", "33x33")
+    assert code == 2 and "--size is 33x33; expected a height and a width divisible by 2" in err
+
+
+def test_a_checkpoint_of_an_odd_size_is_refused_by_name(run, weights, tmp_path):
+    copy = tmp_path / "odd"
+    shutil.copytree(weights, copy)
+    config = copy / "unet" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | dict(sample_size=31)))
+    code, _, err = run("sample", "--weights", copy, "--out", tmp_path / "x.png")
+    assert code == 2 and "sample_size of the checkpoint is 31x31" in err and "--size" in err
+
+
+def test_suffix_in_capitals(run, weights, tmp_path):
+    arguments = ("--weights", weights, "--images", 1, "--steps", 1, "--engine", "reference")
+    assert run("sample", *arguments, "--out", tmp_path / "x.PNG")[0] == 0
+    assert Image.open(tmp_path / "x.PNG").format == "PNG"
+
+
+def test_images_of_another_run_are_reported(run, weights, tmp_path):
+    arguments = (
+        "--weights",
+        weights,
+        "--steps",
+        1,
+        "--engine",
+        "reference",
+        "--out",
+        tmp_path / "many",
+    )
+    assert run("sample", *arguments, "--images", "0-3")[2] == ""
+    assert run("sample", *arguments, "--images", "0-3", "--seed", 1)[2] == ""  # all are overwritten
+    code, out, err = run("sample", *arguments, "--images", "2-6", "--json")
+    assert code == 0 and json.loads(out)["other_images"] == 2
+    assert err == (
+        f"ddpm-fast: {tmp_path / 'many'} already holds 2 images of other indices; "
+        "they are left as they are\n"
+    )
+
+
+@pytest.mark.parametrize("out", ["many", "a.npz"])
+def test_a_full_disk_is_a_failed_run(run, weights, tmp_path, monkeypatch, out):
+    def full(path, content, written=[]):  # noqa: B006 - counts the calls
+        if path.suffix == ".npz" or len(written) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written.append(path)
+
+    monkeypatch.setattr("ddpm_fast.sampling.sinks.write_atomically", full)
+    arguments = ("--weights", weights, "--images", 5, "--steps", 1, "--engine", "reference")
+    code, _, err = run("sample", *arguments, "--out", tmp_path / out)
+    name, count = ("000002.png", 2) if out == "many" else ("a.npz", 0)
+    assert code == 1 and err.count("\n") == 1
+    assert f"{name}: No space left on device; {count} of 5 images are in {tmp_path / out}" in err
+
+
+@pytest.mark.parametrize(("number", "code"), [(errno.ENOSPC, 1), (errno.EIO, 1), (errno.EACCES, 2)])
+def test_exit_codes_of_the_file_system(run, weights, monkeypatch, number, code):
+    def fails(*_):
+        raise OSError(number, os.strerror(number), "weights.bin")
+
+    monkeypatch.setattr("ddpm_fast.cli.actions.sample.load_pretrained", fails)
+    result, _, err = run("sample", "--weights", weights)
+    assert result == code and err == f"ddpm-fast: error: weights.bin: {os.strerror(number)}\n"
+
+
+def test_half_precision_on_a_cpu_is_commented(run, weights, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    arguments = ("--weights", weights, "--images", 1, "--steps", 1, "--device", "cpu")
+    arguments = (*arguments, "--out", tmp_path / "x.npy")
+    out = run("sample", *arguments, "--dtype", "bf16")[1]
+    assert "note: bf16 on a CPU is not batch-invariant; --dtype fp32 is" in out
+    assert "note: this CPU has no bf16 units: bf16 is slower than fp32; use --dtype fp32" in out
+    report = json.loads(run("sample", *arguments, "--dtype", "bf16", "--json")[1])
+    assert len(report["notes"]) == 2
+    assert "note:" not in run("sample", *arguments, "--engine", "reference")[1]
+
+
+def test_progress(run, weights, tmp_path):
+    arguments = ("--weights", weights, "--images", 1, "--steps", 1, "--engine", "reference")
+    arguments = ("sample", *arguments, "--out", tmp_path / "x.npy")
+    err = run(*arguments, "--progress")[2]
+    assert all(word in err for word in ("loading", "preparing the engine", "drawing 1 images"))
+    assert run(*arguments)[2] == run(*arguments, "--quiet")[2] == ""
+
+
+def test_progress_of_the_other_commands(run, weights, tmp_path, monkeypatch):
+    """`tqdm` shows a bar of as many image-steps as are drawn."""
+    totals = []
+
+    def bar(progress, total):
+        totals.append((progress, total))
+        return progress_bar(False, total)
+
+    for module in ("sampling.stream", "plotting.diffusion"):
+        monkeypatch.setattr(f"ddpm_fast.{module}.progress_bar", bar)
+    pytest.importorskip("matplotlib")
+    common = ("--weights", weights, "--images", 2, "--steps", 3, "--out")
+    assert run("plot", "reverse", *common, tmp_path / "a.png", "--progress")[0] == 0
+    assert totals == [(True, 6)]
+    wide = tmp_path / "wide"
+    options = dict(sample_size=8, in_channels=1, out_channels=1, channels=(32,), layers=1)
+    unet = UNet(UNetConfig(**options, attention=(False,), norm_groups=4))
+    save_pretrained(wide, unet, NoiseSchedule.linear())
+    totals.clear()
+    common = ("--weights", wide, *common[2:])
+    code, _, err = run("calibrate", *common, tmp_path / "c.json", "--progress")
+    assert code == 0, err
+    assert totals == [(True, 6), (True, 6)]
 
 
 def test_another_size(run, weights, tmp_path):

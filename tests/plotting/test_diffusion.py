@@ -244,7 +244,7 @@ def test_command_line(call, tmp_path):
 def test_a_missing_library_is_told_before_the_drawing(call, tmp_path, monkeypatch, module, name):
     monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.setattr(
-        "ddpm_fast.cli.plot.reverse_trajectory", lambda *_, **__: pytest.fail("drew")
+        "ddpm_fast.cli.actions.plot.reverse_trajectory", lambda *_, **__: pytest.fail("drew")
     )
     code, err = call("reverse", "--weights", tmp_path / "model", "--out", tmp_path / name)
     assert code == 2 and "pip install 'ddpm-fast[plot]'" in err and err.count("\n") == 1

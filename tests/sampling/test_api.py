@@ -11,8 +11,8 @@ from ddpm_fast import NoiseSchedule, Sampler, Trajectory
 from ddpm_fast.data.image_io import to_pil
 from ddpm_fast.engines.base import check_device, dtype_name
 from ddpm_fast.kernels import ddpm_step, noise, noise_mse, q_sample
-from ddpm_fast.sampling import memory
 from ddpm_fast.sampling.sinks import open_sink
+from ddpm_fast.utils import memory
 
 SCHEDULE = NoiseSchedule.linear(timesteps=20)
 
@@ -135,8 +135,7 @@ def test_repr_is_one_line():
         "fp32 on cpu, engine 'reference')"
     )
     assert repr(sampler.engine) == (
-        "EagerEngine('reference', dtype=torch.float32, "
-        "reason='the model is not a ddpm_fast UNet')"
+        "EagerEngine('reference', dtype=torch.float32, reason='the model is not a ddpm_fast UNet')"
     )
     assert repr(sampler.table(steps=10)) == "StepTable(10 steps, t = 19 ... 0)"
 

@@ -1,10 +1,21 @@
+import errno
+import resource
 from contextlib import suppress
 
 import numpy as np
 import pytest
 import torch
 
-from ddpm_fast.sampling.sinks import ArraySink, FolderSink, GridSink, check_path, open_sink
+from ddpm_fast.sampling.paths import images_in
+from ddpm_fast.sampling.sinks import (
+    ArraySink,
+    FolderSink,
+    GridSink,
+    SinkError,
+    check_path,
+    open_sink,
+)
+from ddpm_fast.utils.files import write_atomically
 
 Image = pytest.importorskip("PIL.Image")
 IMAGES = torch.arange(5 * 4 * 4 * 3, dtype=torch.uint8).view(5, 4, 4, 3)
@@ -18,7 +29,7 @@ def write(sink, batches, first):
 
 
 def test_folder_has_a_png_per_image_named_by_its_index(tmp_path):
-    write(open_sink(tmp_path / "many", range(7, 12), 3), IMAGES.split(2), 7)
+    write(open_sink(tmp_path / "many", range(7, 12), (3, 4, 4)), IMAGES.split(2), 7)
     assert sorted(p.name for p in (tmp_path / "many").iterdir()) == [
         f"{i:06d}.png" for i in range(7, 12)
     ]
@@ -93,5 +104,80 @@ def test_the_path_decides_the_sink_and_is_validated(tmp_path):
         with pytest.raises(ValueError, match=message):
             check_path(path)
     with pytest.raises(ValueError, match="cannot write 5-channel images as PNG"):
-        open_sink(tmp_path / "a.png", 1, channels=5)
-    assert isinstance(open_sink(tmp_path / "a.npy", 1, channels=5), ArraySink)
+        open_sink(tmp_path / "a.png", 1, (5, 4, 4))
+    assert isinstance(open_sink(tmp_path / "a.npy", 1, (5, 4, 4)), ArraySink)
+
+
+def test_suffixes_in_any_case(tmp_path):
+    kinds = {"a.PNG": GridSink, "b.Npy": ArraySink, "c.NPZ": ArraySink}
+    assert {name: type(open_sink(tmp_path / name, 1)) for name in kinds} == kinds
+    for name in kinds:
+        write(open_sink(tmp_path / name, 5), [IMAGES], 0)
+    assert np.array_equal(np.load(tmp_path / "b.Npy"), IMAGES)
+    assert np.array_equal(np.load(tmp_path / "c.NPZ")["images"], IMAGES)
+    assert Image.open(tmp_path / "a.PNG").format == "PNG"
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("/dev/full", "is a device or a pipe"),
+        ("/dev/null", "is a device or a pipe"),
+        ("-", "cannot write images to stdout"),
+        ("a" * 250, "250 bytes; expected at most 220"),
+        ("é" * 111 + ".png", "226 bytes; expected at most 220"),
+        ("a\0b.png", "expected the name of a file"),
+    ],
+)
+def test_names_that_cannot_be_written_are_refused(path, message):
+    with pytest.raises(ValueError, match=message):
+        check_path(path)
+
+
+def test_the_longest_name_can_be_written(tmp_path):
+    path = tmp_path / ("a" * 216 + ".npy")
+    write(open_sink(path, 5), [IMAGES], 0)
+    assert np.array_equal(np.load(path), IMAGES)
+
+
+def test_files_that_memory_cannot_hold_are_refused(tmp_path):
+    for name in ("a.npz", "a.npy", "a.png"):
+        with pytest.raises(ValueError, match=r"of memory at once.*write a directory"):
+            open_sink(tmp_path / name, 10**12, (1, 32, 32))
+    assert isinstance(open_sink(tmp_path / "many", 10**12, (1, 32, 32)), FolderSink)
+
+
+def test_a_full_disk_names_the_file_and_counts_the_images(tmp_path, monkeypatch):
+    sink, real = open_sink(tmp_path / "many", 5), write_atomically
+
+    def full(path, content):
+        if path.name == "000003.png":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(path, content)
+
+    monkeypatch.setattr("ddpm_fast.sampling.sinks.write_atomically", full)
+    sink.write(0, IMAGES[:2])
+    with pytest.raises(SinkError, match=r"000003.png: No space left on device; 3 of 5 images are"):
+        sink.write(2, IMAGES[2:])
+    assert sorted(images_in(tmp_path / "many")) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("name", ["a.npy", "a.npz", "a.png"])
+def test_a_file_that_the_system_refuses_to_write_leaves_nothing(tmp_path, name):
+    """A limit on the size of files makes the system itself refuse, as a full disk does."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    images = torch.randint(0, 256, (5, 64, 64, 3), dtype=torch.uint8)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with pytest.raises(SinkError, match=rf"{name}: File too large; 0 of 5 images are in"):
+            write(open_sink(tmp_path / name, 5), [images], 0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_images_in_a_directory(tmp_path):
+    write(open_sink(tmp_path / "many", range(7, 12)), [IMAGES], 7)
+    (tmp_path / "many" / "photo.png").write_bytes(b"")
+    assert sorted(images_in(tmp_path / "many")) == [7, 8, 9, 10, 11]
+    assert list(images_in(tmp_path / "none")) == []

@@ -1,0 +1,1 @@
+"""What the commands do. Imported, with torch, after their options have been parsed."""
