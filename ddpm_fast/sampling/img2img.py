@@ -76,8 +76,10 @@ def invert(
     table = ddim_inversion_table(sampler.schedule, t, sampler.prediction)
     classes = check_labels(labels, len(x_0), sampler.num_classes)
     inverted = []
+    sampler.refresh()
+    sampler.engine.prepare(min(batch_size, len(x_0)))
     for rows in torch.arange(len(x_0)).split(batch_size):
-        state = sampler.begin(rows, 0, rows_of(classes, rows), rows_of(x_0, rows))
-        sampler.run(state, table)
-        inverted.append(state.x)
+        with sampler.begin(rows, 0, rows_of(classes, rows), rows_of(x_0, rows)) as state:
+            sampler.run(state, table)
+            inverted.append(state.x.clone())
     return torch.cat(inverted), int(t[0])

@@ -34,15 +34,17 @@ class HostTransfer:
     def start(
         cls, x: Tensor, indices: Tensor, output: str, preset: str, precision: str
     ) -> HostTransfer:
-        """Starts the conversion of x [N, C, H, W] to `output` and its copy; returns without waiting for either."""
+        """Starts the conversion of x [N, C, H, W] to `output` and its copy; returns without waiting for either.
+
+        Work enqueued later on the current stream may overwrite x.
+        """
         finite = x.isfinite().flatten(1).all(1)
-        images = to_uint8(x, preset_of(preset).level) if output == "uint8" else x.contiguous()
+        uint8, level = output == "uint8", preset_of(preset).level
+        images = to_uint8(x, level) if uint8 else x.clone(memory_format=torch.contiguous_format)
         if not x.is_cuda:
-            return cls(
-                indices, images.cpu() if output == "uint8" else images, finite, None, precision
-            )
+            return cls(indices, images.cpu() if uint8 else images, finite, None, precision)
         finite = copy_to_host(finite)
-        images = copy_to_host(images) if output == "uint8" else images
+        images = copy_to_host(images) if uint8 else images
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(x.device))
         return cls(indices, images, finite, event, precision)
