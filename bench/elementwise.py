@@ -74,7 +74,8 @@ class Elementwise:
         self.row = torch.zeros(b, dtype=torch.int32, device=device)
         self.t = torch.full((b,), 500, device=device)
         schedule = NoiseSchedule.linear()
-        self.table = EXACT.table(schedule, "ddpm", choose_timesteps(1000, None)).to(device)[1]
+        table = EXACT.table(schedule, "ddpm", choose_timesteps(1000, None))
+        self.table = table.padded(len(table) + 1)[1].to(device)
         self.coef, self.target = (
             schedule.q_sample_table(device),
             target_table(schedule, "eps", device),

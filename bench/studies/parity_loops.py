@@ -66,7 +66,7 @@ def run_table(table: StepTable, net: Net, x: Tensor) -> Tensor:
     """The loop of `Sampler` without its state."""
     x = x.clone()
     old = torch.zeros_like(x)
-    coef, image = table.to("cpu")[1], torch.arange(len(x))
+    coef, image = table.padded(len(table) + 1)[1], torch.arange(len(x))
     for i, t in enumerate(table.t):
         row = torch.full_like(image, i)
         ddpm_step(

@@ -49,14 +49,13 @@ class StepTable:
         """Does any step look back at the x_0 of the step before?"""
         return bool(self.coef[:, COLUMNS.index("mean_old")].any())
 
-    def to(self, device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor]:
-        """(t int64 [R], coef fp32 [R, 10]) on `device`: what the sampling loop reads there."""
-        return torch.from_numpy(self.t).to(device), torch.from_numpy(self.coef).float().to(device)
-
     def padded(self, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(t [rows], coef [rows, 10]) as of `to`, on the CPU, filled up with rows that leave x_t as it is: where images rest.
+        """What a sampling loop reads: (t int64 [rows], coef fp32 [rows, 10]), on the CPU.
 
-        At least one such row follows the last step. ValueError where there is no place for it.
+        After the last step follow rows that leave x_t as it is, where finished images rest.
+
+        Raises:
+            ValueError: `rows` leaves no place for such a row.
         """
         if rows <= len(self):
             raise ValueError(

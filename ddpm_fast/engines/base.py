@@ -4,9 +4,9 @@ formats by name, and the context that engines compute in.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -115,7 +115,11 @@ def isolated(steps: Generator[int, None, None], device: torch.device) -> Generat
 
 @dataclass
 class SamplingState:
-    """State of a batch during sampling: all that a reverse step reads and writes, on the device."""
+    """State of a batch during sampling: all that a reverse step reads and writes, on the device.
+
+    Its tensors may be buffers of the engine that made it (`Engine.new_state`). They are valid until
+    `release`, or the end of a `with` block, so copy what is needed longer.
+    """
 
     x: Tensor  # [B, C, H, W] fp32, channels-last
     step_index: Tensor  # [B] int32, each image's row of the step table
@@ -125,6 +129,24 @@ class SamplingState:
     x_0: Tensor | None = (
         None  # like x: the prediction of x_0 in the last step, if the solver reads it
     )
+    release: Callable[[], None] = field(default=lambda: None, repr=False)  # hands buffers back
+
+    @classmethod
+    def empty(
+        cls, batch_size: int, shape: tuple[int, int, int], device: torch.device, labelled: bool
+    ) -> SamplingState:
+        """A state in memory that nothing else uses; values are uninitialized."""
+        c, h, w = shape
+        x = torch.empty(batch_size, h, w, c, device=device).permute(0, 3, 1, 2)
+        step_index = torch.empty(batch_size, dtype=torch.int32, device=device)
+        seed, image, labels = (torch.empty_like(step_index, dtype=torch.int64) for _ in range(3))
+        return cls(x, step_index, seed, image, labels if labelled else None)
+
+    def __enter__(self) -> SamplingState:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
 
 
 class Engine(Protocol):
@@ -146,15 +168,29 @@ class Engine(Protocol):
         """Allocates and compiles what batches of up to `batch_size` images need."""
         ...
 
+    def new_state(
+        self, batch_size: int, shape: tuple[int, int, int], device: torch.device, labelled: bool
+    ) -> SamplingState:
+        """Returns an uninitialized state, which the caller fills in place and releases.
+
+        Args:
+            batch_size: Number of images.
+            shape: (C, H, W).
+            device: Where the state lies.
+            labelled: Whether the images have classes.
+        """
+        ...
+
     def steps(
         self, state: SamplingState, table: StepTable, every_step: bool = True
     ) -> Generator[int, None, None]:
         """Takes the state through the table in place and yields how many steps are done in total.
 
-        An image at the table's end does not change. Nothing here waits for the device. After the
-        last step, or when the generator is closed, the state's tensors belong to the caller.
+        An image at the table's end does not change. Nothing here waits for the device.
 
         Args:
+            state: From `new_state`.
+            table: The step table.
             every_step: Yield after every step; False allows several steps between two yields.
         """
         ...

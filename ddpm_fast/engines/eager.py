@@ -47,6 +47,12 @@ class EagerEngine:
     def prepare(self, batch_size: int) -> None:
         """Does nothing: memory is allocated in every step."""
 
+    def new_state(
+        self, batch_size: int, shape: tuple[int, int, int], device: torch.device, labelled: bool
+    ) -> SamplingState:
+        """See `Engine.new_state`; the memory is the state's."""
+        return SamplingState.empty(batch_size, shape, device, labelled)
+
     def steps(
         self, state: SamplingState, table: StepTable, every_step: bool = True
     ) -> Generator[int, None, None]:

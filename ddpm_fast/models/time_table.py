@@ -1,4 +1,7 @@
-"""The time embedding's projections for every residual block, looked up instead of computed."""
+"""Time-embedding table: the projections for every residual block, looked up instead of computed.
+
+`time_table` makes it for every engine; `TimeTable` gives the CPU engine its rows.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,23 @@ from torch import Tensor
 from .unet import UNet
 
 LARGEST = 256 * 2**20  # bytes that a table of all (t, class) may take
+
+
+def time_table(time: Tensor, classes: Tensor, weight: Tensor, bias: Tensor) -> Tensor | None:
+    """Computes row t * K + class = weight SiLU(time[t] + classes[class]) + bias for every (t, class).
+
+    Args:
+        time: Embeddings of the timesteps, [T, D].
+        classes: Embeddings of the classes, [K, D]; one row of zeros if there are none.
+        weight: Projections of all blocks, [S, D].
+        bias: [S].
+
+    Returns:
+        [T * K, S] fp32; None if it takes more than `LARGEST` bytes.
+    """
+    if len(time) * len(classes) * len(weight) * 4 > LARGEST:
+        return None
+    return F.linear(F.silu(time[:, None] + classes).flatten(0, 1), weight, bias).float()
 
 
 @dataclass(frozen=True)
@@ -45,10 +65,7 @@ class TimeTable:
             if classes
             else torch.zeros(1, self._time.shape[1])
         )
-        self._table: Tensor | None = None
-        if timesteps * self.classes * len(weight) * 4 <= LARGEST:
-            both = F.silu(self._time[:, None] + self._class).flatten(0, 1)
-            self._table = F.linear(both, weight, bias)
+        self._table = time_table(self._time, self._class, weight, bias)
 
     @property
     def nbytes(self) -> int:

@@ -141,23 +141,24 @@ def reverse_trajectory(
     table, level = sampler.table(**how), preset_of(how.get("preset", "exact")).level
     image = indices_tensor(check_indices(indices))
     wanted = {round(i) for i in np.linspace(0, len(table), min(moments, len(table)) + 1)[1:] - 1}
-    state = sampler.begin(
-        image, seed_bits(seed), check_labels(labels, len(image), sampler.num_classes)
-    )
-    state.x_0 = torch.zeros_like(state.x)
-    t, x, x_0 = [len(sampler.schedule)], [to_uint8(state.x, level)], [to_uint8(state.x_0, level)]
+    classes = check_labels(labels, len(image), sampler.num_classes)
+    sampler.refresh()
+    with sampler.begin(image, seed_bits(seed), classes) as state:
+        state.x_0 = torch.zeros_like(state.x) if state.x_0 is None else state.x_0
+        t, x = [len(sampler.schedule)], [to_uint8(state.x, level)]
+        x_0 = [to_uint8(state.x_0, level)]
 
-    def keep(step: int, at: int, now: Tensor) -> None:
-        bar.update(len(image))
-        if step in wanted:
-            t.append(int(table.t[step + 1]) if step + 1 < len(table) else -1)
-            x.append(to_uint8(now, level))
-            x_0.append(to_uint8(state.x_0 if state.x_0 is not None else now, level))
+        def keep(step: int, at: int, now: Tensor) -> None:
+            bar.update(len(image))
+            if step in wanted:
+                t.append(int(table.t[step + 1]) if step + 1 < len(table) else -1)
+                x.append(to_uint8(now, level))
+                x_0.append(to_uint8(state.x_0 if state.x_0 is not None else now, level))
 
-    with progress_bar(progress, len(table) * len(image)) as bar:
-        sampler.run(state, table, callback=keep)
-    if not state.x.isfinite().all():
-        raise RuntimeError("the images came out with values that are not finite; check the weights")
+        with progress_bar(progress, len(table) * len(image)) as bar:
+            sampler.run(state, table, callback=keep)
+        if not state.x.isfinite().all():
+            raise RuntimeError("the images contain NaN or Inf; check the weights")
     return Reverse(t, *(torch.stack(v).cpu().numpy() for v in (x, x_0)))
 
 

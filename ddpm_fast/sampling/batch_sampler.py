@@ -176,28 +176,31 @@ class BatchSampler:
     def begin(
         self, image: Tensor, seed: int, labels: Tensor | None = None, x: Tensor | None = None
     ) -> SamplingState:
-        """The state before the first step, from `x` or x_T, with `labels` or random classes."""
-        c, h, w = self.shape
-        image = image.to(self.device)
-        seeds = torch.full_like(image, seed)
-        row = torch.zeros(len(image), dtype=torch.int32, device=self.device)
-        if self.num_classes is not None and labels is None:
-            labels = random_labels(seeds, image, self.num_classes)
-        if x is None:
-            x = noise.noise(seeds, image, row, noise.X_T, c, h, w)
-        else:
-            x = x.to(self.device, torch.float32, copy=True).contiguous(
-                memory_format=torch.channels_last
-            )
-        return SamplingState(
-            x, row, seeds, image, None if labels is None else labels.to(self.device)
-        )
+        """The state before the first step, from `x` or x_T, with `labels` or random classes.
+
+        It lies in memory of the engine: release it (`with sampler.begin(...) as state`).
+        """
+        (c, h, w), classes = self.shape, self.num_classes
+        with default_numerics(self.device):
+            state = self.engine.new_state(len(image), self.shape, self.device, classes is not None)
+        try:
+            state.image.copy_(image)
+            state.seed.fill_(seed)
+            state.step_index.zero_()
+            if state.labels is not None and classes is not None:
+                if labels is None:
+                    labels = random_labels(state.seed, state.image, classes)
+                state.labels.copy_(labels)
+            if x is None:
+                x = noise.noise(state.seed, state.image, state.step_index, noise.X_T, c, h, w)
+            state.x.copy_(x)
+        except BaseException:
+            state.release()
+            raise
+        return state
 
     def run(self, state: SamplingState, table: StepTable, callback: Callback | None = None) -> None:
         """Advances the state through the whole table, in place."""
-        self.refresh()
-        with default_numerics(self.device):
-            self.engine.prepare(len(state.x))
         for _ in self.steps(state, table, callback):
             pass
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..diffusion.solvers import ddim_inversion_table
 from ..diffusion.timesteps import Steps, choose_timesteps
+from ..engines.base import default_numerics
 from ..kernels.q_sample import q_sample
 from ..utils.validation import integer, seed_bits
 from .batch_sampler import BatchSampler
@@ -79,11 +80,14 @@ def invert(
     table = ddim_inversion_table(sampler.schedule, t, sampler.prediction)
     classes = check_labels(labels, len(x_0), sampler.num_classes)
     inverted = []
+    sampler.refresh()
+    with default_numerics(sampler.device):
+        sampler.engine.prepare(min(batch_size, len(x_0)))
     with progress_bar(progress, len(x_0) * len(table)) as bar:
         # without a callback an engine may take several steps at once
         callback = (lambda step, t, x: bar.update(len(x))) if progress else None
         for rows in torch.arange(len(x_0), device="cpu").split(batch_size):
-            state = sampler.begin(rows, 0, rows_of(classes, rows), rows_of(x_0, rows))
-            sampler.run(state, table, callback)
-            inverted.append(state.x)
+            with sampler.begin(rows, 0, rows_of(classes, rows), rows_of(x_0, rows)) as state:
+                sampler.run(state, table, callback)
+                inverted.append(state.x.clone())
     return torch.cat(inverted), int(t[0])

@@ -65,19 +65,20 @@ class HostTransfer:
         cls, x: Tensor, indices: Tensor, output: str, preset: str, precision: str
     ) -> HostTransfer:
         """Starts the conversion of x [N, C, H, W] to `output` and its copy; returns without waiting
-        for either.
+        for either. Work enqueued later on the current stream may overwrite x.
         """
         finite = x.isfinite().flatten(1).all(1)
-        on_device = output == "float"
-        images = x.contiguous() if on_device else to_uint8(x, preset_of(preset).level)
+        if output == "float":
+            copied = x.clone(memory_format=torch.contiguous_format)  # stays on the device
+        else:
+            images = to_uint8(x, preset_of(preset).level)
+            copied = copy_to_host(images) if x.is_cuda else images.cpu()
         if not x.is_cuda:
-            images = images if on_device else images.cpu()
-            return cls(indices, images, output, finite, None, precision)
+            return cls(indices, copied, output, finite, None, precision)
         finite = copy_to_host(finite)
-        images = images if on_device else copy_to_host(images)
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(x.device))
-        return cls(indices, images, output, finite, event, precision)
+        return cls(indices, copied, output, finite, event, precision)
 
     def done(self) -> bool:
         return self.event is None or self.event.query()

@@ -145,33 +145,27 @@ class BatchStream:
                 try:
                     with default_numerics(sampler.device):
                         sampler.engine.prepare(size)
-                    state = sampler.begin(
-                        image, self.seed, rows_of(self.labels, rows), rows_of(self.x_start, rows)
-                    )
-                    done = 0
-                    for steps in sampler.steps(
-                        state, self.table, without_padding(self.callback, count), self.stop
-                    ):
-                        bar.update(count * (steps - done))
-                        done = steps
-                        yield from completed(transfers)
+                    labels, x = rows_of(self.labels, rows), rows_of(self.x_start, rows)
+                    with sampler.begin(image, self.seed, labels, x) as state:
+                        done = 0
+                        callback = without_padding(self.callback, count)
+                        for steps in sampler.steps(state, self.table, callback, self.stop):
+                            bar.update(count * (steps - done))
+                            done = steps
+                            yield from completed(transfers)
+                        if done == len(self.table):
+                            result = (state.x[:count], image[:count], self.output, self.preset)
+                            transfers.append(HostTransfer.start(*result, sampler.precision))
                 except torch.OutOfMemoryError:
                     if size == 1:
                         raise
                     out_of_memory = True
-                if (
-                    out_of_memory
-                ):  # after the except clause, because the exception keeps the tensors alive
+                # after the except clause, because the exception keeps the tensors alive
+                if out_of_memory:
                     size = self._halve(size)
                     continue
                 if done < len(self.table):  # stopped
                     break
-                x = state.x[:count]
-                transfers.append(
-                    HostTransfer.start(
-                        x, image[:count], self.output, self.preset, sampler.precision
-                    )
-                )
                 yield from completed(transfers)
                 first += count
         yield from completed(transfers, wait=True)

@@ -33,7 +33,9 @@ def case(
     out = out.contiguous(memory_format=LAYOUTS[out_layout or layout])
     row = torch.tensor([0, len(T) - 1, 7, 11])[:b]  # the first step, the last, and two between
     seed, image = torch.tensor([5, -1, 2**62, 0])[:b], torch.arange(b) + 2**35
-    return x_t, out, table.to(device)[1], *(v.to(device) for v in (row, seed, image)), table.learned
+    coef = table.padded(len(table) + 1)[1]
+    vectors = (v.to(device) for v in (coef, row, seed, image))
+    return x_t, out, *vectors, table.learned
 
 
 def check(args, exactly=True):

@@ -223,7 +223,7 @@ def test_a_trajectory_has_the_images_that_are_returned():
 
 def test_an_unused_trajectory_is_an_error_with_a_hint():
     trajectory = Trajectory(every=3)
-    with pytest.raises(RuntimeError, match="pass it as callback= to Sampler.sample"):
+    with pytest.raises(RuntimeError, match=r"pass it as callback= to Sampler\.sample"):
         _ = trajectory.x
     sampler_of().sample(1, steps=2, callback=trajectory)
     with pytest.raises(RuntimeError, match="at least every = 3 steps"):

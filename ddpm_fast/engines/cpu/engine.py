@@ -100,6 +100,12 @@ class CPUEngine:
     def prepare(self, batch_size: int) -> None:
         """Does nothing: memory is allocated for one image per thread."""
 
+    def new_state(
+        self, batch_size: int, shape: tuple[int, int, int], device: torch.device, labelled: bool
+    ) -> SamplingState:
+        """See `Engine.new_state`; the memory is the state's."""
+        return SamplingState.empty(batch_size, shape, device, labelled)
+
     def free(self) -> None:
         """Does nothing: the memory is released with the engine."""
 

@@ -10,7 +10,9 @@ launches.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator
+import weakref
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -43,7 +45,7 @@ class StaticBuffers:
         t_of, coef: The step table, one row more than the chain has steps: [T + 1] int64, [T + 1,
             10] fp32.
         graphs: Whether the variance is learned -> captured steps, the longest first.
-        busy: Whether a batch is using the buffers.
+        state: The batch that uses the buffers: views of their first places; None if they are free.
     """
 
     network: PlannedUNet
@@ -55,13 +57,18 @@ class StaticBuffers:
     t_of: Tensor
     coef: Tensor
     graphs: dict[bool, list[Any]] = field(default_factory=dict)
-    busy: bool = False
+    state: SamplingState | None = None
 
     @property
     def capacity(self) -> int:
         return len(self.x)
 
+    @property
+    def idle(self) -> bool:
+        return self.state is None
+
     @classmethod
+    @torch.inference_mode(False)  # or they could be written in inference mode only
     def of(cls, network: PlannedUNet, timesteps: int) -> StaticBuffers:
         plan, b, device = network.plan(), network.batch_size, network.device
         x = plan.maps[plan.x].pixels
@@ -71,24 +78,41 @@ class StaticBuffers:
         coef = torch.zeros(timesteps + 1, len(COLUMNS), device=device)
         return cls(network, x, torch.zeros_like(x), step_index, seed, image, t_of, coef)
 
-    def load(self, state: SamplingState, table: StepTable) -> None:
-        """Copies a batch and its table in. Places without an image stay at the table's last row."""
-        n = len(state.x)
+    def reserve(self, batch_size: int, labelled: bool) -> SamplingState:
+        """A state in the first places. The other places rest at the table's last row."""
+        n, label = batch_size, self.network.inputs.label
+        self.x[n:], self.step_index[n:] = 0, len(self.t_of) - 1
+        self.x_0.zero_()
+        label.zero_()
+        x, step_index, seed, image = (
+            v[:n] for v in (self.x, self.step_index, self.seed, self.image)
+        )
+        labels = label[:n] if labelled else None
+        self.state = state = SamplingState(x, step_index, seed, image, labels, self.x_0[:n])
+        reserved = weakref.ref(state)  # a cycle would keep the memory after the last use
+
+        def release() -> None:
+            if self.state is reserved():  # not if another batch has reserved the buffers since
+                self.state = None
+
+        state.release = release
+        return state
+
+    def load(self, table: StepTable) -> None:
+        """Copies a step table in."""
         for buffer, values in zip(
             (self.t_of, self.coef), table.padded(len(self.t_of)), strict=True
         ):
             buffer.copy_(values)
-        self.x[n:], self.x_0[n:], self.step_index[n:] = 0, 0, len(self.t_of) - 1
-        self.x[:n], self.step_index[:n], self.seed[:n], self.image[:n] = (
-            state.x,
-            state.step_index,
-            state.seed,
-            state.image,
-        )
-        self.x_0[:n] = 0 if state.x_0 is None else state.x_0
-        label = self.network.inputs.label
-        label[:n], label[n:] = 0 if state.labels is None else state.labels, 0
-        self.advance(by=0)
+
+    @contextmanager
+    def preserved(self) -> Iterator[None]:
+        """Context that restores what steps write."""
+        written = (self.x, self.x_0, self.step_index)
+        before = [v.clone() for v in written]
+        yield
+        for buffer, values in zip(written, before, strict=True):
+            buffer.copy_(values)
 
     def advance(self, by: int = 1) -> None:
         """Moves every image on by `by` rows of the step table, and looks up what the network reads
@@ -104,12 +128,6 @@ class StaticBuffers:
             self.network.config.num_classes or 1,
             by,
         )
-
-    def show(self, state: SamplingState, with_x_0: bool) -> None:
-        """Makes the state's tensors those that the graph writes."""
-        n = len(state.x)
-        state.x, state.step_index = self.x[:n], self.step_index[:n]
-        state.x_0 = self.x_0[:n] if with_x_0 else None
 
     def free(self) -> None:
         for graphs in self.graphs.values():
@@ -177,42 +195,49 @@ class FusedEngine:
         return all(buffers.network.invariant for buffers in self._buffers)
 
     @torch.no_grad()
+    def new_state(
+        self, batch_size: int, shape: tuple[int, int, int], device: torch.device, labelled: bool
+    ) -> SamplingState:
+        """See `Engine.new_state`; a state in static buffers, of this engine's shape and device."""
+        return self._free_buffers(batch_size).reserve(batch_size, labelled)
+
+    @torch.no_grad()
     def steps(
         self, state: SamplingState, table: StepTable, every_step: bool = True
     ) -> Generator[int, None, None]:
-        """See `Engine.steps`. While it runs, the state's tensors are the static buffers."""
-        buffers = self._free_buffers(len(state.x))
-        buffers.busy, done = True, 0
-        try:
-            graphs = self.graphs(buffers, table.learned, every_step)
-            buffers.load(state, table)
-            buffers.show(state, table.multistep or state.x_0 is not None)
-            for graph in graphs:  # the longest first
-                while len(table) - done >= graph.repeats:
-                    graph()
-                    done += graph.repeats
-                    yield done
-            _detach(state)
-        except GeneratorExit:  # a caller that stops early keeps the state after the last step
-            _detach(state)
-            raise
-        finally:
-            buffers.busy = False
+        """See `Engine.steps`.
+
+        Raises:
+            ValueError: The state is not from `new_state`, or it was released.
+        """
+        buffers = next((b for b in self._buffers if b.state is state), None)
+        if buffers is None:
+            raise ValueError(
+                "state is not in the buffers of this engine; expected one from new_state that was "
+                "not released: make a new one"
+            )
+        done = 0
+        buffers.load(table)
+        graphs = self.graphs(buffers, table.learned, every_step)
+        buffers.advance(by=0)
+        for graph in graphs:  # the longest first
+            while len(table) - done >= graph.repeats:
+                graph()
+                done += graph.repeats
+                yield done
 
     def prepare(self, batch_size: int) -> None:
         """Allocates buffers for `batch_size` images, unless free ones hold as many and less than
         twice as many.
         """
-        if any(batch_size <= b.capacity < 2 * batch_size and not b.busy for b in self._buffers):
+        if any(batch_size <= b.capacity < 2 * batch_size and b.idle for b in self._buffers):
             return
         capacity = batch_size
         if self.graph is not None:  # capturing takes time, so few sizes are captured
             capacity = (
                 2 ** (batch_size - 1).bit_length() if batch_size < 16 else -(-batch_size // 8) * 8
             )
-        self._drop(
-            [b for b in self._buffers if b.capacity <= capacity < 2 * b.capacity and not b.busy]
-        )
+        self._drop([b for b in self._buffers if b.capacity <= capacity < 2 * b.capacity and b.idle])
         self._buffers.append(StaticBuffers.of(self.network(capacity), self.timesteps))
 
     def network(self, batch_size: int) -> PlannedUNet:
@@ -227,10 +252,10 @@ class FusedEngine:
         """The smallest free buffers that suffice. Busy ones are left alone: several batches may be
         sampled in turns.
         """
-        if not any(batch_size <= b.capacity and not b.busy for b in self._buffers):
+        if not any(batch_size <= b.capacity and b.idle for b in self._buffers):
             self.prepare(batch_size)
         return min(
-            (b for b in self._buffers if batch_size <= b.capacity and not b.busy),
+            (b for b in self._buffers if batch_size <= b.capacity and b.idle),
             key=lambda b: b.capacity,
         )
 
@@ -243,17 +268,20 @@ class FusedEngine:
             return [_Uncaptured(step)]
         if learned not in buffers.graphs:
             pool = torch.cuda.graph_pool_handle() if buffers.x.is_cuda else None
-            captured = [self.graph(step, 1, pool)]
-            if buffers.capacity <= STEPS_PER_GRAPH_MAX_BATCH:
-                captured.insert(0, self.graph(step, STEPS_PER_GRAPH, pool))
-                if buffers.x.is_cuda and not _is_faster(captured[0], captured[1], buffers.x.device):
-                    captured.pop(0).free()
+            with buffers.preserved():  # a capture runs the step
+                captured = [self.graph(step, 1, pool)]
+                if buffers.capacity <= STEPS_PER_GRAPH_MAX_BATCH:
+                    captured.insert(0, self.graph(step, STEPS_PER_GRAPH, pool))
+                    if buffers.x.is_cuda and not _is_faster(
+                        captured[0], captured[1], buffers.x.device
+                    ):
+                        captured.pop(0).free()
             buffers.graphs[learned] = captured
         return buffers.graphs[learned][-1:] if every_step else buffers.graphs[learned]
 
     def free(self) -> None:
         """Releases device memory; it is reallocated on demand. Busy buffers stay."""
-        self._drop([b for b in self._buffers if not b.busy])
+        self._drop([b for b in self._buffers if b.idle])
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
@@ -261,15 +289,6 @@ class FusedEngine:
         for buffers in unused:
             buffers.free()
             self._buffers.remove(buffers)
-
-
-def _detach(state: SamplingState) -> None:
-    """Copies the state out of the static buffers, which the next batch overwrites."""
-    state.x, state.step_index = (
-        state.x.clone(memory_format=torch.channels_last),
-        state.step_index.clone(),
-    )
-    state.x_0 = None if state.x_0 is None else state.x_0.clone(memory_format=torch.channels_last)
 
 
 @dataclass

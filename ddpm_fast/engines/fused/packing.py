@@ -15,10 +15,10 @@ from torch import Tensor
 
 from ...kernels._gemm import Target, Tiles, cut
 from ...kernels.time_embedding import TimeEmbeddingProjection
+from ...models.time_table import time_table
 from ...models.unet import ResBlock, UNet
 from .calibration import e4m3_convolutions
 
-LARGEST_TABLE = 256 * 2**20  # bytes that the table of time embeddings may take
 E4M3 = torch.float8_e4m3fn
 DEVIATIONS = (
     8.0  # from the mean that an e4m3 activation holds without saturating, without a calibration
@@ -143,9 +143,8 @@ class PackedUNet:
             ]
         )
         self.time_rows: TimeEmbeddingProjection | None = None
-        if timesteps * len(classes) * self.time_row_width * 4 <= LARGEST_TABLE:
-            both = F.silu(time[:, None] + classes).flatten(0, 1)
-            self.table = F.linear(both, weight, bias).float()
+        self.table = time_table(time, classes, weight, bias)
+        if self.table is not None:
             return
         pad = (0, -c.time_dim % 64)  # whole steps of the product
         tiles = self.cut("time_embedding", 64, self.time_row_width, 64, 1, 1, tma=False)
@@ -159,7 +158,7 @@ class PackedUNet:
         t, label, time_row = (
             torch.zeros(batch, dtype=torch.int64, device=self.device) for _ in range(3)
         )
-        if self.time_rows is None:
+        if self.table is not None:
             return Inputs(t, label, time_row, self.table, None)
         table = torch.zeros(batch, self.time_row_width, device=self.device)
         return Inputs(t, label, torch.arange(batch, device=self.device), table, self.time_rows)

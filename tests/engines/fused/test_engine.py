@@ -11,6 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpm_fast import NoiseSchedule, Sampler, Trajectory, UNet, UNetConfig
+from ddpm_fast.engines.base import SamplingState
 from ddpm_fast.engines.fused import verification
 from ddpm_fast.engines.fused.calibration import load_calibration
 from ddpm_fast.engines.fused.engine import STEPS_PER_GRAPH, FusedEngine
@@ -165,7 +166,6 @@ def test_between_the_first_and_the_last_step_the_host_only_replays(graphed):
     s, seen, counts = graphed(), [], []
     table = s.table(solver="ddpm", steps=20)
     state = s.begin(torch.arange(4), 0)
-    s.engine.prepare(4)
     with Calls():
         for done in s.engine.steps(state, table):
             counts.append((done, len(seen)))
@@ -218,14 +218,78 @@ def test_one_graph_serves_every_solver_and_number_of_steps(graphed):
     assert len(Recorded.made) == 2  # one step, and several
 
 
-def test_a_state_is_its_own_after_the_last_step(graphed):
+def test_a_state_stays_in_its_buffers_until_it_is_released(graphed):
     s = graphed()
     table = s.table(steps=2)
-    first, second = (s.begin(torch.arange(2), seed) for seed in (0, 1))
-    s.run(first, table)
-    kept = first.x.clone()
-    s.run(second, table)
-    assert torch.equal(first.x, kept)
+    with s.begin(torch.arange(2), 0) as first, s.begin(torch.arange(2), 1) as second:
+        assert first.x.data_ptr() == s.engine._buffers[0].x.data_ptr()
+        s.run(first, table)
+        x = first.x.clone()
+        s.run(second, table)
+        assert torch.equal(first.x, x) and not torch.equal(second.x, x)
+    with s.begin(torch.arange(2), 2) as third:
+        first.release()  # a second time, after the buffers were reserved for another state
+        assert len(s.engine._buffers) == 2 and not s.engine._buffers[0].idle
+        s.run(third, table)
+        with pytest.raises(ValueError, match="state is not in the buffers of this engine"):
+            s.run(first, table)
+    with pytest.raises(ValueError, match="state is not in the buffers of this engine"):
+        s.run(SamplingState.empty(2, s.shape, s.device, True), table)
+
+
+@pytest.mark.parametrize("loop", LOOPS, ids=lambda v: v["solver"])
+def test_the_next_batch_overwrites_no_images(graphed, loop):
+    """With one channel, images [N, 1, H, W] could be views of the state."""
+    s, batches = graphed(), []
+    for _, images in s.stream(6, batch_size=2, output="float", **loop):
+        batches.append((images, images.clone()))
+    assert [b.capacity for b in s.engine._buffers] == [2]
+    assert all(torch.equal(images, before) for images, before in batches)
+    x_0 = torch.cat([images for images, _ in batches])
+    s.clip, want = None, sampler("reference", clip=None).invert(x_0, 4, labels=3, batch_size=2)
+    got = s.invert(x_0, 4, labels=3, batch_size=2)
+    torch.testing.assert_close(got[0], want[0], rtol=0, atol=1e-4)
+    assert [b.capacity for b in s.engine._buffers] == [2]
+
+
+def test_buffers_are_idle_after_whatever_ends_a_batch(graphed, monkeypatch):
+    """A closed stream, a stop, an exception of a callback, and memory that runs out at x_T."""
+    s, options = graphed(), dict(steps=4, batch_size=2)
+    want = s.sample(2, **options)
+    idle = lambda: [b.idle for b in s.engine._buffers] == [True]
+    stream = s.stream(6, **options)
+    next(stream)
+    stream.close()
+    assert idle()
+    assert len(s.sample(2, stop=iter([False, True]).__next__, **options)) == 0 and idle()
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        s.sample(2, callback=interrupt, **options)
+    assert idle()
+    with monkeypatch.context() as patch:
+        patch.setattr("ddpm_fast.sampling.batch_sampler.noise.noise", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            s.sample(2, **options)
+    assert idle() and torch.equal(s.sample(2, **options), want)
+
+
+def test_new_weights_while_a_stream_is_suspended_in_a_batch(graphed):
+    """The batch goes on with the old weights, in buffers of the engine that it began with."""
+    model = unet()
+    s, want = graphed(model), sampler("reference").sample(2, steps=4, output="float")
+    state = s.begin(torch.arange(2), 0)
+    run = s.steps(state, s.table(steps=4))
+    next(run)
+    with torch.no_grad():
+        model.conv_out.weight.mul_(1.5)
+    changed = s.sample(2, steps=4, output="float")
+    assert list(run)[-1] == 4
+    torch.testing.assert_close(state.x, want, rtol=0, atol=1e-4)
+    assert relative_error(changed, state.x) > 1e-3
+    state.release()
 
 
 def test_out_of_memory_halves_the_batch_and_keeps_the_images(graphed):
@@ -249,7 +313,7 @@ def test_out_of_memory_halves_the_batch_and_keeps_the_images(graphed):
     assert all(g.freed for g in Recorded.made)
     s.engine._make = lambda batch: (_ for _ in ()).throw(torch.OutOfMemoryError("no memory at all"))
     with (
-        pytest.warns(UserWarning, match="going on with 1"),
+        pytest.warns(UserWarning, match="continuing with 1"),
         pytest.raises(torch.OutOfMemoryError, match="at all"),
     ):
         s.sample(2, steps=3)
@@ -293,6 +357,9 @@ def test_inference_mode_and_the_newer_precision_settings():
             rtol=0,
             atol=1e-4,
         )
+        s = sampler("fused", dtype="fp32")
+        s.engine.prepare(2)  # buffers of inference mode could not be written after it
+    torch.testing.assert_close(s.sample(2, steps=2, output="float"), want, rtol=0, atol=1e-4)
     code = (
         "import torch; torch.backends.cudnn.conv.fp32_precision = torch.backends.cuda.matmul.fp32_precision = 'tf32'\n"
         "from ddpm_fast import NoiseSchedule, Sampler\n"

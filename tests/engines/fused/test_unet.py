@@ -9,7 +9,6 @@ import torch
 from bench.workloads import NETWORKS
 from ddpm_fast import Sampler, UNet, UNetConfig, load_pretrained
 from ddpm_fast.diffusion.schedule import NoiseSchedule
-from ddpm_fast.engines.fused import packing as network
 from ddpm_fast.engines.fused.unet import FusedUNet
 from ddpm_fast.kernels import group_norm_silu
 from ddpm_fast.kernels._gemm import Target
@@ -301,7 +300,7 @@ def rows_step_by_step(monkeypatch, device):
     unet = of(config).to(device)
     args = [v.to(device) for v in inputs(config, 3)]
     table = run(FusedUNet(unet, 3, "fp32", check=False), *args)
-    monkeypatch.setattr(network, "LARGEST_TABLE", 0)
+    monkeypatch.setattr("ddpm_fast.models.time_table.LARGEST", 0)
     fused = FusedUNet(unet, 3, "fp32", check=False)
     assert next(iter(fused.plan())).name == "time_rows"
     assert relative_error(run(fused, *args), table) < 2e-6
