@@ -161,7 +161,7 @@ class Sampler(BatchSampler):
 
     # ---- whole images
 
-    @overload
+    @overload  # type: ignore[overload-overlap]  # a str may be "pil", and the first form is tried first
     def sample(
         self,
         indices: Indices,
