@@ -161,7 +161,7 @@ class Sampler(BatchSampler):
 
     # ---- whole images
 
-    @overload  # type: ignore[overload-overlap]  # a str may be "pil", and the first form is tried first
+    @overload
     def sample(
         self,
         indices: Indices,
