@@ -99,9 +99,7 @@ def default_numerics(device: torch.device) -> Iterator[None]:
         yield
 
 
-def isolated(
-    steps: Generator[int, None, None], device: torch.device
-) -> Generator[int, None, None]:
+def isolated(steps: Generator[int, None, None], device: torch.device) -> Generator[int, None, None]:
     """The generator, with `default_numerics` in effect whenever it runs, not between its yields."""
     try:
         while True:

@@ -72,7 +72,9 @@ def _of_groups(membership: Path, root: Path) -> list[int]:
             continue
         group = base / path.lstrip("/")
         groups += [group, *(p for p in group.parents if p.is_relative_to(base))]
-    return [left for group in groups for names in LIMITS if (left := _left(group, *names)) is not None]
+    return [
+        left for group in groups for names in LIMITS if (left := _left(group, *names)) is not None
+    ]
 
 
 def _left(group: Path, limit: str, usage: str, reclaimable: str) -> int | None:

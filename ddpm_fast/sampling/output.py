@@ -13,7 +13,6 @@ from ..data.image_io import to_pil
 from ..data.pixels import to_uint8
 from ..diffusion.presets import preset_of
 
-
 OUTPUTS = ("uint8", "float", "pil")
 
 

@@ -177,7 +177,7 @@ class Sampler(BatchSampler):
         indices: Indices,
         params: SamplingParams | None = None,
         *,
-        output: str = "uint8",
+        output: Literal["uint8", "float"] = "uint8",
         **options: Unpack[StreamOptions],
     ) -> Tensor: ...
 

@@ -1,5 +1,7 @@
 """Sinks: where sampled images are written. A PNG grid, an array file, or a folder of PNG files.
 
+A grid and an array are written at the end of a run; a folder keeps finished images after a kill.
+
 with open_sink("samples.npz", indices=range(100), channels=3) as sink:
     for first, images in sampler.stream(range(100), seed=0):
         sink.write(first, images)
@@ -23,7 +25,9 @@ from .memory import check_fits
 from .request import Indices, check_indices, indices_tensor
 
 GRIDS, ARRAYS = (".png",), (".npy", ".npz")
-INSTEAD = "write a directory, which holds one batch in memory and keeps finished images after a kill"
+INSTEAD = (
+    "write a directory, which holds one batch in memory and keeps finished images after a kill"
+)
 
 
 class Sink:

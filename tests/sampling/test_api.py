@@ -135,8 +135,7 @@ def test_repr_is_one_line():
         "fp32 on cpu, engine 'reference')"
     )
     assert repr(sampler.engine) == (
-        "EagerEngine('reference', dtype=torch.float32, "
-        "reason='the model is not a ddpm_fast UNet')"
+        "EagerEngine('reference', dtype=torch.float32, reason='the model is not a ddpm_fast UNet')"
     )
     assert repr(sampler.table(steps=10)) == "StepTable(10 steps, t = 19 ... 0)"
 
@@ -224,7 +223,7 @@ def test_a_trajectory_has_the_images_that_are_returned():
 
 def test_an_unused_trajectory_is_an_error_with_a_hint():
     trajectory = Trajectory(every=3)
-    with pytest.raises(RuntimeError, match="pass it as callback= to Sampler.sample"):
+    with pytest.raises(RuntimeError, match=r"pass it as callback= to Sampler\.sample"):
         _ = trajectory.x
     sampler_of().sample(1, steps=2, callback=trajectory)
     with pytest.raises(RuntimeError, match="at least every = 3 steps"):
