@@ -162,7 +162,7 @@ class Sampler(BatchSampler):
     # ---- whole images
 
     @overload
-    def sample(
+    def sample(  # type: ignore[overload-overlap]
         self,
         indices: Indices,
         params: SamplingParams | None = None,
@@ -177,7 +177,7 @@ class Sampler(BatchSampler):
         indices: Indices,
         params: SamplingParams | None = None,
         *,
-        output: Literal["uint8", "float"] = "uint8",
+        output: str = "uint8",
         **options: Unpack[StreamOptions],
     ) -> Tensor: ...
 
