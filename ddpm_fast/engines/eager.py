@@ -114,8 +114,8 @@ def compiled(model: Callable[..., Tensor]) -> Callable[..., Tensor]:
                 allowed = max(allowed, VARIATIONS * batch_variation(model, x, *rest))
             if not error <= allowed:
                 raise RuntimeError(
-                    f"torch.compile gives another result: its relative difference to the model is "
-                    f"{error:.1e}; expected at most {allowed:.1e}: use another engine"
+                    f"torch.compile gives another result, off by {error:.1e}; expected at most "
+                    f"{allowed:.1e}: use another engine"
                 )
             checked.add(x.shape)
         return out

@@ -243,7 +243,7 @@ def test_out_of_memory_halves_the_batch_and_keeps_the_images(graphed):
     assert all(g.freed for g in Recorded.made)
     s.engine._make = lambda batch: (_ for _ in ()).throw(torch.OutOfMemoryError("no memory at all"))
     with (
-        pytest.warns(UserWarning, match="going on with 1"),
+        pytest.warns(UserWarning, match="continuing with 1"),
         pytest.raises(torch.OutOfMemoryError, match="at all"),
     ):
         s.sample(2, steps=3)
@@ -355,7 +355,7 @@ def test_auto_says_why():
             dict(engine="auto", dtype="fp8"),
             r"fp8 needs engine 'fused'; this is engine 'reference' \(fp8 on cpu\)",
         ),
-        (dict(engine="auto", dtype="int8"), "dtype 'int8'; expected one of fp32, fp16, bf16, fp8"),
+        (dict(engine="auto", dtype="int8"), "dtype is 'int8'; expected one of fp32, fp16, bf16, fp8"),
         (dict(engine="auto", dtype="bf16", model=lambda x, t: x), "only a UNet is cast"),
     ],
     ids=str,
