@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .checkpoints.checkpoint import Checkpoint, load_pretrained, save_pretrained
     from .data.datasets import ImageData, load_images
+    from .data.image_io import encode_png, save_grid, to_pil
     from .diffusion.schedule import NoiseSchedule
     from .engines.fused.unet import FusedUNet
     from .evaluation.likelihood import bits_per_dimension
@@ -35,9 +36,12 @@ _HOME = {
     "UNet": "models.unet",
     "UNetConfig": "models.config",
     "bits_per_dimension": "evaluation.likelihood",
+    "encode_png": "data.image_io",
     "load_images": "data.datasets",
     "load_pretrained": "checkpoints.checkpoint",
+    "save_grid": "data.image_io",
     "save_pretrained": "checkpoints.checkpoint",
+    "to_pil": "data.image_io",
 }
 
 __all__ = [
@@ -53,9 +57,12 @@ __all__ = [
     "UNet",
     "UNetConfig",
     "bits_per_dimension",
+    "encode_png",
     "load_images",
     "load_pretrained",
+    "save_grid",
     "save_pretrained",
+    "to_pil",
 ]
 
 

@@ -162,7 +162,7 @@ class Sampler(BatchSampler):
     # ---- whole images
 
     @overload
-    def sample(
+    def sample(  # type: ignore[overload-overlap]
         self,
         indices: Indices,
         params: SamplingParams | None = None,

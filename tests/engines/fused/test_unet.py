@@ -348,7 +348,7 @@ def test_torch_dtypes_name_the_same_networks():
     unet = of(NETS["not square"]).to("meta")
     for name, dtype in (("fp32", torch.float32), ("fp16", torch.float16), ("bf16", torch.bfloat16)):
         assert FusedUNet(unet, 1, dtype, "meta").spec() == FusedUNet(unet, 1, name, "meta").spec()
-    with pytest.raises(ValueError, match=r"dtype torch\.float64; expected one of fp32"):
+    with pytest.raises(ValueError, match=r"dtype is torch\.float64; expected one of fp32"):
         FusedUNet(unet, 1, torch.float64, "meta")
 
 
