@@ -428,7 +428,10 @@ def test_auto_says_why():
             dict(engine="auto", dtype="fp8"),
             r"fp8 needs engine 'fused'; this is engine 'reference' \(fp8 on cpu\)",
         ),
-        (dict(engine="auto", dtype="int8"), "dtype is 'int8'; expected one of fp32, fp16, bf16, fp8"),
+        (
+            dict(engine="auto", dtype="int8"),
+            "dtype is 'int8'; expected one of fp32, fp16, bf16, fp8",
+        ),
         (dict(engine="auto", dtype="bf16", model=lambda x, t: x), "only a UNet is cast"),
     ],
     ids=str,
