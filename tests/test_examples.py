@@ -25,6 +25,7 @@ def quick(tmp_path_factory):
     return out, done.stdout
 
 
+@pytest.mark.full
 def test_leaves_figures_and_numbers(quick):
     out, said = quick
     names = ("forward", "density", "reverse", "one-jump", "variance")
@@ -34,6 +35,7 @@ def test_leaves_figures_and_numbers(quick):
     assert "W1 to data" in said and "DPM-Solver++" in said
 
 
+@pytest.mark.full
 def test_the_chain_goes_where_it_must(quick):
     numbers = json.loads((quick[0] / "numbers.json").read_text())
     spread = {name: np.array(v) for name, v in numbers["variance"].items()}
@@ -48,6 +50,7 @@ def test_the_chain_goes_where_it_must(quick):
     )  # 1.36 / sqrt(800) is the 5 % point of KS
 
 
+@pytest.mark.full
 def test_one_jump_can_at_best_find_the_mean(quick):
     """The best prediction of eps at t = T leaves a deviation of sqrt(alpha_bar) 4.5 around the mean of the data."""
     best = json.loads((quick[0] / "numbers.json").read_text())["one_jump"]["best possible"]

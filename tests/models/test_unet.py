@@ -102,7 +102,10 @@ def ours_and_theirs(config):
     return ours, theirs
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.full) if "CelebA-HQ 256" in n else n for n in MODELS],
+)
 @torch.no_grad()
 def test_parity_with_diffusers(name, figure):
     config, shape, parameters = MODELS[name]

@@ -58,7 +58,7 @@ def chain_of_the_gaussian(table):
     ("variance", "options", "ratio"),
     [
         ("fixed_small", {}, 0.985),
-        ("fixed_large", {}, 1.004),
+        pytest.param("fixed_large", {}, 1.004, marks=pytest.mark.full),
         ("fixed_large", dict(steps=100), None),
         ("fixed_large", dict(solver="ddim", eta=0.5), None),
     ],

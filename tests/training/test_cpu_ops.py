@@ -341,7 +341,7 @@ def test_products_in_fp32_where_the_cpu_has_no_bf16(monkeypatch):
         assert result.dtype == BF16 and torch.equal(result, expected.to(BF16))
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("precision", ["no", pytest.param("bf16", marks=pytest.mark.full)])
 def test_the_network_of_a_compiling_trainer_is_one_graph(precision, monkeypatch):
     compile_unet = lambda unet: torch._dynamo.optimize("aot_eager", nopython=True)(unet)
     monkeypatch.setattr(torch, "compile", compile_unet)

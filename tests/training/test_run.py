@@ -132,7 +132,11 @@ def test_json_goes_to_stdout_and_words_to_stderr(train):
 
 @pytest.mark.parametrize(
     "options",
-    [(), ("--mixed-precision", "fp16"), ("--random-flip", "--dropout", "0.1")],
+    [
+        (),
+        pytest.param(("--mixed-precision", "fp16"), marks=pytest.mark.full),
+        pytest.param(("--random-flip", "--dropout", "0.1"), marks=pytest.mark.full),
+    ],
     ids=" ".join,
 )
 def test_twenty_steps_are_ten_a_kill_and_ten(train, data, tmp_path, options):
