@@ -23,7 +23,7 @@ from ddpm_fast.training.trainer import Trainer
 
 pytest.importorskip("click")
 pytest.importorskip("safetensors")
-cli = import_module("ddpm_fast.cli")
+cli = import_module("ddpm_fast.cli.main")
 DATA = ImageData(np.random.default_rng(0).integers(0, 256, (20, 8, 8, 1), dtype=np.uint8))
 SCHEDULE = NoiseSchedule.cosine(100)
 DECAYS = (0.3, 0.6, 0.9)
@@ -413,15 +413,15 @@ def test_logged_kid_is_that_of_the_saved_model(call, tmp_path):
 
 def test_a_signal_ends_an_evaluation(call, tmp_path, monkeypatch):
     pytest.importorskip("efficientnet_lite_pytorch")
-    seen, steps = [], Sampler._steps
+    seen, steps = [], Sampler.steps
 
-    def stopped(self, state, table, callback=None, stop=None):
+    def stopped(self, *arguments, **options):
         os.kill(os.getpid(), signal.SIGINT)
-        for done in steps(self, state, table, callback, stop):
+        for done in steps(self, *arguments, **options):
             seen.append(done)
             yield done
 
-    monkeypatch.setattr(Sampler, "_steps", stopped)
+    monkeypatch.setattr(Sampler, "steps", stopped)
     code, out, _ = call(
         "train", "--output-dir", tmp_path / "run", "--max-train-steps", 5, "--eval-images-every", 8
     )

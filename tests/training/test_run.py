@@ -196,8 +196,8 @@ import torch
 torch.set_num_threads(1)  # no thread pool yet, so a fork is safe
 from ddpm_fast.cli.main import main
 from ddpm_fast import load_pretrained
-from ddpm_fast.training.checkpoints import checkpoints, read_checkpoint
-from ddpm_fast.training.run import MODEL
+import ddpm_fast.cli.train, ddpm_fast.cli.train_setup, ddpm_fast.training.run
+from ddpm_fast.training.checkpoints import MODEL, checkpoints, read_checkpoint
 from ddpm_fast.kernels import noise
 from pathlib import Path
 
@@ -214,10 +214,16 @@ def train(steps):
             os._exit(end.code)
     return child
 
+def logged():
+    log = run / "log.jsonl"
+    return log.stat().st_size if log.exists() else 0
+
 random.seed(0)
 run, steps, whole = Path(sys.argv[1]), 100_000, 0
 for kill in range(20):
-    child = train(steps)
+    before, child = logged(), train(steps)
+    while kill % 2 and logged() == before:  # half of the kills fall into training on a busy machine too
+        time.sleep(0.002)
     time.sleep(random.uniform(0.05, 0.7))
     os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
@@ -525,7 +531,8 @@ def test_going_back_leaves_the_later_checkpoints_aside(train, tmp_path):
     run, steps = tmp_path / "run", ("--lr-scheduler", "constant", "--checkpointing-steps", 2)
     assert train("--max-train-steps", 6, *steps, "--checkpoints-total-limit", 9)[0] == 0
     old = run / "checkpoint-00000002.safetensors"
-    assert train("--max-train-steps", 5, *steps, "--resume-from-checkpoint", old)[0] == 0
+    more = (*steps, "--checkpoints-total-limit", 2, "--resume-from-checkpoint", old)
+    assert train("--max-train-steps", 5, *more)[0] == 0
     assert [p.name for p in checkpoints(run)] == [
         "checkpoint-00000004.safetensors",
         "checkpoint-00000005.safetensors",
