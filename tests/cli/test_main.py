@@ -412,3 +412,18 @@ def test_installed_command(command, tmp_path):
         [*command, "info", "nowhere"], capture_output=True, text=True, cwd=tmp_path
     )
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["info", "--help"]], ids=" ".join)
+def test_stdout_that_cannot_be_written_to(arguments):
+    """On a full disk one line and exit code 1; after `| head` no line at all."""
+    command = [sys.executable, "-m", "ddpm_fast", *arguments]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "ddpm-fast: error: No space left on device\n"
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
