@@ -151,8 +151,8 @@ def _split(part: Callable[[int, int], None], images: int, elements: int) -> None
     threads = min(torch.get_num_threads(), images) if elements >= WORTHWHILE else 1
     if threads == 1:
         return part(0, images)
-    own, *rest = pairwise(images * i // threads for i in range(threads + 1))
-    others = [_pool(threads - 1).submit(part, *bounds) for bounds in rest]
-    part(*own)
-    for other in others:
-        other.result()
+    first_bounds, *rest = pairwise(images * i // threads for i in range(threads + 1))
+    results = [_pool(threads - 1).submit(part, *bounds) for bounds in rest]
+    part(*first_bounds)
+    for result in results:
+        result.result()
