@@ -1,4 +1,4 @@
-"""Triton, or inert stand-ins where it is not installed, and the argument checks that all launchers share.
+"""Import of Triton, or of inert substitutes if it is missing, and argument checks of launchers.
 
 Without Triton the kernels are inert functions and every operation runs its PyTorch reference, so the package imports
 and works anywhere; launching a kernel then raises an error that names what is missing.

@@ -1,4 +1,5 @@
-"""GroupNorm with SiLU, the time row before it and the path around it as one operation of autograd on a CPU.
+"""GroupNorm with SiLU as one autograd operation on a CPU, with the time row that is added before it
+and the residual path.
 
 x is [N, C, H, W], channels-last, fp32 or bf16; arithmetic is fp32 (see `norm_loops`). Every image is computed by one thread, and
 sums over images run in their order: bits do not depend on the number of threads.

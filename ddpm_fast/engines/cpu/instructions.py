@@ -1,5 +1,5 @@
-"""What the native engine can do, each as machine code for this CPU's vectors: a small instruction
-set for one image.
+"""Instruction set of the CPU engine for one image, each instruction as machine code for this CPU's
+vectors.
 
 A program (`program.Program`) is rows of integers: an instruction's number and its arguments;
 addresses in bytes, strides in floats. Feature maps are [pixel][channel], channels padded to whole

@@ -1,6 +1,4 @@
-"""A program under construction: its instructions, the memory they work in, and the weights as they
-read them.
-"""
+"""Program of the CPU engine: its instructions, their memory, and the weights in their layouts."""
 
 from __future__ import annotations
 
