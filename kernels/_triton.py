@@ -1,4 +1,4 @@
-"""Triton, or inert stand-ins where it is not installed, and the argument checks that all launchers share.
+"""Import of Triton, or of inert substitutes if it is missing, and argument checks of launchers.
 
 Without Triton the kernels are inert functions and every operation runs its PyTorch reference, so the package imports
 and works anywhere; launching a kernel then raises an error that names what is missing.
@@ -70,10 +70,10 @@ def image_strides(x: Tensor, name: str) -> tuple[int, int, int]:
     Channels-first, channels-last and a slice of channels of either qualify: nothing is ever copied to make them fit.
     """
     _, c, h, w = x.shape
-    image, channel, row, pixel = x.stride()
+    image, channel, row_stride, pixel = x.stride()
     if w == 1:
-        pixel = row
-    elif h > 1 and row != w * pixel:
+        pixel = row_stride
+    elif h > 1 and row_stride != w * pixel:
         raise ValueError(
             f"{name} {tuple(x.shape)} has strides {x.stride()}; expected whole images, channels-first or channels-last"
         )

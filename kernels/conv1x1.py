@@ -1,4 +1,5 @@
-"""The 1x1 convolution: a product of a map's rows, or of two maps' as if joined along the channels, with the weights.
+"""1x1 convolution: the product of a map's rows, or of the rows of two maps concatenated along the
+channels, with the weights.
 
 All operands come through pointers.
 """

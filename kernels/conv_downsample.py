@@ -1,4 +1,4 @@
-"""The 3x3 convolution of stride 2, from a bordered map to one of half the resolution.
+"""3x3 convolution of stride 2, from a bordered map to one of half the resolution.
 
 All operands come through pointers: a row of the product gathers its channels from where its pixel lies.
 """

@@ -1,4 +1,4 @@
-"""The network's first 3x3 convolution, of few channels, from dense fp32 pixels to a bordered map.
+"""First 3x3 convolution of the network, of few channels, from dense fp32 pixels to a bordered map.
 
 All operands come through pointers: a step of the product gathers several taps, of all channels, from where the pixels lie.
 """

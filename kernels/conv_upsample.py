@@ -1,4 +1,4 @@
-"""The 3x3 convolution after nearest 2x upsampling, as matrix products on the small map.
+"""3x3 convolution after nearest 2x upsampling, as matrix products on the small map.
 
 Upsampling first and convolving then is four 2x2 convolutions of the small map, one for each parity of the output's row and
 column: taps that fall on copies of one pixel are summed into one weight, exact but for the rounding of the sums. Each is a

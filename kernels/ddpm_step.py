@@ -1,4 +1,4 @@
-"""One reverse step, x_t -> x_{t-1}, for every solver: DDPM, DDIM, DPM-Solver++ and their relatives differ in coefficients only.
+"""Reverse step x_t -> x_{t-1} of every solver; solvers differ in their coefficients only.
 
 A solver is a table with one row per step (`ddpm_fast.diffusion.solvers` derives the rows from the papers):
 

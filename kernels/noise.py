@@ -1,4 +1,4 @@
-"""Philox 4x32-10 and the normal numbers made from it, built to be the same bits from PyTorch and Triton on any device.
+"""Counter-based normal noise from Philox 4x32-10, bit-equal from PyTorch and Triton on any device.
 
 The key is the 64-bit seed. The counter's four words say which number is meant, so nothing is stored between draws:
 

@@ -1,4 +1,5 @@
-"""The training loss, || target - out ||^2 with target = eps, x_0 or v, its noise made again instead of stored.
+"""Training loss || target - out ||^2 with target = eps, x_0 or v, whose noise is recomputed, not
+stored.
 
 `q_sample` drew eps in registers and forgot it. The counter that drew it draws it again here, and once more for the gradient,
 so the noise of training never touches memory.

@@ -1,4 +1,5 @@
-"""The forward process in one jump: x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps (Ho et al. 2020, eq. 4).
+"""Forward process in one jump: x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps (Ho et
+al. 2020, eq. 4).
 
 eps is made inside the kernel, so x_0 is read once, x_t written once and the noise never touches memory.
 """

@@ -1,4 +1,5 @@
-"""Step indices of a batch, advanced along the step table, with the timestep and the row of time embeddings that the network reads.
+"""Step indices of a batch: advances them along the step table and looks up each image's timestep
+and row of time embeddings.
 
 step     = min(step + by, R - 1)
 t        = t_of[step]

@@ -1,4 +1,5 @@
-"""Projection of the time embedding for every layer, for networks with so many classes that a table of all (t, class) would not fit.
+"""Projection of the time embedding for every layer, for networks with more classes than a table of
+all (t, class) can hold.
 
 One matrix product per step: row n holds what image n's residual blocks add, W SiLU(time[t_n] + classes[label_n]) + b.
 """

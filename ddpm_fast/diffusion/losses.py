@@ -20,10 +20,10 @@ def target_table(
 ) -> Tensor:
     """(of_eps, of_x_0) as fp32 [T, 2]: what the network is to predict is of_eps eps + of_x_0 x_0 (`kernels.noise_mse`)."""
     check_prediction(prediction)
-    one = np.ones(len(schedule))
+    ones = np.ones(len(schedule))
     columns = {
-        "eps": (one, 0 * one),
-        "x_0": (0 * one, one),
+        "eps": (ones, 0 * ones),
+        "x_0": (0 * ones, ones),
         "v": (np.sqrt(schedule.alpha_bar), -np.sqrt(schedule.noise_var)),
     }[prediction]
     return torch.from_numpy(np.stack(columns, axis=1)).float().to(device)
@@ -92,11 +92,11 @@ class Objective:
         x_0: Tensor,
         x_t: Tensor,
         t: Tensor,
-        row: Tensor,
+        noise_row: Tensor,
         seed: Tensor,
         image: Tensor,
     ) -> Tensor:
-        """out: the network's output for x_t, which `q_sample` made of x_0 with (t, row, seed, image). Returns fp32 [B]."""
+        """out: the network's output for x_t, which `q_sample` made of x_0 with (t, noise_row, seed, image). Returns fp32 [B]."""
         channels, total = x_0.shape[1], len(self.schedule)
         if out.shape[1] != channels * (1 + self.learned):
             raise ValueError(
@@ -110,7 +110,7 @@ class Objective:
             None if self.prediction == "eps" else x_0,
             self.target,
             t,
-            row,
+            noise_row,
             seed,
             image,
         )

@@ -1,4 +1,5 @@
-"""What a network may predict, and how each follows from the others: x_t = signal x_0 + noise eps ties them together.
+"""Prediction types of a network, eps, x_0 and v, and conversions between them by x_t = signal x_0 +
+noise eps.
 
 signal = sqrt(alpha_bar_t), noise = sqrt(1 - alpha_bar_t), signal^2 + noise^2 = 1.
 

@@ -1,4 +1,5 @@
-"""Parity presets: one solver as four codebases compute it, where they differ. A figure means little without saying which."""
+"""Parity presets: the conventions in which four codebases differ for one solver. State the preset
+with every figure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which of the chain's T timesteps a solver visits."""
+"""Timestep selection: the timesteps, among the chain's T, that a solver visits."""
 
 from __future__ import annotations
 

@@ -137,7 +137,8 @@ class SamplingState:
     ) -> SamplingState:
         """A state in memory that nothing else uses; values are uninitialized."""
         c, h, w = shape
-        x = torch.empty(batch_size, h, w, c, device=device).permute(0, 3, 1, 2)
+        pixels = torch.empty(batch_size, h, w, c, dtype=torch.float32, device=device)
+        x = pixels.permute(0, 3, 1, 2)
         step_index = torch.empty(batch_size, dtype=torch.int32, device=device)
         seed, image, labels = (torch.empty_like(step_index, dtype=torch.int64) for _ in range(3))
         return cls(x, step_index, seed, image, labels if labelled else None)

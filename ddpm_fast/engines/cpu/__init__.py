@@ -1,3 +1,1 @@
-"""The fp32 network on a CPU as machine code made there by LLVM: `executor.NativeExecutor`. Needs
-llvmlite.
-"""
+"""CPU engine: the fp32 network as machine code that LLVM compiles here. Needs llvmlite."""

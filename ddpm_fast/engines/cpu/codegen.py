@@ -110,11 +110,11 @@ class Value:
         """yes where this truth value holds, else no."""
         return Value(self.b, self.b.select(self.v, no.lift(yes), no.v))
 
-    def cast(self, how: str, scalar: ir.Type) -> Value:
+    def cast(self, conversion: str, scalar: ir.Type) -> Value:
         """By an LLVM conversion, e.g. "uitofp", to `scalar` in as many lanes."""
         t = self.v.type
         to = ir.VectorType(scalar, t.count) if isinstance(t, ir.VectorType) else scalar
-        return Value(self.b, getattr(self.b, how)(self.v, to))
+        return Value(self.b, getattr(self.b, conversion)(self.v, to))
 
 
 class Variable:

@@ -1,6 +1,4 @@
-"""What an instruction computes and moves: (FLOP, bytes), each operand counted once, whatever cache
-it comes from.
-"""
+"""Cost of an instruction, (FLOP, bytes): each operand is counted once, whatever cache holds it."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Execution of a native program for the images of a batch: one image per core, the last ones by all
-cores together.
+"""Executor of a program for the images of a batch: one image per core, the last ones by all cores
+together.
 """
 
 from __future__ import annotations

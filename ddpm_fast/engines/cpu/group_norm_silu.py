@@ -1,4 +1,5 @@
-"""GroupNorm with SiLU, the time row before it and the path around it as one operation of autograd on a CPU.
+"""GroupNorm with SiLU as one autograd operation on a CPU, with the time row that is added before it
+and the residual path.
 
 x is [N, C, H, W], channels-last, fp32 or bf16; arithmetic is fp32 (see `norm_loops`). Every image is computed by one thread, and
 sums over images run in their order: bits do not depend on the number of threads.
@@ -151,8 +152,8 @@ def _split(part: Callable[[int, int], None], images: int, elements: int) -> None
     threads = min(torch.get_num_threads(), images) if elements >= WORTHWHILE else 1
     if threads == 1:
         return part(0, images)
-    own, *rest = pairwise(images * i // threads for i in range(threads + 1))
-    others = [_pool(threads - 1).submit(part, *bounds) for bounds in rest]
-    part(*own)
-    for other in others:
-        other.result()
+    first_bounds, *rest = pairwise(images * i // threads for i in range(threads + 1))
+    results = [_pool(threads - 1).submit(part, *bounds) for bounds in rest]
+    part(*first_bounds)
+    for result in results:
+        result.result()

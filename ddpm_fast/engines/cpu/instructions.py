@@ -1,5 +1,5 @@
-"""What the native engine can do, each as machine code for this CPU's vectors: a small instruction
-set for one image.
+"""Instruction set of the CPU engine for one image, each instruction as machine code for this CPU's
+vectors.
 
 A program (`program.Program`) is rows of integers: an instruction's number and its arguments;
 addresses in bytes, strides in floats. Feature maps are [pixel][channel], channels padded to whole
@@ -108,9 +108,9 @@ def norm_factors(f: Function, part: Value, parts: Value, **a: Value) -> None:
 @instruction("x x_channels y y_channels factors offsets silu height width out out_y out_x")
 def normalise(f: Function, part: Value, parts: Value, **a: Value) -> None:
     """out = factors x + offsets (then SiLU) of x and, in the channels after it, y."""
-    with f.loop(*f.share(a["height"], part, parts)) as row, f.loop(0, a["width"]) as column:
-        pixel = row * a["width"] + column
-        out = a["out"] + (row * a["out_y"] + column * a["out_x"]) * 4
+    with f.loop(*f.share(a["height"], part, parts)) as y, f.loop(0, a["width"]) as x:
+        pixel = y * a["width"] + x
+        out = a["out"] + (y * a["out_y"] + x * a["out_x"]) * 4
         for source, channels, first_channel in (
             ("x", a["x_channels"], f.integer(0)),
             ("y", a["y_channels"], a["x_channels"]),
@@ -174,12 +174,9 @@ def resample(f: Function, part: Value, parts: Value, **a: Value) -> None:
     with repeat 2; means of 2x2 with divide 2.
     """
     x_row = a["width"] * a["divide"] // a["repeat"] * a["channels"]
-    with f.loop(*f.share(a["height"], part, parts)) as row, f.loop(0, a["width"]) as column:
-        at = (
-            row * a["divide"] // a["repeat"] * x_row
-            + column * a["divide"] // a["repeat"] * a["channels"]
-        )
-        out = row * a["out_y"] + column * a["out_x"]
+    with f.loop(*f.share(a["height"], part, parts)) as y, f.loop(0, a["width"]) as x:
+        at = y * a["divide"] // a["repeat"] * x_row + x * a["divide"] // a["repeat"] * a["channels"]
+        out = y * a["out_y"] + x * a["out_x"]
         with f.loop(0, a["channels"] // f.width) as vector:
             c = vector * f.width
             value = f.variable(f.load(a["x"], at + c))
@@ -217,20 +214,20 @@ def transpose(f: Function, part: Value, parts: Value, **a: Value) -> None:
 def softmax(f: Function, part: Value, parts: Value, **a: Value) -> None:
     """Each row's first `count` numbers, in place; zeros in the padding after them."""
     with f.loop(*f.share(a["rows"], part, parts)) as i:
-        row = a["x"] + i * a["stride"] * 4
+        scores = a["x"] + i * a["stride"] * 4
         lane = f.lanes(I64)
         most = f.variable(f.vector(-3e38))
         with f.loop(0, a["stride"] // f.width) as vector:
             real = (f.splat(vector * f.width) + lane).is_("<", f.splat(a["count"]))
-            value = real.pick(f.load(row, vector * f.width), f.vector(-3e38))
+            value = real.pick(f.load(scores, vector * f.width), f.vector(-3e38))
             most.set(value.is_(">", most.get()).pick(value, most.get()))
         peak = f.splat(f.reduce(most.get(), lambda x, y: x.is_(">", y).pick(x, y)))
         total = f.variable(f.vector(0))
         with f.loop(0, a["stride"] // f.width) as vector:
             real = (f.splat(vector * f.width) + lane).is_("<", f.splat(a["count"]))
-            value = real.pick(exponential(f, f.load(row, vector * f.width) - peak), f.vector(0))
+            value = real.pick(exponential(f, f.load(scores, vector * f.width) - peak), f.vector(0))
             total.set(total.get() + value)
-            f.store(value, row, vector * f.width)
+            f.store(value, scores, vector * f.width)
         share = f.splat(f.number(1) / f.sum(total.get()))
         with f.loop(0, a["stride"] // f.width) as vector:
-            f.store(f.load(row, vector * f.width) * share, row, vector * f.width)
+            f.store(f.load(scores, vector * f.width) * share, scores, vector * f.width)

@@ -67,7 +67,9 @@ class LayerProgram(Program):
             **factors,
         )
         out = self.map(a.height, a.width, real, bordered, channels)
-        where = dict(height=a.height, width=a.width, out=out.inside, out_y=out.row, out_x=channels)
+        where = dict(
+            height=a.height, width=a.width, out=out.inside, out_y=out.row_stride, out_x=channels
+        )
         self.emit("normalise", **two, **factors, silu=int(silu), **where)
         return out
 
@@ -76,7 +78,9 @@ class LayerProgram(Program):
         repeat, divide = 1 + (resample == "up"), 1 + (resample == "down")
         height, width = x.height * repeat // divide, x.width * repeat // divide
         out = self.map(height, width, x.real, bordered, x.channels)
-        where = dict(height=height, width=width, out=out.inside, out_y=out.row, out_x=out.channels)
+        where = dict(
+            height=height, width=width, out=out.inside, out_y=out.row_stride, out_x=out.channels
+        )
         self.emit("resample", x=x.at, channels=x.channels, divide=divide, repeat=repeat, **where)
         return out
 
@@ -120,12 +124,14 @@ class LayerProgram(Program):
         for want of padding.
         """
         starts = [
-            x.at + (i + first) * x.row + (j + first) * x.channels
+            x.at + (i + first) * x.row_stride + (j + first) * x.channels
             for i in range(3)
             for j in range(3)
         ]
-        segments = [Segment(at, x.channels, stride * x.row, stride * x.channels) for at in starts]
-        where = dict(height=out.height, width=out.width, out_y=out.row, out_x=out.channels)
+        segments = [
+            Segment(at, x.channels, stride * x.row_stride, stride * x.channels) for at in starts
+        ]
+        where = dict(height=out.height, width=out.width, out_y=out.row_stride, out_x=out.channels)
         u = self.pack(weight.permute(0, 2, 3, 1).flatten(1))
         self.product(segments, u, out.at, out.channels // self.vector, **where, **epilogue)
 

@@ -86,7 +86,7 @@ class UNetProgram(LayerProgram):
     def _begin(self, unet: UNet, shape: tuple[int, int, int], state: dict[str, Place]) -> Map:
         channels, height, width = shape
         x = self.map(height, width, channels, bordered=True, channels=channels)
-        where = dict(channels=channels, width=width, out=x.inside, out_y=x.row)
+        where = dict(channels=channels, width=width, out=x.inside, out_y=x.row_stride)
         self.emit(
             "place",
             x=state["x"],

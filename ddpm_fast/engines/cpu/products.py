@@ -50,16 +50,16 @@ def gemm(f: Function, part: Value, parts: Value, **a: Value) -> None:
     # in its own cache
     by_pixel = _units(f, a["width"]).is_(">=", parts)
     pixels = [
-        by_pixel.pick(mine, all_)
-        for mine, all_ in zip(
+        by_pixel.pick(part_bound, bound)
+        for part_bound, bound in zip(
             _share_pixels(f, a["width"], part, parts), (f.integer(0), a["width"]), strict=True
         )
     ]
-    mine = [
-        by_pixel.pick(all_, own)
-        for all_, own in zip((f.integer(0), rows), f.share(rows, part, parts), strict=True)
-    ]
-    with f.loop(mine[0], mine[1]) as i:
+    first_row, end_row = (
+        by_pixel.pick(bound, part_bound)
+        for bound, part_bound in zip((f.integer(0), rows), f.share(rows, part, parts), strict=True)
+    )
+    with f.loop(first_row, end_row) as i:
         y, rest = i % a["height"], i // a["height"]
         block, batch = rest % blocks, rest // blocks
         half = (block * 2 + 1).is_("==", a["vectors"])
@@ -103,13 +103,13 @@ def _tile(
         first = address + (batch * a["a_batch"] + y * of_y + x * of_x) * 4
         pixels = [first + of_x * (4 * k) for k in range(count)]
         with f.loop(0, channels) as c:
-            row = u.get()
-            weights = [f.load(row, k * f.width) for k in range(vectors)]
+            u_address = u.get()
+            weights = [f.load(u_address, k * f.width) for k in range(vectors)]
             for pixel, of_pixel in zip(pixels, sums, strict=True):
                 value = f.splat(f.load(pixel, c, F32))
                 for weight, total in zip(weights, of_pixel, strict=True):
                     total.set(f.fma(value, weight, total.get()))
-            u.set(row + a["u_row"] * 4)
+            u.set(u_address + a["u_row"] * 4)
     at = batch * a["out_batch"] + y * a["out_y"] + x * a["out_x"] + block * (2 * f.width)
     places = [[at + a["out_x"] * p + v * f.width for v in range(vectors)] for p in range(count)]
     with f.when(a["bias"].is_("!=", 0)):

@@ -1,6 +1,4 @@
-"""A program under construction: its instructions, the memory they work in, and the weights as they
-read them.
-"""
+"""Program of the CPU engine: its instructions, their memory, and the weights in their layouts."""
 
 from __future__ import annotations
 
@@ -68,20 +66,21 @@ class Map:
         return self.height * self.width
 
     @property
-    def row(self) -> int:
+    def row_stride(self) -> int:
+        """Numbers from a pixel to the one below it."""
         return (self.width + 2 * self.bordered) * self.channels
 
     @property
     def inside(self) -> Place:
         """Its first pixel that is no border."""
-        return self.at + (self.row + self.channels if self.bordered else 0)
+        return self.at + (self.row_stride + self.channels if self.bordered else 0)
 
     @property
     def kind(self) -> tuple[int, ...]:
         """Maps of one kind may take each other's memory: borders stay zero, since no instruction
         writes there.
         """
-        floats = (self.height + 2 * self.bordered) * self.row
+        floats = (self.height + 2 * self.bordered) * self.row_stride
         return (floats, self.height, self.width, self.channels) if self.bordered else (floats,)
 
 

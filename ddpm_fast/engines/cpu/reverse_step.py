@@ -1,5 +1,5 @@
-"""x_t -> x_{t-1} and the noise in it, as machine code: `kernels.ddpm_step` and, bit for bit,
-`kernels.noise`.
+"""Reverse step x_t -> x_{t-1} as machine code: `kernels.ddpm_step`, with the noise of
+`kernels.noise`, which is bit-exact.
 """
 
 from __future__ import annotations

@@ -67,8 +67,13 @@ def _instructions(module: ir.Module, width: int) -> list[ir.Function]:
     functions = []
     for name, (emit, arguments) in INSTRUCTIONS.items():
         f = Function(module, name, 3, width)
-        row, part, parts = f.arguments
-        emit(f, part, parts, **{a: f.load(row, 2 * (k + 1), I64) for k, a in enumerate(arguments)})
+        operands, part, parts = f.arguments
+        emit(
+            f,
+            part,
+            parts,
+            **{a: f.load(operands, 2 * (k + 1), I64) for k, a in enumerate(arguments)},
+        )
         f.end()
         functions.append(f.function)
     return functions
@@ -84,14 +89,14 @@ def _turn(module: ir.Module, width: int, instructions: list[ir.Function]) -> ir.
     inside = f.b.and_(i.is_(">", 0).v, i.is_("<", rows).v)
     with f.b.if_else(inside) as (middle, end):
         with middle:
-            row = program + i * (8 * WIDTH)
+            instruction = program + i * (8 * WIDTH)
             after = f.function.append_basic_block("next")
-            choice = f.b.switch(f.load(row, 0, I64).v, after)
+            choice = f.b.switch(f.load(instruction, 0, I64).v, after)
             for k, function in enumerate(instructions):
                 block = f.function.append_basic_block(function.name)
                 choice.add_case(ir.Constant(I64, k), block)
                 with f.b.goto_block(block):
-                    f.b.call(function, [row.v, part.v, parts.v])
+                    f.b.call(function, [instruction.v, part.v, parts.v])
                     f.b.branch(after)
             f.b.position_at_end(after)
         with end, f.when(first):
@@ -123,7 +128,7 @@ def _work(module: ir.Module, width: int, turn: ir.Function) -> None:
     there are any, then shared.
     """
     f = Function(module, "work", 6, width)
-    job, own, shared, rows, part, parts = f.arguments
+    job, program, shared, rows, part, parts = f.arguments
     j = _fields(f, job, JOB)
     size = 8 * len(ITEM)
     with f.forever() as leave_if:
@@ -132,7 +137,7 @@ def _work(module: ir.Module, width: int, turn: ir.Function) -> None:
         with f.loop(0, rows + 1) as k:
             f.b.call(
                 turn,
-                [own.v, rows.v, (j["items"] + i * size).v, k.v, f.integer(0).v, f.integer(1).v],
+                [program.v, rows.v, (j["items"] + i * size).v, k.v, f.integer(0).v, f.integer(1).v],
             )
     _share(f, turn, job, j, shared, rows, part, parts)
     f.end()
@@ -164,15 +169,17 @@ def _share(
         with f.when(now.is_("!=", seen.get())):
             seen.set(now)
             tries.set(f.integer(0))
-        mine = tries.get().is_("<", OWN).pick(part, (part + tries.get()) % parts)
-        claim = f.b.inttoptr((claims + mine * 8).v, I64.as_pointer())
+        claimed = tries.get().is_("<", OWN).pick(part, (part + tries.get()) % parts)
+        claim = f.b.inttoptr((claims + claimed * 8).v, I64.as_pointer())
         tries.set(tries.get() + 1)
         free = Value(f.b, f.b.load_atomic(claim, "monotonic", ALIGN, typ=I64)).is_("==", now)
         with f.when(free):
             taken = f.b.cmpxchg(claim, now.v, (now + 1).v, "acq_rel", "monotonic")
             with f.when(Value(f.b, f.b.extract_value(taken, 1))):
                 item = j["items"] + (j["alone"] + now // (rows + 1)) * (8 * len(ITEM))
-                f.b.call(turn, [program.v, rows.v, item.v, (now % (rows + 1)).v, mine.v, parts.v])
+                f.b.call(
+                    turn, [program.v, rows.v, item.v, (now % (rows + 1)).v, claimed.v, parts.v]
+                )
                 f.b.atomic_rmw("add", done, f.integer(1).v, "acq_rel")
         with f.when(tries.get().is_(">", HURRY)):
             give_way = j["yield_to_others"]

@@ -75,7 +75,7 @@ class StaticBuffers:
         step_index = torch.zeros(b, dtype=torch.int32, device=device)
         seed, image = (torch.zeros(b, dtype=torch.int64, device=device) for _ in range(2))
         t_of = torch.zeros(timesteps + 1, dtype=torch.int64, device=device)
-        coef = torch.zeros(timesteps + 1, len(COLUMNS), device=device)
+        coef = torch.zeros(timesteps + 1, len(COLUMNS), dtype=torch.float32, device=device)
         return cls(network, x, torch.zeros_like(x), step_index, seed, image, t_of, coef)
 
     def reserve(self, batch_size: int, labelled: bool) -> SamplingState:

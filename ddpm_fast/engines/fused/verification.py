@@ -128,16 +128,16 @@ def fallbacks_of(results: Mapping[str, CheckResult]) -> set[str]:
     failed = {name: r for name, r in results.items() if not r.passed}
     if not failed:
         return set()
-    named = "; ".join(f"{k} ({v.reason})" for k, v in list(failed.items())[:5]) + (
+    reasons = "; ".join(f"{k} ({v.reason})" for k, v in list(failed.items())[:5]) + (
         " ..." if len(failed) > 5 else ""
     )
     launches = set(results) - {*STEP_CHECKS, FORWARD}
     fallbacks = launches if FORWARD in failed else set(failed) & launches
     _triton.UNTRUSTED.update(set(failed) & set(STEP_CHECKS))
-    what = "the whole network runs" if FORWARD in failed else "what failed runs"
+    affected = "the whole network runs" if FORWARD in failed else "what failed runs"
     warnings.warn(
-        f"{len(failed)} of {len(results)} failed in the self-check of the kernels; {what} in "
-        f"plain PyTorch, which is slower: {named}",
+        f"{len(failed)} of {len(results)} failed in the self-check of the kernels; {affected} in "
+        f"plain PyTorch, which is slower: {reasons}",
         stacklevel=3,
     )
     return fallbacks
