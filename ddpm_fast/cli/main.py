@@ -52,6 +52,12 @@ class _LazyGroup(click.Group):
         module = import_interruptibly(f".{command.module}", __package__)
         return getattr(module, command.name)
 
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:  # of which click would print an empty line
+            raise click.Abort from None
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(name, command.help) for name, command in _COMMANDS.items()])

@@ -427,3 +427,11 @@ def test_stdout_that_cannot_be_written_to(arguments):
     done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
     os.close(writer)
     assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_interrupted_before_the_drawing_is_one_line(run, weights, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ddpm_fast.cli.actions.sample.load_pretrained", interrupted)
+    assert run("sample", "--weights", weights) == (130, "", "ddpm-fast: interrupted\n")
