@@ -179,7 +179,8 @@ def files():
 
 
 @pytest.mark.parametrize(
-    "cases", [pytest.param(100, id="100"), pytest.param(3000, id="3000", marks=pytest.mark.proof)]
+    "cases",
+    [pytest.param(100, id="100"), pytest.param(3000, id="3000", marks=pytest.mark.acceptance)],
 )
 def test_any_command_line_is_a_result_or_one_line(cases, home, no_work, monkeypatch):
     folders = itertools.count()

@@ -31,7 +31,8 @@ def interrupt(after, out):
 
 
 @pytest.mark.parametrize(
-    "repetitions", [pytest.param(3, id="3"), pytest.param(20, id="20", marks=pytest.mark.proof)]
+    "repetitions",
+    [pytest.param(3, id="3"), pytest.param(20, id="20", marks=pytest.mark.acceptance)],
 )
 def test_interrupt(repetitions, tmp_path):
     moments = random.Random(0)

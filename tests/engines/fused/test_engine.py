@@ -1,5 +1,6 @@
 """Every engine draws the reference's images; the captured step is the step; what goes wrong on a GPU is met here by stand-ins."""
 
+import re
 import subprocess
 import sys
 from functools import partial
@@ -434,7 +435,7 @@ def test_auto_says_why():
         ),
         (dict(engine="auto", dtype="bf16", model=lambda x, t: x), "only a UNet is cast"),
     ],
-    ids=str,
+    ids=lambda v: re.sub(r" at 0x\w+", "", str(v)),
 )
 def test_refuses(options, message):
     with pytest.raises(ValueError, match=message):
