@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import click
 
-PATH = click.Path(path_type=Path)
+from .choices import FITS
+from .common import PATH
+
 # Written out, because the modules that define them import PyTorch; a test compares them.
-FITS = ("crop", "pad")
 LOSSES = ("simple", "min-snr", "hybrid", "vlb")
 LR_SCHEDULERS = ("constant", "constant-with-warmup", "cosine", "linear")
 PRECISIONS = ("no", "bf16", "fp16")

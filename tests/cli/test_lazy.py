@@ -31,6 +31,9 @@ QUICK = [
     ("bench sweep --weights x --dtypes fp4", 2, "--dtypes is fp4"),
     ("info --gpu tpu", 2, "'tpu' is not one of"),
     ("collect-env --help", 0, "--json"),
+    ("train --help", 0, "--train-data-dir"),
+    ("train --shiny", 2, "No such option"),
+    ("train --lr-scheduler round", 2, "'round' is not one of"),
 ]
 WATCH = """
 import sys
