@@ -89,11 +89,13 @@ class StaticBuffers:
         )
         labels = label[:n] if labelled else None
         self.state = state = SamplingState(x, step_index, seed, image, labels, self.x_0[:n])
-        reserved = weakref.ref(state)  # a cycle would keep the memory after the last use
+        # references would keep the network's memory as long as the caller keeps the state
+        buffers, reserved = weakref.ref(self), weakref.ref(state)
 
         def release() -> None:
-            if self.state is reserved():  # not if another batch has reserved the buffers since
-                self.state = None
+            used = buffers()
+            if used is not None and used.state is reserved():  # not if another batch has them now
+                used.state = None
 
         state.release = release
         return state

@@ -1,8 +1,10 @@
 """Every engine draws the reference's images; the captured step is the step; what goes wrong on a GPU is met here by stand-ins."""
 
+import gc
 import re
 import subprocess
 import sys
+import weakref
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
@@ -236,6 +238,18 @@ def test_a_state_stays_in_its_buffers_until_it_is_released(graphed):
             s.run(first, table)
     with pytest.raises(ValueError, match="state is not in the buffers of this engine"):
         s.run(SamplingState.empty(2, s.shape, s.device, True), table)
+
+
+def test_a_released_state_does_not_keep_the_memory_of_the_network(graphed):
+    """A stream whose batch ran out of memory still refers to its state when it frees the engine."""
+    s = graphed()
+    with s.begin(torch.arange(2), 0) as state:
+        s.run(state, s.table(steps=2))
+    buffers = weakref.ref(s.engine._buffers[0])
+    Recorded.made.clear()  # these refer to the buffers
+    s.engine.free()
+    gc.collect()
+    assert state.x.shape == (2, 1, 8, 8) and buffers() is None
 
 
 @pytest.mark.parametrize("loop", LOOPS, ids=lambda v: v["solver"])
