@@ -187,7 +187,9 @@ def test_multistep_through_the_sampler_is_the_loop(solver):
         [3], seed=7, solver=solver, steps=parity_loops.T.tolist(), output="float"
     )
     x = sampler.begin(torch.arange(4), 7).x
-    want = parity_loops.run_table(sampler.table(solver, parity_loops.T.tolist()), net, x)
+    want = parity_loops.run_table(
+        sampler.table(solver=solver, steps=parity_loops.T.tolist()), net, x
+    )
     assert torch.equal(got, want) and torch.equal(alone[0], want[3])
 
 
