@@ -123,9 +123,17 @@ sys.exit(pytest.main(["-q", "--collect-only", "-m", "gpu or kernel", "tests"]))
 
 
 def test_import_adds_little_to_torch(figure):
-    code = "import time, torch; began = time.perf_counter(); import ddpm_fast{}; print(time.perf_counter() - began)"
-    bare = min(float(python(code.format(""))) for _ in range(3))
-    sampler = min(float(python(code.format("; ddpm_fast.Sampler"))) for _ in range(3))
+    code = """
+import time, torch
+began = time.perf_counter()
+import ddpm_fast
+bare = time.perf_counter() - began
+ddpm_fast.Sampler
+print(bare, time.perf_counter() - began)
+"""
+    bare, sampler = map(
+        min, zip(*(map(float, python(code).split()) for _ in range(3)), strict=True)
+    )
     figure(
         "import ddpm_fast beyond import torch; with its Sampler (and Triton)",
         f"{bare:.3f} s; {sampler:.3f} s",

@@ -317,10 +317,12 @@ def test_out_of_memory_halves_the_batch_and_keeps_the_images(graphed):
         return make(batch)
 
     s.engine._make = scarce
-    with pytest.warns(
-        UserWarning, match="out of memory with a batch of 8 images; continuing with 4"
-    ):
+    with pytest.warns(UserWarning, match="out of memory") as caught:
         got = s.sample(9, batch_size=8, steps=3, output="float")
+    assert [str(w.message) for w in caught] == [
+        "out of memory with a batch of 8 images; continuing with 4",
+        "out of memory with a batch of 4 images; continuing with 2",
+    ]
     torch.testing.assert_close(
         got, sampler("reference").sample(9, steps=3, output="float"), rtol=0, atol=1e-4
     )

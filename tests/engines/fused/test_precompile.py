@@ -36,6 +36,15 @@ def test_every_launch_compiles_as_meant(figure):
     assert not wrong
 
 
+def test_one_launch_of_every_kernel_compiles_as_meant():
+    """In the CIFAR-10 network; the test above has every launch of four networks."""
+    cases = {c.kernel: c for c in distinct(["cifar10"], [256], ["bf16"], 90)}
+    assert len(cases) >= 7
+    for case, result, _ in compile_all(list(cases.values())):
+        assert not isinstance(result, str), (case.kernel, result)
+        assert not faults(case, result), case.kernel
+
+
 @pytest.mark.parametrize("batch", [1, 16, 256])
 def test_few_compilations_for_the_cifar10_network(batch, figure):
     count = len({launch_key(launch) for _, launch in launches_of("cifar10", batch, "bf16", 90)})
@@ -110,6 +119,7 @@ def test_shortest_loop_leaves_out_what_is_jumped_over():
     assert _shortest_loop(numbered) == 3 and _shortest_loop(numbered[:5]) == 0
 
 
+@pytest.mark.full
 def test_kernels_compiled_side_by_side_are_those_that_the_plan_launches(
     tmp_path, monkeypatch, figure
 ):
