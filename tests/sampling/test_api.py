@@ -243,9 +243,9 @@ def test_images_that_memory_cannot_hold_are_refused_before_the_run(tmp_path):
     sampler_of(model).stream(10**12)  # holds one batch
     for name in ("many.npz", "many.npy", "many.png"):
         with pytest.raises(ValueError, match=r"GiB of memory are available .* write a directory"):
-            open_sink(tmp_path / name, range(10**12), 1, (4, 4))
-    open_sink(tmp_path / "many", range(10**12), 1, (4, 4))
-    open_sink(tmp_path / "few.npz", range(10), 1, (4, 4))
+            open_sink(tmp_path / name, range(10**12), (1, 4, 4))
+    open_sink(tmp_path / "many", range(10**12), (1, 4, 4))
+    open_sink(tmp_path / "few.npz", range(10), (1, 4, 4))
 
 
 def test_available_memory_is_the_least_of_system_and_control_groups(tmp_path):
