@@ -21,11 +21,11 @@ SAMPLING := $(VENV)/.sampling
 INSTALLED := $(VENV)/.installed
 # what sampling imports: the dependencies and the extra cpu of pyproject.toml, without triton, which on a GPU comes with torch;
 # and the build back end, at hand instead of in an environment that pip would make for it
-NEEDED := numpy safetensors pillow tqdm click llvmlite "setuptools>=77"
+NEEDED := "numpy>=1.26" "safetensors>=0.4" "pillow>=10.1" "tqdm>=4.60" "click>=8.2" "llvmlite>=0.44" "setuptools>=77"
 # Each release as one wheel in a folder of its own: the environment's Triton is whichever its torch wants.
 TRITONS := $(foreach v,$(OLDEST_TRITON) $(NEWEST_TRITON),$(VENV)/.triton-$(v))
-OLDEST := PYTHONPATH="$(CURDIR)/$(VENV)/triton-$(OLDEST_TRITON)"
-NEWEST := PYTHONPATH="$(CURDIR)/$(VENV)/triton-$(NEWEST_TRITON)"
+OLDEST := PYTHONPATH="$(abspath $(VENV))/triton-$(OLDEST_TRITON)"
+NEWEST := PYTHONPATH="$(abspath $(VENV))/triton-$(NEWEST_TRITON)"
 IS_TRITON = -c 'import sys, triton; sys.exit(triton.__version__ != sys.argv[1] and "wrong Triton: " + triton.__version__)'
 
 .PHONY: sample test test-all acceptance check bench bench-update bench-suites compile-check gpu clean
@@ -110,6 +110,7 @@ $(INSTALLED): $(SAMPLING)
 
 $(VENV)/.triton-%: $(INSTALLED)
 	@echo "installing Triton $* ..."
+	@rm -rf $(VENV)/triton-$*
 	@$(PY) $(IS_TRITON) $* 2>/dev/null || $(PIP) --no-deps --target $(VENV)/triton-$* triton==$*
 	@touch $@
 

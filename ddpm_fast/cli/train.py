@@ -101,6 +101,8 @@ def _announce(trainer: Any, log: Any) -> None:
         f"{count} images of {channels} x {side} x {side}, {classes} classes; {trainer.weights.numel():,} parameters; "
         f"{steps} steps on {trainer.device}"
     )
+    if trainer.norm_fallback:
+        log(f"PyTorch computes GroupNorm, which is slower: {trainer.norm_fallback}")
     if trainer.done >= steps:
         log(
             f"all {steps} steps were done before; train longer with --num_epochs or --max_train_steps"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable, Mapping, Set
@@ -23,6 +22,7 @@ from ..training.checkpoints import checkpoints, latest_checkpoint, read_header
 from ..training.config import TrainConfig, config_warnings
 from ..training.identity import config_identity, data_identity, differences
 from ..training.trainer import Trainer
+from ..utils.input_files import read_json_object
 from .common import pick_device
 from .train_options import DIFFUSERS_PREDICTIONS
 
@@ -226,11 +226,8 @@ def _unet(options: Options, data: ImageData) -> UNet:
     path = options["model_config_name_or_path"]
     if path is not None:
         try:
-            config = json.loads(Path(path).read_text())
-            if not isinstance(config, dict):
-                raise ValueError("expected a JSON object")
-            return UNet(UNetConfig.from_diffusers(config))
-        except (OSError, ValueError) as error:
+            return UNet(UNetConfig.from_diffusers(read_json_object(Path(path))))
+        except ValueError as error:
             raise ValueError(f"--model-config-name-or-path {path}: {error}") from None
     channels = _numbers("--channels", options["channels"])
     layers = _numbers("--layers", options["layers"], example="1,1,2")

@@ -66,7 +66,7 @@ def _tanh_cdf(x: Tensor) -> Tensor:
 class Bound:
     """The terms of the bound, for a network that predicts `prediction` with `variance`, in fp64 or the dtype given.
 
-    variance as `solver.ddpm_table` takes it; clip as the sampler does; the preset says what the variance at t = 0 is and how
+    variance as `solvers.ddpm_table` takes it; clip as the sampler does; the preset says what the variance at t = 0 is and how
     the decoder computes. The chain's own indices count: after `schedule.respaced`, those of the visited steps.
     """
 

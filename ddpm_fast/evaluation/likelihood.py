@@ -1,4 +1,4 @@
-"""Bits per dimension: the bound of `losses.Bound` over whole images (Ho et al. 2020, section 4.3; Nichol & Dhariwal 2021).
+"""Bits per dimension: the bound of `vlb.Bound` over whole images (Ho et al. 2020, section 4.3; Nichol & Dhariwal 2021).
 
 The terms of an image are independent of one another, so images and timesteps fill one batch together. The noise of image i at
 timestep t is Philox's, counted by (seed, i, t): the same figures come out for every batch size, and after every restart.

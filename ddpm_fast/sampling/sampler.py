@@ -6,6 +6,7 @@ on the batch size or on its position in the batch.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -145,15 +146,21 @@ class Sampler(BatchSampler):
         target = self.device if device is None else check_device(device)
         precision = self.precision if dtype is None else dtype_name(dtype)
         arguments, model, previous = self.arguments(), self._given, self.device
+        casts = not isinstance(model, UNet) and precision != self.precision
+        weights = None  # rounding cannot be undone
         if isinstance(model, nn.Module):
+            weights = copy.deepcopy(model.state_dict()) if casts else None
             model.to(target)
-            if not isinstance(model, UNet) and precision != self.precision:
+            if casts:
                 model.to(DTYPES[precision].activations)
         try:
             moved = type(self)(**{**arguments, "device": target, "dtype": precision})
-        except ValueError:
+        except Exception:
             if isinstance(model, nn.Module):
                 model.to(previous)
+            if isinstance(model, nn.Module) and weights is not None:
+                model.to(DTYPES[self.precision].activations)
+                model.load_state_dict(weights)
             raise
         self.engine.free()
         self.__dict__.update(moved.__dict__)
@@ -201,8 +208,8 @@ class Sampler(BatchSampler):
             start: (x_t [N, C, H, W], t): start from partly noised images instead of noise.
             pad: pad the last batch, so that every batch has the same size.
             progress: show a progress bar.
-            callback: called as callback(step, t, x) after every step; x is the state [B, C, H, W]
-                and must not be modified.
+            callback: called as callback(step, t, x) after every step; x is the state [B, C, H, W],
+                must not be modified, and is overwritten by the next step: clone what you keep.
             stop: polled between steps; once it returns True, only finished batches are returned.
 
         Returns:

@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from ..utils.files import write_atomically
+from ..utils.input_files import regular_file_size
 from .ema import MAIN
 
 MODEL = "model"
@@ -100,18 +101,19 @@ def remove_partial_files(directory: Path, models: Iterable[Path]) -> None:
 def _read(path: Path, with_tensors: bool) -> tuple[dict[str, str], dict[str, Tensor]]:
     from safetensors import SafetensorError, safe_open
 
+    regular_file_size(path)
     try:
         with safe_open(path, "pt") as f:
             names = f.keys() if with_tensors else ()
             metadata, tensors = f.metadata() or {}, {name: f.get_tensor(name) for name in names}
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist") from None
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is damaged: {error}") from None
     if metadata.get("version") != _VERSION:
         raise ValueError(
             f"{path} is no training checkpoint of format {_VERSION}; resume with the version that wrote it"
         )
+    if not {"header", "sha256"} <= set(metadata):
+        raise ValueError(f"{path} is damaged: its header is incomplete")
     return metadata, tensors
 
 

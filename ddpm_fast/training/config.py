@@ -28,7 +28,7 @@ class TrainConfig:
     ema_inv_gamma, ema_power     decay at step n: min(decay, 1 - (1 + n / inv_gamma)^-power), zero at the first
     mixed_precision              "no", "bf16" or "fp16" (with loss scaling): of the network's operations; weights stay fp32
     prediction_type              "eps", "x_0" or "v"
-    loss_type                    "simple", "min_snr" (with snr_gamma), "hybrid" or "vlb": see `objective.Objective`; the last two
+    loss_type                    "simple", "min_snr" (with snr_gamma), "hybrid" or "vlb": see `losses.Objective`; the last two
                                  teach the variance and need a network that gives twice the channels
     timestep_sampling            "uniform" or "loss_aware", in proportion to the root of the mean squared loss
     random_flip                  half of the images are mirrored, drawn again in every epoch

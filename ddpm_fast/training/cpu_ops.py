@@ -25,11 +25,22 @@ except (ImportError, OSError):
     native = None  # type: ignore[assignment]
 
 
-def use_fused_norms(unet: UNet) -> None:
-    """Makes every GroupNorm of this instance one operation with its surroundings; nothing changes without llvmlite."""
+def use_fused_norms(unet: UNet) -> str:
+    """Makes every GroupNorm of this instance one operation with its surroundings.
+
+    Returns:
+        Why nothing has changed and PyTorch computes the parts; "" if they are fused.
+    """
+    if native is None:
+        return "llvmlite is missing: pip install 'ddpm-fast[cpu]'"
+    try:
+        native.prepare()
+    except (OSError, RuntimeError) as error:
+        return f"LLVM does not support this machine ({error})"
     for module in unet.modules():
         if isinstance(module, (UNet, ResBlock, Attention)):
             module.norm_silu = _norm_silu
+    return ""
 
 
 def _norm_silu(

@@ -215,14 +215,14 @@ class TrainingRun:
                 self._work_between_steps(step, step == last)
                 elapsed = time.perf_counter() - start
                 self._progress.update(elapsed - self._paused, elapsed)
-        self._finish(end)
+        self._finish(end.interrupted)
         return end
 
-    def _finish(self, end: RunEnd) -> None:
+    def _finish(self, interrupted: bool) -> None:
         """Writes the last checkpoint and the model, unless the weights are not finite."""
         trainer = self.trainer
         if not trainer.is_finite():
-            if trainer.done == trainer.config.max_train_steps:
+            if not interrupted:
                 raise self._divergence(max(1, trainer.consecutive_skips))
             self._write(f"the loss is NaN or Inf, so nothing is written; {self._last_checkpoint()}")
             return

@@ -2,7 +2,7 @@
 
     x_0 ~ data;  t ~ uniform;  eps ~ N(0, 1);  descend the gradient of || eps - eps_theta(x_t, t) ||^2
 
-or of another loss of `objective.Objective`. eps is drawn by `q_sample` and again by the loss, and never stored.
+or of another loss of `losses.Objective`. eps is drawn by `q_sample` and again by the loss, and never stored.
 
 Nothing is drawn from a generator with a state. The order of the images, each one's timestep, flip and noise are functions of
 (seed, image, epoch), so a run that was killed resumes bit-exactly from its step number and tensors.
@@ -122,12 +122,13 @@ class Trainer:
             torch.compile(self.unet) if config.compile else self.unet
         )
         self._parts, self._pool = split_over_cores(self.unet, config, self.device)
+        self.norm_fallback = ""  # why PyTorch computes GroupNorm on a CPU, if it does
         if self.device.type == "cpu":
             keep_freed_memory()
             if (dtype := AUTOCAST[config.mixed_precision]) is not None:
                 use_wide_backward(self.unet, dtype)
             if not config.compile:  # the compiler fuses by itself and cannot look into machine code
-                use_fused_norms(self.unet)
+                self.norm_fallback = use_fused_norms(self.unet)
 
     def step(self) -> None:
         """One optimizer step. Nothing here waits for the device. A step whose gradient is not finite changes no weight."""

@@ -187,10 +187,13 @@ class JsonWorker:
         assert self._process.stdout is not None
         with self._process.stdout as lines:
             for line in lines:
-                if line.startswith("{"):
-                    self._messages.put(json.loads(line))
-        code = self._process.wait()
-        self._messages.put(WorkerEnded(code, self._last_line()))
+                with suppress(ValueError):  # a line that is no message, or that a kill has torn
+                    if line.startswith("{"):
+                        self._messages.put(json.loads(line))
+        code, last_line = self._process.wait(), ""
+        with suppress(OSError, ValueError):  # `kill` may close the file meanwhile
+            last_line = self._last_line()
+        self._messages.put(WorkerEnded(code, last_line))
 
     def _last_line(self) -> str:
         if self._stderr.closed:

@@ -158,6 +158,13 @@ def test_to_leaves_the_sampler_unchanged_if_it_raises():
     with pytest.raises(ValueError, match="dtype is bf16"):
         sampler.to(dtype="bf16")  # a function cannot be cast
     assert sampler.engine is engine and sampler.precision == "fp32"
+    model = Conv()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    sampler = sampler_of(model)
+    with pytest.raises(ValueError, match="fp8"):
+        sampler.to(dtype="fp8")  # rounds the weights to bf16 before it is refused
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert sampler.sample(1, steps=2).shape == (1, *sampler.shape[1:], sampler.shape[0])
 
 
 # ---- outputs

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from ddpm_fast import NoiseSchedule, UNet, UNetConfig
 from ddpm_fast.data.datasets import ImageData
+from ddpm_fast.models.unet import norm_silu
 from ddpm_fast.training import cpu_ops
 from ddpm_fast.training.config import TrainConfig
 from ddpm_fast.training.cpu_ops import use_fused_norms, use_wide_backward
@@ -353,3 +354,32 @@ def test_the_network_of_a_compiling_trainer_is_one_graph(precision, monkeypatch)
     eager.step()
     tolerance = 2e-2 if precision == "bf16" else 1e-5
     assert relative_error(compiled.weights.grad, eager.weights.grad) < tolerance
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float64])
+def test_pytorchs_default_dtype_does_not_change_the_gradient(dtype):
+    norm = torch.nn.GroupNorm(4, 16)
+    x = torch.randn(2, 16, 4, 4).contiguous(memory_format=torch.channels_last).requires_grad_()
+
+    def gradients():
+        y = cpu_ops._norm_silu(norm, x, torch.ones(2, 16, dtype=torch.float32))[0]
+        return [y, *torch.autograd.grad(y.square().sum(), [x, norm.weight, norm.bias])]
+
+    expected = gradients()
+    torch.set_default_dtype(dtype)
+    try:
+        results = gradients()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+
+
+def test_a_machine_that_llvm_does_not_support_trains_by_pytorch(monkeypatch):
+    def unsupported(width):
+        raise RuntimeError("no such target")
+
+    monkeypatch.setattr(cpu_ops.native, "functions", unsupported)
+    unet = network()
+    assert cpu_ops.use_fused_norms(unet) == "LLVM does not support this machine (no such target)"
+    plain = {vars(m)["norm_silu"] for m in unet.modules() if "norm_silu" in vars(m)}
+    assert plain == {norm_silu}

@@ -98,3 +98,12 @@ def test_a_worker_finds_this_package_and_nothing_in_the_current_folder(monkeypat
     command = module_command("ddpm_fast.utils.subprocess")
     done = subprocess.run(command, capture_output=True, text=True, env=worker_environment())
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_torn_line_does_not_hide_the_end():
+    code = "import os; os.write(1, b'{\"torn\": '); os.abort()"
+    with (
+        JsonWorker("torn", command=[sys.executable, "-c", code]) as worker,
+        pytest.raises(WorkerEnded, match="-6"),
+    ):
+        worker.receive(20)

@@ -75,7 +75,10 @@ class NativeExecutor:
     def forward(self, x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
         x = x.float().contiguous(memory_format=torch.channels_last)
         out = torch.empty(
-            (len(x), self.out_channels, *x.shape[2:]), memory_format=torch.channels_last
+            (len(x), self.out_channels, *x.shape[2:]),
+            dtype=torch.float32,
+            device="cpu",
+            memory_format=torch.channels_last,
         )
         items = _items(len(x))
         rows = self.times.rows(t, labels)

@@ -40,6 +40,11 @@ def fits(x: Tensor, gamma: Tensor) -> bool:
     return here and gamma.dtype == torch.float32 and fitting_width(x.shape[1]) is not None
 
 
+def prepare() -> None:
+    """Compiles the loops for this CPU. OSError or RuntimeError where LLVM does not support it."""
+    functions(fitting_width(64) or 4)
+
+
 def group_norm_silu(
     x: Tensor,
     time: Tensor | None,
@@ -72,6 +77,11 @@ def _rows(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
+def _empty(*shape: int) -> Tensor:
+    """What machine code writes is fp32 on the CPU, whatever PyTorch's defaults are."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
+
+
 class _GroupNormSiLU(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -87,8 +97,8 @@ class _GroupNormSiLU(torch.autograd.Function):
         n, c, h, w = x.shape
         rows, gamma, beta = _rows(x), gamma.contiguous(), beta.contiguous()
         y = torch.empty_like(rows)
-        stats = torch.empty(n, 2, c)
-        shift = torch.zeros(c) if time is None else time.float().contiguous()
+        stats = _empty(n, 2, c)
+        shift = _empty(c).zero_() if time is None else time.float().contiguous()
         bits = int.from_bytes(struct.pack("<f", eps), "little")
         function = functions(fitting_width(c) or 0)[f"forward_{SUFFIX[x.dtype]}"]
         pointers = [t.data_ptr() for t in (gamma, beta, y, stats)]
@@ -112,7 +122,7 @@ class _GroupNormSiLU(torch.autograd.Function):
         n, c, h, w = x.shape
         dy = _rows(dy.to(x.dtype))
         residual = None if residual is None else _rows(residual.to(x.dtype))
-        dx, sums, time = torch.empty_like(x), torch.empty(n, 2, c), torch.empty(n, c)
+        dx, sums, time = torch.empty_like(x), _empty(n, 2, c), _empty(n, c)
         function = functions(fitting_width(c) or 0)[f"backward_{SUFFIX[x.dtype]}"]
         pointers = [t.data_ptr() for t in (gamma, beta, stats, dx, sums, time)]
         head = (
@@ -123,7 +133,7 @@ class _GroupNormSiLU(torch.autograd.Function):
         )
 
         def part(first: int, last: int) -> None:
-            scratch = torch.empty((h * w + 2) * c)
+            scratch = _empty((h * w + 2) * c)
             function(*head, scratch.data_ptr(), first, last, h * w, c, ctx.groups, int(ctx.silu))
 
         _split(part, n, x.numel())

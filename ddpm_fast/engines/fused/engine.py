@@ -45,7 +45,8 @@ class StaticBuffers:
         t_of, coef: The step table, one row more than the chain has steps: [T + 1] int64, [T + 1,
             10] fp32.
         graphs: Whether the variance is learned -> captured steps, the longest first.
-        state: The batch that uses the buffers: views of their first places; None if they are free.
+        reserved: The state that uses the buffers, views of their first places. They are free when it
+            is released, or when nothing refers to it any more.
     """
 
     network: PlannedUNet
@@ -57,11 +58,15 @@ class StaticBuffers:
     t_of: Tensor
     coef: Tensor
     graphs: dict[bool, list[Any]] = field(default_factory=dict)
-    state: SamplingState | None = None
+    reserved: weakref.ref[SamplingState] | None = None
 
     @property
     def capacity(self) -> int:
         return len(self.x)
+
+    @property
+    def state(self) -> SamplingState | None:
+        return None if self.reserved is None else self.reserved()
 
     @property
     def idle(self) -> bool:
@@ -88,14 +93,15 @@ class StaticBuffers:
             v[:n] for v in (self.x, self.step_index, self.seed, self.image)
         )
         labels = label[:n] if labelled else None
-        self.state = state = SamplingState(x, step_index, seed, image, labels, self.x_0[:n])
+        state = SamplingState(x, step_index, seed, image, labels, self.x_0[:n])
         # references would keep the network's memory as long as the caller keeps the state
-        buffers, reserved = weakref.ref(self), weakref.ref(state)
+        buffers, self.reserved = weakref.ref(self), weakref.ref(state)
+        reserved = self.reserved
 
         def release() -> None:
             used = buffers()
-            if used is not None and used.state is reserved():  # not if another batch has them now
-                used.state = None
+            if used is not None and used.reserved is reserved:  # not if another batch has them now
+                used.reserved = None
 
         state.release = release
         return state
@@ -112,9 +118,11 @@ class StaticBuffers:
         """Context that restores what steps write."""
         written = (self.x, self.x_0, self.step_index)
         before = [v.clone() for v in written]
-        yield
-        for buffer, values in zip(written, before, strict=True):
-            buffer.copy_(values)
+        try:
+            yield
+        finally:
+            for buffer, values in zip(written, before, strict=True):
+                buffer.copy_(values)
 
     def advance(self, by: int = 1) -> None:
         """Moves every image on by `by` rows of the step table, and looks up what the network reads

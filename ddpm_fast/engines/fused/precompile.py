@@ -16,10 +16,11 @@ import torch
 
 from ...kernels._gemm import Target
 from ...models.unet import UNet
-from ...utils.subprocess import JsonWorker, json_stdio
+from ...utils.subprocess import JsonWorker, WorkerTimeout, json_stdio
 from ...utils.triton_tools import RecordedLaunch, launch_key, record_launches
 from .model import PlanSpec
 
+TIMEOUT = 600.0  # seconds for the share of a process
 MAX_PROCESSES = 8  # each takes some seconds to start
 
 
@@ -37,7 +38,15 @@ def compile_in_parallel(spec: PlanSpec, processes: int | None = None) -> list[in
         for i, worker in enumerate(workers):
             worker.send(dict(spec=spec.to_json(), share=[i, count]))
             worker.finish()
-        return [worker.wait() for worker in workers]
+        return [_end_of(worker) for worker in workers]
+
+
+def _end_of(worker: JsonWorker) -> int:
+    """The exit code; a process that does not end in time is killed."""
+    try:
+        return worker.wait(TIMEOUT)
+    except WorkerTimeout:
+        return worker.kill()
 
 
 def distinct_launches(spec: PlanSpec) -> list[RecordedLaunch]:

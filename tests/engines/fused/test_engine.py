@@ -240,6 +240,13 @@ def test_a_state_stays_in_its_buffers_until_it_is_released(graphed):
         s.run(SamplingState.empty(2, s.shape, s.device, True), table)
 
 
+def test_the_buffers_of_a_dropped_state_are_free(graphed):
+    s = graphed()
+    for seed in range(3):
+        s.begin(torch.arange(2), seed)  # neither released nor kept
+    assert len(s.engine._buffers) == 1 and s.engine._buffers[0].idle
+
+
 def test_a_released_state_does_not_keep_the_memory_of_the_network(graphed):
     """A stream whose batch ran out of memory still refers to its state when it frees the engine."""
     s = graphed()
