@@ -51,6 +51,7 @@ test-all: $(INSTALLED) $(TRITONS)
 	$(NEWEST) $(PYTEST) -m compile
 
 acceptance: $(INSTALLED) compile-check
+	$(OLDEST) TRITON_INTERPRET=1 $(PYTEST) --acceptance -m 'acceptance and kernel'
 	$(PYTEST) --acceptance -m acceptance
 
 bench: $(VENV)/.baselines

@@ -277,7 +277,7 @@ def test_an_image_is_the_same_in_every_batch_where_its_norms_read_statistics(dev
 
 @torch.no_grad()
 @pytest.mark.kernel
-@pytest.mark.full
+@pytest.mark.acceptance
 def test_the_cifar10_network_by_every_kernel_of_its_plan(device, figure):
     unet = of(UNetConfig()).to(device)
     args = [v.to(device) for v in inputs(unet.config, 1)]
