@@ -1,6 +1,6 @@
 # make sample   draws a grid of images into samples.png; installs only what that takes
-# make test     every operation, engine and command, with or without a GPU: within eight minutes on two cores
-# make test-all   in addition the oldest Triton, whole networks and long statistics: within twenty minutes, check and sample included
+# make test     every operation, engine and command, with or without a GPU: about ten minutes on two cores (aim: eight)
+# make test-all   in addition the oldest Triton, whole networks and long statistics (aim: twenty minutes, check and sample included)
 # make acceptance   proofs in full size, compile-check among them: hours
 # make check    lint, format, types
 # make bench    ddpm_fast and the baselines on this machine: tables, JSON and figures in bench-results/, within ten minutes
