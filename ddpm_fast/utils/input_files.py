@@ -27,7 +27,7 @@ def regular_file_size(path: Path) -> int:
     try:
         status = os.stat(path)
     except FileNotFoundError:
-        raise ValueError(f"{path} is missing; check the path") from None
+        raise ValueError(f"{path} does not exist; check the path") from None
     except (OSError, ValueError) as error:  # a loop of links, a name that is too long or has a null
         raise ValueError(f"{path} cannot be read: {_reason(error)}") from None
     if not stat.S_ISREG(status.st_mode):
