@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from .diffusion.schedule import NoiseSchedule
     from .engines.fused.unet import FusedUNet
     from .evaluation.likelihood import bits_per_dimension
+    from .integrations.diffusers import accelerate, restore
+    from .integrations.torch_dataset import GeneratedImages
     from .models.config import UNetConfig
     from .models.unet import UNet
     from .sampling.callbacks import Trajectory
@@ -26,6 +28,7 @@ __version__ = "0.1.0"
 _HOME = {
     "Checkpoint": "checkpoints.checkpoint",
     "FusedUNet": "engines.fused.unet",
+    "GeneratedImages": "integrations.torch_dataset",
     "ImageData": "data.datasets",
     "NoiseSchedule": "diffusion.schedule",
     "Sampler": "sampling.sampler",
@@ -35,10 +38,12 @@ _HOME = {
     "Trajectory": "sampling.callbacks",
     "UNet": "models.unet",
     "UNetConfig": "models.config",
+    "accelerate": "integrations.diffusers",
     "bits_per_dimension": "evaluation.likelihood",
     "encode_png": "data.image_io",
     "load_images": "data.datasets",
     "load_pretrained": "checkpoints.checkpoint",
+    "restore": "integrations.diffusers",
     "save_grid": "data.image_io",
     "save_pretrained": "checkpoints.checkpoint",
     "to_pil": "data.image_io",
@@ -47,6 +52,7 @@ _HOME = {
 __all__ = [
     "Checkpoint",
     "FusedUNet",
+    "GeneratedImages",
     "ImageData",
     "NoiseSchedule",
     "Sampler",
@@ -56,10 +62,12 @@ __all__ = [
     "Trajectory",
     "UNet",
     "UNetConfig",
+    "accelerate",
     "bits_per_dimension",
     "encode_png",
     "load_images",
     "load_pretrained",
+    "restore",
     "save_grid",
     "save_pretrained",
     "to_pil",

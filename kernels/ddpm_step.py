@@ -7,7 +7,9 @@ A solver is a table with one row per step (`ddpm_fast.diffusion.solvers` derives
 
 `out` is the network's output, whichever quantity it predicts; `old` the x_0 of the step before, for multistep solvers. Where
 the network learns the variance, its second half of channels v places log sigma between log_sigma_min (v = -1) and
-log_sigma_max (v = 1) (Nichol & Dhariwal 2021, eq. 15).
+log_sigma_max (v = 1) (Nichol & Dhariwal 2021, eq. 15). z is the noise that `noise_row` counts, or a given
+tensor. As the row of coefficients and the row of noise are two numbers, images with different
+tables can share a batch: their tables follow one another in one tensor.
 """
 
 from __future__ import annotations
@@ -38,12 +40,14 @@ COLUMNS = (
     "sigma",
     "log_sigma_min",
     "log_sigma_max",
+    "noise_row",
 )
+NOISE_ROW = tl.constexpr(COLUMNS.index("noise_row"))
 WIDTH = tl.constexpr(len(COLUMNS))
 
 
 def x_0_reference(x_t: Tensor, out: Tensor, table: Tensor, step: Tensor) -> Tensor:
-    """x_t [B, C, H, W]; out [B, C or 2C, H, W]; table [R, 10]; step [B] -> x_0 as the network sees it, in the table's dtype."""
+    """x_t [B, C, H, W]; out [B, C or 2C, H, W]; table [R, 11]; step [B] -> x_0 as the network sees it, in the table's dtype."""
     x_0_x, x_0_out, clip = table[step.long()].T[:3, :, None, None, None]
     return torch.clamp(
         x_0_x * x_t.to(table.dtype) + x_0_out * out[:, : x_t.shape[1]].to(table.dtype), -clip, clip
@@ -59,9 +63,9 @@ def ddpm_step_reference(
     learned: bool = False,
     old: Tensor | None = None,
 ) -> Tensor:
-    """x_t, z, old [B, C, H, W]; out likewise, learned [B, 2C, H, W]; table [R, 10]; step [B] -> x_{t-1} in the table's dtype."""
+    """x_t, z, old [B, C, H, W]; out likewise, learned [B, 2C, H, W]; table [R, 11]; step [B] -> x_{t-1} in the table's dtype."""
     mean_x_0, mean_x, mean_out, mean_old, sigma, log_min, log_max = table[step.long()].T[
-        3:, :, None, None, None
+        3:10, :, None, None, None
     ]
     x_0 = x_0_reference(x_t, out, table, step)
     x_t, out, z = x_t.to(table.dtype), out.to(table.dtype), z.to(table.dtype)
@@ -76,11 +80,17 @@ def ddpm_step_reference(
     return mean + sigma * z
 
 
+def noise_rows(table: Tensor, step: Tensor) -> Tensor:
+    """The noise rows int64 [B] of the images at rows `step` [B] of the table; exact below 2^24."""
+    return table[step.long(), COLUMNS.index("noise_row")].long()
+
+
 @triton.jit
 def _ddpm_step_kernel(
     x_ptr,
     out_ptr,
     old_ptr,
+    z_ptr,
     table_ptr,
     step_ptr,
     seed_ptr,
@@ -98,21 +108,24 @@ def _ddpm_step_kernel(
     OUT_DENSE: tl.constexpr,
     LEARNED: tl.constexpr,
     HISTORY: tl.constexpr,
+    GIVEN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     n, first = place(ELEMENTS, BLOCK)
-    z = image_normals(seed_ptr, image_ptr, step_ptr, n, TAG, first + tl.arange(0, BLOCK))
+    # the step is read on the device, so one CUDA graph serves every step, and images may be at different steps
+    table_ptr += tl.load(step_ptr + n).to(tl.int64) * WIDTH
     element = first * 4 + tl.arange(0, 4 * BLOCK)  # [4 * BLOCK]
     inside = element < ELEMENTS
-    x_ptr += n.to(tl.int64) * x_image
-    out_ptr += n.to(tl.int64) * out_image
     x_at = element if X_DENSE else element % CHANNELS * x_channel + element // CHANNELS * x_pixel
     out_at = (
         element if OUT_DENSE else element % CHANNELS * out_channel + element // CHANNELS * out_pixel
     )
+    if GIVEN:  # laid out as x_t is
+        z = tl.load(z_ptr + n.to(tl.int64) * x_image + x_at, mask=inside)
+    else:
+        noise_row = tl.load(table_ptr + NOISE_ROW).to(tl.int64)
+        z = image_normals(seed_ptr, image_ptr, noise_row, n, TAG, first + tl.arange(0, BLOCK))
 
-    # the step is read on the device, so one CUDA graph serves every step, and images may be at different steps
-    table_ptr += tl.load(step_ptr + n).to(tl.int64) * WIDTH
     x_0_x, x_0_out, clip = tl.load(table_ptr), tl.load(table_ptr + 1), tl.load(table_ptr + 2)
     mean_x_0, mean_x, mean_out = (
         tl.load(table_ptr + 3),
@@ -121,6 +134,8 @@ def _ddpm_step_kernel(
     )
     sigma = tl.load(table_ptr + 7)
 
+    x_ptr += n.to(tl.int64) * x_image
+    out_ptr += n.to(tl.int64) * out_image
     x_t = tl.load(x_ptr + x_at, mask=inside)
     out = tl.load(out_ptr + out_at, mask=inside).to(tl.float32)
     if LEARNED:
@@ -153,6 +168,7 @@ def _check(
     image: Tensor,
     learned: bool,
     old: Tensor | None,
+    z: Tensor | None,
 ) -> None:
     if x_t.ndim != 4 or x_t.dtype != torch.float32:
         raise ValueError(
@@ -166,15 +182,13 @@ def _check(
             f"expected floating {expected} on {x_t.device}{' (mean and variance)' if learned else ''}"
         )
     image_strides(x_t, "x_t"), image_strides(out, "the network's output")
-    if old is not None and (old.dtype, old.shape, old.stride(), old.device) != (
-        x_t.dtype,
-        x_t.shape,
-        x_t.stride(),
-        x_t.device,
-    ):
-        raise ValueError(
-            f"old is {old.dtype} {tuple(old.shape)}, strides {old.stride()}; expected a tensor like x_t"
-        )
+    properties = lambda v: (v.dtype, v.shape, v.stride(), v.device)
+    for name, v in (("old", old), ("z", z)):
+        if v is not None and properties(v) != properties(x_t):
+            raise ValueError(
+                f"{name} is {v.dtype} {tuple(v.shape)}, strides {v.stride()} on {v.device}; "
+                "expected a tensor like x_t"
+            )
     check_table("table", table, len(COLUMNS), x_t.device)
     check_per_image(b, x_t.device, step=step, seed=seed, image=image)
 
@@ -188,6 +202,7 @@ def _launch(
     image: Tensor,
     learned: bool,
     old: Tensor | None,
+    z: Tensor | None,
 ) -> None:
     b, c, h, w = x_t.shape
     x_strides, out_strides = image_strides(x_t, "x_t"), image_strides(out, "the network's output")
@@ -197,6 +212,7 @@ def _launch(
                 x_t,
                 out,
                 x_t if old is None else old,
+                x_t if z is None else z,
                 table,
                 step,
                 seed,
@@ -210,6 +226,7 @@ def _launch(
                 OUT_DENSE=not learned and is_element_order(out, out_strides),
                 LEARNED=learned,
                 HISTORY=old is not None,
+                GIVEN=z is not None,
                 BLOCK=BLOCK,
                 num_warps=NUM_WARPS,
                 enable_fp_fusion=False,
@@ -226,27 +243,32 @@ def ddpm_step(
     image: Tensor,
     learned: bool = False,
     old: Tensor | None = None,
+    z: Tensor | None = None,
 ) -> None:
     """x_t becomes x_{t-1}, in place: `ddpm_step_reference` with its noise made inside.
 
     x_t    [B, C, H, W] fp32, channels-first or channels-last; read once, written once
     out    [B, C, H, W] fp32, fp16 or bf16, either layout; [B, 2C, H, W] where `learned`; read once
-    table  [R, 10] fp32, columns `COLUMNS`: `ddpm_fast.diffusion.solvers.StepTable`
-    step   [B] integer in 0..R-1: the row of the table of each image, which is also its noise row (stream `noise.REVERSE`)
+    table  [R, 11] fp32, columns `COLUMNS`: `ddpm_fast.diffusion.solvers.StepTable`
+    step   [B] integer in 0..R-1: each image's row of the table. Its column noise_row is the noise
+           row of the stream `noise.REVERSE`
     seed, image   [B] integer: whose noise
     old    like x_t, read where mean_old is not 0, then overwritten with this step's x_0; None: neither
+    z      like x_t, the noise; read also where sigma is 0, so it must be finite. None: made from
+           seed, image and noise_row
 
     ValueError for wrong shapes, types or devices.
     """
-    _check(x_t, out, table, step, seed, image, learned, old)
+    _check(x_t, out, table, step, seed, image, learned, old, z)
     if launches_kernel(x_t, "noise", "ddpm_step"):
-        _launch(x_t, out, table, step, seed, image, learned, old)
+        _launch(x_t, out, table, step, seed, image, learned, old, z)
         return
-    z = torch.zeros((), dtype=x_t.dtype, device=x_t.device)
-    if (
-        x_t.is_cuda or table[step.long(), COLUMNS.index("sigma")].any()
-    ):  # DDIM draws no noise, so a CPU makes none
-        z = noise_reference(seed, image, step, REVERSE, tuple(x_t.shape[1:]))
+    if z is None:
+        z = torch.zeros((), dtype=x_t.dtype, device=x_t.device)
+        # DDIM draws no noise, so a CPU makes none
+        if x_t.is_cuda or table[step.long(), COLUMNS.index("sigma")].any():
+            rows = noise_rows(table, step)
+            z = noise_reference(seed, image, rows, REVERSE, tuple(x_t.shape[1:]))
     x_prev = ddpm_step_reference(x_t, out, z, table, step, learned, old)
     if old is not None:
         old.copy_(x_0_reference(x_t, out, table, step))
@@ -254,5 +276,5 @@ def ddpm_step(
 
 
 @ddpm_step.register_fake
-def _(x_t, out, table, step, seed, image, learned=False, old=None):
+def _(x_t, out, table, step, seed, image, learned=False, old=None, z=None):
     return None

@@ -187,11 +187,11 @@ def box_muller(radius_word, angle_word):
 
 
 @triton.jit
-def image_words(seed_ptr, image_ptr, noise_row_ptr, n, tag, block):
+def image_words(seed_ptr, image_ptr, noise_row, n, tag, block):
     """The words of Philox blocks `block` [BLOCK] of image n of the batch, in order: four uint32 [BLOCK]."""
     seed = tl.load(seed_ptr + n).to(tl.int64)
     image = tl.load(image_ptr + n).to(tl.int64)
-    c1 = (tl.load(noise_row_ptr + n).to(tl.int64) | (tag << 24)).to(tl.uint32)
+    c1 = (noise_row.to(tl.int64) | (tag << 24)).to(tl.uint32)
     return philox(
         block.to(tl.uint32),
         c1,
@@ -203,9 +203,9 @@ def image_words(seed_ptr, image_ptr, noise_row_ptr, n, tag, block):
 
 
 @triton.jit
-def image_normals(seed_ptr, image_ptr, noise_row_ptr, n, tag, block):
+def image_normals(seed_ptr, image_ptr, noise_row, n, tag, block):
     """The normals of Philox blocks `block` [BLOCK] of image n of the batch, in element order: fp32 [4 * BLOCK]."""
-    w0, w1, w2, w3 = image_words(seed_ptr, image_ptr, noise_row_ptr, n, tag, block)
+    w0, w1, w2, w3 = image_words(seed_ptr, image_ptr, noise_row, n, tag, block)
     n0, n1 = box_muller(w0, w1)
     n2, n3 = box_muller(w2, w3)
     return tl.interleave(tl.interleave(n0, n2), tl.interleave(n1, n3))
@@ -226,10 +226,11 @@ def _noise_kernel(
     n, first = place(COUNT, BLOCK)
     block = first + tl.arange(0, BLOCK)
     element = first * 4 + tl.arange(0, 4 * BLOCK)
+    noise_row = tl.load(noise_row_ptr + n)
     if NORMAL:
-        z = image_normals(seed_ptr, image_ptr, noise_row_ptr, n, tag, block)
+        z = image_normals(seed_ptr, image_ptr, noise_row, n, tag, block)
     else:
-        w0, w1, w2, w3 = image_words(seed_ptr, image_ptr, noise_row_ptr, n, tag, block)
+        w0, w1, w2, w3 = image_words(seed_ptr, image_ptr, noise_row, n, tag, block)
         z = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3)).to(tl.int64)
     tl.store(z_ptr + n.to(tl.int64) * COUNT + element, z, mask=element < COUNT)
 
@@ -305,11 +306,11 @@ def noise(
 
 @words.register_fake
 def _(seed, image, noise_row, tag, count):
-    return seed.new_empty(len(seed), count, dtype=torch.int64)
+    return seed.new_empty(seed.shape[0], count, dtype=torch.int64)
 
 
 @noise.register_fake
 def _(seed, image, noise_row, tag, channels, height, width):
-    return seed.new_empty(len(seed), height, width, channels, dtype=torch.float32).permute(
+    return seed.new_empty(seed.shape[0], height, width, channels, dtype=torch.float32).permute(
         0, 3, 1, 2
     )

@@ -47,7 +47,8 @@ def _q_sample_kernel(
     BLOCK: tl.constexpr,
 ):
     n, first = place(ELEMENTS, BLOCK)
-    eps = image_normals(seed_ptr, image_ptr, noise_row_ptr, n, TAG, first + tl.arange(0, BLOCK))
+    block = first + tl.arange(0, BLOCK)
+    eps = image_normals(seed_ptr, image_ptr, tl.load(noise_row_ptr + n), n, TAG, block)
     element = first * 4 + tl.arange(
         0, 4 * BLOCK
     )  # [4 * BLOCK], x_t's own order: it is channels-last

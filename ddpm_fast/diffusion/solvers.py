@@ -27,7 +27,7 @@ ENDS = ("x_0", "t=0")
 
 @dataclass(frozen=True, eq=False)
 class StepTable:
-    """t [R] int64, the timestep the network sees at each step; coef [R, 10] fp64, columns `COLUMNS`.
+    """t [R] int64, the timestep the network sees at each step; coef [R, 11] fp64, columns `COLUMNS`.
 
     `learned`: the network's second half of channels sets the variance.
     """
@@ -50,7 +50,7 @@ class StepTable:
         return bool(self.coef[:, COLUMNS.index("mean_old")].any())
 
     def padded(self, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """What a sampling loop reads: (t int64 [rows], coef fp32 [rows, 10]), on the CPU.
+        """What a sampling loop reads: (t int64 [rows], coef fp32 [rows, 11]), on the CPU.
 
         After the last step follow rows that leave x_t as it is, where finished images rest.
 
@@ -106,8 +106,9 @@ class _Steps:
         )
 
     def table(self, columns: dict[str, Array], learned: bool = False) -> StepTable:
-        """Columns by name, absent ones zero."""
+        """Columns by name; noise rows count the steps, other absent columns are zero."""
         none = np.zeros(len(self.t))
+        columns = dict(noise_row=np.arange(len(self.t))) | columns
         coef = np.stack([columns.get(name, none) for name in COLUMNS], axis=1).astype(np.float64)
         return StepTable(self.t.copy(), coef, learned)
 

@@ -129,11 +129,17 @@ class SamplingState:
     x_0: Tensor | None = (
         None  # like x: the prediction of x_0 in the last step, if the solver reads it
     )
+    z: Tensor | None = None  # like x: the noise of the next step, if the caller gives it
     release: Callable[[], None] = field(default=lambda: None, repr=False)  # hands buffers back
 
     @classmethod
     def empty(
-        cls, batch_size: int, shape: tuple[int, int, int], device: torch.device, labelled: bool
+        cls,
+        batch_size: int,
+        shape: tuple[int, int, int],
+        device: torch.device,
+        labelled: bool,
+        given_noise: bool = False,
     ) -> SamplingState:
         """A state in memory that nothing else uses; values are uninitialized."""
         c, h, w = shape
@@ -141,7 +147,8 @@ class SamplingState:
         x = pixels.permute(0, 3, 1, 2)
         step_index = torch.empty(batch_size, dtype=torch.int32, device=device)
         seed, image, labels = (torch.empty_like(step_index, dtype=torch.int64) for _ in range(3))
-        return cls(x, step_index, seed, image, labels if labelled else None)
+        z = torch.zeros_like(x) if given_noise else None
+        return cls(x, step_index, seed, image, labels if labelled else None, z=z)
 
     def __enter__(self) -> SamplingState:
         return self
@@ -170,7 +177,12 @@ class Engine(Protocol):
         ...
 
     def new_state(
-        self, batch_size: int, shape: tuple[int, int, int], device: torch.device, labelled: bool
+        self,
+        batch_size: int,
+        shape: tuple[int, int, int],
+        device: torch.device,
+        labelled: bool,
+        given_noise: bool = False,
     ) -> SamplingState:
         """Returns an uninitialized state, which the caller fills in place and releases.
 
@@ -179,6 +191,7 @@ class Engine(Protocol):
             shape: (C, H, W).
             device: Where the state lies.
             labelled: Whether the images have classes.
+            given_noise: Whether the state has a buffer z, which the caller fills before each step.
         """
         ...
 
@@ -192,7 +205,8 @@ class Engine(Protocol):
         Args:
             state: From `new_state`.
             table: The step table.
-            every_step: Yield after every step; False allows several steps between two yields.
+            every_step: Yield after every step; False allows several steps between two yields,
+                unless the state has a buffer z.
         """
         ...
 

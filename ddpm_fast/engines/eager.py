@@ -50,10 +50,15 @@ class EagerEngine:
         """Does nothing: memory is allocated in every step."""
 
     def new_state(
-        self, batch_size: int, shape: tuple[int, int, int], device: torch.device, labelled: bool
+        self,
+        batch_size: int,
+        shape: tuple[int, int, int],
+        device: torch.device,
+        labelled: bool,
+        given_noise: bool = False,
     ) -> SamplingState:
         """See `Engine.new_state`; the memory is the state's."""
-        return SamplingState.empty(batch_size, shape, device, labelled)
+        return SamplingState.empty(batch_size, shape, device, labelled, given_noise)
 
     def steps(
         self, state: SamplingState, table: StepTable, every_step: bool = True
@@ -84,9 +89,8 @@ class EagerEngine:
         if state.x._version != version:
             raise ValueError("the model changed its input x_t in place; return a new tensor")
         mean = mean_of(out, channels, learned)
-        ddpm_step(
-            state.x, mean, coef, state.step_index, state.seed, state.image, learned, state.x_0
-        )
+        index = (state.step_index, state.seed, state.image)
+        ddpm_step(state.x, mean, coef, *index, learned, state.x_0, state.z)
         state.step_index.add_(1).clamp_(max=len(coef) - 1)
 
     def free(self) -> None:

@@ -284,7 +284,7 @@ class UNet(nn.Module):
         self.config.check_call(x_t, labels)
         x = x_t.to(self.dtype)
         x = self.conv_in(2 * x - 1 if self.config.center_input else x)
-        temb = F.silu(self.embed(torch.as_tensor(t, device=x.device).expand(len(x)), labels))
+        temb = F.silu(self.embed(torch.as_tensor(t, device=x.device).expand(x.shape[0]), labels))
         skips = [x]
         for level in cast("list[Level]", self.down_blocks):
             x = level.down(x, temb, skips)

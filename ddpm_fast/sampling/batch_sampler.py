@@ -174,15 +174,23 @@ class BatchSampler:
     @torch.inference_mode(False)
     @torch.no_grad()
     def begin(
-        self, image: Tensor, seed: int, labels: Tensor | None = None, x: Tensor | None = None
+        self,
+        image: Tensor,
+        seed: int,
+        labels: Tensor | None = None,
+        x: Tensor | None = None,
+        given_noise: bool = False,
     ) -> SamplingState:
         """The state before the first step, from `x` or x_T, with `labels` or random classes.
 
-        It lies in memory of the engine: release it (`with sampler.begin(...) as state`).
+        It lies in memory of the engine: release it (`with sampler.begin(...) as state`). With
+        `given_noise` it has a buffer z, which `steps` fills by its argument `draw`.
         """
         (c, h, w), classes = self.shape, self.num_classes
         with default_numerics(self.device):
-            state = self.engine.new_state(len(image), self.shape, self.device, classes is not None)
+            state = self.engine.new_state(
+                len(image), self.shape, self.device, classes is not None, given_noise
+            )
         try:
             state.image.copy_(image)
             state.seed.fill_(seed)
@@ -210,11 +218,29 @@ class BatchSampler:
         table: StepTable,
         callback: Callback | None = None,
         stop: Callable[[], bool] | None = None,
+        draw: Callable[[int, Tensor], object] | None = None,
     ) -> Iterator[int]:
-        """Yields the number of steps completed so far; ends early if `stop()` returns True."""
-        advance = self.engine.steps(state, table, every_step=callback is not None)
+        """Yields the number of steps completed so far; ends early if `stop()` returns True.
+
+        Args:
+            state: From `begin`.
+            table: The step table.
+            callback: Called after every step.
+            stop: Called between steps.
+            draw: Called before each step as draw(step, z), for a state with given noise; it fills
+                z [B, C, H, W] fp32 in place.
+        """
+        every_step = callback is not None or draw is not None
+        advance = self.engine.steps(state, table, every_step)
+        done = 0
         with closing(isolated(advance, self.device)) as steps:
-            for done in steps:
+            while True:
+                if draw is not None and state.z is not None and done < len(table):
+                    draw(done, state.z)
+                completed = next(steps, None)
+                if completed is None:
+                    return
+                done = completed
                 if callback is not None:
                     callback(done - 1, int(table.t[done - 1]), state.x)
                 yield done

@@ -86,6 +86,62 @@ def test_kernel_learned_layouts(layout, device):
     check(case((3, 3, 8, 8), layout=layout, device=device, variance="learned_range"), exactly=False)
 
 
+@pytest.mark.kernel
+@pytest.mark.parametrize("variance", ["fixed_large", "learned_range"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_kernel_given_noise(layout, variance, device):
+    check_given(case((4, 3, 7, 5), layout=layout, device=device, variance=variance))
+
+
+@pytest.mark.parametrize("variance", ["fixed_large", "learned_range"])
+def test_reference_op_given_noise(variance):
+    check_given(case((4, 3, 7, 5), variance=variance))
+
+
+def check_given(args):
+    """Noise of another generator; seed and image must have no effect."""
+    x_t, out, table, row, seed, image, learned = args
+    z = torch.empty_like(x_t).copy_(torch.randn(x_t.shape))
+    wide = [v.double() for v in (x_t, out, z, table)]
+    exact = ddpm_step_reference(*wide, row, learned)
+    plain = ddpm_step_reference(x_t, out, z, table, row, learned)
+    result = x_t.clone(memory_format=torch.preserve_format)
+    ddpm_step(result, out, table, row, seed + 1, image + 1, learned, z=z)
+    assert_as_accurate(result, plain, exact)
+
+
+@pytest.mark.kernel
+def test_opcheck_given_noise(device):
+    args = case((2, 3, 5, 7), device=device)
+    torch.library.opcheck(ddpm_step, args, dict(z=torch.zeros_like(args[0])))
+
+
+@pytest.mark.kernel
+def test_kernel_tables_of_several_requests_share_a_batch(device):
+    check_shared(device)
+
+
+def test_reference_op_tables_of_several_requests_share_a_batch():
+    check_shared("cpu")
+
+
+def check_shared(device):
+    """Images with tables of their solvers, one after the other in one tensor, are bit-exact."""
+    ddpm, ddim = (
+        case((4, 3, 7, 5), device=device, **options)
+        for options in (dict(), dict(solver="ddim", eta=0.5))
+    )
+    x_t, out, table, row, *names, learned = ddpm
+    expected = [x_t.clone(memory_format=torch.preserve_format) for _ in range(2)]
+    ddpm_step(expected[0], out, table, row, *names, learned)
+    ddpm_step(expected[1], out, ddim[2], row, *names, learned)
+    both = torch.cat([table, ddim[2]])
+    second = torch.tensor([False, True, False, True], device=x_t.device)
+    ddpm_step(x_t, out, both, row + len(table) * second, *names, learned)
+    for i in range(4):
+        assert torch.equal(x_t[i], expected[i % 2][i])
+
+
 def with_history(args):
     """x_{t-1} and the new history, by the operation; and as two references in fp32 and fp64 have them."""
     x_t, out, table, row, seed, image, learned = args
@@ -218,6 +274,7 @@ def test_last_step_adds_no_noise_however_large_the_learned_variance():
             dict(old=torch.zeros(2, 3, 4, 4)),
             "old is .*expected a tensor like x_t",
         ),  # channels-first beside channels-last
+        (dict(z=torch.zeros(2, 3, 4, 4)), "z is .*expected a tensor like x_t"),
     ],
 )
 def test_refuses(change, message):

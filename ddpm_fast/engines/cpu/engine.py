@@ -101,10 +101,15 @@ class CPUEngine:
         """Does nothing: memory is allocated for one image per thread."""
 
     def new_state(
-        self, batch_size: int, shape: tuple[int, int, int], device: torch.device, labelled: bool
+        self,
+        batch_size: int,
+        shape: tuple[int, int, int],
+        device: torch.device,
+        labelled: bool,
+        given_noise: bool = False,
     ) -> SamplingState:
         """See `Engine.new_state`; the memory is the state's."""
-        return SamplingState.empty(batch_size, shape, device, labelled)
+        return SamplingState.empty(batch_size, shape, device, labelled, given_noise)
 
     def free(self) -> None:
         """Does nothing: the memory is released with the engine."""
@@ -131,6 +136,15 @@ class CPUEngine:
         if out not in (c, 2 * c) or (table.learned and out != 2 * c):
             expected = f"{2 * c} (mean and variance)" if table.learned else f"{c} or {2 * c}"
             raise ValueError(f"the network gives {out} channels; a step needs {expected}")
+        if state.z is not None and (
+            state.z.dtype != torch.float32
+            or state.z.shape != state.x.shape
+            or not state.z.is_contiguous(memory_format=torch.channels_last)
+        ):
+            raise ValueError(
+                f"z is {state.z.dtype} {tuple(state.z.shape)}; expected channels-last float32 "
+                f"[B, {shape}]: use the buffer of new_state"
+            )
         if table.multistep and state.x_0 is None:
             state.x_0 = torch.zeros_like(state.x)
         count = len(state.x)

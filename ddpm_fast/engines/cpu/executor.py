@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...diffusion.solvers import StepTable
+from ...kernels.ddpm_step import noise_rows
 from ...models.time_table import TimeTable
 from ...models.unet import UNet
 from ..base import SamplingState
@@ -94,6 +95,8 @@ class NativeExecutor:
         old = None if state.x_0 is None else state.x_0.contiguous(memory_format=torch.channels_last)
         items = _items(len(x))
         _point(items, x=x, **({} if old is None else {"old": old}))
+        if state.z is not None:
+            _point(items, z=state.z)
         for name, values in (("seed", state.seed), ("image", state.image)):
             items[:, COLUMN[name]] = values.numpy()
         items[:, COLUMN["learned"]] = table.learned
@@ -102,8 +105,8 @@ class NativeExecutor:
             rows = self.times.rows(t[at], state.labels)
             items[:, COLUMN["time_row"]] = rows.addresses
             items[:, COLUMN["coef"]] = coef.data_ptr() + at.numpy() * coef.stride(0) * 4
-            items[:, COLUMN["step"]] = at.numpy()
-            self._run(items, x, old, rows, coef)
+            items[:, COLUMN["noise_row"]] = noise_rows(coef, at).numpy()
+            self._run(items, x, old, state.z, rows, coef)
             state.step_index.add_(1).clamp_(max=len(table))
             if x is not state.x:
                 state.x.copy_(x)

@@ -17,7 +17,7 @@ def _normals(f: Function, item: dict[str, Value], z: Value, elements: Value) -> 
     word = f.integer(0xFFFFFFFF)
     half = lambda v: f.splat(v.cast("trunc", I32))
     key = half(item["seed"] & word), half(item["seed"] >> 32)
-    streams = half(item["step"] | (noise.REVERSE << 24))
+    streams = half(item["noise_row"] | (noise.REVERSE << 24))
     per_vector = 4 * f.width
     with f.loop(0, (elements + (per_vector - 1)) // per_vector) as i:
         block = half(i * f.width) + f.lanes(I32)
@@ -81,7 +81,7 @@ def reverse_step(f: Function, header: dict[str, Value], item: dict[str, Value]) 
     """
     of = {name: f.load(item["coef"], k, F32) for k, name in enumerate(COLUMNS)}
     noisy = of["sigma"].is_("!=", 0.0)
-    with f.when(noisy):
+    with f.when(noisy & item["z"].is_("==", 0)):
         _normals(f, item, header["z"], header["elements"])
     v = {name: f.splat(value) for name, value in of.items()}
     with f.loop(0, (header["elements"] + (f.width - 1)) // f.width) as vector:

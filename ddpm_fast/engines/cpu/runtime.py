@@ -37,7 +37,8 @@ ITEM = (
     "learned",
     "seed",
     "image",
-    "step",
+    "noise_row",
+    "z",
 )  # the work for one image
 JOB = (
     "next",
@@ -117,6 +118,8 @@ def _hand_out(f: Function, header: dict[str, Value], item: dict[str, Value]) -> 
     with f.when(item["coef"].is_("!=", 0)):
         with f.when(item["old"].is_("!=", 0)):
             _copy(f, item["old"], header["old"], header["elements"])
+        with f.when(item["z"].is_("!=", 0)):
+            _copy(f, item["z"], header["z"], header["elements"])
         reverse_step(f, header, item)
         _copy(f, header["x"], item["x"], header["elements"])
         with f.when(item["old"].is_("!=", 0)):

@@ -43,8 +43,10 @@ class StaticBuffers:
         step_index: [B] int32.
         seed, image: [B] int64.
         t_of, coef: The step table, one row more than the chain has steps: [T + 1] int64, [T + 1,
-            10] fp32.
-        graphs: Whether the variance is learned -> captured steps, the longest first.
+            11] fp32.
+        z: [B, C, H, W] fp32, the noise of the next step, once a caller has given noise.
+        graphs: (whether the variance is learned, whether the noise is given) -> captured steps, the
+            longest first.
         reserved: The state that uses the buffers, views of their first places. They are free when it
             is released, or when nothing refers to it any more.
     """
@@ -57,7 +59,8 @@ class StaticBuffers:
     image: Tensor
     t_of: Tensor
     coef: Tensor
-    graphs: dict[bool, list[Any]] = field(default_factory=dict)
+    z: Tensor | None = None
+    graphs: dict[tuple[bool, bool], list[Any]] = field(default_factory=dict)
     reserved: weakref.ref[SamplingState] | None = None
 
     @property
@@ -83,17 +86,21 @@ class StaticBuffers:
         coef = torch.zeros(timesteps + 1, len(COLUMNS), dtype=torch.float32, device=device)
         return cls(network, x, torch.zeros_like(x), step_index, seed, image, t_of, coef)
 
-    def reserve(self, batch_size: int, labelled: bool) -> SamplingState:
+    def reserve(self, batch_size: int, labelled: bool, given_noise: bool) -> SamplingState:
         """A state in the first places. The other places rest at the table's last row."""
         n, label = batch_size, self.network.inputs.label
         self.x[n:], self.step_index[n:] = 0, len(self.t_of) - 1
         self.x_0.zero_()
         label.zero_()
+        if given_noise:
+            with torch.inference_mode(False):
+                self.z = torch.zeros_like(self.x) if self.z is None else self.z.zero_()
         x, step_index, seed, image = (
             v[:n] for v in (self.x, self.step_index, self.seed, self.image)
         )
         labels = label[:n] if labelled else None
-        state = SamplingState(x, step_index, seed, image, labels, self.x_0[:n])
+        z = self.z[:n] if given_noise and self.z is not None else None
+        state = SamplingState(x, step_index, seed, image, labels, self.x_0[:n], z)
         # references would keep the network's memory as long as the caller keeps the state
         buffers, self.reserved = weakref.ref(self), weakref.ref(state)
         reserved = self.reserved
@@ -145,12 +152,14 @@ class StaticBuffers:
                 graph.free()
         self.graphs.clear()
 
-    def step(self, learned: bool) -> None:
+    def step(self, learned: bool, given_noise: bool) -> None:
         """x_t -> x_{t-1} for every image at its own row of the step table; then the next row."""
         plan = self.network.plan()
         plan.run()
         out = mean_of(plan.maps[plan.out].pixels, self.x.shape[1], learned)
-        ddpm_step(self.x, out, self.coef, self.step_index, self.seed, self.image, learned, self.x_0)
+        index = (self.step_index, self.seed, self.image)
+        z = self.z if given_noise else None
+        ddpm_step(self.x, out, self.coef, *index, learned, self.x_0, z)
         self.advance()
 
 
@@ -206,10 +215,15 @@ class FusedEngine:
 
     @torch.no_grad()
     def new_state(
-        self, batch_size: int, shape: tuple[int, int, int], device: torch.device, labelled: bool
+        self,
+        batch_size: int,
+        shape: tuple[int, int, int],
+        device: torch.device,
+        labelled: bool,
+        given_noise: bool = False,
     ) -> SamplingState:
         """See `Engine.new_state`; a state in static buffers, of this engine's shape and device."""
-        return self._free_buffers(batch_size).reserve(batch_size, labelled)
+        return self._free_buffers(batch_size).reserve(batch_size, labelled, given_noise)
 
     @torch.no_grad()
     def steps(
@@ -228,7 +242,7 @@ class FusedEngine:
             )
         done = 0
         buffers.load(table)
-        graphs = self.graphs(buffers, table.learned, every_step)
+        graphs = self.graphs(buffers, table.learned, state.z is not None, every_step)
         buffers.advance(by=0)
         for graph in graphs:  # the longest first
             while len(table) - done >= graph.repeats:
@@ -269,25 +283,28 @@ class FusedEngine:
             key=lambda b: b.capacity,
         )
 
-    def graphs(self, buffers: StaticBuffers, learned: bool, every_step: bool) -> list[Any]:
-        """The captured step; before it several steps in one graph, if that is faster and not every
-        step is observed.
+    def graphs(
+        self, buffers: StaticBuffers, learned: bool, given_noise: bool, every_step: bool
+    ) -> list[Any]:
+        """The captured step; before it several steps in one graph, if that is faster and nothing
+        happens between steps.
         """
-        step = lambda: buffers.step(learned)
+        key = (learned, given_noise)
+        step = lambda: buffers.step(*key)
         if self.graph is None:
             return [_Uncaptured(step)]
-        if learned not in buffers.graphs:
+        if key not in buffers.graphs:
             pool = torch.cuda.graph_pool_handle() if buffers.x.is_cuda else None
             with buffers.preserved():  # a capture runs the step
                 captured = [self.graph(step, 1, pool)]
-                if buffers.capacity <= STEPS_PER_GRAPH_MAX_BATCH:
+                if buffers.capacity <= STEPS_PER_GRAPH_MAX_BATCH and not given_noise:
                     captured.insert(0, self.graph(step, STEPS_PER_GRAPH, pool))
                     if buffers.x.is_cuda and not _is_faster(
                         captured[0], captured[1], buffers.x.device
                     ):
                         captured.pop(0).free()
-            buffers.graphs[learned] = captured
-        return buffers.graphs[learned][-1:] if every_step else buffers.graphs[learned]
+            buffers.graphs[key] = captured
+        return buffers.graphs[key][-1:] if every_step else buffers.graphs[key]
 
     def free(self) -> None:
         """Releases device memory; it is reallocated on demand. Busy buffers stay."""
