@@ -19,7 +19,7 @@ from ..sampling.request import check_indices, indices_tensor
 from ..utils.validation import seed_bits
 from .diffusers_call import EXTRAS, Call, labels_of, parsed
 from .diffusers_networks import identity, shared_unet, unwrapped
-from .diffusers_tables import SchedulerTable, UnsupportedError, scheduler_table
+from .diffusers_tables import SchedulerTable, UnsupportedError, check_scheduler, scheduler_table
 
 
 @cache
@@ -91,6 +91,7 @@ class Accelerator:
         """Builds the engine, so that what cannot be accelerated is reported at once."""
         try:
             sampler = self.sampler(fast)
+            check_scheduler(fast.scheduler)
             scheduler = copy.deepcopy(fast.scheduler)
             scheduler.set_timesteps(min(2, scheduler.config.num_train_timesteps))
             self._check_channels(sampler, scheduler_table(scheduler))
@@ -152,6 +153,7 @@ class Accelerator:
             self._check_no_extras(call, error)
             return self._original_loop(fast, fast.unet, args, kwargs)
         try:
+            check_scheduler(fast.scheduler)
             fast.scheduler.set_timesteps(call.steps)
             table = scheduler_table(fast.scheduler, call.eta, call.use_clipped_model_output)
             self._check_channels(sampler, table)

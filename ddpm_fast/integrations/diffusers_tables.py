@@ -41,6 +41,24 @@ class SchedulerTable:
     draws_fp32: bool = False
 
 
+def check_scheduler(scheduler: Any) -> type:
+    """The class of diffusers whose steps the scheduler computes.
+
+    Raises:
+        UnsupportedError: It is of another class, or a subclass with another `step`.
+    """
+    from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+
+    for kind in (DDPMScheduler, DDIMScheduler, DPMSolverMultistepScheduler):
+        step = type(scheduler).step if isinstance(scheduler, kind) else None
+        if step is not None and getattr(step, "computes", step) is kind.step:
+            return kind
+    raise UnsupportedError(
+        f"the scheduler is {type(scheduler).__name__}; expected DDPMScheduler, DDIMScheduler or "
+        "DPMSolverMultistepScheduler"
+    )
+
+
 def scheduler_table(
     scheduler: Any, eta: float = 0.0, use_clipped_model_output: bool = False
 ) -> SchedulerTable:
@@ -54,17 +72,7 @@ def scheduler_table(
     Raises:
         UnsupportedError: The scheduler is of another class, or uses an option without a step table.
     """
-    from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
-
-    # a subclass may compute another step
-    makers = {DDPMScheduler: _ddpm, DPMSolverMultistepScheduler: _dpm_solver}
-    steps = {cls: cls.step for cls in (*makers, DDIMScheduler)}
-    kind = next((cls for cls in steps if isinstance(scheduler, cls)), None)
-    if kind is None or not _is_unchanged(type(scheduler).step, steps[kind]):
-        raise UnsupportedError(
-            f"the scheduler is {type(scheduler).__name__}; expected DDPMScheduler, DDIMScheduler or "
-            "DPMSolverMultistepScheduler"
-        )
+    kind = check_scheduler(scheduler)
     if scheduler.config.thresholding:
         raise UnsupportedError("the scheduler has thresholding=True; expected False")
     if scheduler.config.prediction_type not in PREDICTIONS:
@@ -73,8 +81,10 @@ def scheduler_table(
             f"expected one of {', '.join(PREDICTIONS)}"
         )
     try:
-        make = makers.get(kind)
-        table = make(scheduler) if make else _ddim(scheduler, eta, use_clipped_model_output)
+        if kind.__name__ == "DDIMScheduler":
+            table = _ddim(scheduler, eta, use_clipped_model_output)
+        else:
+            table = (_ddpm if kind.__name__ == "DDPMScheduler" else _dpm_solver)(scheduler)
     except UnsupportedError:
         raise
     except ValueError as error:  # no signal at a timestep
@@ -83,10 +93,6 @@ def scheduler_table(
     if not np.isfinite(coef).all():
         raise UnsupportedError("the coefficients of the scheduler contain NaN or Inf")
     return table
-
-
-def _is_unchanged(step: Any, of_diffusers: Any) -> bool:
-    return step is of_diffusers or getattr(step, "computes", None) is of_diffusers
 
 
 def _timesteps(scheduler: Any) -> NDArray[np.int64]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from functools import cache
 from typing import Any
 
@@ -54,6 +55,7 @@ def _accelerated_class(original: type) -> type:
         )
 
     forward.computes = original.forward  # type: ignore[attr-defined]
+    forward.__signature__ = inspect.signature(original.forward)  # type: ignore[attr-defined]
     forward.__doc__ = original.forward.__doc__  # type: ignore[attr-defined]
     namespace = dict(
         __module__=original.__module__,

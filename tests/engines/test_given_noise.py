@@ -32,7 +32,7 @@ def make(engine, variance, out_channels):
     config = UNetConfig(
         sample_size=8,
         out_channels=out_channels,
-        channels=(8, 16),
+        channels=(16, 32),
         layers=1,
         attention=(False, True),
         norm_groups=4,

@@ -395,7 +395,10 @@ def test_refuses_networks(change, message):
 
 
 REFUSED_SCHEDULERS = [
-    (lambda: diffusers.PNDMScheduler(), "the scheduler is PNDMScheduler; expected"),
+    (
+        lambda: diffusers.EulerAncestralDiscreteScheduler(),
+        "the scheduler is EulerAncestralDiscreteScheduler; expected",
+    ),
     (lambda: diffusers.DDPMScheduler(thresholding=True), "thresholding=True"),
     (lambda: diffusers.DDPMScheduler(variance_type="learned"), "variance_type='learned'"),
     (lambda: diffusers.DPMSolverMultistepScheduler(solver_order=3), "solver_order=3"),

@@ -84,10 +84,10 @@ def test_loops_are_those_of_diffusers(form):
 @pytest.mark.parametrize("form", ["ddpm", "ddim eta", "dpm++"])
 def test_half_precision_keeps_its_dtype(form, dtype):
     name, config, options, channels = FORMS[form]
-    expected, _ = loop(getattr(diffusers, name)(**config), channels, options, dtype=dtype)
-    x, _ = loop(getattr(schedulers, name)(**config), channels, options, dtype=dtype)
+    expected, _ = loop(getattr(diffusers, name)(**config), channels, options, 3, dtype)
+    x, _ = loop(getattr(schedulers, name)(**config), channels, options, 3, dtype)
     assert x.dtype == expected.dtype
-    assert relative_error(x.float(), expected.float()) < 0.1
+    assert relative_error(x.float(), expected.float()) < 0.03
 
 
 @pytest.mark.parametrize("name", schedulers.__all__)
