@@ -81,7 +81,7 @@ class Tiles:
     tma: bool
 
 
-def cut(
+def choose_tiles(
     target: Target,
     dtype: torch.dtype,
     c: int,
@@ -90,7 +90,7 @@ def cut(
     *,
     tma: bool,
     warps: int,
-    shrinks: float = 0,
+    small_rounds: float = 0,
 ) -> Tiles:
     """Tiles for a product of `rows` rows, c channels (a tap) and k outputs; tma, warps: on a GPU that has TMA.
 
@@ -101,11 +101,19 @@ def cut(
     """
     if dtype == torch.float32:
         return Tiles(
-            64, min(64, outputs_of(k)), divisor(c, 32), 8, 2, target.processors, tma and target.tma
+            64,
+            min(64, choose_block_n(k)),
+            divisor(c, 32),
+            8,
+            2,
+            target.processors,
+            tma and target.tma,
         )
-    block_n, modern, stages = outputs_of(k), target.tma, 3
-    few = triton.cdiv(rows, 64) * triton.cdiv(k, min(32, block_n)) <= shrinks * target.processors
-    block_m, block_n = (64, min(32, block_n)) if few else (128, block_n)
+    block_n, modern, stages = choose_block_n(k), target.tma, 3
+    small = (
+        triton.cdiv(rows, 64) * triton.cdiv(k, min(32, block_n)) <= small_rounds * target.processors
+    )
+    block_m, block_n = (64, min(32, block_n)) if small else (128, block_n)
     block_k = divisor(c, 128 // dtype.itemsize)
     if target.sm != 90 or k % block_n:
         warps = 8
@@ -122,7 +130,7 @@ def cut(
     return Tiles(block_m, block_n, block_k, warps, stages, target.processors, tma and modern)
 
 
-def outputs_of(k: int) -> int:
+def choose_block_n(k: int) -> int:
     """Outputs a tile for k of them: what takes the least time, where fewer than 64 are no faster than 64; of equals the one
     that pads least, then the largest.
     """
@@ -141,7 +149,7 @@ def divisor(n: int, most: int) -> int:
     return min(n & -n, most)
 
 
-def power_of_two(n: int) -> int:
+def next_power_of_two(n: int) -> int:
     """The smallest power of two that is at least n."""
     return 1 << max(0, n - 1).bit_length()
 
@@ -212,7 +220,7 @@ def cast(x: Tensor | None, compute: torch.dtype | None) -> Tensor | None:
 
 
 def cost_of_conv(
-    weight: Tensor, others: tuple[FeatureMap | None, ...], out: FeatureMap
+    weight: Tensor, maps: tuple[FeatureMap | None, ...], out: FeatureMap
 ) -> tuple[int, int]:
     """FLOP of a convolution with packed weights over the output's real pixels, and the bytes that must move. others: the maps that
     it reads or writes besides.
@@ -220,7 +228,7 @@ def cost_of_conv(
     pixels = out.images * out.height * out.width
     moved = sum(
         t.numel() * t.element_size()
-        for t in (weight, *(fm.rows for fm in (*others, out) if fm is not None))
+        for t in (weight, *(fm.rows for fm in (*maps, out) if fm is not None))
     )
     return 2 * pixels * weight.numel(), moved
 
@@ -232,8 +240,8 @@ def cost_of_conv(
 def load_rows(x_ptr, row0, c0, ROWS, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
     """Tile [BLOCK_M, BLOCK_K] of x [ROWS, C] from row row0 and channel c0; zero for rows that do not exist."""
     rows = row0 + tl.arange(0, BLOCK_M)
-    at = rows.to(tl.int64)[:, None] * C + (c0 + tl.arange(0, BLOCK_K))[None, :]
-    return tl.load(x_ptr + at, mask=((rows >= 0) & (rows < ROWS))[:, None], other=0.0)
+    offsets = rows.to(tl.int64)[:, None] * C + (c0 + tl.arange(0, BLOCK_K))[None, :]
+    return tl.load(x_ptr + offsets, mask=((rows >= 0) & (rows < ROWS))[:, None], other=0.0)
 
 
 @triton.jit

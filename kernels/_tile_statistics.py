@@ -78,7 +78,7 @@ def channel_statistics(stats: Tensor, tiling: Tiling) -> tuple[Tensor, Tensor]:
     return mean, (squares + (means - mean[:, None]).square() * counts).sum(1)
 
 
-class KeepsStatistics:
+class TileStatisticsMixin:
     """An operation that writes the statistics of its output too, by the tiles of its product, where it is given `stats`:
     fp32 [images, entries, 2, C] as a map of [entries, 2] pixels.
     """
@@ -125,13 +125,13 @@ def count_tiles(ROWS, IMAGE, BLOCK_M: tl.constexpr, STATS: tl.constexpr):
 def first_row(tile, IMAGE, BLOCK_M: tl.constexpr, STATS: tl.constexpr):
     """First row of a tile."""
     if STATS:
-        a_image = tl.cdiv(IMAGE, BLOCK_M)
-        return tile // a_image * IMAGE + tile % a_image * BLOCK_M
+        per_image = tl.cdiv(IMAGE, BLOCK_M)
+        return tile // per_image * IMAGE + tile % per_image * BLOCK_M
     return tile * BLOCK_M
 
 
 @triton.jit
-def halves(acc, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def split_columns(acc, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """acc [BLOCK_M, BLOCK_N] as its left and its right columns; nothing moves between threads."""
     return tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
 
@@ -159,7 +159,7 @@ def store_statistics(
     AT_ONCE: outputs; few, for the sake of registers: on sm_90 a second program fits beside a first or strided convolution then.
     """
     if BLOCK_N > AT_ONCE:
-        left, right = halves(out, BLOCK_M, BLOCK_N)
+        left, right = split_columns(out, BLOCK_M, BLOCK_N)
         store_statistics(stats_ptr, entry, left, counted, o0, K, BLOCK_M, BLOCK_N // 2, AT_ONCE)
         store_statistics(
             stats_ptr, entry, right, counted, o0 + BLOCK_N // 2, K, BLOCK_M, BLOCK_N // 2, AT_ONCE
@@ -170,6 +170,6 @@ def store_statistics(
         x = tl.where(counted[:, None], out.to(tl.float32), 0.0)
         mean = tl.sum(x, 0) / count
         d = tl.where(counted[:, None], x - mean[None, :], 0.0)
-        at = stats_ptr + tl.cast(entry, tl.int64) * (2 * K) + cols
-        tl.store(at, mean, mask=cols < K)
-        tl.store(at + K, tl.sum(d * d, 0), mask=cols < K)
+        offsets = stats_ptr + tl.cast(entry, tl.int64) * (2 * K) + cols
+        tl.store(offsets, mean, mask=cols < K)
+        tl.store(offsets + K, tl.sum(d * d, 0), mask=cols < K)

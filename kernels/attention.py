@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._feature_map import FeatureMap
-from ._gemm import H100, PRECISION, TRITON_TYPE, Target, cast, power_of_two
+from ._gemm import H100, PRECISION, TRITON_TYPE, Target, cast, next_power_of_two
 from ._launch import begin, launch_options
 from ._triton import tl, triton
 
@@ -82,32 +82,32 @@ def _attention_kernel(
     m0 = tl.program_id(0) % blocks * BLOCK_M
     pixel = m0 + tl.arange(0, BLOCK_M)
     d = tl.arange(0, DP)
-    real = (d < D)[None, :]
+    in_head = (d < D)[None, :]
     first = n * PIXELS
-    q_at = (first + pixel)[:, None] * Q_STRIDE + (head * D + d)[None, :]
-    q = tl.load(q_ptr + q_at, mask=(pixel < PIXELS)[:, None] & real, other=0.0)
+    q_offsets = (first + pixel)[:, None] * Q_STRIDE + (head * D + d)[None, :]
+    q = tl.load(q_ptr + q_offsets, mask=(pixel < PIXELS)[:, None] & in_head, other=0.0)
     acc = tl.zeros((BLOCK_M, DP), tl.float32)
-    most = tl.full((BLOCK_M,), -float("inf"), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
+    row_max = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+    row_sum = tl.zeros((BLOCK_M,), tl.float32)
     for k0 in range(0, PIXELS, BLOCK_N):
         key = k0 + tl.arange(0, BLOCK_N)
-        at = (first + key)[:, None] * KV_STRIDE + (head * D + d)[None, :]
-        seen = (key < PIXELS)[:, None] & real
-        k = tl.load(k_ptr + at, mask=seen, other=0.0)
+        offsets = (first + key)[:, None] * KV_STRIDE + (head * D + d)[None, :]
+        mask = (key < PIXELS)[:, None] & in_head
+        k = tl.load(k_ptr + offsets, mask=mask, other=0.0)
         s = tl.dot(q, k.T, input_precision=PRECISION) * scale
         s = tl.where((key < PIXELS)[None, :], s, -float("inf"))
-        now = tl.maximum(most, tl.max(s, 1))
-        p = tl.exp2(s - now[:, None])
-        old = tl.exp2(most - now)
-        total = total * old + tl.sum(p, 1)
-        acc = acc * old[:, None]
+        new_max = tl.maximum(row_max, tl.max(s, 1))
+        p = tl.exp2(s - new_max[:, None])
+        rescale = tl.exp2(row_max - new_max)
+        row_sum = row_sum * rescale + tl.sum(p, 1)
+        acc = acc * rescale[:, None]
         if FOLDED:
             acc = tl.dot(p.to(k.dtype), k, acc, input_precision=PRECISION)
         else:
-            v = tl.load(v_ptr + at, mask=seen, other=0.0)
+            v = tl.load(v_ptr + offsets, mask=mask, other=0.0)
             acc = tl.dot(p.to(k.dtype), v, acc, input_precision=PRECISION)
-        most = now
-    mixed = (acc / total[:, None]).to(q.dtype)
+        row_max = new_max
+    attended = (acc / row_sum[:, None]).to(q.dtype)
 
     # into a bordered map
     WP = W + 1
@@ -119,28 +119,32 @@ def _attention_kernel(
         for o0 in range(0, C, BLOCK_OUT):
             cols = o0 + tl.arange(0, BLOCK_OUT)
             w = tl.load(
-                w_ptr + cols[:, None] * C + d[None, :], mask=(cols < C)[:, None] & real, other=0.0
+                w_ptr + cols[:, None] * C + d[None, :],
+                mask=(cols < C)[:, None] & in_head,
+                other=0.0,
             )
-            y = tl.dot(mixed, w.T, input_precision=PRECISION)
+            y = tl.dot(attended, w.T, input_precision=PRECISION)
             y += tl.load(bias_ptr + cols, mask=cols < C, other=0.0)[None, :]
-            at = pixel_row[:, None] * C + cols[None, :]
+            offsets = pixel_row[:, None] * C + cols[None, :]
             inside = (pixel < PIXELS)[:, None] & (cols < C)[None, :]
-            y += residual_scale * tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
-            tl.store(y_ptr + at, y.to(OUT), mask=inside)
+            y += residual_scale * tl.load(residual_ptr + offsets, mask=inside, other=0.0).to(
+                tl.float32
+            )
+            tl.store(y_ptr + offsets, y.to(OUT), mask=inside)
     else:
         tl.store(
             y_ptr + pixel_row[:, None] * C + (head * D + d)[None, :],
-            mixed.to(OUT),
-            mask=(pixel < PIXELS)[:, None] & real,
+            attended.to(OUT),
+            mask=(pixel < PIXELS)[:, None] & in_head,
         )
     if m0 == 0:
         zero = tl.zeros((16, DP), tl.float32).to(OUT)
         for e in range(0, W + 1, 16):
-            at = (image + e + edge)[:, None] * C + (head * D + d)[None, :]
-            tl.store(y_ptr + at, zero, mask=(e + edge <= W)[:, None] & real)
+            offsets = (image + e + edge)[:, None] * C + (head * D + d)[None, :]
+            tl.store(y_ptr + offsets, zero, mask=(e + edge <= W)[:, None] & in_head)
         for e in range(0, H + 1, 16):
-            at = (image + (e + edge) * WP)[:, None] * C + (head * D + d)[None, :]
-            tl.store(y_ptr + at, zero, mask=(e + edge <= H)[:, None] & real)
+            offsets = (image + (e + edge) * WP)[:, None] * C + (head * D + d)[None, :]
+            tl.store(y_ptr + offsets, zero, mask=(e + edge <= H)[:, None] & in_head)
 
 
 # ---- the operations
@@ -299,7 +303,7 @@ def _launch(
             C=c,
             HEADS=heads,
             D=d,
-            DP=max(16, power_of_two(d)),
+            DP=max(16, next_power_of_two(d)),
             BLOCK_M=s.block_m,
             BLOCK_N=s.block_n,
             BLOCK_OUT=s.block_out,

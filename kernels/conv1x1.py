@@ -88,16 +88,18 @@ def _conv1x1_kernel(
         )
     rows = m0 + tl.arange(0, BLOCK_M)
     cols = o0 + tl.arange(0, BLOCK_N)
-    at = rows.to(tl.int64)[:, None] * K + cols[None, :]
+    offsets = rows.to(tl.int64)[:, None] * K + cols[None, :]
     exists = (rows < ROWS)[:, None] & (cols < K)[None, :]
     if BIAS:
         acc += tl.load(bias_ptr + cols, mask=cols < K, other=0.0)[None, :]
     if RESIDUAL:
-        acc += residual_scale * tl.load(residual_ptr + at, mask=exists, other=0.0).to(tl.float32)
+        acc += residual_scale * tl.load(residual_ptr + offsets, mask=exists, other=0.0).to(
+            tl.float32
+        )
     if BORDER:
         _, _, _, inside = pixel_of(rows, ROWS, H, W, 1)
         acc = tl.where(inside[:, None], acc, 0.0)
-    tl.store(y_ptr + at, acc.to(OUT), mask=exists)
+    tl.store(y_ptr + offsets, acc.to(OUT), mask=exists)
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,10 +139,10 @@ class Conv1x1:
         residual: FeatureMap | None = None,
     ) -> None:
         t, k = self.tiles, len(self.weight)
-        second = 0 if x2 is None else x2.channels
+        c2 = 0 if x2 is None else x2.channels
         for name, fm, c in (
-            ("x", x, self.weight.shape[1] - second),
-            ("x2", x2, second),
+            ("x", x, self.weight.shape[1] - c2),
+            ("x2", x2, c2),
             ("residual", residual, k),
             ("out", out, k),
         ):
@@ -162,7 +164,7 @@ class Conv1x1:
             x.width,
             k,
             C=x.channels,
-            C2=second,
+            C2=c2,
             OUT=TRITON_TYPE[out.rows.dtype],
             BIAS=self.bias is not None,
             RESIDUAL=residual is not None,

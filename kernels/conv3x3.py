@@ -29,12 +29,12 @@ from ._gemm import (
 )
 from ._launch import begin
 from ._tile_statistics import (
-    KeepsStatistics,
+    TileStatisticsMixin,
     count_tiles,
     counted_rows,
     first_row,
-    halves,
     row_tiles,
+    split_columns,
     store_statistics,
 )
 from ._triton import tl, triton
@@ -88,22 +88,24 @@ def _finish_conv3x3(
     if BIAS:
         acc += tl.load(bias_ptr + cols, mask=cols < K, other=0.0)[None, :]
     if RESIDUAL:
-        at = rows.to(tl.int64)[:, None] * K + cols[None, :]
-        seen = rows < ROWS if STATS else inside  # with the border, which is zero: fewer registers
-        residual = tl.load(residual_ptr + at, mask=seen[:, None] & (cols < K)[None, :], other=0.0)
+        offsets = rows.to(tl.int64)[:, None] * K + cols[None, :]
+        mask = rows < ROWS if STATS else inside  # with the border, which is zero: fewer registers
+        residual = tl.load(
+            residual_ptr + offsets, mask=mask[:, None] & (cols < K)[None, :], other=0.0
+        )
         acc += residual_scale * residual.to(tl.float32)
     if DENSE:  # [N, H, W, K] without borders: the network's output
         h = IMAGE // WP - 1
         pixel = (rows // IMAGE) * (h * (WP - 1)) + (r // WP - 1) * (WP - 1) + r % WP - 1
-        at = pixel.to(tl.int64)[:, None] * K + cols[None, :]
-        tl.store(y + at, acc.to(OUT), mask=inside[:, None] & (cols < K)[None, :])
+        offsets = pixel.to(tl.int64)[:, None] * K + cols[None, :]
+        tl.store(y + offsets, acc.to(OUT), mask=inside[:, None] & (cols < K)[None, :])
     else:
         out = tl.where(inside[:, None], acc, 0.0).to(OUT)
         if TMA:
             y.store([m0, o0], out)
         else:
-            at = rows.to(tl.int64)[:, None] * K + cols[None, :]
-            tl.store(y + at, out, mask=(rows < ROWS)[:, None] & (cols < K)[None, :])
+            offsets = rows.to(tl.int64)[:, None] * K + cols[None, :]
+            tl.store(y + offsets, out, mask=(rows < ROWS)[:, None] & (cols < K)[None, :])
         if STATS:
             # after a residual a thread holds columns as it loaded them, and cutting between them would move them all
             at_once: tl.constexpr = BLOCK_N if RESIDUAL else 32
@@ -171,7 +173,7 @@ def _conv3x3_kernel(
             acc = tl.dot(a, b.T, acc, input_precision=PRECISION, max_num_imprecise_acc=IMPRECISE)
 
         # statistics of all columns at once would spill, so with them the tile is finished by halves
-        parts = halves(acc, BLOCK_M, BLOCK_N) if STATS else (acc,)
+        parts = split_columns(acc, BLOCK_M, BLOCK_N) if STATS else (acc,)
         for i in tl.static_range(len(parts)):
             _finish_conv3x3(
                 parts[i],
@@ -204,7 +206,7 @@ def _conv3x3_kernel(
 
 
 @dataclass(frozen=True, eq=False)
-class Conv3x3(KeepsStatistics):
+class Conv3x3(TileStatisticsMixin):
     """conv(x) + bias + residual_scale * residual, stride 1, padding 1. See `conv3x3_reference`.
 
     weight  packed [K, 9 C] in the operands' type;  bias [K] fp32 or None

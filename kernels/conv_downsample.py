@@ -25,7 +25,13 @@ from ._gemm import (
     unpack,
 )
 from ._launch import begin
-from ._tile_statistics import KeepsStatistics, counted_rows, first_row, row_tiles, store_statistics
+from ._tile_statistics import (
+    TileStatisticsMixin,
+    counted_rows,
+    first_row,
+    row_tiles,
+    store_statistics,
+)
 from ._triton import tl, triton
 
 
@@ -79,11 +85,11 @@ def _conv_downsample_kernel(
     for k in range(9 * per_tap):
         tap = k // per_tap
         source = first + (tap // 3) * WP + tap % 3
-        at = (
+        offsets = (
             source.to(tl.int64)[:, None] * C
             + ((k % per_tap) * BLOCK_K + tl.arange(0, BLOCK_K))[None, :]
         )
-        a = tl.load(x_ptr + at, mask=(inside & (source < ROWS_IN))[:, None], other=0.0)
+        a = tl.load(x_ptr + offsets, mask=(inside & (source < ROWS_IN))[:, None], other=0.0)
         acc = tl.dot(
             a,
             load_rows(w_ptr, o0, k * BLOCK_K, K, 9 * C, BLOCK_N, BLOCK_K).T,
@@ -93,8 +99,8 @@ def _conv_downsample_kernel(
     cols = o0 + tl.arange(0, BLOCK_N)
     acc += tl.load(bias_ptr + cols, mask=cols < K, other=0.0)[None, :]
     out = tl.where(inside[:, None], acc, 0.0).to(OUT)
-    at = rows.to(tl.int64)[:, None] * K + cols[None, :]
-    tl.store(y_ptr + at, out, mask=(rows < ROWS)[:, None] & (cols < K)[None, :])
+    offsets = rows.to(tl.int64)[:, None] * K + cols[None, :]
+    tl.store(y_ptr + offsets, out, mask=(rows < ROWS)[:, None] & (cols < K)[None, :])
     if STATS:
         store_statistics(
             stats_ptr,
@@ -113,7 +119,7 @@ def _conv_downsample_kernel(
 
 
 @dataclass(frozen=True, eq=False)
-class ConvDownsample(KeepsStatistics):
+class ConvDownsample(TileStatisticsMixin):
     """3x3, stride 2. See `conv_downsample_reference`; weight packed [K, 9 C], bias [K] fp32."""
 
     weight: Tensor

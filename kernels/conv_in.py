@@ -20,13 +20,19 @@ from ._gemm import (
     cost_of_conv,
     launch_conv,
     load_rows,
+    next_power_of_two,
     pack,
     pixel_of,
-    power_of_two,
     unpack,
 )
 from ._launch import begin
-from ._tile_statistics import KeepsStatistics, counted_rows, first_row, row_tiles, store_statistics
+from ._tile_statistics import (
+    TileStatisticsMixin,
+    counted_rows,
+    first_row,
+    row_tiles,
+    store_statistics,
+)
 from ._triton import tl, triton
 
 
@@ -76,8 +82,8 @@ def _conv_in_kernel(
         seen = (
             inside[:, None] & (depth < 9 * C)[None, :] & (sy >= 0) & (sy < H) & (sx >= 0) & (sx < W)
         )
-        at = ((image.to(tl.int64)[:, None] * H + sy) * W + sx) * C + (depth % C)[None, :]
-        a = tl.load(x_ptr + at, mask=seen, other=0.0)
+        offsets = ((image.to(tl.int64)[:, None] * H + sy) * W + sx) * C + (depth % C)[None, :]
+        a = tl.load(x_ptr + offsets, mask=seen, other=0.0)
         if CENTER:
             a = tl.where(seen, 2 * a - 1, 0.0)
         b = load_rows(w_ptr, o0, k * BLOCK_K, K, DEPTH, BLOCK_N, BLOCK_K)
@@ -85,8 +91,8 @@ def _conv_in_kernel(
     cols = o0 + tl.arange(0, BLOCK_N)
     acc += tl.load(bias_ptr + cols, mask=cols < K, other=0.0)[None, :]
     out = tl.where(inside[:, None], acc, 0.0).to(OUT)
-    at = rows.to(tl.int64)[:, None] * K + cols[None, :]
-    tl.store(y_ptr + at, out, mask=(rows < ROWS)[:, None] & (cols < K)[None, :])
+    offsets = rows.to(tl.int64)[:, None] * K + cols[None, :]
+    tl.store(y_ptr + offsets, out, mask=(rows < ROWS)[:, None] & (cols < K)[None, :])
     if STATS:
         store_statistics(
             stats_ptr,
@@ -105,7 +111,7 @@ def _conv_in_kernel(
 
 
 @dataclass(frozen=True, eq=False)
-class ConvIn(KeepsStatistics):
+class ConvIn(TileStatisticsMixin):
     """The network's first 3x3 convolution, of few channels, from dense fp32 pixels; of 2 x - 1 where `center`.
 
     weight packed [K, DEPTH], its 9 C columns padded with zeros to whole steps of the product; bias [K] fp32.
@@ -135,7 +141,7 @@ class ConvIn(KeepsStatistics):
     @staticmethod
     def block_k(channels: int) -> int:
         """Columns of the product per step: all taps of a few channels at once."""
-        return min(64, max(16, power_of_two(9 * channels)))
+        return min(64, max(16, next_power_of_two(9 * channels)))
 
     def run(self, x: FeatureMap, out: FeatureMap, stats: FeatureMap | None = None) -> None:
         t, (k, depth) = self.tiles, self.weight.shape

@@ -27,7 +27,7 @@ from ._gemm import (
 )
 from ._launch import begin
 from ._tile_statistics import (
-    KeepsStatistics,
+    TileStatisticsMixin,
     Tiling,
     count_tiles,
     counted_rows,
@@ -131,7 +131,7 @@ def _conv_upsample_kernel(
 
 
 @dataclass(frozen=True, eq=False)
-class ConvUpsample(KeepsStatistics):
+class ConvUpsample(TileStatisticsMixin):
     """Nearest 2x, then a 3x3 convolution. See `conv_upsample_reference`; weight packed [4 K, 4 C], bias [K] fp32."""
 
     weight: Tensor
@@ -181,8 +181,8 @@ class ConvUpsample(KeepsStatistics):
         y = pixels.new_empty(n, len(self.bias), h, 2, w, 2)
         for parity, weight in enumerate(weights):
             py, px = divmod(parity, 2)
-            seen = F.pad(pixels, (1 - px, px, 1 - py, py))
-            y[:, :, :, py, :, px] = F.conv2d(seen, unpack(weight, 2))
+            padded = F.pad(pixels, (1 - px, px, 1 - py, py))
+            y[:, :, :, py, :, px] = F.conv2d(padded, unpack(weight, 2))
         out.write(y.reshape(n, -1, 2 * h, 2 * w) + bias.to(y.dtype)[:, None, None])
         self.write_stats(out, stats, compute)
 

@@ -25,7 +25,7 @@ from ._triton import (
     tl,
     triton,
 )
-from .noise import BLOCK, NUM_WARPS, REVERSE, grid, image_normals, noise_reference, place
+from .noise import BLOCK, NUM_WARPS, REVERSE, grid, image_normals, locate, noise_reference
 
 COLUMNS = (
     "x_0_x",
@@ -100,14 +100,16 @@ def _ddpm_step_kernel(
     HISTORY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    n, first = place(ELEMENTS, BLOCK)
+    n, first = locate(ELEMENTS, BLOCK)
     z = image_normals(seed_ptr, image_ptr, step_ptr, n, TAG, first + tl.arange(0, BLOCK))
     element = first * 4 + tl.arange(0, 4 * BLOCK)  # [4 * BLOCK]
     inside = element < ELEMENTS
     x_ptr += n.to(tl.int64) * x_image
     out_ptr += n.to(tl.int64) * out_image
-    x_at = element if X_DENSE else element % CHANNELS * x_channel + element // CHANNELS * x_pixel
-    out_at = (
+    x_offsets = (
+        element if X_DENSE else element % CHANNELS * x_channel + element // CHANNELS * x_pixel
+    )
+    out_offsets = (
         element if OUT_DENSE else element % CHANNELS * out_channel + element // CHANNELS * out_pixel
     )
 
@@ -121,10 +123,10 @@ def _ddpm_step_kernel(
     )
     sigma = tl.load(table_ptr + 7)
 
-    x_t = tl.load(x_ptr + x_at, mask=inside)
-    out = tl.load(out_ptr + out_at, mask=inside).to(tl.float32)
+    x_t = tl.load(x_ptr + x_offsets, mask=inside)
+    out = tl.load(out_ptr + out_offsets, mask=inside).to(tl.float32)
     if LEARNED:
-        v = tl.load(out_ptr + CHANNELS * out_channel + out_at, mask=inside).to(tl.float32)
+        v = tl.load(out_ptr + CHANNELS * out_channel + out_offsets, mask=inside).to(tl.float32)
         fraction = (v + 1) * 0.5
         learned_sigma = tl.exp(
             fraction * tl.load(table_ptr + 9) + (1 - fraction) * tl.load(table_ptr + 8)
@@ -136,12 +138,12 @@ def _ddpm_step_kernel(
     if HISTORY:
         old_ptr += n.to(tl.int64) * x_image  # laid out as x_t is
         mean_old = tl.load(table_ptr + 6)
-        old = tl.load(old_ptr + x_at, mask=inside)
+        old = tl.load(old_ptr + x_offsets, mask=inside)
         mean = mean + tl.where(
             mean_old != 0, mean_old * old, 0.0
         )  # what no step has written is not even multiplied by 0
-        tl.store(old_ptr + x_at, x_0, mask=inside)
-    tl.store(x_ptr + x_at, mean + sigma * z, mask=inside)
+        tl.store(old_ptr + x_offsets, x_0, mask=inside)
+    tl.store(x_ptr + x_offsets, mean + sigma * z, mask=inside)
 
 
 def _check(

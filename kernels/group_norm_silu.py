@@ -15,15 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._feature_map import FeatureMap
-from ._gemm import E4M3_MAX, TRITON_TYPE, cast, power_of_two
-from ._group_norm_kernels import HELD, Blocks, _apply_kernel, _one_pass_kernel
+from ._gemm import E4M3_MAX, TRITON_TYPE, cast, next_power_of_two
+from ._group_norm_kernels import MAX_ONE_PASS_ELEMENTS, Blocks, _apply_kernel, _one_pass_kernel
 from ._group_statistics import _combine_kernel, _statistics_kernel
 from ._launch import launch_options
 from ._tile_statistics import Tiling, channel_statistics
 from ._triton import triton
 
-MOST_CHUNKS = 16
-COMBINED = 4096  # tiles x channels of statistics that a program combines at once
+MAX_CHUNKS = 16
+COMBINE_ELEMENTS = 4096  # tiles x channels of statistics that a program combines at once
 
 
 def group_norm_silu_reference(
@@ -98,7 +98,7 @@ class GroupNormSiLU:
             x.height * x.width,
             len(self.gamma),
             self.width,
-            HELD // 2 if self.time == "scale_shift" else HELD,
+            MAX_ONE_PASS_ELEMENTS // 2 if self.time == "scale_shift" else MAX_ONE_PASS_ELEMENTS,
         )
 
     def scratch_elements(self, x: FeatureMap) -> int:
@@ -106,7 +106,7 @@ class GroupNormSiLU:
         return (
             0
             if self.blocks(x).one_pass
-            else x.images * (1 if self.tilings else MOST_CHUNKS) * self.groups * 2
+            else x.images * (1 if self.tilings else MAX_CHUNKS) * self.groups * 2
         )
 
     def run(
@@ -134,11 +134,11 @@ class GroupNormSiLU:
         b, c = self.blocks(x), len(self.gamma)
         self._expect(x, out, x2, scratch, stats, stats2)
         second = x if x2 is None else x2
-        sources, times = (
+        sources, time_args = (
             (x.rows, second.rows),
             (self.gamma, self.gamma) if table is None else (table[:, self.column :], time_row),
         )
-        numbers = (
+        sizes = (
             x.height,
             x.width,
             x.channels,
@@ -146,12 +146,12 @@ class GroupNormSiLU:
             0 if table is None else table.stride(0),
             self.width,
         )
-        cut = dict(
+        block_args = dict(
             P=b.pixels, L=b.lanes, USED=b.used, GROUPS=self._groups(b.used), TWO=x2 is not None
         )
-        cut |= launch_options(b.warps)
+        block_args |= launch_options(b.warps)
         mode = 0 if self.time is None else 1 if self.time == "add" else 2
-        write = dict(
+        output_args = dict(
             TIME=mode,
             SILU=self.silu,
             BORDER=int(out.bordered),
@@ -167,24 +167,24 @@ class GroupNormSiLU:
                     out.rows,
                     self.gamma,
                     self.beta,
-                    *times,
-                    *numbers,
+                    *time_args,
+                    *sizes,
                     self.eps,
                     *scale,
-                    **cut,
-                    **write,
+                    **block_args,
+                    **output_args,
                 )
                 return
             assert scratch is not None
             size, part = x.height * x.width, scratch.rows
-            chunk = triton.cdiv(triton.cdiv(size, MOST_CHUNKS), b.pixels) * b.pixels
+            chunk = triton.cdiv(triton.cdiv(size, MAX_CHUNKS), b.pixels) * b.pixels
             if stats is not None:
                 chunk = size
-                self._combine(stats, stats2, part, x.images, times, numbers, mode)
+                self._combine(stats, stats2, part, x.images, time_args, sizes, mode)
             chunks = triton.cdiv(size, chunk)
             if stats is None:
                 _statistics_kernel[(x.images * chunks * blocks,)](
-                    *sources, part, *times, *numbers, chunk, chunks, TIME=mode, **cut
+                    *sources, part, *time_args, *sizes, chunk, chunks, TIME=mode, **block_args
                 )
             _apply_kernel[(x.images * triton.cdiv(size, b.pixels) * blocks,)](
                 *sources,
@@ -192,15 +192,15 @@ class GroupNormSiLU:
                 part,
                 self.gamma,
                 self.beta,
-                *times,
-                *numbers,
+                *time_args,
+                *sizes,
                 chunk,
                 chunks,
                 self.eps,
                 *scale,
-                MOST=MOST_CHUNKS,
-                **cut,
-                **write,
+                MOST=MAX_CHUNKS,
+                **block_args,
+                **output_args,
             )
 
     def _combine(
@@ -209,22 +209,22 @@ class GroupNormSiLU:
         stats2: FeatureMap | None,
         part: Tensor,
         images: int,
-        times: tuple[Tensor | None, ...],
-        numbers: tuple[int, ...],
+        time_args: tuple[Tensor | None, ...],
+        sizes: tuple[int, ...],
         mode: int,
     ) -> None:
         """Few channels a program, so that one image occupies several."""
-        lanes = max(16, power_of_two(self.width))
+        lanes = max(16, next_power_of_two(self.width))
         used = lanes // self.width * self.width
         first, second = self.tilings[0], self.tilings[-1]
         _combine_kernel[(images * triton.cdiv(len(self.gamma), used),)](
             stats.rows,
             stats.rows if stats2 is None else stats2.rows,
             part,
-            *times,
-            *numbers,
+            *time_args,
+            *sizes,
             *(v for t in (first, second) for v in (t.height, t.width, t.rows, t.parts)),
-            T=max(1, COMBINED // lanes),
+            T=max(1, COMBINE_ELEMENTS // lanes),
             L=lanes,
             USED=used,
             GROUPS=self._groups(used),
@@ -337,11 +337,11 @@ class GroupNormSiLU:
         """No FLOP worth counting, and the bytes that must move: twice the input's where one pass does not hold it and its writer
         kept no statistics.
         """
-        once, more = (
+        maps, more = (
             [fm for fm in (x, x2) if fm is not None],
             [fm for fm in (stats, stats2) if fm is not None],
         )
-        twice = [] if self.blocks(x).one_pass or more else once
+        second_pass = [] if self.blocks(x).one_pass or more else maps
         return 0, sum(
-            fm.rows.numel() * fm.rows.element_size() for fm in (*once, *twice, *more, out)
+            fm.rows.numel() * fm.rows.element_size() for fm in (*maps, *second_pass, *more, out)
         )

@@ -212,7 +212,7 @@ def image_normals(seed_ptr, image_ptr, noise_row_ptr, n, tag, block):
 
 
 @triton.jit
-def place(count, BLOCK: tl.constexpr):
+def locate(count, BLOCK: tl.constexpr):
     """This program's image of the batch, and its first Philox block there."""
     programs = tl.cdiv(count, 4 * BLOCK)  # for each image
     n = tl.program_id(0) // programs
@@ -223,7 +223,7 @@ def place(count, BLOCK: tl.constexpr):
 def _noise_kernel(
     z_ptr, seed_ptr, image_ptr, noise_row_ptr, tag, COUNT, NORMAL: tl.constexpr, BLOCK: tl.constexpr
 ):
-    n, first = place(COUNT, BLOCK)
+    n, first = locate(COUNT, BLOCK)
     block = first + tl.arange(0, BLOCK)
     element = first * 4 + tl.arange(0, 4 * BLOCK)
     if NORMAL:

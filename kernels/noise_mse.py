@@ -20,7 +20,7 @@ from ._triton import (
     tl,
     triton,
 )
-from .noise import BLOCK, NUM_WARPS, Q_SAMPLE, grid, image_normals, noise_reference, place
+from .noise import BLOCK, NUM_WARPS, Q_SAMPLE, grid, image_normals, locate, noise_reference
 
 
 def target_reference(eps: Tensor, x_0: Tensor | None, coef: Tensor, t: Tensor) -> Tensor:
@@ -63,24 +63,26 @@ def _noise_mse_kernel(
     GRADIENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    n, first = place(ELEMENTS, BLOCK)
+    n, first = locate(ELEMENTS, BLOCK)
     eps = image_normals(seed_ptr, image_ptr, noise_row_ptr, n, TAG, first + tl.arange(0, BLOCK))
     element = first * 4 + tl.arange(0, 4 * BLOCK)  # [4 * BLOCK]
     inside = element < ELEMENTS
     t = tl.load(t_ptr + n).to(tl.int64)
     target = tl.load(coef_ptr + 2 * t) * eps
     if WITH_X_0:
-        x_0_at = (
+        x_0_offsets = (
             element
             if X_0_DENSE
             else element % CHANNELS * x_0_channel + element // CHANNELS * x_0_pixel
         )
-        x_0 = tl.load(x_0_ptr + n.to(tl.int64) * x_0_image + x_0_at, mask=inside).to(tl.float32)
+        x_0 = tl.load(x_0_ptr + n.to(tl.int64) * x_0_image + x_0_offsets, mask=inside).to(
+            tl.float32
+        )
         target = target + tl.load(coef_ptr + 2 * t + 1) * x_0
-    out_at = (
+    out_offsets = (
         element if OUT_DENSE else element % CHANNELS * out_channel + element // CHANNELS * out_pixel
     )
-    out = tl.load(out_ptr + n.to(tl.int64) * out_image + out_at, mask=inside).to(tl.float32)
+    out = tl.load(out_ptr + n.to(tl.int64) * out_image + out_offsets, mask=inside).to(tl.float32)
     difference = out - target
     if GRADIENT:  # of the loss with respect to out; channels-last, in element order
         scale = tl.load(loss_gradient_ptr + n) * (2.0 / ELEMENTS)
@@ -215,7 +217,7 @@ def _(loss_gradient, out, x_0, coef, t, noise_row, seed, image):
     return _empty_gradient(out)
 
 
-def _keep(ctx, inputs, output) -> None:
+def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs)
 
 
@@ -224,4 +226,4 @@ def _backward(ctx, loss_gradient):
     return gradient, None, None, None, None, None, None
 
 
-noise_mse.register_autograd(_backward, setup_context=_keep)
+noise_mse.register_autograd(_backward, setup_context=_setup_context)

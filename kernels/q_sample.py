@@ -19,7 +19,7 @@ from ._triton import (
     tl,
     triton,
 )
-from .noise import BLOCK, NUM_WARPS, Q_SAMPLE, grid, image_normals, noise_reference, place
+from .noise import BLOCK, NUM_WARPS, Q_SAMPLE, grid, image_normals, locate, noise_reference
 
 
 def q_sample_reference(x_0: Tensor, eps: Tensor, coef: Tensor, t: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ def _q_sample_kernel(
     DENSE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    n, first = place(ELEMENTS, BLOCK)
+    n, first = locate(ELEMENTS, BLOCK)
     eps = image_normals(seed_ptr, image_ptr, noise_row_ptr, n, TAG, first + tl.arange(0, BLOCK))
     element = first * 4 + tl.arange(
         0, 4 * BLOCK
@@ -55,10 +55,10 @@ def _q_sample_kernel(
 
     t = tl.load(t_ptr + n).to(tl.int64)
     signal, sigma = tl.load(coef_ptr + 2 * t), tl.load(coef_ptr + 2 * t + 1)
-    offset = (
+    x_0_offsets = (
         element if DENSE else element % CHANNELS * x_0_channel + element // CHANNELS * x_0_pixel
     )
-    x_0 = tl.load(x_0_ptr + n.to(tl.int64) * x_0_image + offset, mask=inside).to(tl.float32)
+    x_0 = tl.load(x_0_ptr + n.to(tl.int64) * x_0_image + x_0_offsets, mask=inside).to(tl.float32)
     tl.store(x_t_ptr + n.to(tl.int64) * ELEMENTS + element, x_0 * signal + eps * sigma, mask=inside)
 
 

@@ -48,29 +48,29 @@ def _resample_kernel(
     rows = tl.program_id(0) // blocks * R + tl.arange(0, R)
     c = tl.program_id(0) % blocks * L + tl.arange(0, L)
     image, y, x, inside = pixel_of(rows, COUNT, H, W, BORDER)
-    real = (c < C)[None, :]
-    seen = inside[:, None] & real
+    in_channels = (c < C)[None, :]
+    mask = inside[:, None] & in_channels
     if TO == "half":
         WP = 2 * W + 1
-        at = (image.to(tl.int64) * ((2 * H + 1) * WP) + (2 * y + 1) * WP + 2 * x + 1)[
+        offsets = (image.to(tl.int64) * ((2 * H + 1) * WP) + (2 * y + 1) * WP + 2 * x + 1)[
             :, None
         ] * C + c[None, :]
-        v = tl.load(x_ptr + at, mask=seen, other=0.0).to(tl.float32)
-        v += tl.load(x_ptr + at + C, mask=seen, other=0.0).to(tl.float32)
-        v += tl.load(x_ptr + at + WP * C, mask=seen, other=0.0).to(tl.float32)
-        v += tl.load(x_ptr + at + (WP + 1) * C, mask=seen, other=0.0).to(tl.float32)
+        v = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        v += tl.load(x_ptr + offsets + C, mask=mask, other=0.0).to(tl.float32)
+        v += tl.load(x_ptr + offsets + WP * C, mask=mask, other=0.0).to(tl.float32)
+        v += tl.load(x_ptr + offsets + (WP + 1) * C, mask=mask, other=0.0).to(tl.float32)
         v *= 0.25
     else:
         S: tl.constexpr = 2 if TO == "double" else 1
         WP = W // S + 1
-        at = (image.to(tl.int64) * ((H // S + 1) * WP) + (y // S + 1) * WP + x // S + 1)[
+        offsets = (image.to(tl.int64) * ((H // S + 1) * WP) + (y // S + 1) * WP + x // S + 1)[
             :, None
         ] * C + c[None, :]
-        v = tl.load(x_ptr + at, mask=seen, other=0.0).to(tl.float32)
+        v = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     tl.store(
         y_ptr + rows.to(tl.int64)[:, None] * C + c[None, :],
         v.to(OUT),
-        mask=(rows < COUNT)[:, None] & real,
+        mask=(rows < COUNT)[:, None] & in_channels,
     )
 
 

@@ -104,12 +104,12 @@ class TimeEmbeddingProjection:
         self, out: FeatureMap, t: Tensor, label: Tensor, compute: torch.dtype | None = None
     ) -> None:
         weight = cast(self.weight, compute)
-        seen = (
+        hidden = (
             F.silu(self.time[t.long()] + self.classes[label.long()])
             .to(self.weight.dtype)
             .to(weight.dtype)
         )
-        out.rows.copy_(F.linear(seen, weight) + self.bias.to(weight.dtype))
+        out.rows.copy_(F.linear(hidden, weight) + self.bias.to(weight.dtype))
 
     def grid(self, out: FeatureMap, **_: FeatureMap) -> int:
         """Tiles of the product."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ddpm_fast.kernels._gemm import Target, cut, divisor
+from ddpm_fast.kernels._gemm import Target, choose_tiles, divisor
 from ddpm_fast.kernels.attention import (
     FoldedAttention,
     MultiHeadAttention,
@@ -253,7 +253,7 @@ def test_whole_layer(c, heads, dtype, device):
     made, x = layer(c, heads).to(device), normal(n, c, h, w).to(device, dtype)
     exact = made(x.double())
     q, k, v, o = projections(made)
-    tiles = lambda outputs: cut(
+    tiles = lambda outputs: choose_tiles(
         target, dtype, divisor(c, 64), outputs, n * h * w, tma=False, warps=8
     )
     dense, bordered = map_of(x, bordered=False), map_of(x)

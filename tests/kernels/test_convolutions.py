@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ddpm_fast.kernels._gemm import E4M3_MAX, Target, cut, pack, quantise, unpack
+from ddpm_fast.kernels._gemm import E4M3_MAX, Target, choose_tiles, pack, quantise, unpack
 from ddpm_fast.kernels._triton import INTERPRETED
 from ddpm_fast.kernels.conv1x1 import Conv1x1, conv1x1_reference
 from ddpm_fast.kernels.conv3x3 import Conv3x3, conv3x3_reference
@@ -38,7 +38,7 @@ def fp32_is_fp32(monkeypatch):
 
 def tiles(device, dtype, c, k, rows=1, tma=False, block_m=None):
     """As `cut` has them; block_m=None: its choice of rows too."""
-    t = cut(Target.of(torch.device(device)), dtype, c, k, rows, tma=tma, warps=4)
+    t = choose_tiles(Target.of(torch.device(device)), dtype, c, k, rows, tma=tma, warps=4)
     return t if block_m is None else replace(t, block_m=block_m)
 
 
@@ -503,8 +503,8 @@ def test_parities_sum_the_taps_that_fall_on_one_pixel():
         )
         for i in range(2):
             for j in range(2):
-                want = weight[:, :, rows[i]][:, :, :, columns[j]].sum((2, 3))
-                torch.testing.assert_close(packed[:, :, i, j], want, rtol=0, atol=1e-14)
+                expected = weight[:, :, rows[i]][:, :, :, columns[j]].sum((2, 3))
+                torch.testing.assert_close(packed[:, :, i, j], expected, rtol=0, atol=1e-14)
         torch.testing.assert_close(packed.sum((2, 3)), weight.sum((2, 3)), rtol=0, atol=1e-14)
 
 

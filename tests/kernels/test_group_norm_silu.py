@@ -9,7 +9,12 @@ import torch
 import torch.nn.functional as F
 
 from ddpm_fast.kernels._gemm import E4M3_MAX, Target
-from ddpm_fast.kernels._group_norm_kernels import HELD, TILE, WIDEST, Blocks
+from ddpm_fast.kernels._group_norm_kernels import (
+    MAX_LANES,
+    MAX_ONE_PASS_ELEMENTS,
+    TILE_ELEMENTS,
+    Blocks,
+)
 from ddpm_fast.kernels._triton import INTERPRETED
 from ddpm_fast.kernels.group_norm_silu import GroupNormSiLU, group_norm_silu_reference
 from ddpm_fast.testing import (
@@ -460,10 +465,10 @@ def test_blocks(channels):
         assert b.used % 8 == 0 or b.used + 8 > b.lanes or width % 8 or width > b.lanes, about
         if b.one_pass:
             assert size <= b.pixels < 2 * size or size == b.pixels, about
-            assert b.pixels * b.lanes <= HELD, about
+            assert b.pixels * b.lanes <= MAX_ONE_PASS_ELEMENTS, about
         else:
-            assert b.pixels * b.lanes <= max(TILE, b.lanes) and b.pixels < 2 * size, about
-            assert b.lanes <= max(WIDEST, 2 * width), about
+            assert b.pixels * b.lanes <= max(TILE_ELEMENTS, b.lanes) and b.pixels < 2 * size, about
+            assert b.lanes <= max(MAX_LANES, 2 * width), about
 
 
 def test_blocks_of_the_largest_that_one_pass_holds():
@@ -488,10 +493,10 @@ def test_fallback_and_reference(form, dtype):
             case.table[case.row, COLUMN : COLUMN + 96].double()[:, :, None, None].chunk(2, dim=1)
         )
         x = x * (1 + scale) + shift
-    want = (F.silu(x) if op.silu else x).detach()
+    expected = (F.silu(x) if op.silu else x).detach()
     op.fallback(out=out, compute=dtype, **case.arguments())
     tolerance = partial(
         torch.testing.assert_close, rtol=0, atol=1e-12 if dtype == torch.float64 else 1e-5
     )
-    tolerance(out.pixels, want)
-    tolerance(case.reference(dtype).double(), want)
+    tolerance(out.pixels, expected)
+    tolerance(case.reference(dtype).double(), expected)

@@ -44,11 +44,11 @@ def test_layout_of_the_counter():
     seed, image, row, tag = 0xFEDCBA9876543210, 0x123456789, 0xABCDEF, N.REVERSE
     got = N.words_reference(*stream(1, seed, image, row), tag, 7)[0].tolist()
     key = (torch.tensor(0x76543210), torch.tensor(0xFEDCBA98))
-    want = []
+    expected = []
     for block in (0, 1):
         counter = (block, tag << 24 | row, 0x23456789, 0x1)
-        want += [int(w) for w in N.philox_reference(tuple(map(torch.tensor, counter)), key)]
-    assert got == want[:7]
+        expected += [int(w) for w in N.philox_reference(tuple(map(torch.tensor, counter)), key)]
+    assert got == expected[:7]
 
 
 def test_golden_layout():

@@ -7,7 +7,7 @@ import torch
 
 from ddpm_fast.kernels import group_norm_silu
 from ddpm_fast.kernels._feature_map import FeatureMap
-from ddpm_fast.kernels._gemm import Target, cut, quantise
+from ddpm_fast.kernels._gemm import Target, choose_tiles, quantise
 from ddpm_fast.kernels._tile_statistics import Tiling, channel_statistics, tile_statistics
 from ddpm_fast.kernels._triton import INTERPRETED
 from ddpm_fast.kernels.conv3x3 import Conv3x3
@@ -69,7 +69,7 @@ class Case:
             pytest.skip("no TMA before sm_90")
         operand, c = operand or dtype, 3 if kind == "first" else c
         step = ConvIn.block_k(c) if kind == "first" else c
-        t = replace(cut(target, operand, step, k, 1, tma=tma, warps=4), block_m=64)
+        t = replace(choose_tiles(target, operand, step, k, 1, tma=tma, warps=4), block_m=64)
         size = int(h * KINDS[kind]), int(w * KINDS[kind])
         x, weight = (
             normal(n, c, *size, dtype=torch.float32, device=device),
@@ -324,7 +324,7 @@ class Norm:
 @pytest.fixture
 def two_passes(monkeypatch):
     """One pass holds nothing."""
-    monkeypatch.setattr(group_norm_silu, "HELD", 1)
+    monkeypatch.setattr(group_norm_silu, "MAX_ONE_PASS_ELEMENTS", 1)
 
 
 NORMS = {

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ddpm_fast.kernels._gemm import Target, cut
+from ddpm_fast.kernels._gemm import Target, choose_tiles
 from ddpm_fast.kernels.time_embedding import TimeEmbeddingProjection, time_embedding_reference
 from ddpm_fast.testing import assert_operation, assert_written, poisoned, relative_error
 
@@ -15,7 +15,9 @@ def case(n, outputs, dtype, device):
     rng = torch.Generator().manual_seed(0)
     normal = lambda *shape: torch.randn(*shape, generator=rng).to(device)
     weight = (normal(outputs, WIDTH) * WIDTH**-0.5).to(dtype)
-    tiles = cut(Target.of(torch.device(device)), dtype, WIDTH, outputs, n, tma=False, warps=4)
+    tiles = choose_tiles(
+        Target.of(torch.device(device)), dtype, WIDTH, outputs, n, tma=False, warps=4
+    )
     time, classes, bias = normal(STEPS, WIDTH), normal(CLASSES, WIDTH), normal(outputs)
     t = torch.randint(STEPS, (n,), generator=rng).to(device)
     label = torch.randint(CLASSES, (n,), generator=rng).to(device)

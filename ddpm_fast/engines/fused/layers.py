@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...kernels._feature_map import FeatureMap
 from ...kernels._gemm import E4M3_MAX, Tiles, divisor
-from ...kernels._tile_statistics import KeepsStatistics, Tiling
+from ...kernels._tile_statistics import TileStatisticsMixin, Tiling
 from ...kernels.conv1x1 import Conv1x1
 from ...kernels.conv3x3 import Conv3x3
 from ...kernels.conv_downsample import ConvDownsample
@@ -270,7 +270,7 @@ class LayerBuilder:
         one of them cannot.
         """
         writers = [self.launches[self.writers[b]] for b in maps]
-        if not all(isinstance(launch.op, KeepsStatistics) for launch in writers):
+        if not all(isinstance(launch.op, TileStatisticsMixin) for launch in writers):
             return [], ()
         stats, tilings = [], []
         for b, launch in zip(maps, writers, strict=True):

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...kernels._gemm import Target, Tiles, cut
+from ...kernels._gemm import Target, Tiles, choose_tiles
 from ...kernels.time_embedding import TimeEmbeddingProjection
 from ...models.time_table import time_table
 from ...models.unet import ResBlock, UNet
@@ -183,7 +183,9 @@ class PackedUNet:
         """
         dtype = dtype or self.activations
         warps = 4 if kind == "conv3x3" and dtype != E4M3 else 8
-        by_rule = cut(self.target, dtype, c, k, rows, tma=tma, warps=warps, shrinks=shrinks)
+        by_rule = choose_tiles(
+            self.target, dtype, c, k, rows, tma=tma, warps=warps, small_rounds=shrinks
+        )
         return replace(
             by_rule, **self.tiles.get(tile_key(kind, self.target, dtype, c, k, h, w), {})
         )

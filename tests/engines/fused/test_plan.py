@@ -11,7 +11,7 @@ from ddpm_fast import UNet, UNetConfig
 from ddpm_fast.engines.fused.plan import ALIGNMENT, Arena, Buffer, Launch, lifetimes
 from ddpm_fast.engines.fused.roofline import GAP, GPUS, estimate
 from ddpm_fast.engines.fused.unet import FusedUNet
-from ddpm_fast.kernels._gemm import Target, cut, outputs_of
+from ddpm_fast.kernels._gemm import Target, choose_block_n, choose_tiles
 from ddpm_fast.models.flops import unet_cost
 
 CELEBA = NETWORKS["celebahq256"]
@@ -192,14 +192,14 @@ def test_the_rule_for_tiles():
         for dtype in (torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float32):
             for c in (32, 48, 64, 96, 128, 384):
                 cuts = [
-                    cut(Target(sm, 132), dtype, c, 128, rows, tma=True, warps=4)
+                    choose_tiles(Target(sm, 132), dtype, c, 128, rows, tma=True, warps=4)
                     for rows in (16, 1000, 10**4, 10**6)
                 ]
                 assert len({(t.block_k, t.block_n, t.tma) for t in cuts}) == 1
                 assert all(
                     t.block_m >= 64 and c % t.block_k == 0 and t.tma == (sm >= 90) for t in cuts
                 )
-    assert [outputs_of(k) for k in (1, 3, 6, 16, 32, 48, 64, 96, 128, 192, 256, 320)] == [
+    assert [choose_block_n(k) for k in (1, 3, 6, 16, 32, 48, 64, 96, 128, 192, 256, 320)] == [
         16,
         16,
         16,

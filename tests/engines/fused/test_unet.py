@@ -247,7 +247,7 @@ def test_an_image_is_the_same_alone_first_last_and_in_a_ragged_batch(name, dtype
 @pytest.mark.full
 def test_an_image_is_the_same_in_every_batch_where_its_norms_read_statistics(device, monkeypatch):
     """No map fits one pass, so the launch that writes one keeps statistics of it, unless it is an attention layer."""
-    monkeypatch.setattr(group_norm_silu, "HELD", 1)
+    monkeypatch.setattr(group_norm_silu, "MAX_ONE_PASS_ELEMENTS", 1)
     config = UNetConfig(
         (6, 10),
         channels=(16, 16),

@@ -165,7 +165,7 @@ def test_what_failed_runs_by_its_fallback_and_the_images_are_right(monkeypatch):
 @torch.no_grad()
 @pytest.mark.kernel
 def test_statistics_are_checked_in_addition_to_the_map(monkeypatch, device):
-    monkeypatch.setattr(group_norm_silu, "HELD", 1)  # one pass holds nothing
+    monkeypatch.setattr(group_norm_silu, "MAX_ONE_PASS_ELEMENTS", 1)  # one pass holds nothing
     network = FusedUNet(UNet(TINY).to(device), 3, "fp16", check=False)
     plan = network.load(torch.randn(3, 1, 8, 8, device=device), 500)
     found = {}
