@@ -1,4 +1,4 @@
-"""Kernels of `group_norm_silu` and their blocks: one pass over an image, or statistics applied to tiles."""
+"""Kernels of `group_norm_silu`: one pass over an image, or given statistics applied to tiles."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ._group_statistics import group_sum, load_pixels
 from ._launch import begin
 from ._triton import tl, triton
 
-# Elements of a block that one program may hold: 64 registers for each of 512 threads (4096 pixels of 16 channels spill)
+# Elements of a one-pass block: 64 registers per thread of 512 (4096 pixels of 16 channels spill)
 MAX_ONE_PASS_ELEMENTS = 32768
 MAX_LANES = 64  # channels of a block: 128 bytes of a 2-byte type, one line of the cache
 TILE_ELEMENTS = 16384  # elements of a tile of the two-pass form
@@ -18,8 +18,14 @@ TILE_ELEMENTS = 16384  # elements of a tile of the two-pass form
 
 @dataclass(frozen=True)
 class Blocks:
-    """Shape of a program's block: `used` channels (whole groups) in `lanes` lanes, tiles of `pixels` pixels; one_pass: a tile is
-    a whole image.
+    """Shape of a program's block.
+
+    Args:
+        pixels: Pixels of a tile, rounded up to a power of two.
+        lanes: Channels of a tile, rounded up to a power of two.
+        used: Lanes that hold channels: whole groups.
+        warps: Warps per program.
+        one_pass: Whether a tile is a whole image.
     """
 
     pixels: int
@@ -32,7 +38,10 @@ class Blocks:
     def of(
         cls, size: int, channels: int, width: int, max_elements: int = MAX_ONE_PASS_ELEMENTS
     ) -> Blocks:
-        """For images of `size` pixels: whole groups of `width` channels, by eights where that is possible (16 bytes a load)."""
+        """Returns the block for images of `size` pixels and groups of `width` channels.
+
+        `used` is a multiple of 8 if possible, so that each load has 16 bytes.
+        """
         pixels, least = next_power_of_two(size), next_power_of_two(width)
         lanes = min(MAX_LANES, max_elements // pixels, next_power_of_two(channels))
         one_pass = max(least, min(16, next_power_of_two(channels))) * pixels <= max_elements
@@ -42,7 +51,7 @@ class Blocks:
             lanes = max(min(MAX_LANES, next_power_of_two(channels)), least)
             pixels = min(pixels, max(1, TILE_ELEMENTS // lanes))
         elements = pixels * lanes if width <= 32 else pixels * least
-        # 64 elements per thread, or 32 in addition to those of a loop or of two maps
+        # 64 elements per thread; 32 in the two-pass form, whose loop needs registers too
         warps = min(16, max(4, elements // (2048 if one_pass else 1024)))
         if width > 32:
             return cls(pixels, least, width, warps, one_pass)
@@ -53,8 +62,9 @@ class Blocks:
 
 @triton.jit
 def clamp_e4m3(y, inside, saturated_ptr, COUNT: tl.constexpr):
-    """y clamped to what e4m3 holds; a NaN stays one, so that it is seen. An int64 grows by how many were beyond or are NaN: by
-    programs in whatever order they arrive, for no image depends on it.
+    """Clamps y to the range of e4m3; NaN stays NaN. COUNT: counts the clamped and NaN values.
+
+    The count is an atomic sum: its order varies, but no image depends on it.
     """
     if COUNT:
         saturated = tl.sum(tl.where(inside & ~(tl.abs(y) <= 448.0), 1, 0))
@@ -80,7 +90,7 @@ def apply_norm(
     OUT: tl.constexpr,
     COUNT: tl.constexpr,
 ):
-    """Deviations d [P, L] from the mean -> what is stored."""
+    """Computes the output from deviations d [P, L] from the mean."""
     gain = rstd * tl.load(gamma_ptr + c, mask=used, other=0.0)
     shift = tl.load(beta_ptr + c, mask=used, other=0.0)
     if TIME == 2:
@@ -97,7 +107,7 @@ def apply_norm(
 
 @triton.jit
 def zero_border(out_ptr, n, c, used, H, W, C, L: tl.constexpr, OUT: tl.constexpr):
-    """Zeros into the top row and the left column of image n."""
+    """Writes zeros to the top row and the left column of image n."""
     edge = tl.arange(0, 64)
     zero = tl.zeros((64, L), tl.float32).to(OUT)
     out_ptr += n * (H + 1) * (W + 1) * C
@@ -236,9 +246,8 @@ def _apply_kernel(
     mask = (chunk < CHUNKS)[:, None] & used[None, :]
     means = tl.load(part_ptr + offsets, mask=mask, other=0.0)
     squares = tl.load(part_ptr + offsets + 1, mask=mask, other=0.0)
-    counts = (tl.maximum(tl.minimum(CHUNK, H * W - chunk * CHUNK), 0) * WIDTH).to(tl.float32)[
-        :, None
-    ]
+    counts = tl.maximum(tl.minimum(CHUNK, H * W - chunk * CHUNK), 0)
+    counts = (counts * WIDTH).to(tl.float32)[:, None]
     count = (H * W * WIDTH).to(tl.float32)
     mean = tl.sum(means * counts, 0) / count
     dev = tl.where(mask, means - mean[None, :], 0.0)

@@ -1,14 +1,14 @@
-"""Self-attention over the pixels of an image, keys and values streamed, in two forms.
+"""Self-attention over the pixels of an image, with streamed keys and values, in two forms.
 
-With several heads: softmax(q k^T / sqrt(D)) v of projections made before, one head after the other.
+Multi-head: softmax(q k^T / sqrt(D)) v of given projections q, k, v, separately for each head.
 
-With one head as wide as the features the projections fold, exactly (x here is norm(x); terms that are equal for all keys cancel
-in the softmax):
+Folded, for one head of all C channels: the four projections become two, exactly. x is norm(x);
+terms that are equal for all keys cancel in the softmax.
 
-    (x Wq^T + bq) (x Wk^T + block_k)^T  =  (x M + m) x^T + ...,      M = Wq^T Wk,  m = bq Wk
-    softmax(...) (x Wv^T + bv) Wo^T + block_out  =  (softmax(...) x) V^T + v,      V = Wo Wv,  v = Wo bv + block_out
+    (x Wq^T + bq) (x Wk^T + bk)^T  =  (x M + m) x^T + ...,  M = Wq^T Wk,  m = bq Wk
+    softmax(...) (x Wv^T + bv) Wo^T + bo  =  (softmax(...) x) V^T + v,  V = Wo Wv,  v = Wo bv + bo
 
-so that keys and values are x itself; the kernel applies V, v and the residual before it writes.
+Keys and values are then x itself. The kernel also applies V, v and the residual.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ LOG2_E = math.log2(math.e)
 
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float) -> Tensor:
-    """q, k, v [N, P, C] -> [N, P, C]: softmax(scale q k^T) v in each of `heads` equal parts of the channels."""
+    """q, k, v [N, P, C] -> softmax(scale q k^T) v [N, P, C], per head of C / heads channels."""
     n, p, c = q.shape
     q, k, v = (t.view(n, p, heads, c // heads).transpose(1, 2) for t in (q, k, v))
     return ((q @ k.transpose(2, 3) * scale).softmax(3) @ v).transpose(1, 2).reshape(n, p, c)
@@ -41,11 +41,9 @@ def fold(
     v: tuple[Tensor, Tensor],
     out: tuple[Tensor, Tensor],
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """From (weight [C, C], bias [C]) of the four projections to the two of the folded form: ((M^T, m), (V, v)), in fp64."""
-    (wq, bq), (wk, _), (wv, bv), (wo, block_out) = (
-        (w.double(), b.double()) for w, b in (q, k, v, out)
-    )
-    return (wk.T @ wq, wk.T @ bq), (wo @ wv, wo @ bv + block_out)
+    """Folds the four projections (weight [C, C], bias [C]) into ((M^T, m), (V, v)), in fp64."""
+    (wq, bq), (wk, _), (wv, bv), (wo, bo) = ((w.double(), b.double()) for w, b in (q, k, v, out))
+    return (wk.T @ wq, wk.T @ bq), (wo @ wv, wo @ bv + bo)
 
 
 @triton.jit(do_not_specialize=["PIXELS", "W"])
@@ -109,7 +107,7 @@ def _attention_kernel(
         row_max = new_max
     attended = (acc / row_sum[:, None]).to(q.dtype)
 
-    # into a bordered map
+    # rows of the bordered output map
     WP = W + 1
     H = PIXELS // W
     image = n * (H + 1) * WP
@@ -118,18 +116,14 @@ def _attention_kernel(
     if FOLDED:
         for o0 in range(0, C, BLOCK_OUT):
             cols = o0 + tl.arange(0, BLOCK_OUT)
-            w = tl.load(
-                w_ptr + cols[:, None] * C + d[None, :],
-                mask=(cols < C)[:, None] & in_head,
-                other=0.0,
-            )
+            mask = (cols < C)[:, None] & in_head
+            w = tl.load(w_ptr + cols[:, None] * C + d[None, :], mask=mask, other=0.0)
             y = tl.dot(attended, w.T, input_precision=PRECISION)
             y += tl.load(bias_ptr + cols, mask=cols < C, other=0.0)[None, :]
             offsets = pixel_row[:, None] * C + cols[None, :]
             inside = (pixel < PIXELS)[:, None] & (cols < C)[None, :]
-            y += residual_scale * tl.load(residual_ptr + offsets, mask=inside, other=0.0).to(
-                tl.float32
-            )
+            residual = tl.load(residual_ptr + offsets, mask=inside, other=0.0)
+            y += residual_scale * residual.to(tl.float32)
             tl.store(y_ptr + offsets, y.to(OUT), mask=inside)
     else:
         tl.store(
@@ -152,7 +146,15 @@ def _attention_kernel(
 
 @dataclass(frozen=True)
 class AttentionTiles:
-    """Tiles of attention: queries, keys, and outputs of the projection per tile."""
+    """Tile sizes and launch parameters of attention.
+
+    Args:
+        block_m: Queries per program.
+        block_n: Keys per step.
+        block_out: Outputs per step of the folded form's projection.
+        warps: Warps per program.
+        stages: Stages of the software pipeline.
+    """
 
     block_m: int
     block_n: int
@@ -162,8 +164,9 @@ class AttentionTiles:
 
     @classmethod
     def of(cls, target: Target, dim: int, dtype: torch.dtype) -> AttentionTiles:
-        """As wide as registers and shared memory allow without spilling; 64 queries at least, so that one instruction family
-        serves every size.
+        """Returns the largest tiles that do not spill, for heads of `dim` channels.
+
+        fp16 and bf16 use at least 64 queries, so that all sizes use one instruction family.
         """
         if dtype == torch.float32:
             return cls(16, 16, 16, 4, 1)
@@ -173,14 +176,21 @@ class AttentionTiles:
             block_m, block_n, block_out, warps, stages = 64, 64, 64, 4, 2
         else:
             block_m, block_n, block_out, warps, stages = 64, 32, 32, 8, 2
-            if target.small:  # these have one instruction family for all heights
+            if target.small:  # these GPUs have one instruction family for all sizes
                 block_m = 32
         return cls(block_m, block_n, block_out, warps if target.sm == 90 else 8, stages)
 
 
 @dataclass(frozen=True, eq=False)
 class MultiHeadAttention:
-    """softmax(q k^T / sqrt(D)) v in `heads` heads, from qkv (dense, three times the channels) into a bordered map."""
+    """Multi-head attention softmax(q k^T / sqrt(D)) v.
+
+    Reads a dense map of q, k, v [N, H, W, 3 C], writes a bordered map [N, H, W, C].
+
+    Args:
+        heads: Number of heads, each of D = C / heads channels.
+        target: GPU, for the choice of tiles.
+    """
 
     heads: int
     target: Target = H100
@@ -200,17 +210,25 @@ class MultiHeadAttention:
 
     def cost(self, qkv: FeatureMap, out: FeatureMap) -> tuple[int, int]:
         pixels, size = out.height * out.width, qkv.rows.element_size()
-        return 4 * out.images * pixels * pixels * out.channels, size * (
-            qkv.rows.numel() + out.rows.numel()
-        )
+        moved = size * (qkv.rows.numel() + out.rows.numel())
+        return 4 * out.images * pixels * pixels * out.channels, moved
 
 
 @dataclass(frozen=True, eq=False)
 class FoldedAttention:
-    """V softmax(q x^T / sqrt(C)) x + v + residual_scale * residual, from q and x (dense) into a bordered map. See `fold`."""
+    """Single-head attention V softmax(q x^T / sqrt(C)) x + v + residual_scale * residual.
 
-    weight: Tensor  # V [C, C]
-    bias: Tensor  # v [C] fp32
+    Reads dense maps q and x and a bordered residual, writes a bordered map; all [N, H, W, C].
+
+    Args:
+        weight: V [C, C] of `fold`, in the type of the operands.
+        bias: v [C] of `fold`, fp32.
+        target: GPU, for the choice of tiles.
+        residual_scale: Factor of the residual.
+    """
+
+    weight: Tensor
+    bias: Tensor
     target: Target = H100
     residual_scale: float = 1.0
     name = "folded_attention"
@@ -261,10 +279,9 @@ class FoldedAttention:
         self, q: FeatureMap, x: FeatureMap, out: FeatureMap, residual: FeatureMap
     ) -> tuple[int, int]:
         pixels, c = out.height * out.width, out.channels
-        moved = sum(fm.rows.numel() * fm.rows.element_size() for fm in (q, x, out, residual))
-        return out.images * pixels * c * (
-            4 * pixels + 2 * c
-        ), moved + self.weight.numel() * self.weight.element_size()
+        tensors = (q.rows, x.rows, out.rows, residual.rows, self.weight)
+        moved = sum(t.numel() * t.element_size() for t in tensors)
+        return out.images * pixels * c * (4 * pixels + 2 * c), moved
 
 
 def _launch(

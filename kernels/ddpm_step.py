@@ -1,13 +1,13 @@
-"""Reverse step x_t -> x_{t-1} of every solver; solvers differ in their coefficients only.
+"""Reverse step x_t -> x_{t-1} of every solver; solvers differ only in their coefficients.
 
-A solver is a table with one row per step (`ddpm_fast.diffusion.solvers` derives the rows from the papers):
+A solver is a table with one row per step (`ddpm_fast.diffusion.solvers` derives the rows):
 
-    x_0   = clamp(x_0_x * x_t + x_0_out * out, -clip, clip)         the image as the network sees it
+    x_0   = clamp(x_0_x * x_t + x_0_out * out, -clip, clip)         predicted image
     x_t-1 = mean_x_0 * x_0 + mean_x * x_t + mean_out * out + mean_old * old + sigma * z
 
-`out` is the network's output, whichever quantity it predicts; `old` the x_0 of the step before, for multistep solvers. Where
-the network learns the variance, its second half of channels v places log sigma between log_sigma_min (v = -1) and
-log_sigma_max (v = 1) (Nichol & Dhariwal 2021, eq. 15).
+`out` is the network's output (eps, x_0 or v); `old` is the x_0 of the previous step, for multistep
+solvers. If the network learns the variance, the second half of its channels, v, interpolates log
+sigma between log_sigma_min (v = -1) and log_sigma_max (v = 1) (Nichol & Dhariwal 2021, eq. 15).
 """
 
 from __future__ import annotations
@@ -43,11 +43,10 @@ WIDTH = tl.constexpr(len(COLUMNS))
 
 
 def x_0_reference(x_t: Tensor, out: Tensor, table: Tensor, step: Tensor) -> Tensor:
-    """x_t [B, C, H, W]; out [B, C or 2C, H, W]; table [R, 10]; step [B] -> x_0 as the network sees it, in the table's dtype."""
+    """Returns the predicted x_0 in the table's dtype; arguments as for `ddpm_step`."""
     x_0_x, x_0_out, clip = table[step.long()].T[:3, :, None, None, None]
-    return torch.clamp(
-        x_0_x * x_t.to(table.dtype) + x_0_out * out[:, : x_t.shape[1]].to(table.dtype), -clip, clip
-    )
+    x_t, out = x_t.to(table.dtype), out[:, : x_t.shape[1]].to(table.dtype)
+    return torch.clamp(x_0_x * x_t + x_0_out * out, -clip, clip)
 
 
 def ddpm_step_reference(
@@ -59,7 +58,7 @@ def ddpm_step_reference(
     learned: bool = False,
     old: Tensor | None = None,
 ) -> Tensor:
-    """x_t, z, old [B, C, H, W]; out likewise, learned [B, 2C, H, W]; table [R, 10]; step [B] -> x_{t-1} in the table's dtype."""
+    """Returns x_{t-1} in the table's dtype; z is the noise, other arguments as for `ddpm_step`."""
     mean_x_0, mean_x, mean_out, mean_old, sigma, log_min, log_max = table[step.long()].T[
         3:, :, None, None, None
     ]
@@ -113,14 +112,11 @@ def _ddpm_step_kernel(
         element if OUT_DENSE else element % CHANNELS * out_channel + element // CHANNELS * out_pixel
     )
 
-    # the step is read on the device, so one CUDA graph serves every step, and images may be at different steps
+    # the step is read on the device: one CUDA graph serves all steps, and steps may differ by image
     table_ptr += tl.load(step_ptr + n).to(tl.int64) * WIDTH
     x_0_x, x_0_out, clip = tl.load(table_ptr), tl.load(table_ptr + 1), tl.load(table_ptr + 2)
-    mean_x_0, mean_x, mean_out = (
-        tl.load(table_ptr + 3),
-        tl.load(table_ptr + 4),
-        tl.load(table_ptr + 5),
-    )
+    mean_x_0, mean_x = tl.load(table_ptr + 3), tl.load(table_ptr + 4)
+    mean_out = tl.load(table_ptr + 5)
     sigma = tl.load(table_ptr + 7)
 
     x_t = tl.load(x_ptr + x_offsets, mask=inside)
@@ -128,20 +124,18 @@ def _ddpm_step_kernel(
     if LEARNED:
         v = tl.load(out_ptr + CHANNELS * out_channel + out_offsets, mask=inside).to(tl.float32)
         fraction = (v + 1) * 0.5
-        learned_sigma = tl.exp(
-            fraction * tl.load(table_ptr + 9) + (1 - fraction) * tl.load(table_ptr + 8)
-        )
+        log_max, log_min = tl.load(table_ptr + 9), tl.load(table_ptr + 8)
+        learned_sigma = tl.exp(fraction * log_max + (1 - fraction) * log_min)
         sigma = tl.where(sigma > 0, learned_sigma, 0.0)
-    # a NaN must come out as NaN, not as a clipped pixel
+    # NaN stays NaN and is not clipped to a valid pixel
     x_0 = tl.clamp(x_0_x * x_t + x_0_out * out, -clip, clip, propagate_nan=tl.PropagateNan.ALL)
     mean = mean_x_0 * x_0 + mean_x * x_t + mean_out * out
     if HISTORY:
-        old_ptr += n.to(tl.int64) * x_image  # laid out as x_t is
+        old_ptr += n.to(tl.int64) * x_image  # the layout of x_t
         mean_old = tl.load(table_ptr + 6)
         old = tl.load(old_ptr + x_offsets, mask=inside)
-        mean = mean + tl.where(
-            mean_old != 0, mean_old * old, 0.0
-        )  # what no step has written is not even multiplied by 0
+        # before the first step `old` is uninitialized: 0 * NaN would be NaN
+        mean = mean + tl.where(mean_old != 0, mean_old * old, 0.0)
         tl.store(old_ptr + x_offsets, x_0, mask=inside)
     tl.store(x_ptr + x_offsets, mean + sigma * z, mask=inside)
 
@@ -157,15 +151,14 @@ def _check(
     old: Tensor | None,
 ) -> None:
     if x_t.ndim != 4 or x_t.dtype != torch.float32:
-        raise ValueError(
-            f"x_t is {x_t.dtype} {tuple(x_t.shape)}; expected float32 [B, C, H, W]: the state is never kept in less"
-        )
+        raise ValueError(f"x_t is {x_t.dtype} {tuple(x_t.shape)}; expected float32 [B, C, H, W]")
     b, c, h, w = x_t.shape
     expected = (b, 2 * c if learned else c, h, w)
     if out.shape != expected or not out.is_floating_point() or out.device != x_t.device:
+        kind = " (mean and variance)" if learned else ""
         raise ValueError(
             f"the network's output is {out.dtype} {tuple(out.shape)} on {out.device}; "
-            f"expected floating {expected} on {x_t.device}{' (mean and variance)' if learned else ''}"
+            f"expected floating {expected} on {x_t.device}{kind}"
         )
     image_strides(x_t, "x_t"), image_strides(out, "the network's output")
     if old is not None and (old.dtype, old.shape, old.stride(), old.device) != (
@@ -175,7 +168,8 @@ def _check(
         x_t.device,
     ):
         raise ValueError(
-            f"old is {old.dtype} {tuple(old.shape)}, strides {old.stride()}; expected a tensor like x_t"
+            f"old is {old.dtype} {tuple(old.shape)} with strides {old.stride()} on {old.device}; "
+            "expected the dtype, shape, strides and device of x_t; use torch.empty_like(x_t)"
         )
     check_table("table", table, len(COLUMNS), x_t.device)
     check_per_image(b, x_t.device, step=step, seed=seed, image=image)
@@ -229,25 +223,31 @@ def ddpm_step(
     learned: bool = False,
     old: Tensor | None = None,
 ) -> None:
-    """x_t becomes x_{t-1}, in place: `ddpm_step_reference` with its noise made inside.
+    """Replaces x_t by x_{t-1} in place; generates the noise of stream `noise.REVERSE` in registers.
 
-    x_t    [B, C, H, W] fp32, channels-first or channels-last; read once, written once
-    out    [B, C, H, W] fp32, fp16 or bf16, either layout; [B, 2C, H, W] where `learned`; read once
-    table  [R, 10] fp32, columns `COLUMNS`: `ddpm_fast.diffusion.solvers.StepTable`
-    step   [B] integer in 0..R-1: the row of the table of each image, which is also its noise row (stream `noise.REVERSE`)
-    seed, image   [B] integer: whose noise
-    old    like x_t, read where mean_old is not 0, then overwritten with this step's x_0; None: neither
+    For the equations see the module's docstring; for DDPM they are Algorithm 2 of Ho et al. 2020.
 
-    ValueError for wrong shapes, types or devices.
+    Args:
+        x_t: [B, C, H, W] fp32, channels-first or channels-last; read once, written once.
+        out: Network output [B, C, H, W], or [B, 2C, H, W] if `learned`; fp32, fp16 or bf16, either
+            layout; read once.
+        table: [R, 10] fp32 with columns `COLUMNS`; see `ddpm_fast.diffusion.solvers.StepTable`.
+        step: [B] integer in 0..R-1, each image's row of the table, and its noise row.
+        seed, image: [B] integer, seed and image index of the noise.
+        learned: Whether the network learns the variance.
+        old: x_0 of the previous step, like x_t; used where mean_old is not 0, then overwritten with
+            this step's x_0. None: not used.
+
+    Raises:
+        ValueError: An argument has a wrong shape, dtype, layout or device.
     """
     _check(x_t, out, table, step, seed, image, learned, old)
     if launches_kernel(x_t, "noise", "ddpm_step"):
         _launch(x_t, out, table, step, seed, image, learned, old)
         return
     z = torch.zeros((), dtype=x_t.dtype, device=x_t.device)
-    if (
-        x_t.is_cuda or table[step.long(), COLUMNS.index("sigma")].any()
-    ):  # DDIM draws no noise, so a CPU makes none
+    # without noise (DDIM) a CPU generates none; on a GPU the test would synchronize
+    if x_t.is_cuda or table[step.long(), COLUMNS.index("sigma")].any():
         z = noise_reference(seed, image, step, REVERSE, tuple(x_t.shape[1:]))
     x_prev = ddpm_step_reference(x_t, out, z, table, step, learned, old)
     if old is not None:

@@ -208,16 +208,20 @@ def test_last_step_adds_no_noise_however_large_the_learned_variance():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(x_t=torch.zeros(2, 3, 4, 4, dtype=torch.float16)), "the state is never kept in less"),
+        (
+            dict(x_t=torch.zeros(2, 3, 4, 4, dtype=torch.float16)),
+            r"expected float32 \[B, C, H, W\]",
+        ),
         (dict(out=torch.zeros(2, 6, 4, 4)), r"expected floating \(2, 3, 4, 4\)"),
         (dict(learned=True), r"expected floating \(2, 6, 4, 4\) on cpu \(mean and variance\)"),
         (dict(table=torch.zeros(20, 5)), "table is"),
         (dict(step=torch.zeros(1, dtype=torch.int32)), r"step is .*\[2\]"),
         (dict(image=torch.zeros(2)), "image is"),
+        # channels-first, while x_t is channels-last
         (
             dict(old=torch.zeros(2, 3, 4, 4)),
-            "old is .*expected a tensor like x_t",
-        ),  # channels-first beside channels-last
+            "old is .*expected the dtype, shape, strides and device",
+        ),
     ],
 )
 def test_refuses(change, message):

@@ -380,7 +380,7 @@ def test_statistics_that_do_not_belong_to_the_maps_are_refused(two_passes):
     norm = Norm(2, (16, 16), 4, 13, 7, torch.float32, "cpu")
     arguments = norm.arguments()
     for changed, message in (
-        (dict(stats2=None), "1 maps of statistics and 2 tilings for 2 maps"),
+        (dict(stats2=None), "given are 2 maps, 1 statistics and 2 tilings"),
         (
             dict(stats2=statistics_of(norm.x[:, :16], Tiling(13, 7, 32))),
             r"stats is \(2, 4, 2, 16\)",
