@@ -1,7 +1,7 @@
 """Group statistics of images too large for the one-pass norm.
 
 They are computed from the map by chunks of pixels, or combined from the statistics of tiles that
-the map's writer stored (`_tile_statistics`). Both merge in a fixed order (Chan et al. 1983).
+the map's writer stored (`_tile_statistics`). Both ways merge in a fixed order (Chan et al. 1983).
 """
 
 from __future__ import annotations
@@ -35,8 +35,9 @@ def load_pixels(x_ptr, x2_ptr, n, p, c, inside, W, IMAGE, C1, C, TWO: tl.constex
 
 @triton.jit
 def group_sum(s, lane, WIDTH, GROUPS: tl.constexpr):
-    """Sums s [L] over each channel's group. GROUPS: "each" channel is a group, the block is "one"
-    group, or it holds "some" groups.
+    """Sums s [L] over each channel's group.
+
+    GROUPS: "each" channel is a group, the block is "one" group, or it holds "some" groups.
     """
     if GROUPS == "each":
         return s

@@ -52,9 +52,8 @@ class Tiling:
     def by_tile(self, pixels: Tensor) -> Tensor:
         """[N, C, height, width] -> [N, tiles, rows, C], zero on the border and after the image."""
         rows = F.pad(pixels, (1, 0, 1, 0)).permute(0, 2, 3, 1).flatten(1, 2)
-        return F.pad(rows, (0, 0, 0, self.tiles * self.rows - rows.shape[1])).unflatten(
-            1, (self.tiles, self.rows)
-        )
+        rows = F.pad(rows, (0, 0, 0, self.tiles * self.rows - rows.shape[1]))
+        return rows.unflatten(1, (self.tiles, self.rows))
 
     def counts(self, like: Tensor) -> Tensor:
         """Returns the number of pixels [entries] of each entry, in the type of `like`."""
@@ -101,9 +100,8 @@ class TileStatisticsMixin:
 
     def expect_stats(self, out: FeatureMap, stats: FeatureMap | None) -> None:
         if stats is not None:
-            stats.expect(
-                "stats", out.images, self.tiling(out).entries, 2, out.channels, bordered=False
-            )
+            entries = self.tiling(out).entries
+            stats.expect("stats", out.images, entries, 2, out.channels, bordered=False)
 
     def write_stats(
         self, out: FeatureMap, stats: FeatureMap | None, compute: torch.dtype | None

@@ -82,7 +82,7 @@ def image_strides(x: Tensor, name: str) -> tuple[int, int, int]:
     elif h > 1 and row_stride != w * pixel:
         raise ValueError(
             f"{name} {tuple(x.shape)} has strides {x.stride()}; expected whole images, "
-            f"channels-first or channels-last; call .contiguous() first"
+            "channels-first or channels-last; call .contiguous() first"
         )
     if (c - 1) * channel + (h * w - 1) * pixel >= 2**31 - 2**16:
         # offsets inside an image are int32

@@ -56,9 +56,8 @@ def norm_from_statistics(
     means, squares = (v.unflatten(1, (groups, -1)) for v in (mean, squares))
     center = means.mean(2, keepdim=True)
     variance = (squares + (means - center).square() * size).mean(2, keepdim=True) / size
-    y = (x.to(mean.dtype).unflatten(1, (groups, -1)) - center[..., None, None]) * (
-        variance + eps
-    ).rsqrt()[..., None, None]
+    rstd = (variance + eps).rsqrt()[..., None, None]
+    y = (x.to(mean.dtype).unflatten(1, (groups, -1)) - center[..., None, None]) * rstd
     return (y.flatten(1, 2) * weight[:, None, None] + bias[:, None, None]).to(x.dtype)
 
 
