@@ -1,4 +1,4 @@
-"""Kernels of `group_norm_silu`: one pass over an image, or given statistics applied to tiles."""
+"""Kernels of `group_norm_silu`: one pass over an image, or normalization of tiles by statistics."""
 
 from __future__ import annotations
 

@@ -79,13 +79,13 @@ def _conv_in_kernel(
         tap = depth // C
         dy, dx = tap // 3 - 1, tap % 3 - 1
         sy, sx = y[:, None] + dy[None, :], x[:, None] + dx[None, :]
-        seen = (
+        mask = (
             inside[:, None] & (depth < 9 * C)[None, :] & (sy >= 0) & (sy < H) & (sx >= 0) & (sx < W)
         )
         offsets = ((image.to(tl.int64)[:, None] * H + sy) * W + sx) * C + (depth % C)[None, :]
-        a = tl.load(x_ptr + offsets, mask=seen, other=0.0)
+        a = tl.load(x_ptr + offsets, mask=mask, other=0.0)
         if CENTER:
-            a = tl.where(seen, 2 * a - 1, 0.0)
+            a = tl.where(mask, 2 * a - 1, 0.0)
         b = load_rows(w_ptr, o0, k * BLOCK_K, K, DEPTH, BLOCK_N, BLOCK_K)
         acc = tl.dot(a.to(b.dtype), b.T, acc, input_precision=PRECISION)
     cols = o0 + tl.arange(0, BLOCK_N)

@@ -263,8 +263,8 @@ class GroupNormSiLU:
         statistics = [fm for fm in (stats, stats2) if fm is not None]
         if len(statistics) != len(self.tilings) or len(statistics) not in (0, len(maps)):
             raise ValueError(
-                f"given are {len(maps)} maps, {len(statistics)} statistics and {len(self.tilings)} "
-                "tilings; expected statistics and a tiling for every map, or none"
+                f"statistics and tilings are {len(statistics)} and {len(self.tilings)} for "
+                f"{len(maps)} maps; expected one of each per map, or none"
             )
         for fm, s, tiling in zip(maps, statistics, self.tilings, strict=False):
             s.expect("stats", fm.images, tiling.entries, 2, fm.channels, bordered=False)

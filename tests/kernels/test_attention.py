@@ -158,10 +158,10 @@ def test_very_large_logits(kind, dtype, device):
 
 def layer(c, heads, scale=1.0):
     torch.manual_seed(0)
-    made = unet.Attention(c, heads, None, 1e-6, scale).double()
-    for p in made.parameters():  # large enough for an uneven softmax and visible biases
+    module = unet.Attention(c, heads, None, 1e-6, scale).double()
+    for p in module.parameters():  # large enough for an uneven softmax and visible biases
         torch.nn.init.normal_(p, std=1.0 if p.ndim == 1 else 1.5 * c**-0.5)
-    return made.requires_grad_(False)
+    return module.requires_grad_(False)
 
 
 def projections(layer):
@@ -170,34 +170,34 @@ def projections(layer):
 
 @pytest.mark.parametrize(("c", "scale"), [(16, 1.0), (48, 2**0.5), (96, 1.0)])
 def test_fold_is_the_four_projections(c, scale):
-    made, x = layer(c, 1, scale), normal(2, c, 5, 7).double()
-    (m, m_bias), (v, v_bias) = fold(*projections(made))
+    module, x = layer(c, 1, scale), normal(2, c, 5, 7).double()
+    (m, m_bias), (v, v_bias) = fold(*projections(module))
     q = torch.einsum("kc,nchw->nkhw", m, x) + m_bias[:, None, None]
     out = poisoned(2, 5, 7, c, torch.float64, "cpu")
     op = FoldedAttention(v / scale, v_bias / scale, residual_scale=1 / scale)
     op.fallback(
         map_of(q, bordered=False), map_of(x, bordered=False), out, map_of(x), compute=torch.float64
     )
-    torch.testing.assert_close(out.pixels, made(x), rtol=0, atol=1e-10)
+    torch.testing.assert_close(out.pixels, module(x), rtol=0, atol=1e-10)
     # each parameter matters, except the keys' bias, which adds a constant to all logits of a query
-    for i, (weight, bias) in enumerate(projections(made)):
+    for i, (weight, bias) in enumerate(projections(module)):
         for j, p in enumerate((weight, bias)):
             p.mul_(1.01)
-            off = (out.pixels - made(x)).abs().max()
+            off = (out.pixels - module(x)).abs().max()
             assert off < 1e-10 if (i, j) == (1, 1) else off > 1e-4
             p.div_(1.01)
 
 
 def test_fallback_of_heads_is_the_layer():
     c, heads = 48, 3
-    made, x = layer(c, heads), normal(2, c, 5, 7).double()
-    qkv = torch.cat([F.linear(pixels_first(x), *p) for p in projections(made)[:3]], dim=2)
+    module, x = layer(c, heads), normal(2, c, 5, 7).double()
+    qkv = torch.cat([F.linear(pixels_first(x), *p) for p in projections(module)[:3]], dim=2)
     qkv = qkv.transpose(1, 2).unflatten(2, (5, 7))
     out = poisoned(2, 5, 7, c, torch.float64, "cpu")
     MultiHeadAttention(heads).fallback(map_of(qkv, bordered=False), out, compute=torch.float64)
-    projected = F.linear(pixels_first(out.pixels), *projections(made)[3])
+    projected = F.linear(pixels_first(out.pixels), *projections(module)[3])
     projected = projected.transpose(1, 2).unflatten(2, (5, 7))
-    torch.testing.assert_close(x + projected, made(x), rtol=0, atol=1e-10)
+    torch.testing.assert_close(x + projected, module(x), rtol=0, atol=1e-10)
 
 
 @pytest.mark.kernel
@@ -206,9 +206,9 @@ def test_fallback_of_heads_is_the_layer():
 def test_whole_layer(c, heads, dtype, device):
     """All kernels of a layer, with rounded intermediate maps, are as accurate as plain PyTorch."""
     n, h, w, target = 2, 5, 7, Target.of(torch.device(device))
-    made, x = layer(c, heads).to(device), normal(n, c, h, w).to(device, dtype)
-    exact = made(x.double())
-    q, k, v, o = projections(made)
+    module, x = layer(c, heads).to(device), normal(n, c, h, w).to(device, dtype)
+    exact = module(x.double())
+    q, k, v, o = projections(module)
     tiles = lambda outputs: choose_tiles(
         target, dtype, divisor(c, 64), outputs, n * h * w, tma=False, warps=8
     )
@@ -226,7 +226,7 @@ def test_whole_layer(c, heads, dtype, device):
         Conv1x1.of(weight, bias, dtype, tiles(3 * c)).run(dense, qkv)
         MultiHeadAttention(heads, target).run(qkv, mixed)
         Conv1x1.of(*o, dtype, tiles(c)).run(mixed, out, residual=bordered)
-    assert_as_accurate(out.pixels, made.to(dtype)(x), exact)
+    assert_as_accurate(out.pixels, module.to(dtype)(x), exact)
 
 
 # ---- batches and planted faults

@@ -134,9 +134,9 @@ def test_opcheck_history_of_the_reference():
 @pytest.mark.kernel
 def test_kernel_reads_half_of_a_wider_output(device):
     x_t, out, *rest = case((2, 3, 8, 8), device=device)
-    wide = torch.cat([out, torch.full_like(out, float("nan"))], dim=1)
-    wide = wide.contiguous(memory_format=torch.channels_last)
-    check((x_t, wide[:, :3], *rest))
+    with_variance = torch.cat([out, torch.full_like(out, float("nan"))], dim=1)
+    with_variance = with_variance.contiguous(memory_format=torch.channels_last)
+    check((x_t, with_variance[:, :3], *rest))
 
 
 @pytest.mark.kernel

@@ -61,11 +61,11 @@ def test_kernel(shape, dtype, layout, prediction, device):
 def test_kernel_reads_half_of_a_wider_output(device):
     """If the network learns its variance, the loss uses only the mean."""
     out, *rest = case((2, 3, 8, 8), device=device)
-    wide = torch.cat([out, torch.full_like(out, float("nan"))], dim=1)
-    wide = wide.contiguous(memory_format=torch.channels_last).requires_grad_()
-    loss = noise_mse(wide[:, :3], *rest)
+    with_variance = torch.cat([out, torch.full_like(out, float("nan"))], dim=1)
+    with_variance = with_variance.contiguous(memory_format=torch.channels_last).requires_grad_()
+    loss = noise_mse(with_variance[:, :3], *rest)
     torch.testing.assert_close(loss, noise_mse(out, *rest))
-    (gradient,) = torch.autograd.grad(loss.sum(), wide)
+    (gradient,) = torch.autograd.grad(loss.sum(), with_variance)
     assert gradient[:, :3].abs().min() > 0 and not gradient[:, 3:].any()
 
 

@@ -325,7 +325,7 @@ def test_statistics_of_other_maps_are_refused(two_passes):
     norm = Norm(2, (16, 16), 4, 13, 7, torch.float32, "cpu")
     arguments, other = norm.arguments(), statistics_of(norm.x[:, :16], Tiling(13, 7, 32))
     for changed, message in (
-        (dict(stats2=None), "given are 2 maps, 1 statistics and 2 tilings"),
+        (dict(stats2=None), "statistics and tilings are 1 and 2 for 2 maps"),
         (dict(stats2=other), r"stats is \(2, 4, 2, 16\)"),
     ):
         with pytest.raises(ValueError, match=message):
