@@ -76,7 +76,7 @@ def test_kernel_with_empty_batch(device):
 
 
 @pytest.mark.kernel
-def test_kernel_regenerates_the_noise_of_q_sample(device):
+def test_kernel_finds_the_noise_of_q_sample(device):
     """The loss of (x_t - signal x_0) / sigma, the exact eps, is only the rounding error."""
     shape = (3, 3, 9, 9)
     out, _, coef, t, row, seed, image = case(shape, device=device)
