@@ -196,7 +196,7 @@ import torch
 torch.set_num_threads(1)  # no thread pool yet, so a fork is safe
 from ddpm_fast.cli.main import main
 from ddpm_fast import load_pretrained
-import ddpm_fast.cli.train, ddpm_fast.cli.train_setup, ddpm_fast.training.run
+import ddpm_fast.cli.actions.train
 from ddpm_fast.training.checkpoints import MODEL, checkpoints, read_checkpoint
 from ddpm_fast.kernels import noise
 from pathlib import Path
