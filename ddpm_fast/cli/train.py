@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from functools import partial
 from typing import Any
 
@@ -22,10 +23,11 @@ def train(as_json: bool, **options: Any) -> None:
     log(f"training in {options['output_dir']}: loading PyTorch and the images")
     source, command_line = click.get_current_context(), click.core.ParameterSource.COMMANDLINE
     given = {name for name in options if source.get_parameter_source(name) == command_line}
-    report, text, is_interrupted = action("train").train(options, given, log)
+    report, text, exit_code = action("train").train(options, given, log)
     print_report(report, as_json, text)
-    if is_interrupted:
-        raise click.Abort
+    if exit_code:
+        click.echo("ddpm-fast: interrupted", err=True)
+        sys.exit(exit_code)
 
 
 def _log(line: str, err: bool) -> None:

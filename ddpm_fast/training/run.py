@@ -56,10 +56,10 @@ class Every:
 
 @dataclass(frozen=True)
 class RunEnd:
-    """Reason for the end of a run, and whether a signal interrupted it."""
+    """Reason for the end of a run, and the exit code of its process."""
 
     reason: str
-    interrupted: bool = False
+    exit_code: int = 0  # 128 + the number of the signal that ended the run
 
 
 class TrainingRun:
@@ -214,7 +214,7 @@ class TrainingRun:
             while trainer.done < last:
                 if self._stop():
                     reason = shutdown.name or f"time limit of {max_seconds:g} s reached"
-                    end = RunEnd(reason, interrupted=shutdown())
+                    end = RunEnd(reason, shutdown.exit_code if shutdown else 0)
                     break
                 trainer.step()
                 step, self.spent = trainer.done, before + time.perf_counter() - start
@@ -229,7 +229,7 @@ class TrainingRun:
                 self._work_between_steps(step, step == last)
                 elapsed = time.perf_counter() - start
                 self._progress.update(elapsed - self._paused, elapsed)
-        self._finish(end.interrupted)
+        self._finish(end.exit_code > 0)
         return end
 
     def _finish(self, interrupted: bool) -> None:

@@ -135,7 +135,7 @@ def test_gradient_of_the_reference():
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])
-def test_results_do_not_depend_on_the_number_of_threads(dtype, monkeypatch):
+def test_bits_do_not_depend_on_the_number_of_threads(dtype, monkeypatch):
     monkeypatch.setattr(fused, "WORTHWHILE", 0)
     v, before = inputs((5, 32, 8, 8, 8), dtype), torch.get_num_threads()
     try:

@@ -249,7 +249,7 @@ def test_an_interrupted_run_with_all_options_is_bit_exact(train, tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "step", interrupted)
-        assert train(scored, out=stopped)[0] == 130
+        assert train(scored, out=stopped)[0] == 143
     code, _, err = train(scored, RESUME, "--ema-decays 0.3,0.6", out=stopped)
     assert code == 2 and "the averages are ema, ema_0.6; expected ema, ema_0.6, ema_0.9" in err
     code, out, _ = train(scored, RESUME, out=stopped)

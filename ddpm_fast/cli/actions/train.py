@@ -16,8 +16,8 @@ from .train_setup import set_up, start_checkpoint
 
 def train(
     options: dict[str, Any], given: Set[str], log: Callable[[str], Any]
-) -> tuple[dict[str, Any], str, bool]:
-    """Trains. Returns a report as dictionary and as text, and whether a signal ended the run."""
+) -> tuple[dict[str, Any], str, int]:
+    """Trains. Returns a report as a dictionary and as text, and the exit code."""
     directory: Path = options["output_dir"]
     before = _modification_times(directory)
     start = start_checkpoint(directory, options["resume_from_checkpoint"], log)
@@ -52,7 +52,7 @@ def train(
         ended=end.reason,
     )
     text = f"{end.reason}: step {trainer.done}, {run.spent:.0f} s of training -> {model}"
-    return report, text, end.interrupted
+    return report, text, end.exit_code
 
 
 def _modification_times(directory: Path) -> dict[str, int]:
