@@ -22,8 +22,8 @@ def train(as_json: bool, **options: Any) -> None:
     # PyTorch is imported after this line.
     log(f"training in {options['output_dir']}: loading PyTorch and the images")
     source, command_line = click.get_current_context(), click.core.ParameterSource.COMMANDLINE
-    given = {name for name in options if source.get_parameter_source(name) == command_line}
-    report, text, exit_code = action("train").train(options, given, log)
+    explicit = {name for name in options if source.get_parameter_source(name) == command_line}
+    report, text, exit_code = action("train").train(options, explicit, log)
     print_report(report, as_json, text)
     if exit_code:
         click.echo("ddpm-fast: interrupted", err=True)

@@ -55,7 +55,7 @@ def _norm_silu(
     return native.group_norm_silu(x, time, norm.weight, norm.bias, norm.num_groups, norm.eps, silu)
 
 
-def use_wide_backward(unet: UNet, dtype: torch.dtype = torch.bfloat16) -> None:
+def use_fp32_for_slow_ops(unet: UNet, dtype: torch.dtype = torch.bfloat16) -> None:
     """Computes the operations that are slow under autocast to `dtype` in fp32, in this instance."""
     slow_products = not is_native(dtype)
     for module in unet.modules():

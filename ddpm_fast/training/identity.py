@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..data.datasets import ImageData
@@ -51,52 +51,48 @@ def data_identity(data: ImageData) -> dict[str, Any]:
 
 
 def differences(
-    then: Mapping[str, Any],
-    now: Mapping[str, Any],
-    options_then: Mapping[str, Any] | None = None,
-    options_now: Mapping[str, Any] | None = None,
+    saved: Mapping[str, Any],
+    current: Mapping[str, Any],
+    saved_options: Mapping[str, Any] | None = None,
+    current_options: Mapping[str, Any] | None = None,
 ) -> list[str]:
     """Compares an identity with that of a checkpoint.
 
     Args:
-        then: Identity in the checkpoint.
-        now: Current identity, or a part of it.
-        options_then: Options of `ddpm-fast train` in the checkpoint, to name a different schedule.
-        options_now: Current options.
+        saved: Identity in the checkpoint.
+        current: Current identity, or a part of it.
+        saved_options: Options of `ddpm-fast train` in the checkpoint, to name a different schedule.
+        current_options: Current options.
 
     Returns:
         One text per difference, with the option's name and both values.
     """
-    changed = [
-        f"--{name} {then.get(name)} in the checkpoint, {now[name]} now"
-        for name in _IDENTITY
-        if name in now and then.get(name) != now[name]
-    ]
-    if "network" in now and then["network"] != now["network"]:
-        changed += _network_differences(then["network"], now["network"])
-    if "data" in now and then["data"] != now["data"]:
-        changed += _data_differences(then, now)
-    if "beta" in now and then["beta"] != now["beta"]:
-        a, b = options_then or {}, options_now or {}
-        named = [
-            f"--{name} {a.get(name)} in the checkpoint, {b.get(name)} now"
-            for name in _SCHEDULE
-            if a.get(name) != b.get(name)
-        ]
+    names = [name for name in _IDENTITY if name in current]
+    changed = _differences("--", names, saved, current)
+    if "network" in current and saved["network"] != current["network"]:
+        changed += _network_differences(saved["network"], current["network"])
+    if "data" in current and saved["data"] != current["data"]:
+        changed += _data_differences(saved, current)
+    if "beta" in current and saved["beta"] != current["beta"]:
+        named = _differences("--", _SCHEDULE, saved_options or {}, current_options or {})
         changed += named or ["the noise schedule differs from the checkpoint's"]
     return changed
 
 
-def _network_differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    a, b = _network_options(then), _network_options(now)
-    named = [
-        f"--{name} {a[name]} in the checkpoint, {b[name]} now" for name in a if a[name] != b[name]
+def _differences(
+    prefix: str, names: Iterable[str], saved: Mapping[str, Any], current: Mapping[str, Any]
+) -> list[str]:
+    """One text per name with different values."""
+    return [
+        f"{prefix}{name} {saved.get(name)} in the checkpoint, {current.get(name)} now"
+        for name in names
+        if saved.get(name) != current.get(name)
     ]
-    return named or [
-        f"the network's {key} {then.get(key)} in the checkpoint, {value} now"
-        for key, value in now.items()
-        if then.get(key) != value
-    ]
+
+
+def _network_differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    a, b = _network_options(saved), _network_options(current)
+    return _differences("--", a, a, b) or _differences("the network's ", current, saved, current)
 
 
 def _network_options(network: Mapping[str, Any]) -> dict[str, Any]:
@@ -113,17 +109,17 @@ def _network_options(network: Mapping[str, Any]) -> dict[str, Any]:
     )
 
 
-def _data_differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    (count, *size), (count_now, *size_now) = then["shape"], now["shape"]
-    if count != count_now:
-        return [f"--train_data_dir: {count} images in the checkpoint, {count_now} now"]
-    if size[0] != size_now[0]:
-        return [f"--resolution {size[0]} in the checkpoint, {size_now[0]} now"]
-    if size != size_now:
-        a, b = (" x ".join(map(str, s)) for s in (size, size_now))
+def _data_differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    (count, *size), (current_count, *current_size) = saved["shape"], current["shape"]
+    if count != current_count:
+        return [f"--train_data_dir: {count} images in the checkpoint, {current_count} now"]
+    if size[0] != current_size[0]:
+        return [f"--resolution {size[0]} in the checkpoint, {current_size[0]} now"]
+    if size != current_size:
+        a, b = (" x ".join(map(str, s)) for s in (size, current_size))
         return [f"--train_data_dir: images of {a} in the checkpoint, {b} now"]
-    if then["classes"] != now["classes"]:
-        a, b = then["classes"] or "no", now["classes"] or "no"
+    if saved["classes"] != current["classes"]:
+        a, b = (identity["classes"] or "no" for identity in (saved, current))
         return [f"--train_data_dir or --class_labels: {a} classes in the checkpoint, {b} now"]
     return [f"--train_data_dir or --fit: {count} images as before, but other pixels or labels"]
 

@@ -51,8 +51,8 @@ class Monitor:
     def validate(self) -> None:
         """Logs the losses of every average and of the weights on a fixed set of images."""
         trainer = self._trainer
-        which = "held-out" if self._validation else "training"
-        self._log(f"step {trainer.done}: computing the loss on {which} images")
+        kind = "held-out" if self._validation else "training"
+        self._log(f"step {trainer.done}: computing the loss on {kind} images")
         networks = {**trainer.averages, "raw": trainer.unet}
         losses = {
             f"{name}_loss": trainer.validation_loss(unet, self._images)
@@ -61,7 +61,7 @@ class Monitor:
         held_out = self._validation is not None
         self._training_log.append(dict(step=trainer.done, **losses, held_out=held_out))
         text = ", ".join(f"{name[:-5]} {value:.4f}" for name, value in losses.items())
-        self._log(f"step {trainer.done}: loss on {which} images: {text}")
+        self._log(f"step {trainer.done}: loss on {kind} images: {text}")
 
     def draw(self) -> None:
         """Writes a grid of images of seed 0: 8 x 8, or four rows with a column per class."""

@@ -12,7 +12,7 @@ from ddpm_fast.data.datasets import ImageData
 from ddpm_fast.models.unet import norm_silu
 from ddpm_fast.training import cpu_ops
 from ddpm_fast.training.config import TrainConfig
-from ddpm_fast.training.cpu_ops import use_fused_norms, use_wide_backward
+from ddpm_fast.training.cpu_ops import use_fp32_for_slow_ops, use_fused_norms
 from ddpm_fast.training.trainer import Trainer
 from ddpm_fast.utils.numerics import relative_error
 
@@ -214,8 +214,8 @@ def test_gradient_of_the_network_is_as_accurate_as_without_fusion(name):
     for autocast in (False, True):
         plain, fused_norms = network(name), network(name)
         if autocast:
-            use_wide_backward(plain)
-            use_wide_backward(fused_norms)
+            use_fp32_for_slow_ops(plain)
+            use_fp32_for_slow_ops(fused_norms)
         use_fused_norms(fused_norms)
         error = relative_error(gradient_of(fused_norms, autocast), exact)
         assert error <= max(1.1 * relative_error(gradient_of(plain, autocast), exact), 1e-6)
@@ -295,7 +295,7 @@ def test_products_in_fp32_on_a_cpu_without_bf16(monkeypatch):
     for native in (True, False):
         monkeypatch.setattr(cpu_ops, "is_native", lambda dtype, native=native: native)
         unet = network()
-        use_wide_backward(unet)
+        use_fp32_for_slow_ops(unet)
         products = [m for m in unet.modules() if isinstance(m, layers)]
         assert any("forward" in vars(m) for m in products) is not native
     torch.manual_seed(0)

@@ -15,13 +15,13 @@ from .train_setup import set_up, start_checkpoint
 
 
 def train(
-    options: dict[str, Any], given: Set[str], log: Callable[[str], Any]
+    options: dict[str, Any], explicit: Set[str], log: Callable[[str], Any]
 ) -> tuple[dict[str, Any], str, int]:
     """Trains. Returns a report as a dictionary and as text, and the exit code."""
     directory: Path = options["output_dir"]
     before = _modification_times(directory)
     start = start_checkpoint(directory, options["resume_from_checkpoint"], log)
-    setup = set_up(options, given, start, log)
+    setup = set_up(options, explicit, start, log)
     trainer, options = setup.trainer, {**options, **setup.options}
     with TrainingRun(
         directory,

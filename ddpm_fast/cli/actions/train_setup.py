@@ -54,13 +54,16 @@ class Setup(NamedTuple):
 
 
 def set_up(
-    options: Options, given: Set[str], start: TrainingCheckpoint | None, log: Callable[[str], Any]
+    options: Options,
+    explicit: Set[str],
+    start: TrainingCheckpoint | None,
+    log: Callable[[str], Any],
 ) -> Setup:
     """Builds the trainer of a run.
 
     Args:
         options: Options by parameter name, with their defaults.
-        given: Names of the options on the command line; a checkpoint replaces all others.
+        explicit: Names of the options on the command line; a checkpoint replaces all others.
         start: Checkpoint to resume from, or None.
         log: Called with one line of text per event.
 
@@ -68,13 +71,13 @@ def set_up(
         ValueError: An option or the data is invalid, or does not fit the checkpoint.
     """
     header: Mapping[str, Any] = {} if start is None else start.header
-    options = _merged(options, given, header.get("options") or {}, log)
-    weights = _weights(options, given)
+    options = _merged(options, explicit, header.get("options") or {}, log)
+    weights = _weights(options, explicit)
     data, validation = _data(options)
     if options["deterministic"]:
         _use_deterministic_kernels()
     device = pick_device(options["device"])
-    config = _config(options, given, len(data), weights)
+    config = _config(options, explicit, len(data), weights)
     if start is not None:
         now = {**config_identity(config), **data_identity(data)}
         if changed := differences(header["identity"], now):
@@ -82,14 +85,14 @@ def set_up(
     torch.manual_seed(config.seed % 2**63)
     if weights is not None:
         unet = weights.unet
-    elif header and not given & (_NETWORK | {"model_config_name_or_path"}):
+    elif header and not explicit & (_NETWORK | {"model_config_name_or_path"}):
         unet = UNet(UNetConfig.from_diffusers(header["identity"]["network"]))
     else:
         unet = _unet(options, data)
     unet.config = replace(unet.config, sample_size=options["resolution"])
     if data.labels is not None and unet.config.num_classes is None:
         log("the network is unconditional: the labels are not used")
-    schedule = _schedule(options, given, weights, header)
+    schedule = _schedule(options, explicit, weights, header)
     trainer = Trainer(unet, schedule, data, config, device)
     for line in config_warnings(config, len(data)):
         log(f"warning: {line}")
@@ -117,17 +120,17 @@ def start_checkpoint(
 
 
 def _merged(
-    options: Options, given: Set[str], stored: Mapping[str, Any], log: Callable[[str], Any]
+    options: Options, explicit: Set[str], stored: Mapping[str, Any], log: Callable[[str], Any]
 ) -> Options:
     """The options, with those of the checkpoint in place of defaults."""
     restored = {
         k: Path(v) if k in _PATHS and v is not None else v
         for k, v in stored.items()
-        if k in options and k not in given
+        if k in options and k not in explicit
     }
     for pair in _ALTERNATIVES:
         for one, other in (pair, pair[::-1]):
-            if one & given:
+            if one & explicit:
                 restored = {k: v for k, v in restored.items() if k not in other}
     if changed := [f"--{k} {v}" for k, v in restored.items() if v != options[k] and v is not None]:
         log(f"options from the checkpoint: {' '.join(changed)}")
@@ -146,28 +149,28 @@ def _stored(options: Options, config: TrainConfig) -> Options:
     return stored
 
 
-def _flags(given: Set[str], *names: str) -> list[str]:
+def _flags(explicit: Set[str], *names: str) -> list[str]:
     """The flags of the options that were given on the command line."""
-    return [f"--{name.replace('_', '-')}" for name in names if name in given]
+    return [f"--{name.replace('_', '-')}" for name in names if name in explicit]
 
 
-def _weights(options: Options, given: Set[str]) -> Checkpoint | None:
+def _weights(options: Options, explicit: Set[str]) -> Checkpoint | None:
     """The checkpoint of --weights. ValueError if other options also define the network."""
     if options["weights"] is not None or options["model_config_name_or_path"] is not None:
         names = ("channels", "layers", "attention", "head_dim", "dropout")
-        flags = _flags(given, "weights", "model_config_name_or_path", *names)
+        flags = _flags(explicit, "weights", "model_config_name_or_path", *names)
         if len(flags) > 1:
             raise ValueError(f"{flags[0]} defines the network; remove {', '.join(flags[1:])}")
     return None if options["weights"] is None else load_pretrained(options["weights"])
 
 
 def _schedule(
-    options: Options, given: Set[str], weights: Checkpoint | None, header: Mapping[str, Any]
+    options: Options, explicit: Set[str], weights: Checkpoint | None, header: Mapping[str, Any]
 ) -> NoiseSchedule:
     """The schedule of the options; by default that of the checkpoint or of --weights."""
-    if "beta" in header and not given & (_SCHEDULE | {"rescale_betas_zero_snr", "weights"}):
+    if "beta" in header and not explicit & (_SCHEDULE | {"rescale_betas_zero_snr", "weights"}):
         return NoiseSchedule(header["beta"])
-    if weights is not None and not given & _SCHEDULE:
+    if weights is not None and not explicit & _SCHEDULE:
         schedule = weights.schedule
     else:
         schedule = schedule_of_diffusers(
@@ -200,7 +203,7 @@ def _data(options: Options) -> tuple[ImageData, ImageData | None]:
 
 
 def _config(
-    options: Options, given: Set[str], images: int, weights: Checkpoint | None
+    options: Options, explicit: Set[str], images: int, weights: Checkpoint | None
 ) -> TrainConfig:
     values = {k: v for k, v in options.items() if k in TrainConfig.__dataclass_fields__}
     per_step = max(1, options["train_batch_size"] * options["gradient_accumulation_steps"])
@@ -208,19 +211,19 @@ def _config(
         values["max_train_steps"] = math.ceil(options["num_epochs"] * images / per_step)
     for name in ("lr_scheduler", "loss_type", "timestep_sampling"):
         values[name] = options[name].replace("-", "_")
-    values["ema_decays"] = _ema_decays(options, given)
+    values["ema_decays"] = _ema_decays(options, explicit)
     values["prediction_type"] = DIFFUSERS_PREDICTIONS.get(
         options["prediction_type"], options["prediction_type"]
     )
-    if weights is not None and "prediction_type" not in given:
+    if weights is not None and "prediction_type" not in explicit:
         values["prediction_type"] = weights.prediction
     return TrainConfig(**values)
 
 
-def _ema_decays(options: Options, given: Set[str]) -> tuple[float, ...]:
+def _ema_decays(options: Options, explicit: Set[str]) -> tuple[float, ...]:
     if options["ema_max_decay"] is None:
         return tuple(_numbers("--ema-decays", options["ema_decays"], float, "0.999,0.9999"))
-    if "ema_decays" in given:
+    if "ema_decays" in explicit:
         raise ValueError("--ema-max-decay and --ema-decays were both given; remove --ema-max-decay")
     return (options["ema_max_decay"],)
 
