@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -110,13 +111,9 @@ class TrainingRun:
         self._identity = trainer.identity()
         self._training_log = TrainingLog(self.directory)
         self._check()
+        count = eval_images if every.evaluation else 0
         self._monitor = Monitor(
-            trainer,
-            self.directory,
-            self._training_log,
-            validation,
-            self._write,
-            eval_images if every.evaluation else 0,
+            trainer, self.directory, self._training_log, validation, self._write, count
         )
         self.directory.mkdir(exist_ok=True)
         self._lock = lock(self.directory)
@@ -168,10 +165,8 @@ class TrainingRun:
             if settings.get(k) != v
         ]:
             self._write(f"changed since {path.name}: {', '.join(changed)}")
-        changed = differences(
-            header["identity"], self._identity, header.get("options"), self.options
-        )
-        if changed:
+        saved, options = header["identity"], header.get("options")
+        if changed := differences(saved, self._identity, options, self.options):
             raise ValueError(f"{path} belongs to another run: {'; '.join(changed)}")
         self.trainer.load_state(state, header["step"])
         if header["scaler"]:  # empty without loss scaling
@@ -256,7 +251,10 @@ class TrainingRun:
             validation=(self._monitor.validate, _due(step, every.validation, at_end)),
             samples=(self._monitor.draw, _due(step, every.samples, at_end)),
             model=(self.save_model, _due(step, every.model)),
-            evaluation=(self._evaluate, _due(step, every.evaluation, at_end)),
+            evaluation=(
+                partial(self._monitor.evaluate, self._stop),
+                _due(step, every.evaluation, at_end),
+            ),
         )
         self._pending |= {name for name, (_, is_due) in work.items() if is_due}
         if not self._pending:
@@ -270,9 +268,6 @@ class TrainingRun:
                     do()
             self._pending.clear()
         self._paused += time.perf_counter() - start
-
-    def _evaluate(self) -> None:
-        self._monitor.evaluate(self._stop)
 
     def _check_divergence(self) -> None:
         skips, scaling = self.trainer.consecutive_skips, self.trainer.scaler.is_enabled()
