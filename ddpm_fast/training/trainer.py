@@ -192,9 +192,10 @@ class Trainer:
         totals, losses, images = self._sums.cpu().split([4, QUARTILES, QUARTILES])
         loss, norm, steps, skipped = totals
         means = dict(loss=float(loss / steps), grad_norm=float(norm / steps), skipped=int(skipped))
+        means |= {f"loss_q{i}": mean for i, mean in enumerate((losses / images).tolist())}
         if reset:
             self._sums.zero_()
-        return means | {f"loss_q{i}": mean for i, mean in enumerate((losses / images).tolist())}
+        return means
 
     @torch.no_grad()
     def validation_loss(self, unet: UNet, data: ImageData, count: int = 512) -> float:
