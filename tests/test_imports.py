@@ -1,10 +1,10 @@
-"""Import direction: packages import only packages to their left, and no file-level cycle exists."""
+"""Import direction: packages import only packages of a lower rank, without file-level cycles."""
 
 import ast
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-# From left to right; packages of one entry do not import each other.
+# From low to high rank; packages of one entry do not import each other.
 ORDER = [
     {"utils", "kernels"},
     {"data", "models"},
@@ -27,7 +27,7 @@ def modules():
     for root in ("ddpm_fast", "bench", "examples", "weights"):
         for path in sorted((ROOT / root).rglob("*.py")):
             parts = path.relative_to(ROOT).with_suffix("").parts
-            if parts[:2] != ("ddpm_fast", "kernels"):  # the link
+            if parts[:2] != ("ddpm_fast", "kernels"):  # a link to the files above
                 files[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
     return files
 
@@ -59,7 +59,7 @@ def package_of(module):
     return parts[1] if parts[0] == "ddpm_fast" and len(parts) > 1 else None
 
 
-def test_packages_import_to_their_left():
+def test_packages_import_packages_of_a_lower_rank():
     wrong = []
     for module, targets in GRAPH.items():
         source = package_of(module)
@@ -80,7 +80,7 @@ def test_every_package_has_a_rank():
 
 
 def test_no_file_level_cycle():
-    """Depth-first search; the lazily loaded public names of ddpm_fast/__init__.py are not imports of its users."""
+    """Depth-first search. The lazily loaded names of ddpm_fast/__init__.py do not count."""
     graph = {
         m: {t for t in targets if t != "ddpm_fast"}
         for m, targets in GRAPH.items()

@@ -576,3 +576,24 @@ def test_fp8_of_a_folder_takes_its_calibration():
     exact = Sampler.from_pretrained(folder, "cpu", engine="reference")
     got, want = (v.sample(1, solver="ddim", steps=3, output="float") for v in (s, exact))
     assert relative_error(got, want) < 0.15
+
+
+def test_a_failed_capture_restores_the_state(graphed):
+    """The warm-up runs steps before the capture fails; a second attempt draws the same images."""
+    s, expected = graphed(), sampler("reference").sample(2, steps=4, output="float")
+    state, table = s.begin(torch.arange(2), 0), s.table(steps=4)
+    before = [v.clone() for v in (state.x, state.x_0, state.step_index)]
+
+    def failing(step, repeats, pool):
+        step()
+        assert not torch.equal(state.x, before[0])
+        raise RuntimeError("the step could not be captured")
+
+    s.engine.graph = failing
+    with pytest.raises(RuntimeError, match="could not be captured"):
+        next(s.engine.steps(state, table))
+    after = (state.x, state.x_0, state.step_index)
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+    s.engine.graph = Recorded
+    assert list(s.engine.steps(state, table))[-1] == 4
+    torch.testing.assert_close(state.x, expected, rtol=0, atol=1e-4)

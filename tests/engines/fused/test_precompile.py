@@ -1,5 +1,7 @@
 """Every launch of the networks' plans compiles as meant for sm_90; `make compile-check` has the other architectures."""
 
+import signal
+import sys
 import time
 from dataclasses import replace
 
@@ -145,3 +147,12 @@ def test_kernels_compiled_side_by_side_are_those_that_the_plan_launches(
         f"{len(kept)} kernels of the CIFAR-10 network: seconds in two processes, in a second run",
         f"{first:.1f}, {second:.1f}",
     )
+
+
+def test_a_worker_that_does_not_end_in_time_is_killed(monkeypatch):
+    from ddpm_fast.engines.fused import precompile
+    from ddpm_fast.utils.subprocess import JsonWorker
+
+    monkeypatch.setattr(precompile, "TIMEOUT", 0.1)
+    with JsonWorker("sleeper", command=[sys.executable, "-c", "import time; time.sleep(60)"]) as w:
+        assert precompile._end_of(w) == -signal.SIGKILL
