@@ -28,7 +28,7 @@ from .runtime import ITEM, JOB, compile_kernels
 COLUMN = {name: k for k, name in enumerate(ITEM)}
 
 
-class NativeExecutor:
+class ProgramExecutor:
     """Executor of machine code that LLVM compiles on this machine. Images are bit-equal on one kind of CPU."""
 
     def __init__(

@@ -32,7 +32,7 @@ from .builder import PlanBuilder
 from .calibration import Calibration
 from .packing import PackedUNet, check_tiles
 from .plan import Plan, exactly
-from .requirements import check_call, check_fp8, check_network
+from .requirements import check_fp8, check_network
 
 
 class PlannedUNet:
@@ -232,15 +232,21 @@ class PlannedUNet:
         """Checks a call's arguments, copies them to where the plan reads them, and returns that
         plan.
         """
-        b, t, labels = check_call(
-            self.config, self.batch_size, self.timesteps, self.device, x_t, t, labels
-        )
+        t = torch.as_tensor(t, device=self.device)
+        t = t.expand(x_t.shape[:1]) if t.ndim == 0 else t
+        self.config.check_call(x_t, labels, t, self.timesteps)
+        b = len(x_t)
+        if not 1 <= b <= self.batch_size:
+            raise ValueError(
+                f"x_t has {b} images; expected 1 to {self.batch_size}: "
+                "give a larger batch_size at construction"
+            )
         plan = self.plan((int(x_t.shape[2]), int(x_t.shape[3])))
         plan.maps[plan.x].pixels[:b].copy_(x_t)
         i = self.inputs
-        i.t[:b], i.label[:b] = t, labels
+        i.t[:b], i.label[:b] = t, 0 if labels is None else labels
         if i.time_rows is None:
-            i.time_row[:b] = t * (self.config.num_classes or 1) + labels
+            i.time_row[:b] = i.t[:b] * (self.config.num_classes or 1) + i.label[:b]
         return plan
 
     def _check_size(self, size: Any) -> tuple[int, int]:

@@ -395,12 +395,13 @@ def test_bad_arguments_are_refused():
     e = engine(unet)
     x, t, labels = batch(unet, 3)
     for arguments, message in [
-        ((x[:, :, :8], t, labels), r"expected floating \[B, 3, 16, 16\]"),
+        ((x[:, :, :8], t, labels), r"x_t .*\(16, 16\)"),
+        ((x.long(), t, labels), "x_t is torch.int64 on cpu; expected floating"),
         ((x, t + T, labels), f"0..{T - 1}"),
         ((x, t.float(), labels), "expected integers"),
         ((x, t[:2], labels), r"expected integers \[3\]"),
         ((x, t), "labels missing"),
-        ((x, t, labels + 7), "labels: .* 0..6"),
+        ((x, t, labels + 7), r"labels\b.* 0..6"),
     ]:
         with pytest.raises(ValueError, match=message):
             e(*arguments)

@@ -326,7 +326,7 @@ def test_the_one_that_ships(run):
 def test_bad_options_are_said():
     unet = network()
     for options, message in (
-        (dict(accumulation="exact"), "accumulation 'exact'; expected one of bounded, unbounded"),
+        (dict(accumulation="exact"), "accumulation is 'exact'; expected one of bounded, unbounded"),
         (
             dict(keep_bf16=["conv_out"]),
             r"keep_bf16 is \['conv_out'\]; expected a list of convolutions' names, of down_blocks",

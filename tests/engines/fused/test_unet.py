@@ -361,9 +361,9 @@ def test_bad_input_is_said():
         "divisible by 4": (x[..., :26], t, labels),
         "labels missing": (x, t),
         r"in 0\.\.999": (x, torch.tensor([5, 1000]), labels),
-        r"t is .* of -1\.\.5": (x, torch.tensor([5, -1]), labels),
-        r"t is torch\.float32": (x, t.float(), labels),
-        r"labels is .* in 0\.\.9": (x, t, torch.tensor([3, 10])),
+        r"t\b.* -1\.\.5": (x, torch.tensor([5, -1]), labels),
+        r"t\b.* torch\.float32": (x, t.float(), labels),
+        r"labels\b.* in 0\.\.9": (x, t, torch.tensor([3, 10])),
         r"integers \[2\]": (x, t[:1].repeat(3), labels),
     }
     for message, args in bad.items():
