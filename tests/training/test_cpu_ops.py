@@ -139,7 +139,7 @@ def test_gradient_of_the_reference():
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 def test_bits_do_not_depend_on_the_number_of_threads(dtype, monkeypatch):
-    monkeypatch.setattr(fused, "WORTHWHILE", 0)
+    monkeypatch.setattr(fused, "MIN_ELEMENTS", 0)
     v, before = inputs((5, 32, 8, 8, 8), dtype), torch.get_num_threads()
     try:
         torch.set_num_threads(1)

@@ -130,7 +130,7 @@ def _check(unet: UNet, shape: tuple[int, ...], timesteps: int, threads: int) -> 
     for p in unet.parameters():
         if p.dtype != torch.float32 or p.device.type != "cpu":
             raise ValueError(
-                f"the weights are {p.dtype} on {p.device}; expected float32 on the CPU: convert them"
+                f"the weights are {p.dtype} on {p.device}; expected float32 on cpu: convert them"
             )
     if (
         len(shape) != 3
