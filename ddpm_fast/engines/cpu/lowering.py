@@ -41,8 +41,8 @@ class UNetProgram(LayerProgram):
         names = ("sums", "means", "deviations", "factors", "offsets", "totals")
         self._scratch = {name: self.allocate(widest, name) for name in names}
         state = self._state(unet, shape)
-        y = self._walk(unet, self._begin(unet, shape, state))
-        self._end(unet, shape[0], state, y)
+        y = self._emit_network(unet, self._emit_input(unet, shape, state))
+        self._emit_output(unet, shape[0], state, y)
         self.finish()
         self.time_column = {}  # releases the network
 
@@ -80,7 +80,7 @@ class UNetProgram(LayerProgram):
         }
         return state
 
-    def _begin(self, unet: UNet, shape: tuple[int, int, int], state: dict[str, Place]) -> Map:
+    def _emit_input(self, unet: UNet, shape: tuple[int, int, int], state: dict[str, Place]) -> Map:
         channels, height, width = shape
         x = self.map(height, width, channels, bordered=True, channels=channels)
         where = dict(channels=channels, width=width, out=x.inside, out_y=x.row_stride)
@@ -93,14 +93,17 @@ class UNetProgram(LayerProgram):
         )
         return x
 
-    def _end(self, unet: UNet, channels: int, state: dict[str, Place], y: Map) -> None:
-        of_y, every = dict(x=y.at, x_channels=y.channels, pixels=y.pixels), unet.config.out_channels
-        self.emit("take", **of_y, first=0, channels=every, out=state["out"])
-        self.emit("take", **of_y, first=0, channels=min(channels, every), out=state["eps"])
-        if every == 2 * channels:
+    def _emit_output(self, unet: UNet, channels: int, state: dict[str, Place], y: Map) -> None:
+        of_y, outputs = (
+            dict(x=y.at, x_channels=y.channels, pixels=y.pixels),
+            unet.config.out_channels,
+        )
+        self.emit("take", **of_y, first=0, channels=outputs, out=state["out"])
+        self.emit("take", **of_y, first=0, channels=min(channels, outputs), out=state["eps"])
+        if outputs == 2 * channels:
             self.emit("take", **of_y, first=channels, channels=channels, out=state["variance"])
 
-    def _walk(self, unet: UNet, x: Map) -> Map:
+    def _emit_network(self, unet: UNet, x: Map) -> Map:
         x = self.convolve(x, unet.conv_in)
         skips = [x]
         for level in cast("list[Level]", unet.down_blocks):

@@ -227,7 +227,7 @@ def test_a_damaged_file_is_refused(message, folder, run, found):
             code == 2
             and message in err
             and err.count("\n") == 1
-            and "make it again by ddpm-fast calibrate" in err
+            and "create it again by ddpm-fast calibrate" in err
         )
         assert run("info", folder, "--plan")[0] == 0
 

@@ -437,7 +437,7 @@ def test_auto_says_why():
     [
         (
             dict(engine="cuda"),
-            "engine 'cuda'; expected one of auto, fused, compile, cpu, reference",
+            "engine is 'cuda'; expected one of auto, fused, compile, cpu, reference",
         ),
         (
             dict(engine="fused", model=lambda x, t: x),
@@ -476,7 +476,7 @@ def test_half_precision_by_name_leaves_the_weights_alone():
 
 def test_torch_compile_is_held_against_the_network(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda model, mode=None: lambda *a: model(*a) * 1.001)
-    with pytest.raises(RuntimeError, match=r"torch\.compile gives another result, off by 1\.0e-03"):
+    with pytest.raises(RuntimeError, match=r"error of torch\.compile is 1\.0e-03; expected"):
         sampler("compile").sample(1, steps=2)
     monkeypatch.setattr(torch, "compile", lambda model, mode=None: model)
     assert torch.equal(

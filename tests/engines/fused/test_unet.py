@@ -392,7 +392,7 @@ def test_bad_input_is_said():
         (dict(batch_size=0), "at least 1"),
         (dict(batch_size=1, dtype="int8"), "fp32, fp16"),
         (dict(batch_size=1, size=(30, 28)), "divisible by 4"),
-        (dict(batch_size=1, size=28), r"size 28; expected \(H, W\)"),
+        (dict(batch_size=1, size=28), r"size is 28; expected \(H, W\)"),
         (dict(batch_size=1, target=Target(75, 40)), r"8\.0 or newer"),
     ):
         with pytest.raises(ValueError, match=message):

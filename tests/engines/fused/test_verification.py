@@ -146,7 +146,7 @@ def test_what_failed_runs_by_its_fallback_and_the_images_are_right(monkeypatch):
     torch.manual_seed(0)
     unet = UNet(TINY).eval().requires_grad_(False)
     with pytest.warns(
-        UserWarning, match=r"1 of \d+ failed .* down_blocks\.0\.downsamplers\.0\.conv \(relative"
+        UserWarning, match=r"1 of \d+ checks .* down_blocks\.0\.downsamplers\.0\.conv \(relative"
     ):
         network = FusedUNet(unet, 2, "fp32", check=True)
     assert (
@@ -206,7 +206,7 @@ def test_what_follows_from_a_result(monkeypatch):
         assert verification.fallbacks_of(dict.fromkeys(names, good)) == set()
     with pytest.warns(
         UserWarning,
-        match=r"1 of 6 failed .* what failed runs in plain PyTorch.*: conv_in \(wrong\)",
+        match=r"1 of 6 checks .* the failed ones run in plain PyTorch.*: conv_in \(wrong\)",
     ):
         assert verification.fallbacks_of(dict.fromkeys(names, good) | dict(conv_in=bad)) == {
             "conv_in"
