@@ -43,13 +43,9 @@ class LayerBuilder:
         self.external: dict[Buffer, FeatureMap] = {}
         self.writers: dict[Buffer, int] = {}
         self.fixed: dict[Buffer, Tiles] = {}
-        self.x, self.out = (
-            Buffer(name, batch, *size, channels, torch.float32, bordered=False, external=True)
-            for name, channels in (
-                ("x_t", net.config.in_channels),
-                ("out", net.config.out_channels),
-            )
-        )
+        dense: dict[str, Any] = dict(dtype=torch.float32, bordered=False, external=True)
+        self.x = Buffer("x_t", batch, *size, net.config.in_channels, **dense)
+        self.out = Buffer("out", batch, *size, net.config.out_channels, **dense)
 
     def emit(
         self,

@@ -53,7 +53,8 @@ class PlannedUNet:
         overlap: Launches start while the previous ones finish (`kernels._launch`; sm_90 and newer),
             for small batches. Not yet run on a GPU.
         calibration: For fp8, the network's calibration (`load_calibration`): activation ranges, and
-            the convolutions that stay in bf16. Default: eight deviations by the norms' parameters.
+            the convolutions that stay in bf16. Default: ranges of eight deviations, computed from
+            the norms' parameters.
         keep_bf16: For fp8, names of further convolutions that stay in bf16.
         accumulation: For fp8. Tensor cores of sm_90 add fp8 products with fewer bits than fp32.
             "bounded": each K step's sum is added in fp32; "unbounded": only the total, which may be
