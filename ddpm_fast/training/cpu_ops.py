@@ -1,7 +1,7 @@
 """Forms of the network's parts that train faster on a CPU than the plain ones, installed in one instance of a `UNet`.
 
 GroupNorm with its surroundings (the time row before it, SiLU behind it, the gradient of the path around it) is one operation of
-the native engine. Where llvmlite is missing, PyTorch computes the parts.
+the CPU engine. Where llvmlite is missing, PyTorch computes the parts.
 
 In half precision some of PyTorch's CPU kernels take five to ten times as long as in fp32, so these go through fp32 and come back:
 attention; GroupNorm (measured with torch 2.13 on [64, 32, 32, 32], channels-last: backward 7.4 ms in bf16, 1.3 ms in fp32); and
@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from ..models.unet import Attention, ResBlock, UNet, norm_silu
 
 try:
-    from ..engines.cpu import group_norm_silu as native
+    from ..engines.cpu import group_norm_silu as cpu_norm
 except (ImportError, OSError):
-    native = None  # type: ignore[assignment]
+    cpu_norm = None  # type: ignore[assignment]
 
 
 def use_fused_norms(unet: UNet) -> str:
@@ -31,10 +31,10 @@ def use_fused_norms(unet: UNet) -> str:
     Returns:
         Why nothing has changed and PyTorch computes the parts; "" if they are fused.
     """
-    if native is None:
+    if cpu_norm is None:
         return "llvmlite is missing: pip install 'ddpm-fast[cpu]'"
     try:
-        native.prepare()
+        cpu_norm.prepare()
     except (OSError, RuntimeError) as error:
         return f"LLVM does not support this machine ({error})"
     for module in unet.modules():
@@ -46,12 +46,14 @@ def use_fused_norms(unet: UNet) -> str:
 def _norm_silu(
     norm: nn.GroupNorm, x: Tensor, time: Tensor | None = None, silu: bool = True
 ) -> tuple[Tensor, Tensor]:
-    if native is None or not native.fits(x, norm.weight):
+    if cpu_norm is None or not cpu_norm.fits(x, norm.weight):
         return norm_silu(norm, x, time, silu)
-    return native.group_norm_silu(x, time, norm.weight, norm.bias, norm.num_groups, norm.eps, silu)
+    return cpu_norm.group_norm_silu(
+        x, time, norm.weight, norm.bias, norm.num_groups, norm.eps, silu
+    )
 
 
-def use_wide_backward(unet: UNet, dtype: torch.dtype = torch.bfloat16) -> None:
+def use_fp32_for_slow_ops(unet: UNet, dtype: torch.dtype = torch.bfloat16) -> None:
     """Makes the slow operations of autocast to `dtype` go through fp32, in this instance alone."""
     slow_products = not is_native(dtype)
     for module in unet.modules():

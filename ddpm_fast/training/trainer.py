@@ -25,7 +25,7 @@ from ..kernels.q_sample import q_sample
 from ..models.unet import UNet
 from ..utils.validation import seed_bits
 from .config import TrainConfig
-from .cpu_ops import use_fused_norms, use_wide_backward
+from .cpu_ops import use_fp32_for_slow_ops, use_fused_norms
 from .data_loader import Batch, BatchLoader
 from .ema import MAIN, Averages
 from .flat_weights import as_vector, flatten, sum_in_order
@@ -126,7 +126,7 @@ class Trainer:
         if self.device.type == "cpu":
             keep_freed_memory()
             if (dtype := AUTOCAST[config.mixed_precision]) is not None:
-                use_wide_backward(self.unet, dtype)
+                use_fp32_for_slow_ops(self.unet, dtype)
             if not config.compile:  # the compiler fuses by itself and cannot look into machine code
                 self.norm_fallback = use_fused_norms(self.unet)
 

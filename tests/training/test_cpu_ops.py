@@ -12,7 +12,7 @@ from ddpm_fast.data.datasets import ImageData
 from ddpm_fast.models.unet import norm_silu
 from ddpm_fast.training import cpu_ops
 from ddpm_fast.training.config import TrainConfig
-from ddpm_fast.training.cpu_ops import use_fused_norms, use_wide_backward
+from ddpm_fast.training.cpu_ops import use_fp32_for_slow_ops, use_fused_norms
 from ddpm_fast.training.trainer import Trainer
 from ddpm_fast.utils.numerics import relative_error
 
@@ -241,8 +241,8 @@ def test_gradient_of_the_network_is_as_exact_as_before(name):
     for autocast in (False, True):
         before, after = network(name), network(name)
         if autocast:
-            use_wide_backward(before)
-            use_wide_backward(after)
+            use_fp32_for_slow_ops(before)
+            use_fp32_for_slow_ops(after)
         use_fused_norms(after)
         error = relative_error(gradient_of(after, autocast), exact)
         assert error <= max(1.1 * relative_error(gradient_of(before, autocast), exact), 1e-6)
@@ -252,20 +252,20 @@ def test_gradient_of_the_network_is_as_exact_as_before(name):
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize("name", ["usual", "dropout"])
 def test_trainer_with_and_without_llvmlite(name, precision, monkeypatch):
-    with_native = trainer(name, mixed_precision=precision)
-    monkeypatch.setattr(cpu_ops, "native", None)
+    with_cpu_norm = trainer(name, mixed_precision=precision)
+    monkeypatch.setattr(cpu_ops, "cpu_norm", None)
     without = trainer(name, mixed_precision=precision)
     for _ in range(2):
         without.step()
     monkeypatch.undo()
     calls = []
-    monkeypatch.setattr(cpu_ops.native, "group_norm_silu", _counted(fused.group_norm_silu, calls))
+    monkeypatch.setattr(cpu_ops.cpu_norm, "group_norm_silu", _counted(fused.group_norm_silu, calls))
     for _ in range(2):
-        with_native.step()
+        with_cpu_norm.step()
     assert calls
     tolerance = 2e-2 if precision == "bf16" else 1e-5
-    assert relative_error(with_native.weights.grad, without.weights.grad) < tolerance
-    losses = with_native.means()["loss"], without.means()["loss"]
+    assert relative_error(with_cpu_norm.weights.grad, without.weights.grad) < tolerance
+    losses = with_cpu_norm.means()["loss"], without.means()["loss"]
     assert abs(losses[0] - losses[1]) < 0.1 * tolerance * losses[1]
 
 
@@ -315,7 +315,7 @@ def test_fallback_where_the_fused_form_does_not_fit(monkeypatch):
         and not fused.fits(x[:, :6], norm.weight)
         and not fused.fits(x[:0], norm.weight)
     )
-    monkeypatch.setattr(cpu_ops, "native", None)
+    monkeypatch.setattr(cpu_ops, "cpu_norm", None)
     assert torch.equal(cpu_ops._norm_silu(norm, x)[0], F.silu(norm(x)))
 
 
@@ -324,7 +324,7 @@ def test_products_in_fp32_where_the_cpu_has_no_bf16(monkeypatch):
     for native in (True, False):
         monkeypatch.setattr(cpu_ops, "is_native", lambda dtype, native=native: native)
         unet = network()
-        use_wide_backward(unet)
+        use_fp32_for_slow_ops(unet)
         replaced = [
             m
             for m in unet.modules()
@@ -378,7 +378,7 @@ def test_a_machine_that_llvm_does_not_support_trains_by_pytorch(monkeypatch):
     def unsupported(width):
         raise RuntimeError("no such target")
 
-    monkeypatch.setattr(cpu_ops.native, "functions", unsupported)
+    monkeypatch.setattr(cpu_ops.cpu_norm, "functions", unsupported)
     unet = network()
     assert cpu_ops.use_fused_norms(unet) == "LLVM does not support this machine (no such target)"
     plain = {vars(m)["norm_silu"] for m in unet.modules() if "norm_silu" in vars(m)}

@@ -395,7 +395,7 @@ def test_refuses_data_that_does_not_fit():
 
 def test_half_precision_on_a_cpu_is_as_accurate_and_takes_the_detour():
     """GroupNorm and attention through fp32 and back: at most as far from fp64 as PyTorch's own way is."""
-    from ddpm_fast.training.cpu_ops import use_wide_backward
+    from ddpm_fast.training.cpu_ops import use_fp32_for_slow_ops
 
     x, t, labels = (
         torch.randn(4, 1, 8, 8),
@@ -413,7 +413,7 @@ def test_half_precision_on_a_cpu_is_as_accurate_and_takes_the_detour():
 
     exact = gradient_of(small_unet().double(), False)
     plain, detour = gradient_of(small_unet(), True), small_unet()
-    use_wide_backward(detour)
+    use_fp32_for_slow_ops(detour)
     used = gradient_of(detour, True)
     assert not torch.equal(used, plain)
     assert relative_error(used, exact) < 1.2 * relative_error(plain, exact) < 0.05
