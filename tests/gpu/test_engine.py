@@ -51,9 +51,8 @@ def test_captured_steps_equal_uncaptured_steps(loop):
     expected = free.sample(5, **options)
     assert torch.equal(captured.sample(5, **options), expected)
     seen = Trajectory()
-    assert torch.equal(
-        captured.sample(5, **options, callback=seen), expected
-    )  # one step per graph instead of several
+    # with a callback: one step per graph instead of several
+    assert torch.equal(captured.sample(5, **options, callback=seen), expected)
     assert torch.equal(seen.x[-1], expected.cpu())
 
 

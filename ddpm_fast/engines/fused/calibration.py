@@ -26,8 +26,8 @@ from ...utils.validation import is_number
 
 FILE = "calibration.json"
 FORMAT = 1
-# The largest number is this multiple of the largest measured activation. The precision does not
-# suffer: the relative error of e4m3 is the same for all numbers above 2^-6 units.
+# The largest e4m3 number represents this multiple of the largest measured activation. This does not
+# reduce the accuracy: the relative error of e4m3 is the same for all numbers above 2^-6 units.
 MARGIN = 1.25
 # Rounding both operands to 3 bits gives a product of independent terms a relative error of 0.0375.
 # A layer with a third more, and with twice the error that is typical in its network, has another

@@ -117,8 +117,8 @@ def _run_worker(
 def fallbacks_of(results: Mapping[str, CheckResult]) -> set[str]:
     """Returns the launches that must run by their fallbacks, with a warning if there are any.
 
-    If the check of noise, step or step counter failed, it runs by its reference in this process. If
-    the check of the whole network failed, all launches run by their fallbacks.
+    Noise, step and step counter run by their references in this process if their checks failed. All
+    launches run by their fallbacks if the check of the whole network failed.
     """
     failed = {name: r for name, r in results.items() if not r.passed}
     if not failed:

@@ -135,9 +135,8 @@ def test_ranges_and_errors_equal_their_definitions(calibrated):
     )
     assert layer.error == pytest.approx(relative_error(narrow, exact), rel=1e-3)
     assert set(calibrated.layers) == set(e4m3_convolutions(c.unet)) and not calibrated.keep_bf16
-    assert all(
-        0.01 < v.error < FLOOR for v in calibrated.layers.values()
-    )  # 0.0375 if all were independent
+    # 0.0375 for independent terms
+    assert all(0.01 < v.error < FLOOR for v in calibrated.layers.values())
 
 
 def test_allowed_error():
@@ -390,9 +389,8 @@ def test_saturation_is_counted(calibrated):
     over = int(
         (plan.maps[launch.out].pixels.float().abs() > MARGIN * claimed.layers[name].amax).sum()
     )
-    assert over > 100 and small.saturated()[name] == pytest.approx(
-        over, abs=over // 50
-    )  # bf16 rounded the independent count's values
+    # `over` counts values that are rounded to bf16
+    assert over > 100 and small.saturated()[name] == pytest.approx(over, abs=over // 50)
     assert small.saturated(clear=True) and small.saturated() == {}
     small(*args)
     once = small.saturated()

@@ -173,9 +173,8 @@ def test_after_the_first_step_the_host_only_replays(graphed):
         for done in s.engine.steps(state, table):
             counts.append((done, len(seen)))
     assert [done for done, _ in counts] == list(range(1, 21))
-    assert (
-        len({number for _, number in counts}) == 1
-    )  # no torch operation, so no synchronization and no allocation
+    # no torch operation, so no synchronization and no allocation
+    assert len({number for _, number in counts}) == 1
     single = next(g for g in Recorded.made if g.repeats == 1)
     assert single.replays == 20
 

@@ -138,12 +138,8 @@ def test_by_fallbacks_at_full_size(config, batch, figure):
     figure(f"FusedUNet by fallbacks against the reference, {config.channels}, fp32", f"{error:.1e}")
     assert error < 1e-5
     if batch > 1:  # a smaller batch, and another image size
-        assert (
-            relative_error(run(fused, *(v[:1] for v in args)), unet(*(v[:1] for v in args))) < 1e-5
-        )
-        other = inputs(config, batch, (16, 48))
-        assert relative_error(run(fused, *other), unet(*other)) < 1e-5
-        assert relative_error(run(fused, *args), unet(*args)) < 1e-5
+        for other in ([v[:1] for v in args], inputs(config, batch, (16, 48)), args):
+            assert relative_error(run(fused, *other), unet(*other)) < 1e-5
 
 
 @torch.no_grad()
@@ -160,12 +156,8 @@ def test_the_included_weights_by_fallbacks(figure):
         ", ".join(f"{k} {v:.1e}" for k, v in errors.items()),
     )
     plain = relative_error(unet.bfloat16()(*args), unet.float()(*args))
-    assert (
-        errors["fp32"] < 1e-5
-        and errors["fp16"] < 2e-3
-        and errors["bf16"] < 2 * plain
-        and errors["fp8"] < 0.1
-    )
+    bounds = dict(fp32=1e-5, fp16=2e-3, bf16=2 * plain, fp8=0.1)
+    assert all(errors[d] < bound for d, bound in bounds.items())
 
 
 @torch.no_grad()
@@ -233,12 +225,9 @@ def test_an_image_is_the_same_alone_first_last_and_in_a_ragged_batch(name, dtype
     args = [v.to(device) for v in inputs(config, 5)]
     whole = run(FusedUNet(unet, 5, dtype, check=False), *args)
     small = FusedUNet(unet, 2, dtype, check=False)
-    assert torch.equal(
-        run(small, *(v[3:4] for v in args)), whole[3:4]
-    )  # alone, in a batch that is not full
-    assert torch.equal(
-        run(small, *(v[[4, 0]] for v in args)), whole[[4, 0]]
-    )  # the last first, the first last
+    # alone in a partial batch; the last image first and the first one last
+    assert torch.equal(run(small, *(v[3:4] for v in args)), whole[3:4])
+    assert torch.equal(run(small, *(v[[4, 0]] for v in args)), whole[[4, 0]])
     assert small.invariant
 
 
@@ -264,12 +253,8 @@ def test_an_image_is_the_same_in_every_batch_where_its_norms_read_statistics(dev
     assert any("stats2" in reads for reads in from_statistics) and len(from_statistics) < len(norms)
     whole = run(fused, *args)
     small = FusedUNet(unet, 2, "fp32", check=False)
-    assert torch.equal(
-        run(small, *(v[1:2] for v in args)), whole[1:2]
-    )  # alone, in a batch that is not full
-    assert torch.equal(
-        run(small, *(v[[2, 0]] for v in args)), whole[[2, 0]]
-    )  # the last first, the first last
+    assert torch.equal(run(small, *(v[1:2] for v in args)), whole[1:2])
+    assert torch.equal(run(small, *(v[[2, 0]] for v in args)), whole[[2, 0]])
     assert small.invariant
     exact, plain = unet.double()(*args), unet.float()(*args)
     assert relative_error(whole, exact) <= max(1e-6, 2 * relative_error(plain, exact))
