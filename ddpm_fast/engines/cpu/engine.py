@@ -54,6 +54,7 @@ class CPUEngine:
         self.config, self.shape, self.timesteps = unet.config, tuple(shape), timesteps
         threads = torch.get_num_threads() if threads is None else threads
         _check(unet, self.shape, timesteps, threads)
+        self.size = (shape[1], shape[2])
         self._executor = _executor(unet, shape, timesteps, threads)
         self.reason = self._executor.reason
 
@@ -84,10 +85,9 @@ class CPUEngine:
             raise ValueError(f"x_t is {x_t.dtype} on {x_t.device}; expected floating on cpu")
         t = torch.as_tensor(t, device="cpu")
         t = t.expand(x_t.shape[:1]) if t.ndim == 0 else t
-        size = self.shape[1:]
-        self.config.check_call(x_t, labels, t, self.timesteps, size)
+        self.config.check_call(x_t, labels, t, self.timesteps, self.size)
         if not len(x_t):
-            return x_t.new_empty((0, self.config.out_channels, *size), dtype=torch.float32)
+            return x_t.new_empty((0, self.config.out_channels, *self.size), dtype=torch.float32)
         return self._executor.forward(x_t, t.long(), None if labels is None else labels.long())
 
     def prepare(self, batch_size: int) -> None:
@@ -114,7 +114,7 @@ class CPUEngine:
         c, out, count = self.shape[0], self.config.out_channels, len(state.x)
         if state.x.dtype != torch.float32:
             raise ValueError(f"the state is {state.x.dtype}; expected torch.float32")
-        self.config.check_call(state.x, state.labels, timesteps=self.timesteps, size=self.shape[1:])
+        self.config.check_call(state.x, state.labels, timesteps=self.timesteps, size=self.size)
         if out not in (c, 2 * c) or (table.learned and out != 2 * c):
             expected = f"{2 * c} (mean and variance)" if table.learned else f"{c} or {2 * c}"
             raise ValueError(f"the network gives {out} channels; a step needs {expected}")

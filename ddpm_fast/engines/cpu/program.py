@@ -109,7 +109,8 @@ class Program:
         return place
 
     def free(self, place: Place, floats: int, *kind: object) -> None:
-        self._free[(floats, *kind)].append(place)
+        key = (floats, *kind)
+        self._free[key].append(place)
 
     def map(
         self, height: int, width: int, real: int, bordered: bool = False, channels: int = 0
