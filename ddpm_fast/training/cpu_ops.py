@@ -1,7 +1,7 @@
 """Faster CPU operations for training, installed in one instance of a `UNet`.
 
 GroupNorm, the time row added before it, SiLU after it and the gradient of the residual path are one
-operation of the native engine. Without llvmlite, PyTorch computes them separately.
+operation of the CPU engine. Without llvmlite, PyTorch computes them separately.
 
 In half precision some of PyTorch's CPU kernels take five to ten times as long as in fp32. These
 operations are computed in fp32 and their results are cast back:
@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from ..models.unet import Attention, ResBlock, UNet, norm_silu
 
 try:
-    from ..engines.cpu import group_norm_silu as native
+    from ..engines.cpu import group_norm_silu as cpu_norm
 except (ImportError, OSError):
-    native = None  # type: ignore[assignment]
+    cpu_norm = None  # type: ignore[assignment]
 
 
 def use_fused_norms(unet: UNet) -> str:
@@ -35,10 +35,10 @@ def use_fused_norms(unet: UNet) -> str:
     Returns:
         The reason for the fallback to PyTorch; "" if the operations are fused.
     """
-    if native is None:
+    if cpu_norm is None:
         return "llvmlite is missing: pip install 'ddpm-fast[cpu]'"
     try:
-        native.prepare()
+        cpu_norm.prepare()
     except (OSError, RuntimeError) as error:
         return f"LLVM does not support this machine ({error})"
     for module in unet.modules():
@@ -50,9 +50,11 @@ def use_fused_norms(unet: UNet) -> str:
 def _norm_silu(
     norm: nn.GroupNorm, x: Tensor, time: Tensor | None = None, silu: bool = True
 ) -> tuple[Tensor, Tensor]:
-    if native is None or not native.fits(x, norm.weight):
+    if cpu_norm is None or not cpu_norm.fits(x, norm.weight):
         return norm_silu(norm, x, time, silu)
-    return native.group_norm_silu(x, time, norm.weight, norm.bias, norm.num_groups, norm.eps, silu)
+    return cpu_norm.group_norm_silu(
+        x, time, norm.weight, norm.bias, norm.num_groups, norm.eps, silu
+    )
 
 
 def use_fp32_for_slow_ops(unet: UNet, dtype: torch.dtype = torch.bfloat16) -> None:

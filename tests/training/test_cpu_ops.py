@@ -136,7 +136,7 @@ def test_gradient_of_the_reference():
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 def test_bits_do_not_depend_on_the_number_of_threads(dtype, monkeypatch):
-    monkeypatch.setattr(fused, "WORTHWHILE", 0)
+    monkeypatch.setattr(fused, "MIN_ELEMENTS", 0)
     v, before = inputs((5, 32, 8, 8, 8), dtype), torch.get_num_threads()
     try:
         torch.set_num_threads(1)
@@ -225,20 +225,20 @@ def test_gradient_of_the_network_is_as_accurate_as_without_fusion(name):
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize("name", ["default", "dropout"])
 def test_trainer_with_and_without_llvmlite(name, precision, monkeypatch):
-    with_native = trainer(name, mixed_precision=precision)
-    monkeypatch.setattr(cpu_ops, "native", None)
+    with_cpu_norm = trainer(name, mixed_precision=precision)
+    monkeypatch.setattr(cpu_ops, "cpu_norm", None)
     without = trainer(name, mixed_precision=precision)
     for _ in range(2):
         without.step()
     monkeypatch.undo()
     calls = []
-    monkeypatch.setattr(cpu_ops.native, "group_norm_silu", _counted(fused.group_norm_silu, calls))
+    monkeypatch.setattr(cpu_ops.cpu_norm, "group_norm_silu", _counted(fused.group_norm_silu, calls))
     for _ in range(2):
-        with_native.step()
+        with_cpu_norm.step()
     assert calls
     tolerance = 2e-2 if precision == "bf16" else 1e-5
-    assert relative_error(with_native.weights.grad, without.weights.grad) < tolerance
-    losses = with_native.means()["loss"], without.means()["loss"]
+    assert relative_error(with_cpu_norm.weights.grad, without.weights.grad) < tolerance
+    losses = with_cpu_norm.means()["loss"], without.means()["loss"]
     assert abs(losses[0] - losses[1]) < 0.1 * tolerance * losses[1]
 
 
@@ -285,7 +285,7 @@ def test_fallback_for_unsupported_shapes_and_dtypes(monkeypatch):
     norm, x = norm.float(), x.float()
     assert fused.fits(x, norm.weight)
     assert not fused.fits(x[:, :6], norm.weight) and not fused.fits(x[:0], norm.weight)
-    monkeypatch.setattr(cpu_ops, "native", None)
+    monkeypatch.setattr(cpu_ops, "cpu_norm", None)
     assert torch.equal(cpu_ops._norm_silu(norm, x)[0], F.silu(norm(x)))
 
 
@@ -342,7 +342,7 @@ def test_fallback_on_a_machine_without_llvm_support(monkeypatch):
     def unsupported(width):
         raise RuntimeError("no such target")
 
-    monkeypatch.setattr(cpu_ops.native, "functions", unsupported)
+    monkeypatch.setattr(cpu_ops.cpu_norm, "functions", unsupported)
     unet = network()
     assert cpu_ops.use_fused_norms(unet) == "LLVM does not support this machine (no such target)"
     functions = {vars(m)["norm_silu"] for m in unet.modules() if "norm_silu" in vars(m)}
