@@ -13,7 +13,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from bench.report import figures
+from bench.report import architecture, figures
 from bench.report.committed import commit
 from bench.report.documents import DOCUMENTS, with_new_tables
 from bench.workloads import ROOT
@@ -57,6 +57,7 @@ def main() -> int:
                 write_atomically(path, new.encode())
     if not args.check:
         figures.draw(ROOT / "docs" / "figures")
+        architecture.draw(ROOT / "docs" / "figures" / "packages.png")
     message = "does not match the results" if args.check else "rewritten"
     print("\n".join(f"{name} {message}" for name in stale) or "all tables match the results")
     return int(args.check and bool(stale))

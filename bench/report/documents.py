@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 
-from bench.report.tables import TABLES
+from bench.report import architecture, readme, tables
+
+TABLES = tables.TABLES | readme.TABLES | {"packages": architecture.package_table}
 
 DOCUMENTS = (
     "README.md",
     "README.zh.md",
+    "docs/design.md",
     "docs/performance.md",
     "docs/benchmarking.md",
     "docs/cpu.md",

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 
 from bench.gpu.targets import TARGETS
-from bench.report.committed import NETWORKS, Machine, accuracy, cpus, h100_loops, h100_steps
+from bench.report.committed import NETWORKS, Machine, accuracy, cpus, h100_loops
 from bench.report.fits import Fit
 from bench.report.predictions import best_rates, compiled_ms, of_target, predict, series, speedup
 from bench.studies.precision import markdown
@@ -245,54 +245,6 @@ def _where(machine: Machine) -> str:
     return "\n".join(lines)
 
 
-HEAD = [
-    "",
-    "ddpm_fast (ms per image per step)",
-    "speedup over the fastest baseline",
-    "speedup over diffusers eager",
-    "",
-]
-HEAD_ZH = [
-    "",
-    "ddpm_fast（毫秒/图/步）",
-    "相对最快的其他引擎的加速比",
-    "相对 diffusers eager 的加速比",
-    "",
-]
-
-
-def readme_table(head: list[str], measured: str = "measured", predicted: str = "predicted") -> str:
-    """Speedups: loops on CPUs, measured, and on an H100, predicted relative to measured baselines."""
-    rows, machines = [], cpus(*NETWORKS)
-    for machine in machines:
-        cpu = "CPU" if len(machines) == 1 else machine.title
-        for n in NETWORKS:
-            for case in machine.read(n)["cases"]:
-                first, *others = case["rows"]
-                best = min(others, key=lambda row: row["loop"]["ms"])
-                eager = next(row for row in others if row["engine"] == "diffusers")
-                where = f"{cpu}, {NAMES[n]}, {case['batch']}, fp32"
-                ms = f"{first['loop']['ms']:.3g}"
-                rows.append(
-                    [where, ms, f"{best['engine']}: {_speedup(best)}", _speedup(eager), measured]
-                )
-    for network, batch, dtype in PREDICTED:
-        ratio, step = speedup(network, batch, dtype), predict(network, batch, dtype).step
-        if ratio is not None:
-            eager_ms = dict(h100_steps(network, "eager", "bf16")).get(batch)
-            over_eager = f"{eager_ms / step:.1f}" if eager_ms else ""
-            where = f"H100, {NAMES[network]}, {batch}, {dtype}"
-            rows.append(
-                [where, f"{step / batch:.3g}", f"torch.compile: {ratio:.2f}", over_eager, predicted]
-            )
-    return table(head, rows)
-
-
-def _speedup(row: Row) -> str:
-    low, high = row["loop"]["speedup_range"]
-    return f"{row['loop']['speedup']:.2f} ({low:.2f} to {high:.2f})"
-
-
 def other_network_table() -> str:
     """denoising-diffusion-pytorch, on the first CPU that has it."""
     r = cpus("other-network")[0].read("other-network")
@@ -340,7 +292,5 @@ TABLES: dict[str, Callable[[], str]] = {
     "bounds": bound_table,
     "cost": cost_table,
     "other-network": other_network_table,
-    "readme": partial(readme_table, HEAD),
-    "readme-zh": partial(readme_table, HEAD_ZH, "实测", "预测"),
     "precision": precision_table,
 }

@@ -4,7 +4,7 @@ Every engine trains the same network on the same images in a worker process, so 
 take turns: a burst of steps each, round after round. Their losses on one input must agree, or nothing is timed.
 
     ddpm_fast       `Trainer`
-    PyTorch's norm  `Trainer` without the native engine's GroupNorm (--norms: these two alone, for before and after)
+    PyTorch's norm  `Trainer` without the CPU engine's GroupNorm (--norms: these two alone, for before and after)
     compiled        `Trainer` with compile=True (--compile: takes minutes)
     plain PyTorch   the reference UNet in a plain loop: randn, AdamW, clip_grad_norm_, an average of the parameters
     diffusers       UNet2DModel, DDPMScheduler.add_noise and EMAModel, in the loop of its train_unconditional.py
@@ -97,7 +97,7 @@ def pytorch_norm(
     channels: tuple[int, ...], batch: int, precision: str, device: torch.device
 ) -> tuple[Step, Loss]:
     """`Trainer` with PyTorch's GroupNorm instead of the CPU engine's."""
-    cpu_ops.native = None  # type: ignore[assignment]  # in this worker process alone
+    cpu_ops.cpu_norm = None  # type: ignore[assignment]  # in this worker process alone
     return ddpm_fast(channels, batch, precision, device)
 
 

@@ -254,7 +254,7 @@ class UNetConfig:
         if timesteps is not None:
             for name, values, stop in (("t", t, timesteps), ("labels", labels, classes or 1)):
                 if values is not None:
-                    _check_integers(name, values, b, stop)
+                    check_integers(name, values, b, stop)
 
     @classmethod
     def from_diffusers(cls, config: Mapping[str, Any]) -> UNetConfig:
@@ -273,14 +273,16 @@ class UNetConfig:
         return to_diffusers(asdict(self), self.attends)
 
 
-def _check_integers(name: str, values: Tensor, count: int, stop: int) -> None:
+def check_integers(name: str, values: Tensor, count: int, stop: int) -> None:
+    """Raises ValueError unless `values` are integers [count] in 0..stop-1."""
     invalid = (
         values.shape != (count,)
         or values.is_floating_point()
         or values.is_complex()
         or values.dtype == torch.bool
     )
-    if invalid or bool(((values < 0) | (values >= stop)).any()):
+    # .long(): torch casts `stop` to the type of `values`, in which it may overflow
+    if invalid or bool(((values < 0) | (values.long() >= stop)).any()):
         seen = "" if invalid or not count else f" in {values.min()}..{values.max()}"
         raise ValueError(
             f"{name}: {values.dtype} {tuple(values.shape)}{seen}; expected integers [{count}] in 0..{stop - 1}"

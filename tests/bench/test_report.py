@@ -1,5 +1,7 @@
 """The documents say what the results say."""
 
+import re
+
 import pytest
 
 from bench.report.documents import DOCUMENTS, with_new_tables
@@ -16,6 +18,22 @@ from bench.workloads import ROOT
 def test_tables_are_what_the_results_say(name):
     text = (ROOT / name).read_text()
     assert with_new_tables(text) == text, "python -m bench.report"
+
+
+@pytest.mark.parametrize(
+    ("name", "to", "times"), [("README.md", "to", "times"), ("README.zh.md", "至", "倍")]
+)
+def test_the_headline_is_the_range_of_the_measured_table(name, to, times):
+    """For every CPU the speedups over the fastest baseline and over diffusers."""
+    text = " ".join((ROOT / name).read_text().split())
+    row = r"\| ([^|,]*), [^|,]*, \S+ \d+ \| [\d.]+ \| [^|]*: ([\d.]+) \([^|]*\| ([\d.]+) \("
+    rows = re.findall(row, text)
+    assert rows
+    for cpu in {cpu for cpu, *_ in rows}:
+        for column in (1, 2):
+            speedups = [float(r[column]) for r in rows if r[0] == cpu]
+            speedup_range = f"{min(speedups):.1f} {to} {max(speedups):.1f} {times}"
+            assert speedup_range in text.split("<!-- table")[0], cpu
 
 
 @pytest.mark.full

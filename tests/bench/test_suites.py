@@ -161,7 +161,7 @@ def test_predictions_grow_as_they_must():
         assert per_image == sorted(per_image, reverse=True) and per_image[-2] < 1.02 * per_image[-1]
         p = predictions.predict("cifar10", 256, dtype)
         assert series["batch"][8]["ms"] == p.step == pytest.approx(sum(p.parts.values()))
-        update = 256 * 3 * 32 * 32 * 20 / predictions.H100.copy + 2 * predictions.GAP
+        update = 256 * 3 * 32 * 32 * 20 / predictions.H100.copy + 2 * predictions.roofline.GAP
         assert p.step == pytest.approx(p.forward + 1e3 * update)
         assert all(fits.Fit.of(k, rows).max_error < 0.2 for k, rows in series.items())
 

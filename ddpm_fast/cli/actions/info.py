@@ -13,7 +13,7 @@ from ...engines.fused.calibration import Calibration, load_calibration
 from ...engines.fused.checks import CheckResult
 from ...engines.fused.model import PlannedUNet
 from ...engines.fused.plan import Buffer, Launch
-from ...engines.fused.roofline import GPUS, Estimate, estimate
+from ...engines.fused.roofline import GPUS, Estimate, predict_step
 from ...engines.fused.verification import cached_results
 from ...kernels._gemm import Target
 from ...models.flops import unet_cost
@@ -133,13 +133,14 @@ def describe_plan(
         calibration=calibration,
     )
     plan = fused.plan()
-    estimates = [estimate(launch, gpu) for launch in plan]
+    prediction = predict_step(plan, gpu)
+    estimates = prediction.launches
     results = _cached_results(fused)
     rows = [
         _row(launch, e, results.get(launch.name), fused.keep_bf16)
         for launch, e in zip(plan, estimates, strict=True)
     ]
-    floor, predicted = sum(e.floor for e in estimates), sum(e.predicted for e in estimates)
+    floor, predicted = prediction.floor, prediction.forward
     flops, moved = sum(e.flops for e in estimates), sum(e.bytes for e in estimates)
     totals = dict(
         gpu=gpu.name,
