@@ -24,11 +24,7 @@ from .common import PATH, action, parse_size
     help="With --plan.",
 )
 @click.option(
-    "--dtype",
-    type=click.Choice(DTYPES),
-    default="bf16",
-    show_default=True,
-    help="With --plan.",
+    "--dtype", type=click.Choice(DTYPES), default="bf16", show_default=True, help="With --plan."
 )
 @click.option("--size", help="With --plan: HEIGHTxWIDTH in pixels.  [default: as trained]")
 @click.option(

@@ -33,11 +33,7 @@ from .common import (
 @click.option("--seed", type=int, default=0, show_default=True, help="0 to 2^64 - 1.")
 @solver_options("ddpm")
 @click.option(
-    "--batch-size",
-    type=click.IntRange(1),
-    default=64,
-    show_default=True,
-    help="Images per batch.",
+    "--batch-size", type=click.IntRange(1), default=64, show_default=True, help="Images per batch."
 )
 @click.option("--label", type=int, help="Class of every image.  [default: random classes]")
 @click.option(

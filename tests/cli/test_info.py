@@ -50,11 +50,7 @@ def test_plan(run):
     assert abs(report["floor_ms"] - sum(row["floor_us"] for row in report["plan"]) / 1e3) < 1e-3
     assert report["predicted_ms"] > report["floor_ms"] and {
         row["bound"] for row in report["plan"]
-    } <= {
-        "launch",
-        "memory",
-        "arithmetic",
-    }
+    } <= {"launch", "memory", "arithmetic"}
 
     code, out, _ = run("info", WEIGHTS, "--plan", "--batch-size", 16)
     lines = out.splitlines()

@@ -111,7 +111,7 @@ def test_a_batch_too_large_is_halved():
     s = sampler()
     free, _ = torch.cuda.mem_get_info()
     taken = torch.empty(free - 2**30, dtype=torch.uint8, device="cuda")  # a gibibyte is left
-    with pytest.warns(UserWarning, match="out of memory with 1024 images at once"):
+    with pytest.warns(UserWarning, match="out of memory with a batch of 1024 images"):
         got = s.sample(range(1024), batch_size=1024, steps=2, output="float")
     del taken
     torch.cuda.empty_cache()
