@@ -325,7 +325,7 @@ def test_refuses_at_construction():
     ):
         with pytest.raises(ValueError, match="expected"):
             gaussian_sampler(**options)
-    with pytest.raises(ValueError, match="needs a network with 2 output channels, .* has 1"):
+    with pytest.raises(ValueError, match=r"needs a network with 2 output channels, .* has 1"):
         unet_sampler(variance="learned_range")
     with pytest.raises(ValueError, match="every = 0"):
         Trajectory(0)
