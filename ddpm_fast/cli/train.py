@@ -28,19 +28,20 @@ def train(as_json: bool, **options: Any) -> None:
         for name in options
         if context.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE
     }
-    report, text, interrupted = _train(directory, options, given, log)
+    report, text, exit_code = _train(directory, options, given, log)
 
     from .common import print_report
 
     print_report(report, as_json, text)
-    if interrupted:
-        raise click.Abort
+    if exit_code:
+        click.echo("ddpm-fast: interrupted", err=True)
+        sys.exit(exit_code)
 
 
 def _train(
     directory: Path, options: dict[str, Any], given: set[str], log: Any
-) -> tuple[dict[str, Any], str, bool]:
-    """Trains. Returns the report as a dictionary and as text, and whether a signal ended the run."""
+) -> tuple[dict[str, Any], str, int]:
+    """Trains. Returns the report as a dictionary and as text, and the exit code."""
     from ..training.run import TrainingRun
     from .train_setup import set_up, start_checkpoint
 
@@ -75,7 +76,7 @@ def _train(
         ended=end.reason,
     )
     text = f"{end.reason}: step {trainer.done}, {run.spent:.0f} s of training -> {model}"
-    return report, text, end.interrupted
+    return report, text, end.exit_code
 
 
 def _every(options: dict[str, Any], images: int) -> Any:

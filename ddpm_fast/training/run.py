@@ -59,7 +59,11 @@ class RunEnd:
     """Why a run ended: a reason for the log, and whether a signal interrupted it."""
 
     reason: str
-    interrupted: bool = False
+    exit_code: int = 0  # 128 + the number of the signal that ended the run
+
+    @property
+    def interrupted(self) -> bool:
+        return self.exit_code > 0
 
 
 class TrainingRun:
@@ -200,7 +204,7 @@ class TrainingRun:
             while trainer.done < last:
                 if self._stop():
                     reason = shutdown.name or f"{max_seconds:g} seconds are over"
-                    end = RunEnd(reason, interrupted=shutdown())
+                    end = RunEnd(reason, shutdown.exit_code if shutdown() else 0)
                     break
                 trainer.step()
                 step, self.spent = trainer.done, before + time.perf_counter() - start

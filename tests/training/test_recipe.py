@@ -342,7 +342,7 @@ def test_a_run_with_all_of_it_goes_on_to_the_bit(call, tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ddpm_fast.training.trainer.Trainer.step", interrupted)
-        assert call("train", "--output-dir", stopped, *scored, "--max-train-steps", 14)[0] == 130
+        assert call("train", "--output-dir", stopped, *scored, "--max-train-steps", 14)[0] == 143
     again = ("--resume-from-checkpoint", "latest")
     refused = call(
         "train",
