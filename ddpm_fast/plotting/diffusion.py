@@ -96,7 +96,8 @@ def plot_forward(
     recorded, x = forward_trajectory(schedule, images, seed, steps)
     rows = [[image, *to_uint8(x[:, i]).numpy()] for i, image in enumerate(images)]
     titles = (
-        f"t = {t}\n$\\bar\\alpha_t$ = {_short(schedule.alpha_bar[t])}\nSNR {_short(schedule.snr[t])}"
+        f"t = {t}\n$\\bar\\alpha_t$ = {_short(schedule.alpha_bar[t])}\n"
+        f"SNR {_short(schedule.snr[t])}"
         for t in recorded
     )
     plot = _image_table(rows, ["$x_0$", *titles], [""] * len(rows))

@@ -138,7 +138,9 @@ def _notes(sampler: Sampler, dtype: str) -> list[str]:
 
 
 def _text_of(r: dict[str, Any]) -> str:
-    run = "{images} images of seed {seed}, {steps} {solver} steps, {dtype} on {device}".format_map(r)
+    run = "{images} images of seed {seed}, {steps} {solver} steps, {dtype} on {device}".format_map(
+        r
+    )
     rates = (
         f"{r['images_per_second']:.2f} images/s, "
         f"{r['milliseconds_per_image_step']:.2f} ms per image per step"
