@@ -187,7 +187,7 @@ def _check(sampler: Sampler, data: ImageData) -> None:
 
 
 def _identity(sampler: Sampler, data: ImageData, visited: Any, seed: int, preset: str) -> str:
-    """Fingerprint of everything that determines the terms, except rounding."""
+    """Fingerprint of all inputs that determine the terms."""
     weights = hashlib.sha256()
     if isinstance(sampler.model, torch.nn.Module):
         for tensor in sampler.model.state_dict().values():

@@ -1,4 +1,4 @@
-"""Plot style: colours, figures, and how a figure is saved."""
+"""Plot style: colours, figures and file formats."""
 
 from __future__ import annotations
 

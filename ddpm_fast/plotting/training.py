@@ -51,7 +51,7 @@ def plot_loss(run: str | Path, out: str | Path) -> None:
         x = images_per_step * _values(validation, "step")
         images = "held-out images" if validation[-1]["held_out"] else "training images"
         for key, name, marker, colour in (
-            ("raw_loss", "weights", "s-", ORANGE),
+            ("raw_loss", "raw weights", "s-", ORANGE),
             ("ema_loss", "averaged weights", "o-", GREEN),
         ):
             y, label = _values(validation, key), f"{name}, on {images}"

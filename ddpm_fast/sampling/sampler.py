@@ -49,9 +49,10 @@ class Sampler(BatchSampler):
         schedule: The `NoiseSchedule` the network was trained with.
         shape: (C, H, W) of an image.
         prediction: What the model predicts: "eps", "x_0" or "v".
-        variance: Of the solver "ddpm": "fixed_small", "fixed_large", "learned" or "learned_range".
+        variance: Variance of solver "ddpm": "fixed_small", "fixed_large", "learned" or
+            "learned_range".
         clip: Bound on the predicted |x_0| at every step; None: no clipping.
-        num_classes: Of a class-conditional callable; ignored for a `UNet`, which defines it.
+        num_classes: Number of classes of a class-conditional callable; ignored for a `UNet`.
         device: Default: the device of the model's parameters, or the CPU.
         engine: Implementation of the steps; `sampler.engine.reason` is why "auto" selected one.
             "fused": Triton kernels in a CUDA graph, for a `UNet`, verified before use;
@@ -62,7 +63,7 @@ class Sampler(BatchSampler):
             or the torch dtype; default: the dtype of the weights. Engine "reference" casts the
             input of a module with fp16 or bf16 weights, and disables TF32 for fp32 weights. The
             state x_t is always fp32. `torch.autocast` and the default dtype have no effect.
-        calibration: Ranges of fp8 layers (`ddpm-fast calibrate`); None: ranges by rule.
+        calibration: Ranges of fp8 layers (`ddpm-fast calibrate`); None: default ranges.
 
     Pickling and `copy.deepcopy` store the arguments and rebuild the engine. In a process that was
     forked from one that has sampled, methods raise RuntimeError: start processes with "spawn".

@@ -62,7 +62,7 @@ def evaluate(as_json: bool, options: dict[str, Any]) -> None:
     else:
         drawn = torch.from_numpy(np.array(samples.images))
         labels, source = _labels_of(samples), str(options["samples"])
-        rounding = "as given"
+        rounding = "as stored"
     seconds = time.perf_counter() - start
     log("computing features")
     report: dict[str, Any] = dict(

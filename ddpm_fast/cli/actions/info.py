@@ -151,7 +151,7 @@ def describe_plan(
     lines = [*_table(rows), ""]
     lines += _fp8_lines(fused, calibration) if dtype == "fp8" else []
     basis = "" if gpu.measured else " from the utilization of an H100"
-    rate = f"{batch / predicted:,.0f} images per second per step"
+    rate = f"{batch / predicted:,.0f} image-steps per second"
     lines += [
         f"{len(plan)} launches, {mebibytes(plan.arena.size)} of feature maps; "
         f"self-check: {totals['checks']}",
@@ -177,7 +177,7 @@ def _fp8_lines(fused: PlannedUNet, calibration: Calibration | None) -> list[str]
     count = sum(_operands(launch) == "e4m3" for launch in fused.plan())
     if calibration is None:
         return [
-            f"{count} convolutions in e4m3, ranges by rule; run ddpm-fast calibrate to measure them"
+            f"{count} convolutions in e4m3, default ranges; run ddpm-fast calibrate to measure them"
         ]
     bf16 = len(fused.keep_bf16)
     errors = ((name, calibration.layers[name].error) for name in fused.keep_bf16)
