@@ -21,10 +21,14 @@ from .common import JSON, PATH, action, parse_size
     type=click.IntRange(1, 2**20),
     default=256,
     show_default=True,
-    help="With --plan.",
+    help="With --plan: images per batch.",
 )
 @click.option(
-    "--dtype", type=click.Choice(DTYPES), default="bf16", show_default=True, help="With --plan."
+    "--dtype",
+    type=click.Choice(DTYPES),
+    default="bf16",
+    show_default=True,
+    help="With --plan: dtype of the network.",
 )
 @click.option("--size", help="With --plan: HEIGHTxWIDTH in pixels.  [default: as trained]")
 @click.option(

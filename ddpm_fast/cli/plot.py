@@ -47,7 +47,7 @@ def plot() -> None:
 def schedule(
     names: tuple[str, ...], weights: Path | None, timesteps: int | None, zero_snr: bool, out: Path
 ) -> None:
-    """Plot beta, alpha_bar and the signal-to-noise ratio of noise schedules over t."""
+    """Plot noise schedules: beta, alpha_bar, SNR."""
     if weights is not None and (names or timesteps):
         raise ValueError("give --schedule and --timesteps or --weights, not both")
     action("plot").schedule(names or SCHEDULES, weights, timesteps or 1000, zero_snr, out)
@@ -63,8 +63,7 @@ def schedule(
     type=click.IntRange(0),
     multiple=True,
     default=(0,),
-    show_default="0",
-    help="Index of an image, from 0; repeat the option for several rows.",
+    help="Index of an image; repeat the option for several rows.  [default: 0]",
 )
 @click.option(
     "--resolution",
@@ -103,7 +102,7 @@ def forward(
     seed: int,
     out: Path,
 ) -> None:
-    """Plot the forward process: images that become noise, step by step."""
+    """Plot the forward process, from images to noise."""
     seed_bits(seed)
     action("plot").forward(data_dir, numbers, resolution, fit, name, steps, seed, out)
 
@@ -136,7 +135,10 @@ def forward(
 )
 @PROGRESS
 def reverse(images: str, progress: bool | None, **options: Any) -> None:
-    """Plot the reverse process: states x_t and predictions of x_0, as a figure or an animation."""
+    """Plot the reverse process, from noise to images.
+
+    The figure or animation has the states x_t and the predictions of x_0.
+    """
     indices = parse_images(images)
     if len(indices) > _MAX_IMAGES:
         raise ValueError(f"--images {images}: expected at most {_MAX_IMAGES} images in a plot")
@@ -149,7 +151,10 @@ def reverse(images: str, progress: bool | None, **options: Any) -> None:
 @click.argument("run", type=PATH)
 @click.option("--out", type=PATH, default="loss.png", show_default=True, help=_OUT)
 def loss(run: Path, out: Path) -> None:
-    """Plot losses over images seen, from the log of the training run in directory RUN."""
+    """Plot the losses of a training run.
+
+    RUN is the directory of the run, which has the log.
+    """
     action("plot").loss(run, out)
 
 
@@ -160,5 +165,8 @@ def loss(run: Path, out: Path) -> None:
     "--rows", type=click.IntRange(1), default=10, show_default=True, help="Rows of the figure."
 )
 def course(run: Path, out: Path, rows: int) -> None:
-    """Plot samples over the course of training, from the grids of the run in directory RUN."""
+    """Plot samples over the course of training.
+
+    RUN is the directory of a training run with sample grids.
+    """
     action("plot").course(run, out, rows)

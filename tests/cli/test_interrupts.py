@@ -52,7 +52,7 @@ def test_train_and_sample_exit_with_128_plus_the_signal(number, tmp_path, monkey
     main = import_module("ddpm_fast.cli.main").main
     np.savez(tmp_path / "images.npz", images=np.zeros((4, 8, 8, 1), np.uint8))
     train = f"train --train-data-dir {tmp_path / 'images.npz'} --output-dir {tmp_path / 'run'} "
-    train += "--resolution 8 --channels 8 --layers 1 --train-batch-size 2 --max-train-steps 2"
+    train += "--resolution 8 --channels 8 --layers 1 --head-dim 8 --train-batch-size 2"
     weights = tmp_path / "run" / "model"
     sample = f"sample --weights {weights} --images 2 --steps 2 --out {tmp_path / 'x.png'} "
     sample += "--engine reference"
