@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -175,9 +175,9 @@ def reverse_trajectory(
 
 def plot_reverse(trajectory: ReverseTrajectory, out: str | Path) -> None:
     """Plots two rows per image: the state x_t, and the prediction of x_0 one step before."""
-    rows: list[Sequence[Any]] = []
+    rows: list[list[Any]] = []
     for i in range(trajectory.x.shape[1]):
-        rows += [trajectory.x[:, i], [None, *trajectory.x_0[1:, i]]]
+        rows += [[*trajectory.x[:, i]], [None, *trajectory.x_0[1:, i]]]
     labels = ["$x_t$", r"predicted $x_0$"] * trajectory.x.shape[1]
     save(_image_table(rows, trajectory.titles, labels), out)
 
@@ -215,7 +215,7 @@ def _caption(text: str, width: int) -> Pixels:
     return np.asarray(line)
 
 
-def _image_table(rows: list[Sequence[Any]], titles: Iterable[str], labels: list[str]) -> Any:
+def _image_table(rows: list[list[Any]], titles: Iterable[str], labels: list[str]) -> Any:
     """A figure with a table of small images, a title per column and a label per row."""
     height, width = len(rows), len(rows[0])
     plot, axes = figure(0.95 * width + 0.4, 0.95 * height + 0.5, height, width)

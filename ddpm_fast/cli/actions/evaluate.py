@@ -34,8 +34,8 @@ from ..common import pick_device, print_report
 def evaluate(as_json: bool, options: dict[str, Any]) -> None:
     """Scores images, or computes bits per dimension, and prints a report."""
     if options["bits_per_dim"]:
-        report, text = _bits(options)
-        print_report(report, as_json, text)
+        bits, text = _bits(options)
+        print_report(bits, as_json, text)
         return
     device = pick_device(options["device"])
     features = Features(device or ("cuda" if torch.cuda.is_available() else "cpu"))
