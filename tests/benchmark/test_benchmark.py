@@ -404,7 +404,7 @@ def test_commands(weights, tmp_path, capsys, monkeypatch):
         (("--out", "no/such/folder/a.json"), "in an existing folder"),
         (("--compare", "nothing.json"), "nothing.json is not a result of ddpm-fast bench"),
         (("--dtype", "fp4"), "'fp4' is not one of"),
-        (("--device", "abacus"), "--device abacus"),
+        (("--device", "abacus"), "--device is 'abacus'"),
         (("--steps", "200"), "--steps is 200; expected at most 100, the timesteps"),
         (("--dtype", "fp8"), "fp8 is unsupported on cpu"),
     ],
