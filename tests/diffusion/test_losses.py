@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from ddpm_fast import NoiseSchedule
+from ddpm_fast import NoiseSchedule, training_loss
 from ddpm_fast.diffusion.losses import Objective, min_snr_weights
 from ddpm_fast.diffusion.prediction import conversion, convert
 from ddpm_fast.diffusion.presets import PRESETS
@@ -240,6 +240,28 @@ def test_simple_loss_of_the_truth_is_zero_and_of_an_error_its_square(prediction)
     )
 
 
+def test_simple_loss_is_that_of_algorithm_1():
+    """The fused loss against `training_loss` in fp64, at the same t and noise."""
+    x_0, x_t, t, row, seed, image, eps = training_case("eps")
+    out = []
+
+    def model(x, t):
+        out.append(torch.sin(x + t.view(-1, 1, 1, 1)))
+        return out[-1]
+
+    exact = training_loss(model, LINEAR, x_0.double(), t, eps.double())
+    got = Objective(LINEAR).losses(out[0].float(), x_0, x_t, t, row, seed, image).mean()
+    assert float(got) == pytest.approx(float(exact), rel=1e-6)
+
+
+def test_algorithm_1_draws_t_and_noise():
+    torch.manual_seed(0)
+    seen = []
+    loss = training_loss(lambda x, t: seen.append(t) or 0 * x, LINEAR, torch.zeros(500, 1, 4, 4))
+    assert float(loss) == pytest.approx(1, abs=0.1)  # the variance of eps
+    assert 0 <= seen[0].min() < 20 and 980 < seen[0].max() < 1000
+
+
 def test_min_snr_weighs_the_same_error_of_x_0_alike_whatever_is_predicted():
     """One wrong x_0, said as eps, x_0 or v, has one loss: min(SNR, 5) times its square (Hang et al. 2023, eq. 8)."""
     x_0, x_t, t, row, seed, image, _ = training_case("x_0")
@@ -304,7 +326,7 @@ def test_refuses():
     with pytest.raises(ValueError, match="snr_gamma = 0"):
         Objective(LINEAR, loss="min_snr", snr_gamma=0)
     x_0, x_t, *rest, truth = training_case("eps")
-    with pytest.raises(ValueError, match="gives 2 channels for 2; the loss hybrid needs 4"):
+    with pytest.raises(ValueError, match="has 2 channels; expected 4 for the loss hybrid"):
         Objective(LINEAR, loss="hybrid").losses(truth, x_0, x_t, *rest)
     with pytest.raises(ValueError, match="variance 'huge'"):
         Bound(LINEAR, variance="huge")
