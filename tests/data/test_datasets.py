@@ -189,7 +189,7 @@ def test_refuses_what_it_cannot_read(tmp_path):
     refused("images-idx3", "as its header states")
     (tmp_path / "images-idx3").write_bytes(b"PK")
     refused("images-idx3", "not an IDX file")
-    refused("floats.npy", "expected pixels", resolution=0)
+    refused("floats.npy", "expected 1 to 16384 pixels", resolution=0)
     refused("floats.npy", "crop or pad", fit="stretch")
     (tmp_path / "pictures").mkdir()
     Image.fromarray(COLOUR[0]).save(tmp_path / "pictures" / "whole.png")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ddpm_fast import NoiseSchedule, Sampler, UNet, UNetConfig, save_pretrained
-from ddpm_fast.data.animation import HOLD, LEAST, save_animation
+from ddpm_fast.data.animation import HOLD, MIN_FRAMES, save_animation
 from ddpm_fast.data.pixels import from_uint8
 from ddpm_fast.diffusion.forward_process import q_chain
 from ddpm_fast.kernels import noise
@@ -140,7 +140,7 @@ def test_gif_decodes_to_its_frames(tmp_path):
             film.seek(k)
             time += film.info["duration"]
         last = np.asarray(film.convert("RGB")).astype(int)
-    assert time == (LEAST + HOLD) * 50
+    assert time == (MIN_FRAMES + HOLD) * 50
     for got, want in ((first, made[0]), (last, made[-1])):
         assert np.abs(got - want).mean() < 2
 
@@ -151,14 +151,14 @@ def test_mp4_decodes_to_its_frames(tmp_path, monkeypatch):
     save_animation(made, tmp_path / "a.mp4")
     with av.open(io.BytesIO((tmp_path / "a.mp4").read_bytes())) as film:
         got = [frame.to_ndarray(format="rgb24") for frame in film.decode(video=0)]
-    assert len(got) == LEAST + HOLD and got[0].shape == made[0].shape
+    assert len(got) == MIN_FRAMES + HOLD and got[0].shape == made[0].shape
     for k in (0, 25, 59, -1):
         assert np.abs(got[k].astype(int) - made[-1 if k < 0 else k // 10]).mean() < 12
     monkeypatch.setattr(av, "codecs_available", set(av.codecs_available) - {"libx264"})
     save_animation(made, tmp_path / "b.mp4")
     with av.open(io.BytesIO((tmp_path / "b.mp4").read_bytes())) as film:
         assert film.streams.video[0].codec_context.name == "mpeg4"
-        assert sum(1 for _ in film.decode(video=0)) == LEAST + HOLD
+        assert sum(1 for _ in film.decode(video=0)) == MIN_FRAMES + HOLD
     with pytest.raises(ValueError, match="no frames"):
         save_animation([], tmp_path / "c.mp4")
 
