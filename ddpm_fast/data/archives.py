@@ -124,6 +124,6 @@ def _read_idx(path: Path) -> Pixels:
         raise ValueError(f"{path} cannot be read: {error}") from None
     if len(content) != count:
         raise ValueError(
-            f"{path} does not have {' x '.join(map(str, shape))} bytes of data as in its header"
+            f"{path} does not have {' x '.join(map(str, shape))} bytes, as its header states"
         )
     return np.frombuffer(content, np.uint8).reshape(shape)

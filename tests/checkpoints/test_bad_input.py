@@ -1,4 +1,4 @@
-"""Damaged and hostile checkpoint folders: one ValueError line that names the file, at once."""
+"""Damaged and hostile checkpoint folders raise a one-line ValueError that names the file."""
 
 import json
 import math
@@ -16,8 +16,8 @@ from ddpm_fast import NoiseSchedule, Sampler, UNet, UNetConfig, load_pretrained,
 safetensors = pytest.importorskip("safetensors.torch")
 
 CONFIG = UNetConfig(
-    sample_size=8, channels=(8, 16), layers=1, attention=(False, True), norm_groups=4, num_classes=16,
-    time_dim=16,
+    sample_size=8, channels=(8, 16), layers=1, attention=(False, True), norm_groups=4,
+    num_classes=16, time_dim=16,
 )  # fmt: skip
 UNET, SCHEDULER = "unet/config.json", "scheduler/scheduler_config.json"
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -48,7 +48,7 @@ def change_weights(folder, change):
 
 
 def refusal(load, seconds=5.0):
-    """The one line of the ValueError that `load` raises within `seconds` of CPU time."""
+    """The message of the one-line ValueError that `load` raises within `seconds` of CPU time."""
     start = time.process_time()
     with pytest.raises(ValueError) as caught:  # noqa: PT011  # the callers match the message
         load()
@@ -63,7 +63,7 @@ def refusal(load, seconds=5.0):
 @pytest.mark.parametrize(
     ("name", "change", "given"),
     [
-        # square, so that the shape alone cannot show the fault where the count is equal
+        # square: where the element count is equal, the shape alone does not show the fault
         ("conv_in.weight", lambda w: w.permute(2, 3, 1, 0), "(3, 3, 3, 8)"),
         ("conv_in.weight", lambda w: w.flatten(1), "(8, 27)"),
         ("down_blocks.0.resnets.0.time_emb_proj.weight", lambda w: w.t(), "(16, 8)"),

@@ -26,7 +26,7 @@ def gaussian_denoiser(x_t, t):
     ("variance", "ratio"), [("fixed_small", 0.985), ("fixed_large", 1.004)], ids=str
 )
 def test_gaussian_chain_has_the_exact_mean_and_variance(variance, ratio):
-    """The chain is affine in x_T and every z, so its response to unit impulses is its distribution."""
+    """The chain is affine in x_T and every z, so unit impulses determine its distribution."""
     steps = len(LINEAR)
     impulses = torch.eye(steps + 1, dtype=torch.float64)  # x_T, z of steps 0 ... T-2, and none
     column = lambda i: impulses[:, i].view(-1, 1, 1, 1)
