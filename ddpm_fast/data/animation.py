@@ -26,7 +26,7 @@ def save_animation(frames: list[Pixels], out: Path) -> None:
         ValueError: There are no frames, or MP4 is requested without the extra `plot`.
     """
     if not frames:
-        raise ValueError("frames is empty; expected at least one")
+        raise ValueError("no frames; expected at least one")
     repeats = -(-MIN_FRAMES // len(frames))
     frames = [*(frame for frame in frames for _ in range(repeats)), *frames[-1:] * HOLD]
     write_atomically(out, _gif(frames) if out.suffix == ".gif" else _mp4(frames))

@@ -97,7 +97,14 @@ def training_loss(
     t: Tensor | None = None,
     eps: Tensor | None = None,
 ) -> Tensor:
-    """Returns the loss of one batch, differentiable (Ho et al. 2020, Algorithm 1, lines 2 to 5).
+    """Returns the loss of one batch, differentiable (Ho et al. 2020, Algorithm 1).
+
+        1: repeat
+        2:   x_0 ~ q(x_0)
+        3:   t ~ Uniform({1, ..., T})
+        4:   eps ~ N(0, I)
+        5:   gradient step on || eps - eps_theta(x_t, t) ||^2, with x_t as in eq. 4
+        6: until converged
 
     Args:
         model: eps_theta, a callable (x_t [B, C, H, W], t int64 [B]) -> [B, C, H, W].
@@ -109,15 +116,15 @@ def training_loss(
     Returns:
         Mean squared error over all elements, a scalar.
     """
-    if t is None:
+    if t is None:  # line 3
         t = torch.randint(len(schedule), (len(x_0),), device=x_0.device)
-    if eps is None:
+    if eps is None:  # line 4
         eps = torch.randn_like(x_0)
     signal, noise = (
         torch.from_numpy(np.sqrt(v)).to(x_0)[t][:, None, None, None]
         for v in (schedule.alpha_bar, schedule.noise_var)
     )
-    return (eps - model(signal * x_0 + noise * eps, t)).square().mean()
+    return (eps - model(signal * x_0 + noise * eps, t)).square().mean()  # line 5
 
 
 def _checked(schedule: NoiseSchedule, eps: Tensor) -> Tensor:

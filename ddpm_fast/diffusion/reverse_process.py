@@ -35,11 +35,11 @@ def p_sample_loop(
     clip: float | None = None,
     callback: Callable[[int, int, Tensor], None] | None = None,
 ) -> Tensor:
-    """Draws images as Algorithm 2 of Ho et al. 2020 is written.
+    """Draws images by Algorithm 2 of Ho et al. 2020.
 
     Args:
-        model: eps_theta, a callable (x_t [B, C, H, W], t int64 [B]) -> [B, C, H, W]. For a model of
-            x_0 or v, wrap it with `prediction.convert`.
+        model: eps_theta, a callable (x_t [B, C, H, W], t int64 [B]) -> [B, C, H, W]. Wrap a model
+            of x_0 or v with `prediction.convert`.
         schedule: The noise schedule the model was trained with.
         x_T: Standard normal noise [B, C, H, W]. The loop computes in its dtype, on its device.
         noise: Returns z [B, C, H, W] of step i = 0 ... T-2, where t = T-1-i; default: standard
@@ -77,11 +77,12 @@ def p_mean(
 
     With `clip`, it is the mean of q(x_{t-1} | x_t, x_0) (eq. 7) at the clipped prediction of x_0.
     """
-    alpha, beta = float(schedule.alpha[t]), float(schedule.beta[t])
-    alpha_bar, noise_var = float(schedule.alpha_bar[t]), float(schedule.noise_var[t])
-    # noise_var is 1 - alpha_bar without cancellation
+    alpha, beta, alpha_bar = (
+        float(v[t]) for v in (schedule.alpha, schedule.beta, schedule.alpha_bar)
+    )
+    noise_var = float(schedule.noise_var[t])  # 1 - alpha_bar without cancellation
     if clip is None:
-        return (x_t - beta / sqrt(noise_var) * eps) / sqrt(alpha)
+        return (x_t - beta / sqrt(noise_var) * eps) / sqrt(alpha)  # line 4
     x_0 = (x_t - sqrt(noise_var) * eps) / sqrt(alpha_bar)
     return q_posterior(schedule, x_0.clamp(-clip, clip), x_t, t)[0]
 

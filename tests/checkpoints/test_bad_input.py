@@ -61,7 +61,7 @@ def refusal(load, seconds=5.0):
 
 
 @pytest.mark.parametrize(
-    ("name", "change", "given"),
+    ("name", "change", "shape"),
     [
         # square: where the element count is equal, the shape alone does not show the fault
         ("conv_in.weight", lambda w: w.permute(2, 3, 1, 0), "(3, 3, 3, 8)"),
@@ -73,12 +73,12 @@ def refusal(load, seconds=5.0):
         ("time_embedding.linear_2.weight", lambda w: w[:, :, None, None], "(16, 16, 1, 1)"),
     ],
 )
-def test_weights_of_another_shape_are_refused(folder, name, change, given):
+def test_weights_of_another_shape_are_refused(folder, name, change, shape):
     before = safetensors.load_file(folder / WEIGHTS)[name]
     change_weights(folder, lambda w: w.update({name: change(w[name])}))
     text = refusal(lambda: load_pretrained(folder))
     assert WEIGHTS in text and name in text
-    assert f"has shape {given}; expected {tuple(before.shape)}" in text
+    assert f"has shape {shape}; expected {tuple(before.shape)}" in text
 
 
 def test_attention_stored_as_1x1_convolutions_is_read(folder):
@@ -160,7 +160,7 @@ def test_a_header_that_lies_is_refused(folder):
     ("change", "message"),
     [
         ({"layers_per_block": 10_000_000}, "layers_per_block=10000000"),
-        ({"layers_per_block": 128}, "residual blocks"),  # allowed, but not what the file holds
+        ({"layers_per_block": 128}, "residual blocks"),  # valid, but not the network of the file
         ({"block_out_channels": [32, 64, 10**30]}, "block_out_channels="),
         ({"block_out_channels": [8] * 17}, "block_out_channels="),
         ({"in_channels": 10**9}, "in_channels=1000000000"),

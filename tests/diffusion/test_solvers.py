@@ -186,9 +186,7 @@ def test_quadratic_is_ermongroups_without_its_repetitions(steps):
 
 def test_presets_visit_the_timesteps_of_their_codebases():
     uniform = PRESETS["ddim"].timesteps(1000, "ddim", 300)
-    assert uniform[::-1].tolist() == list(
-        range(0, 1000, 3)
-    )  # 334 steps, because skip = 1000 // 300
+    assert uniform[::-1].tolist() == list(range(0, 1000, 3))  # 334: the stride is 1000 // 300
     assert (
         PRESETS["openai"].timesteps(1000, "ddpm", 250).tolist()
         == choose_timesteps(1000, "250").tolist()
@@ -251,7 +249,6 @@ def test_conversions_are_exact_both_ways(schedule):
     truth = {"eps": eps, "x_0": x_0, "v": a * eps - n * x_0}
     for source, target in itertools.product(truth, truth):
         got = convert(truth[source], x_t, t, schedule, source, target)
-        worst = (
-            1e-9 if schedule.alpha_bar[998] > 1e-6 else 1e-7
-        )  # x_0 from eps is a difference over a small signal
-        torch.testing.assert_close(got, truth[target], rtol=worst, atol=worst)
+        # x_0 from eps is a difference over a small signal
+        tolerance = 1e-9 if schedule.alpha_bar[998] > 1e-6 else 1e-7
+        torch.testing.assert_close(got, truth[target], rtol=tolerance, atol=tolerance)
