@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ddpm_fast import NoiseSchedule, Sampler, UNet, UNetConfig, save_pretrained
-from ddpm_fast.data.animation import HOLD, LEAST, save_animation
+from ddpm_fast.data.animation import HOLD, MIN_FRAMES, save_animation
 from ddpm_fast.data.pixels import from_uint8
 from ddpm_fast.diffusion.forward_process import q_chain
 from ddpm_fast.kernels import noise
@@ -122,7 +122,7 @@ def test_gif_decodes_to_its_frames(tmp_path):
             gif.seek(k)
             time += gif.info["duration"]
         last = np.asarray(gif.convert("RGB")).astype(int)
-    assert time == (LEAST + HOLD) * 50
+    assert time == (MIN_FRAMES + HOLD) * 50
     for decoded, frame in ((first, frames[0]), (last, frames[-1])):
         assert np.abs(decoded - frame).mean() < 2
 
@@ -133,14 +133,14 @@ def test_mp4_decodes_to_its_frames(tmp_path, monkeypatch):
     save_animation(frames, tmp_path / "a.mp4")
     with av.open(io.BytesIO((tmp_path / "a.mp4").read_bytes())) as video:
         decoded = [frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)]
-    assert len(decoded) == LEAST + HOLD and decoded[0].shape == frames[0].shape
+    assert len(decoded) == MIN_FRAMES + HOLD and decoded[0].shape == frames[0].shape
     for k in (0, 25, 59, -1):
         assert np.abs(decoded[k].astype(int) - frames[-1 if k < 0 else k // 10]).mean() < 12
     monkeypatch.setattr(av, "codecs_available", set(av.codecs_available) - {"libx264"})
     save_animation(frames, tmp_path / "b.mp4")
     with av.open(io.BytesIO((tmp_path / "b.mp4").read_bytes())) as video:
         assert video.streams.video[0].codec_context.name == "mpeg4"
-        assert sum(1 for _ in video.decode(video=0)) == LEAST + HOLD
+        assert sum(1 for _ in video.decode(video=0)) == MIN_FRAMES + HOLD
     with pytest.raises(ValueError, match="no frames"):
         save_animation([], tmp_path / "c.mp4")
 

@@ -11,7 +11,7 @@ import click
 import numpy as np
 
 from ...checkpoints.checkpoint import load_pretrained
-from ...data.animation import KINDS, LEAST, find_av, save_animation
+from ...data.animation import KINDS, MIN_FRAMES, find_av, save_animation
 from ...data.datasets import load_images
 from ...diffusion.schedule import NoiseSchedule
 from ...plotting.diffusion import (
@@ -93,7 +93,7 @@ def reverse(
         raise ValueError(f"cannot plot {sampler.shape[0]}-channel images; expected 1 or 3 channels")
     animated = out.suffix in KINDS
     trajectory = reverse_trajectory(
-        sampler, indices, seed, label, LEAST if animated else columns, show, **options
+        sampler, indices, seed, label, MIN_FRAMES if animated else columns, show, **options
     )
     if animated:
         width = len(indices) * (sampler.shape[2] + 2)
