@@ -10,6 +10,7 @@ from ..utils.files import write_atomically
 
 # Okabe and Ito's colours, which the colour-blind can tell apart
 GREY, BLUE, ORANGE, GREEN, PINK = "#999999", "#0072B2", "#D55E00", "#009E73", "#CC79A7"
+AMBER, SKY, BLACK = "#E69F00", "#56B4E9", "#000000"
 KINDS = (".png", ".svg", ".pdf")
 
 
