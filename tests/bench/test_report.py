@@ -1,4 +1,4 @@
-"""The documents say what the results say."""
+"""Generated tables of the documents agree with the committed results."""
 
 import pytest
 
@@ -13,17 +13,17 @@ from bench.workloads import ROOT
         for n in DOCUMENTS
     ],
 )
-def test_tables_are_what_the_results_say(name):
+def test_tables_agree_with_the_results(name):
     text = (ROOT / name).read_text()
     assert with_new_tables(text) == text, "python -m bench.report"
 
 
 @pytest.mark.full
-def test_a_stale_table_is_found():
+def test_a_stale_table_is_detected():
     text = (ROOT / "docs" / "performance.md").read_text()
     assert with_new_tables(text.replace("20,496", "30,496")) == text
 
 
-def test_an_unknown_table_is_found():
+def test_an_unknown_table_is_an_error():
     with pytest.raises(ValueError, match="table is 'speed'; expected one of predicted, targets"):
         with_new_tables("<!-- table: speed -->\n<!-- end -->")
