@@ -10,6 +10,7 @@ from ..utils.files import write_atomically
 
 # colours of Okabe and Ito, distinguishable with colour blindness
 GREY, BLUE, ORANGE, GREEN, PINK = "#999999", "#0072B2", "#D55E00", "#009E73", "#CC79A7"
+AMBER, SKY, BLACK = "#E69F00", "#56B4E9", "#000000"
 LIGHT = "#DDDDDD"  # text on black
 KINDS = (".png", ".svg", ".pdf")
 

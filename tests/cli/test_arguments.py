@@ -157,9 +157,7 @@ def stubs(home):
         "plot.plot_schedules": lambda *_: None,
         "plot.plot_forward": lambda *_: None,
         "calibrate.calibrate": lambda *_: (_ for _ in ()).throw(ValueError("no convolution")),
-        "bench._compare": lambda *_: [],
-        "bench.ceilings": lambda *_: {},
-        "bench.kernel_times": lambda *_: [],
+        "bench.compare": lambda *_, **__: dict(cases=[], ceilings=[], kernels=[]),
         "bench.draw": lambda *_: None,
     }
     with pytest.MonkeyPatch.context() as patch:
