@@ -70,7 +70,7 @@ bench-update: $(INSTALLED)
 	$(PY) -m bench.report --results bench-results --machine $(MACHINE)
 
 # the parts on pytest-benchmark: BENCH="bench/bench_unet.py -k cifar10 --benchmark-json=FILE"
-BENCH ?= bench/bench_kernels.py bench/bench_unet.py bench/bench_sample.py bench/bench_train.py
+BENCH ?= bench/bench_kernels.py bench/bench_unet.py
 bench-suites: $(VENV)/.baselines
 	$(PY) -m pytest $(BENCH) --benchmark-sort=name --benchmark-columns=median,iqr,rounds
 

@@ -1,4 +1,4 @@
-"""ddpm_fast: an exact and fast engine for denoising diffusion probabilistic models (Ho et al. 2020)."""
+"""Fast, exact engine for denoising diffusion probabilistic models (DDPM; Ho et al. 2020)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from .checkpoints.checkpoint import Checkpoint, load_pretrained, save_pretrained
     from .data.datasets import ImageData, load_images
     from .data.image_io import encode_png, save_grid, to_pil
+    from .diffusion.forward_process import training_loss
+    from .diffusion.reverse_process import p_sample_loop
     from .diffusion.schedule import NoiseSchedule
     from .engines.fused.unet import FusedUNet
     from .evaluation.likelihood import bits_per_dimension
@@ -43,10 +45,12 @@ _HOME = {
     "encode_png": "data.image_io",
     "load_images": "data.datasets",
     "load_pretrained": "checkpoints.checkpoint",
+    "p_sample_loop": "diffusion.reverse_process",
     "restore": "integrations.diffusers",
     "save_grid": "data.image_io",
     "save_pretrained": "checkpoints.checkpoint",
     "to_pil": "data.image_io",
+    "training_loss": "diffusion.forward_process",
 }
 
 __all__ = [
@@ -67,10 +71,12 @@ __all__ = [
     "encode_png",
     "load_images",
     "load_pretrained",
+    "p_sample_loop",
     "restore",
     "save_grid",
     "save_pretrained",
     "to_pil",
+    "training_loss",
 ]
 
 

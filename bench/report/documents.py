@@ -1,4 +1,4 @@
-"""Documents whose tables are made from results. A table stands between `<!-- table: NAME -->` and `<!-- end -->`."""
+"""Documents with generated tables, each between `<!-- table: NAME -->` and `<!-- end -->`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DOCUMENTS = (
 
 
 def with_new_tables(text: str) -> str:
-    """The text of a document with its tables replaced; ValueError for a table with an unknown name."""
+    """Returns a document with its tables replaced; raises ValueError for an unknown table."""
 
     def replacement(match: re.Match[str]) -> str:
         if match[1] not in TABLES:

@@ -32,7 +32,7 @@ class StepPrediction:
         launches: Kernels of a forward pass.
         floor: A forward pass at the peaks of the chip.
         forward: A forward pass.
-        parts: Milliseconds of a step by what bounds them: gaps between launches, memory, products.
+        parts: Milliseconds of a step by their bound: gaps between launches, memory, products.
         bytes: Memory of the weights, the arena and the state.
     """
 
@@ -54,7 +54,7 @@ class StepPrediction:
 
 
 def plan_of(config: UNetConfig, batch: int, dtype: str) -> tuple[UNet, Plan]:
-    """A network and its plan for an H100, without memory."""
+    """A network and its plan for an H100, on the meta device."""
     with torch.device("meta"):
         unet = UNet(config)
     return unet, FusedUNet(unet, batch, dtype, "meta", check=False).plan()
@@ -103,7 +103,7 @@ def speedup(network: str, batch: int, dtype: str) -> float | None:
 
 
 def of_target(target: SpeedTarget) -> float | None:
-    """Predicted value of a target; None for elementwise kernels, which `bench.studies.predict` predicts."""
+    """Predicted value of a target; None for elementwise kernels (`bench.studies.predict`)."""
     case = target.network, target.batch, target.dtype
     values: dict[Metric, Callable[[], float | None]] = {
         Metric.COPY_SHARE: lambda: None,
@@ -115,7 +115,7 @@ def of_target(target: SpeedTarget) -> float | None:
 
 
 def best_rates() -> list[tuple[str, float, str]]:
-    """(engine, its best image-steps per second on the CIFAR-10 network, "predicted" or "measured")"""
+    """(engine, best image-steps per second on the CIFAR-10 network, "predicted" or "measured")"""
     rates = [
         (
             f"ddpm_fast {dtype}",

@@ -1,4 +1,4 @@
-"""The documents say what the results say."""
+"""Generated tables of the documents agree with the committed results."""
 
 import re
 
@@ -15,7 +15,7 @@ from bench.workloads import ROOT
         for n in DOCUMENTS
     ],
 )
-def test_tables_are_what_the_results_say(name):
+def test_tables_agree_with_the_results(name):
     text = (ROOT / name).read_text()
     assert with_new_tables(text) == text, "python -m bench.report"
 
@@ -37,11 +37,11 @@ def test_the_headline_is_the_range_of_the_measured_table(name, to, times):
 
 
 @pytest.mark.full
-def test_a_stale_table_is_found():
+def test_a_stale_table_is_detected():
     text = (ROOT / "docs" / "performance.md").read_text()
     assert with_new_tables(text.replace("20,496", "30,496")) == text
 
 
-def test_an_unknown_table_is_found():
+def test_an_unknown_table_is_an_error():
     with pytest.raises(ValueError, match="table is 'speed'; expected one of predicted, targets"):
         with_new_tables("<!-- table: speed -->\n<!-- end -->")
