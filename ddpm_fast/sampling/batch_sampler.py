@@ -179,7 +179,7 @@ class BatchSampler:
     def begin(
         self,
         image: Tensor,
-        seed: int,
+        seed: int | Tensor,
         labels: Tensor | None = None,
         x: Tensor | None = None,
         given_noise: bool = False,
@@ -188,7 +188,7 @@ class BatchSampler:
 
         Args:
             image: Image indices, int64 [B].
-            seed: The seed's 64 bits as int64.
+            seed: The seed's 64 bits as int64, or those of each image's seed, int64 [B].
             labels: Classes, int64 [B]; default: random classes.
             x: State [B, C, H, W]; default: x_T.
             given_noise: Give the state a buffer z, which `steps` fills by its argument `draw`.
@@ -200,7 +200,7 @@ class BatchSampler:
             )
         try:
             state.image.copy_(image)
-            state.seed.fill_(seed)
+            state.seed.copy_(torch.as_tensor(seed))
             state.step_index.zero_()
             if state.labels is not None and classes is not None:
                 if labels is None:

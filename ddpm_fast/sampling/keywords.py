@@ -10,7 +10,6 @@ DIFFUSERS = {
     "num_steps": "use steps=",
     "timesteps": "use steps=, with the timesteps in decreasing order",
     "generator": "use seed=, an integer: noise is a function of (seed, image index)",
-    "seeds": "use seed=, one per call; images of one seed differ by their indices",
     "guidance_scale": "classifier-free guidance is not supported; leave it out",
     "negative_prompt": "classifier-free guidance is not supported; leave it out",
     "prompt": "text conditioning is not supported; use labels= with a class-conditional network",

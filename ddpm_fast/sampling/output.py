@@ -13,7 +13,7 @@ from ..data.image_io import to_pil
 from ..data.pixels import to_uint8
 from ..diffusion.presets import preset_of
 
-OUTPUTS = ("uint8", "float", "pil")
+OUTPUTS = ("uint8", "uint8_device", "float", "pil")
 
 
 class _Pair(NamedTuple):
@@ -41,11 +41,11 @@ class Batch(_Pair):
 
 @dataclass(eq=False)
 class HostTransfer:
-    """Asynchronous transfer of a batch to the host; images of output "float" stay on the device.
+    """Asynchronous transfer of a batch to the host; "float" and "uint8_device" stay on the device.
 
     Attributes:
         indices: Image indices, int64 [N] on the CPU.
-        images: uint8 [N, H, W, C] on the CPU or fp32 [N, C, H, W] on the device.
+        images: uint8 [N, H, W, C], or fp32 [N, C, H, W] on the device.
         output: One of `OUTPUTS`.
         finite: bool [N], False for an image that contains NaN or Inf.
         event: CUDA event recorded after the last copy; None on the CPU.
@@ -72,7 +72,10 @@ class HostTransfer:
             copied = x.clone(memory_format=torch.contiguous_format)  # stays on the device
         else:
             images = to_uint8(x, preset_of(preset).level)
-            copied = copy_to_host(images) if x.is_cuda else images.cpu()
+            if output == "uint8_device":
+                copied = images
+            else:
+                copied = copy_to_host(images) if x.is_cuda else images.cpu()
         if not x.is_cuda:
             return cls(indices, copied, output, finite, None, precision)
         finite = copy_to_host(finite)

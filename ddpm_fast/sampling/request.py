@@ -117,6 +117,7 @@ class StreamOptions(SamplingOptions, total=False):
     progress: bool
     callback: Callback | None
     stop: Callable[[], bool] | None
+    seeds: Sequence[int] | None
 
 
 def as_params(
@@ -227,6 +228,22 @@ def check_labels(labels: Labels, count: int, num_classes: int | None) -> Tensor 
             f"labels are {tensor.min()} to {tensor.max()}; expected 0 to {num_classes - 1}"
         )
     return tensor.expand(count)
+
+
+def check_seeds(seeds: Sequence[int] | None, seed: int, count: int) -> int | Tensor:
+    """Returns the 64 bits of the seed as int64, or those of each image's seed, int64 [count].
+
+    Raises:
+        ValueError: Seeds are out of range, not one per image, or given in addition to a seed.
+    """
+    if seeds is None:
+        return seed_bits(seed)
+    if seed != 0:
+        raise ValueError("seed and seeds were both given; give one of them")
+    bits = [seed_bits(value) for value in (seeds.tolist() if hasattr(seeds, "tolist") else seeds)]
+    if len(bits) != count:
+        raise ValueError(f"seeds has {len(bits)} seeds for {count} images; expected as many")
+    return torch.tensor(bits, dtype=torch.int64, device="cpu")
 
 
 def random_labels(seeds: Tensor, indices: Tensor, num_classes: int) -> Tensor:

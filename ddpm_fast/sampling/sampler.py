@@ -205,7 +205,7 @@ class Sampler(BatchSampler):
             params: Seed, solver, steps, spacing, eta and preset; or give these as keywords.
             labels: One class, or one per image; None with a class-conditional network: a random
                 class per image, which depends on the seed and the image index.
-            output: "uint8" (default), "float" or "pil".
+            output: "uint8" (default), "uint8_device", "float" or "pil".
             batch_size: Images per batch; default: 64.
             start: (x_t [N, C, H, W], t): start from partly noised images instead of noise.
             pad: Pad the last batch, so that every batch has the same size.
@@ -213,11 +213,12 @@ class Sampler(BatchSampler):
             callback: Called as callback(step, t, x) after every step. x is the state [B, C, H, W]:
                 do not modify it, and clone it to store it, because the next step overwrites it.
             stop: Polled between steps; once it returns True, only finished batches are returned.
+            seeds: One seed per image, instead of `seed`.
 
         Returns:
             uint8 [N, H, W, C] on the CPU: round((x + 1) 127.5) of x clipped to [-1, 1], or rounded
-            as the preset defines. With output="float", fp32 [N, C, H, W] on the device; with
-            output="pil", a list of the uint8 images as `PIL.Image.Image`.
+            as the preset defines. With output="uint8_device" the same on the sampler's device; with
+            "float", fp32 [N, C, H, W] on the device; with "pil", a list of `PIL.Image.Image`.
 
         Raises:
             ValueError: An argument is invalid, or the images do not fit in memory.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from ..data.image_io import check_channels
 from ..diffusion.solvers import StepTable
 from ..engines.base import default_numerics
 from ..utils.memory import check_fits
-from ..utils.validation import integer, seed_bits
+from ..utils.validation import integer
 from .batch_sampler import BatchSampler
 from .callbacks import Callback, Trajectory, progress_bar, without_padding
 from .keywords import check_keywords
@@ -28,6 +28,7 @@ from .request import (
     as_params,
     check_indices,
     check_labels,
+    check_seeds,
     indices_tensor,
     rows_of,
 )
@@ -60,7 +61,7 @@ class BatchStream:
     sampler: BatchSampler
     table: StepTable
     indices: range | Tensor
-    seed: int
+    seed: int | Tensor
     labels: Tensor | None
     x_start: Tensor | None
     output: str
@@ -87,6 +88,7 @@ class BatchStream:
         progress: bool = False,
         callback: Callback | None = None,
         stop: Callable[[], bool] | None = None,
+        seeds: Sequence[int] | None = None,
         **options: Unpack[SamplingOptions],
     ) -> BatchStream:
         """Validates the arguments of `Sampler.sample` or of another `method`."""
@@ -101,7 +103,8 @@ class BatchStream:
         x, t = (None, None) if start is None else sampler.check_start(start, len(checked))
         table = sampler.table(params, start=t)
         classes = check_labels(labels, len(checked), sampler.num_classes)
-        request = (checked, seed_bits(params.seed), classes, x, output, params.preset)
+        bits = check_seeds(seeds, params.seed, len(checked))
+        request = (checked, bits, classes, x, output, params.preset)
         return cls(sampler, table, *request, batch_size, pad, progress, callback, stop)
 
     def collect(self) -> Any:
@@ -113,7 +116,9 @@ class BatchStream:
         c, h, w = self.sampler.shape
         shape, dtype, device = (h, w, c), torch.uint8, torch.device("cpu")
         if self.output == "float":
-            shape, dtype, device = (c, h, w), torch.float32, self.sampler.device
+            shape, dtype = (c, h, w), torch.float32
+        if self.output in ("float", "uint8_device"):
+            device = self.sampler.device
         total = len(self.indices)
         check_fits(total, c * h * w * dtype.itemsize, device, INSTEAD)
         if self.output == "pil":
@@ -144,7 +149,8 @@ class BatchStream:
                     with default_numerics(sampler.device):
                         sampler.engine.prepare(size)
                     labels, x = rows_of(self.labels, rows), rows_of(self.x_start, rows)
-                    with sampler.begin(image, self.seed, labels, x) as state:
+                    seed = self.seed if isinstance(self.seed, int) else self.seed[rows]
+                    with sampler.begin(image, seed, labels, x) as state:
                         step = 0
                         callback = without_padding(self.callback, count)
                         for steps in sampler.steps(state, self.table, callback, self.stop):

@@ -264,6 +264,33 @@ def test_output():
     assert sampler.sample(0).shape == (0, 8, 4, 3)
 
 
+def test_uint8_device_is_uint8_on_the_device_of_the_sampler():
+    s = gaussian_sampler()
+    images = s.sample(5, steps=3, output="uint8_device", batch_size=2)
+    assert images.device == s.device and torch.equal(images.cpu(), s.sample(5, steps=3))
+
+
+def test_each_image_with_its_seed():
+    s = gaussian_sampler()
+    images = s.sample([4, 9, 4], seeds=[1, 2**64 - 1, 7], steps=3, batch_size=2, output="float")
+    for image, index, seed in zip(images, (4, 9, 4), (1, 2**64 - 1, 7), strict=True):
+        assert torch.equal(image, s.sample([index], seed=seed, steps=3, output="float")[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(seeds=[1]), "seeds has 1 seeds for 2 images"),
+        (dict(seeds=[1, 2], seed=3), "seed and seeds were both given"),
+        (dict(seeds=[1, -2]), "seed = -2"),
+        (dict(seeds=[1, 0.5]), "expected an integer"),
+    ],
+)
+def test_refuses_seeds(options, message):
+    with pytest.raises(ValueError, match=message):
+        gaussian_sampler().sample(2, steps=2, **options)
+
+
 def test_images_with_nan_raise():
     def model(x, t):
         return torch.where(torch.arange(len(x))[:, None, None, None] == 1, float("nan"), x)
