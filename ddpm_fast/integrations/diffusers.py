@@ -55,7 +55,8 @@ def accelerate(pipe: Any, engine: str = "auto", dtype: Any = None, otherwise: st
     kind = next((k for k in (DDPMPipeline, DDIMPipeline) if isinstance(original, k)), None)
     if kind is None:
         raise ValueError(
-            f"pipe is a {type(original).__name__}; expected a DDPMPipeline, DDIMPipeline or UNet2DModel"
+            f"pipe is a {type(original).__name__}; expected a DDPMPipeline, DDIMPipeline or "
+            "UNet2DModel"
         )
     if type(original).__call__ is not kind.__call__:
         raise ValueError(

@@ -34,9 +34,9 @@ def shared_unet(network: nn.Module) -> UNet:
         network: A UNet2DModel, or torch.compile of one.
 
     Raises:
-        UnsupportedError: The network is of another class or was modified: forward hooks, offloading,
-            PEFT layers, quantized layers, fused projections, other attention processors, or
-            parameters on several devices or of several dtypes.
+        UnsupportedError: The network is of another class or was modified: forward hooks,
+            offloading, PEFT layers, quantized layers, fused projections, other attention
+            processors, or parameters on several devices or of several dtypes.
     """
     network = unwrapped(network)
     if not is_diffusers_unet(network):
@@ -93,7 +93,8 @@ def _modifications(network: nn.Module) -> Iterator[str]:
             yield f"{where} has fused projections; call unfuse_qkv_projections"
         processor = getattr(module, "processor", None)
         if processor is not None and type(processor).__name__ not in PROCESSORS:
-            yield f"{where} has the attention processor {type(processor).__name__}; expected {PROCESSORS[1]}"
+            kind = type(processor).__name__
+            yield f"{where} has the attention processor {kind}; expected {PROCESSORS[1]}"
     yield from _mixed(network)
     yield from _exchanged(network)
 

@@ -65,7 +65,7 @@ def scheduler_table(
     """Step table of a DDPM, DDIM or DPMSolverMultistep scheduler after `set_timesteps`.
 
     Args:
-        scheduler: The scheduler object. Its timesteps, betas (or sigmas) and configuration are read.
+        scheduler: Its timesteps, betas (or sigmas) and configuration are read.
         eta: Noise scale of DDIM (Song et al. 2021, eq. 16), 0 to 1.
         use_clipped_model_output: DDIM derives eps from the clipped x_0.
 
@@ -174,7 +174,7 @@ def _ddim(scheduler: Any, eta: float, use_clipped_model_output: bool) -> Schedul
 
 
 def _dpm_solver(scheduler: Any) -> SchedulerTable:
-    """DPM-Solver++ of order 1 or 2 (Lu et al. 2022b), from the scheduler's sigmas = noise / signal."""
+    """DPM-Solver++ of order 1 or 2 (Lu et al. 2022b); the sigmas are noise / signal."""
     c, t = scheduler.config, _timesteps(scheduler)
     if c.algorithm_type not in ("dpmsolver++", "sde-dpmsolver++") or c.solver_order > 2:
         raise UnsupportedError(

@@ -72,10 +72,8 @@ class HostTransfer:
             copied = x.clone(memory_format=torch.contiguous_format)  # stays on the device
         else:
             images = to_uint8(x, preset_of(preset).level)
-            if output == "uint8_device":
-                copied = images
-            else:
-                copied = copy_to_host(images) if x.is_cuda else images.cpu()
+            stays = output == "uint8_device" or not x.is_cuda
+            copied = images if stays else copy_to_host(images)
         if not x.is_cuda:
             return cls(indices, copied, output, finite, None, precision)
         finite = copy_to_host(finite)

@@ -1,4 +1,4 @@
-"""Schedulers with a fused step against diffusers' classes: steps, loops, generator states, folders."""
+"""Schedulers with a fused step against diffusers' classes: loops, generator states, folders."""
 
 import copy
 import pickle
