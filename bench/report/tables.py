@@ -149,7 +149,7 @@ def per_cpu(make: Callable[[Machine], str]) -> str:
 
 
 def cpu_table(what: str) -> str:
-    """Milliseconds per image per step; in parentheses the speedup of ddpm_fast and its range."""
+    """Milliseconds per image per step on all cores; in parentheses ddpm_fast's speedup, range."""
     return per_cpu(partial(_engines, cell=lambda row: _times(row[what])))
 
 

@@ -13,7 +13,7 @@ UNIFORM_SHARE = 0.001  # of the draws are uniform
 class LossAware:
     """Importance sampling of t in proportion to sqrt(E[L_t^2]) (Nichol & Dhariwal 2021, eq. 18).
 
-    E[L_t^2] is the mean over the last ten losses of a timestep. Until every timestep has ten, t is
+    E[L_t^2] is the mean square of the last ten losses of t. Until every timestep has ten, t is
     uniform. Weighted by 1 / (T p_t), the losses have the same expectation as under uniform t. No
     method waits for the device. Integer probabilities and a fixed order of summation make resumed
     runs bit-exact.

@@ -48,7 +48,7 @@ def test_every_launch_disables_fp_fusion():
     assert all(launch_of(case).options["enable_fp_fusion"] is False for case in CASES)
 
 
-def test_ddpm_step_compiles_with_and_without_history():
+def test_cases_include_ddpm_step_with_and_without_history():
     steps = [case for case in CASES if case.operation is Operation.DDPM_STEP]
     assert {case.history for case in steps} == {False, True}
     assert all(launch_of(case).args["HISTORY"] == case.history for case in steps)
