@@ -71,11 +71,11 @@ def forward(chain: Any, stages: tuple[int, ...], mixture: Any) -> Figure:
 
 
 def density(chain: Any, paths: Any) -> Figure:
-    """Density of the points over time, forward by the chain and back by DDPM, with trajectories."""
+    """Density of x_t over time in the forward process and in DDPM sampling, with trajectories."""
     figure, axes = blank(1, 2, 9, 3.6, sharey=True)
     for a, x, t, title in (
-        (axes[0, 0], chain, np.arange(len(chain)), "forward: the chain"),
-        (axes[0, 1], paths, np.arange(len(paths))[::-1], "back: DDPM"),
+        (axes[0, 0], chain, np.arange(len(chain)), "forward process"),
+        (axes[0, 1], paths, np.arange(len(paths))[::-1], "reverse process, DDPM"),
     ):
         counts = np.stack(
             [np.histogram(row, np.linspace(-5, 5, 101), density=True)[0] for row in x]
@@ -114,7 +114,7 @@ def reverse(data: Any, samples: dict[str, Any], rows: list[dict[str, Any]], mixt
         )
         a.plot(GRID, mixture().pdf(GRID), color=BLUE, linewidth=1, label="true density")
         a.set(
-            title=f"{name}, {row['steps']} steps\nW1 to the points {row['w1_data']:.3f}",
+            title=f"{name}, {row['steps']} steps\nW1 to the data {row['w1_data']:.3f}",
             xlabel="x_0",
         )
     figure.legend(

@@ -1,4 +1,4 @@
-"""Selection of tests by marker, fixtures for every test, and measured figures in the summary."""
+"""Selection of tests by marker, shared fixtures, and measured values in the terminal summary."""
 
 import pytest
 import torch
@@ -35,11 +35,12 @@ def pytest_collection_modifyitems(config, items):
 
     def runs(item):
         has = item.get_closest_marker
-        if has("kernel") and not (GPU or INTERPRETED):  # a separate pytest call interprets them
+        if has("kernel") and not (GPU or INTERPRETED):  # another pytest call runs them
             return False
         if has("compile") and INTERPRETED:
             return False
-        if (has("full") or item in repeats) and not full:  # fast enough on a GPU
+        if (has("full") or item in repeats) and not full:
+            # on a GPU, these tests are fast enough to run without --full
             return GPU and bool(has("kernel") or has("gpu"))
         return acceptance or not has("acceptance")
 
@@ -51,7 +52,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 def _repeats(items):
-    """Cases of tests marked each_value in which every parameter's value occurred before."""
+    """Cases of tests marked each_value whose parameter values all occurred in earlier cases."""
     repeats, seen = set(), set()
     for item in items:
         if item.get_closest_marker("each_value"):
@@ -76,7 +77,7 @@ def pytest_report_header():
 
 @pytest.fixture(autouse=True)
 def poison_empty():
-    """Fills torch.empty with NaN, so that a kernel that skips an element fails."""
+    """Makes torch.empty fill tensors with NaN: tests detect elements that no kernel writes."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -89,12 +90,12 @@ def device():
 
 @pytest.fixture
 def figure(record_property):
-    """Function of a name and a measured value that are printed at the end of the run."""
+    """Function (name, value) that adds a measured value to the terminal summary."""
     return lambda name, value: record_property("figure", f"{name:72} {value}")
 
 
 def pytest_runtest_logreport(report):
-    if report.when == "teardown":  # reports of worker processes included
+    if report.when == "teardown":  # also for tests in worker processes
         FIGURES.extend(value for name, value in report.user_properties if name == "figure")
 
 

@@ -2,12 +2,12 @@
 
     python -m bench.gpu                                all parts; results in bench-results/
     python -m bench.gpu --tiny --out FILE              tiny sizes on a CPU, to test the command
-    python -m bench.gpu --only kernels --out FILE      some parts; FILE keeps its other parts
+    python -m bench.gpu --only kernels --out FILE      some parts; updates their results in FILE
 
-Writes a JSON file (docs/gpu.md) and prints tables. Needs Python, torch, triton, numpy and pytest,
-and no network connection; diffusers is a baseline if installed. Each part has a time budget and
-is stopped when it is spent; its rows are kept. A part that fails does not stop the others. Results
-are checked before they are timed.
+Writes a JSON file, which docs/gpu.md describes, and prints tables. Needs Python, torch, triton,
+numpy and pytest, and no network connection; diffusers is a baseline if installed. A part is stopped
+when its time budget is spent; rows that are already measured are kept. A part that fails does not
+stop the others. Outputs are checked before they are timed.
 """
 
 from __future__ import annotations
@@ -80,14 +80,14 @@ class OutOfTime(BaseException):  # not an Exception, which a part may catch
 
 @contextmanager
 def budget(bench: Bench, seconds: float) -> Iterator[None]:
-    """Raises OutOfTime in the block after `seconds`, once the interpreter handles signals."""
+    """Raises OutOfTime in the `with` block after `seconds`; a running C function delays it."""
 
     def on_alarm(number: int, frame: Any) -> None:
         raise OutOfTime
 
     bench.deadline = time.monotonic() + seconds
     previous = signal.signal(signal.SIGALRM, on_alarm)
-    # repeated every second, in case a library catches the first
+    # repeated every second, in case a library catches the first exception
     signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
     try:
         yield
@@ -97,7 +97,7 @@ def budget(bench: Bench, seconds: float) -> Iterator[None]:
 
 
 def run(bench: Bench, name: str, part: Part, seconds: float) -> Row:
-    """Runs a part; returns its seconds and rows, and in a last row the reason of an early end."""
+    """Runs a part; returns its duration and rows. If it ends early, the last row has the reason."""
     rows: list[Row] = []
     start = time.monotonic()
     try:
@@ -116,7 +116,7 @@ def run(bench: Bench, name: str, part: Part, seconds: float) -> Row:
 
 
 def table_of(rows: list[Row]) -> str:
-    """One line per row: name, conditions and figures."""
+    """Returns one line per row, with its name and values."""
     hidden = ("what", "output", "runs", "bytes")
     lines = []
     for row in rows:
@@ -132,16 +132,16 @@ def _short(value: Any) -> str:
 
 
 def load_or_create(out: Path, tiny: bool, resumed: bool) -> Row:
-    """A result without parts; if `resumed`, the result in `out`.
+    """Returns a new result without parts or, if `resumed` and `out` exists, the result in `out`.
 
-    Raises ValueError if `out` is of another environment.
+    Raises ValueError if `out` was written in another environment or with another `tiny`.
     """
     new: Row = dict(**results.provenance(), tiny=tiny, parts={})
     if not resumed or not out.exists():
         return new
     old: Row = json.loads(out.read_text())
     if (old["tiny"], old["environment"]) != (tiny, new["environment"]):
-        raise ValueError(f"{out} is of another machine or other versions; give another --out")
+        raise ValueError(f"{out} is from another machine or other versions; give another --out")
     return old | dict(resumed=new["command"])
 
 
@@ -151,11 +151,11 @@ def main() -> int:
     )
     parser.add_argument("--tiny", action="store_true", help="tiny sizes on the CPU")
     parser.add_argument("--out", type=Path, help=f"JSON file (default: {OUT}/gpu-DATE.json)")
-    parser.add_argument("--only", nargs="+", metavar="PART", help=f"some of {', '.join(PARTS)}")
+    parser.add_argument("--only", nargs="+", metavar="PART", help=f"parts: {', '.join(PARTS)}")
     args = parser.parse_args()
     bench = Bench(args.tiny)
     if bench.device.type == "cpu" and not args.tiny:
-        parser.error("no GPU found; --tiny runs tiny sizes on the CPU")
+        parser.error("no GPU is available; use --tiny to run tiny sizes on the CPU")
     if unknown := set(args.only or ()) - set(PARTS):
         parser.error(
             f"unknown part {', '.join(sorted(unknown))}; expected some of {', '.join(PARTS)}"

@@ -1,4 +1,4 @@
-"""Tables of the documents, made from the committed results and from predictions."""
+"""Tables of the documents, computed from the committed results and from predictions."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def predicted_table() -> str:
 
 
 def targets_table() -> str:
-    """Targets of `bench.gpu` with predictions; those of elementwise kernels are in docs/gpu.md."""
+    """Targets of `bench.gpu` and predicted values; docs/gpu.md predicts elementwise kernels."""
     rows = []
     for target in TARGETS:
         value = of_target(target)
@@ -60,7 +60,7 @@ def targets_table() -> str:
 
 
 def cost_table() -> str:
-    """Time of 50,000 images on one H100."""
+    """Time to sample 50,000 images on one H100."""
     rows = []
     for name, rate, kind in best_rates():
         hours = lambda steps, rate=rate: 50_000 * steps / rate / 3600
@@ -71,7 +71,7 @@ def cost_table() -> str:
 
 
 def scaling_table() -> str:
-    """Fits of time, with the largest relative deviation of a row, and memory."""
+    """Fitted time, with the largest relative error of the fit, and the range of memory."""
     rows, axes = [], ("batch", "size", "channels", "steps")
     measured = {f"H100, CIFAR-10, {d}: predicted": series(d) for d in ("bf16", "fp8")}
     machines = cpus("scaling")
@@ -97,7 +97,7 @@ def _memory_range(rows: list[Row]) -> str:
 
 
 def bound_table() -> str:
-    """Shares of a predicted step by the bound of its launches."""
+    """Shares of a predicted step: gaps, and launches bound by memory or by matrix products."""
     rows = []
     for d in ("bf16", "fp8"):
         for r in series(d)["batch"]:
@@ -149,7 +149,7 @@ def per_cpu(make: Callable[[Machine], str]) -> str:
 
 
 def cpu_table(what: str) -> str:
-    """Milliseconds per image per step on all cores; in parentheses the speedup of ddpm_fast."""
+    """Milliseconds per image per step on all cores; in parentheses ddpm_fast's speedup, range."""
     return per_cpu(partial(_engines, cell=lambda row: _times(row[what])))
 
 
@@ -163,7 +163,7 @@ def _times(f: Row) -> str:
 
 
 def cpu_starts() -> str:
-    """Seconds from process start to the first images of ten steps: cold, and with caches."""
+    """Seconds from process start to the first images (ten steps): without and with caches."""
 
     def cell(row: Row) -> str:
         return f"{row['first_image_s']:.1f}" + (
@@ -181,7 +181,7 @@ def cpu_memory() -> str:
 
 
 def _engines(machine: Machine, cell: Cell, which: list[int] | None = None) -> str:
-    """A row per engine, a column per case of both networks, or per case in `which`."""
+    """One row per engine, one column per case of each network; `which` selects cases by index."""
     cases = [
         (n, c)
         for n in NETWORKS
@@ -197,7 +197,7 @@ def _engines(machine: Machine, cell: Cell, which: list[int] | None = None) -> st
 
 
 def cpu_where() -> str:
-    """CPU, date, versions and command of the CPU's figures."""
+    """CPU, threads, version of torch, date, command and rounds of the CPU measurements."""
     return per_cpu(_where)
 
 
@@ -218,7 +218,7 @@ def _where(machine: Machine) -> str:
 
 
 def other_network_table() -> str:
-    """denoising-diffusion-pytorch, on the first CPU that has it."""
+    """Comparison with denoising-diffusion-pytorch, on the first CPU with such results."""
     r = cpus("other-network")[0].read("other-network")
     rows = []
     for row in r["rows"]:

@@ -10,17 +10,17 @@ from ..utils.files import write_atomically
 from .image_io import Pixels
 
 KINDS = (".gif", ".mp4")
-PER_SECOND = 20
-MIN_FRAMES = 60  # frames are repeated up to this number
-HOLD = 20  # repetitions of the last frame
+PER_SECOND = 20  # frames
+MIN_FRAMES = 60  # shorter animations repeat every frame
+HOLD = 20  # further repetitions of the last frame
 
 
 def save_animation(frames: list[Pixels], out: Path) -> None:
-    """Writes a .gif or .mp4 of at least three seconds, with the last frame shown for one second.
+    """Writes a .gif or .mp4 of at least three seconds, then shows the last frame for one second.
 
     Args:
-        frames: uint8 [H, W, 3] of one size with even sides.
-        out: The suffix selects the format.
+        frames: uint8 [H, W, 3], all of one size; H and W are even.
+        out: The file; its suffix selects the format.
 
     Raises:
         ValueError: There are no frames, or MP4 is requested without the extra `plot`.
@@ -33,7 +33,7 @@ def save_animation(frames: list[Pixels], out: Path) -> None:
 
 
 def find_av() -> Any:
-    """Returns the module of PyAV. ValueError without the extra `plot`."""
+    """Returns the module `av` of PyAV. Raises ValueError if it is not installed."""
     try:
         import av
     except ImportError:

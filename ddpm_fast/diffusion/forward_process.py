@@ -56,11 +56,11 @@ def q_chain(schedule: NoiseSchedule, x_0: Tensor, eps: Tensor, exploding: bool =
 
 
 def merged_noise(schedule: NoiseSchedule, eps: Tensor) -> Tensor:
-    """Returns for each t the noise with which `q_jump` gives the same x_t as `q_chain` does.
+    """Returns, for each t, the noise with which `q_jump` computes the same x_t as `q_chain`.
 
     n_t = sqrt(alpha_t) n_{t-1} + sqrt(beta_t) eps_t is the total noise in x_t. Variances of
-    independent Gaussians add, so n_t has variance 1 - alpha_bar_t. The result is n_t over its
-    standard deviation, a standard normal variable.
+    independent Gaussians add, so n_t has variance 1 - alpha_bar_t. The result is n_t divided
+    by its standard deviation, a standard normal variable.
 
     Args:
         schedule: A schedule of T >= N steps.

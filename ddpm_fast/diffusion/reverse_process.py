@@ -7,8 +7,8 @@
   5: end for
   6: return x_0
 
-t = 0 ... T-1 in code is t = 1 ... T in the paper. Everything is plain PyTorch in the dtype of x_T;
-in fp64 the loop is the reference of the tests. `Sampler` computes the same images faster.
+t = 0 ... T-1 in code is t = 1 ... T in the paper. Everything is plain PyTorch in the dtype of x_T.
+In fp64, the tests use the loop as the reference. `Sampler` computes the same images faster.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def p_sample_loop(
             `sampler_noise`.
         variance: "fixed_large": sigma_t^2 = beta_t; "fixed_small": sigma_t^2 = beta~_t (eq. 7).
         clip: Bound on the predicted |x_0|, 1 in the code of Ho et al.; None: no clipping.
-        callback: Called as callback(i, t, x_{t-1}) after every step, as by `Sampler`.
+        callback: Called as callback(i, t, x_{t-1}) after every step, as in `Sampler`.
 
     Returns:
         x_0 [B, C, H, W].
@@ -57,7 +57,7 @@ def p_sample_loop(
     """
     variances = {"fixed_large": schedule.beta, "fixed_small": schedule.posterior_var}
     if variance not in variances:
-        raise ValueError(f"variance {variance!r}; expected one of {', '.join(variances)}")
+        raise ValueError(f"variance is {variance!r}; expected one of {', '.join(variances)}")
     sigma = (variances[variance] ** 0.5).tolist()
     draw = noise or (lambda i: torch.randn_like(x_T))
     x = x_T  # line 1
@@ -90,7 +90,7 @@ def p_mean(
 def sampler_noise(
     seed: int, indices: Sequence[int], shape: tuple[int, int, int]
 ) -> tuple[Tensor, Callable[[int], Tensor]]:
-    """Returns x_T and `noise` of `p_sample_loop` as `Sampler` draws them: Philox noise, fp32.
+    """Returns the arguments x_T and `noise` of `p_sample_loop` with `Sampler`'s Philox noise, fp32.
 
     Args:
         seed: 0 ... 2^64 - 1.

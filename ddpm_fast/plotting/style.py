@@ -16,14 +16,14 @@ KINDS = (".png", ".svg", ".pdf")
 
 
 def rgb(colour: str) -> tuple[int, ...]:
-    """Returns the levels 0 ... 255 of a colour "#RRGGBB"."""
+    """Returns (red, green, blue), each 0 ... 255, of a colour "#RRGGBB"."""
     return tuple(bytes.fromhex(colour[1:]))
 
 
 def figure(
     width: float = 8, height: float = 4.5, rows: int = 1, columns: int = 1
 ) -> tuple[Any, Any]:
-    """Returns an empty figure and its axes: one, or an array [rows, columns].
+    """Returns an empty figure and its axes: one `Axes`, or an array [rows, columns] of them.
 
     Raises:
         ValueError: The extra `plot` is not installed.
@@ -36,7 +36,7 @@ def figure(
 
 
 def show_image(axes: Any, image: Any) -> None:
-    """Draws an image uint8 [H, W, C] without ticks and frame; None leaves the axes empty."""
+    """Draws an image uint8 [H, W, C] without ticks or frame; None draws no image."""
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
     if image is not None:
@@ -44,7 +44,7 @@ def show_image(axes: Any, image: Any) -> None:
 
 
 def save(figure: Any, out: str | Path) -> None:
-    """Writes a figure atomically. ValueError for an unknown suffix."""
+    """Writes a figure atomically. Raises ValueError as `check_out` does."""
     out = check_out(out)
     buffer = io.BytesIO()
     figure.savefig(buffer, format=out.suffix[1:])
@@ -52,7 +52,7 @@ def save(figure: Any, out: str | Path) -> None:
 
 
 def check_out(out: str | Path, kinds: tuple[str, ...] = KINDS) -> Path:
-    """Validates the path of a plot before the computation.
+    """Validates the output path of a plot before anything is computed; returns it as a Path.
 
     Raises:
         ValueError: The suffix is not one of `kinds`, the directory does not exist, or the extra

@@ -1,21 +1,22 @@
-"""Loss-aware timestep sampling, and sums of the losses by quarter of the timesteps."""
+"""Loss-aware timestep sampling, and sums of losses per quarter of the range of timesteps."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-QUARTILES = 4  # of the timesteps, for the log
+QUARTILES = 4  # quarters of the range of t, whose losses are logged
 HISTORY = 10  # latest losses per timestep
-UNIFORM_SHARE = 0.001
+UNIFORM_SHARE = 0.001  # of the draws are uniform
 
 
 class LossAware:
     """Importance sampling of t in proportion to sqrt(E[L_t^2]) (Nichol & Dhariwal 2021, eq. 18).
 
-    E is the mean of a timestep's last ten losses; until every timestep has ten, t is uniform.
-    Weighted by 1 / (T p_t), the losses have the same expectation as under uniform t. No method
-    waits for the device. Integers and a fixed order of sums make resumed runs bit-exact.
+    E[L_t^2] is the mean square of the last ten losses of t. Until every timestep has ten, t is
+    uniform. Weighted by 1 / (T p_t), the losses have the same expectation as under uniform t. No
+    method waits for the device. Integer probabilities and a fixed order of summation make resumed
+    runs bit-exact.
 
     Args:
         timesteps: T.
@@ -27,7 +28,7 @@ class LossAware:
         self.count = torch.zeros(timesteps, dtype=torch.int64, device=device)
 
     def shares(self) -> Tensor:
-        """p_t in units of about 2^-30: int64 [T], at least 1."""
+        """Returns p_t as integer multiples of about 2^-30: int64 [T], at least 1."""
         root = self.squares.mean(1).sqrt()
         uniform = torch.full_like(root, 1 / len(root))
         proportional = (1 - UNIFORM_SHARE) * root / root.sum().clamp(min=1e-300)
@@ -39,7 +40,7 @@ class LossAware:
         """Draws timesteps.
 
         Args:
-            word: Random words, int64 [B] in 0 to 2^32 - 1.
+            word: Random 32-bit words, int64 [B] in 0 ... 2^32 - 1.
 
         Returns:
             t, int64 [B], and the weights of their losses, fp32 [B].
@@ -50,13 +51,13 @@ class LossAware:
         return t, (until[-1] / (len(shares) * shares[t])).float()
 
     def update(self, t: Tensor, losses: Tensor) -> None:
-        """Records the unweighted losses [B] of timesteps t [B]; NaN and Inf are left out."""
+        """Records the unweighted losses [B] of timesteps t [B]; ignores NaN and Inf."""
         is_finite = losses.isfinite()
         same = (t[:, None] == t[None, :]) & is_finite[None, :]
         before = (torch.ones_like(same).tril(-1) & same).sum(1)
         after = (torch.ones_like(same).triu(1) & same).sum(1)
         index = t * HISTORY + (self.count[t] + before) % HISTORY
-        # of more than ten at once only the last ten are recorded; the extra element takes the rest
+        # only the last ten of a timestep are recorded; others go to an extra element, then dropped
         index = torch.where(is_finite & (after < HISTORY), index, self.squares.numel())
         flat = torch.cat([self.squares.flatten(), self.squares.new_zeros(1)])
         flat[index] = losses.double().square()
@@ -65,10 +66,12 @@ class LossAware:
 
 
 def quartile_sums(t: Tensor, losses: Tensor, timesteps: int) -> Tensor:
-    """Sums of the losses and numbers of images in each quarter of the timesteps, without a sync.
+    """Returns sums of losses and counts of images per quarter of the range of timesteps.
+
+    Does not wait for the device.
 
     Args:
-        t: Timesteps, int64 [B] in 0 to timesteps - 1.
+        t: Timesteps, int64 [B] in 0 ... timesteps - 1.
         losses: fp32 [B].
         timesteps: T.
 

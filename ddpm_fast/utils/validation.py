@@ -9,7 +9,7 @@ from typing import Any
 
 
 def integer(name: str, value: Any) -> int:
-    """Returns a value of any integer type as an int. ValueError for other types and for bool."""
+    """Converts a value of any integer type to int. Raises ValueError for other types and bool."""
     try:
         if isinstance(value, bool):
             raise TypeError
@@ -19,7 +19,7 @@ def integer(name: str, value: Any) -> int:
 
 
 def seed_bits(seed: int) -> int:
-    """Returns the int64 with the bits of a seed in 0 ... 2^64-1. ValueError for other seeds."""
+    """Returns the int64 with the bits of a seed in 0 ... 2^64 - 1. Raises ValueError otherwise."""
     seed = integer("seed", seed)
     if not 0 <= seed < 2**64:
         raise ValueError(f"seed = {seed}; expected 0 to 2^64 - 1")
@@ -32,7 +32,7 @@ def is_count(value: Any, limit: float = math.inf) -> bool:
 
 
 def is_counts(value: Any, length: int | None = None, limit: float = math.inf) -> bool:
-    """Returns True for a non-empty list or tuple of counts up to `limit`, of `length` if given."""
+    """Returns True for a list or tuple of `length` (or at least one) ints from 1 to `limit`."""
     return (
         isinstance(value, (list, tuple))
         and bool(value)
@@ -47,7 +47,7 @@ def is_number(value: Any) -> bool:
         return (
             isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
         )
-    except OverflowError:  # an int beyond fp64
+    except OverflowError:  # an int outside the range of fp64
         return False
 
 
@@ -69,5 +69,5 @@ class _Shown(reprlib.Repr):
         self.maxlevel = 3
 
     def repr_int(self, x: int, level: int) -> str:
-        # Python raises for ints of more than 4300 digits
+        # `repr` raises ValueError for ints of more than 4300 digits
         return repr(x) if x.bit_length() <= 128 else f"an integer of {x.bit_length()} bits"

@@ -80,7 +80,7 @@ def test_noise_is_standard_normal_by_default():
 
 
 def test_an_unknown_variance_is_refused():
-    with pytest.raises(ValueError, match="variance 'learned'; expected one of fixed_large"):
+    with pytest.raises(ValueError, match="variance is 'learned'; expected one of fixed_large"):
         p_sample_loop(gaussian_denoiser, LINEAR, torch.zeros(1, *SHAPE), variance="learned")
 
 

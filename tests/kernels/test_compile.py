@@ -1,4 +1,4 @@
-"""The noise kernels compile as expected for sm_80, sm_90 and sm_100, without a GPU."""
+"""Compiled code of the kernels that generate noise, for sm_80, sm_90 and sm_100; needs no GPU."""
 
 import dataclasses
 
@@ -15,15 +15,15 @@ pytestmark = pytest.mark.compile
 @pytest.mark.parametrize("sm", [90, 80, 100])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 @pytest.mark.each_value
-def test_compiled_code(case, sm, figure):
+def test_compiled_code_has_no_spills_and_no_fma(case, sm, figure):
     p = predict(case, sm)
     _, c, h, w = case.shape
     assert p.compiled.spills == 0
     assert p.compiled.registers <= 128 and p.compiled.shared <= 48 * 1024
-    # an fma would round the noise differently; the fma of sqrt.rn itself is in SASS, not in PTX
+    # an fma would round the noise differently; sqrt.rn uses fma only in SASS, not in PTX
     assert "fma" not in p.compiled.ptx
     assert p.compiled.ptx.count("sqrt.rn.f32") == p.compiled.count("MUFU.RSQ")
-    # loads and stores of 16 bytes
+    # loads and stores are 16 bytes wide
     if case.channels_last and c * h * w % 16 == 0 and not case.learned:
         if case.operation is not Operation.NOISE_MSE:  # the loss writes one number per program
             assert p.compiled.count("STG.E.128") > 0 and p.compiled.count("STG.E ") == 0
@@ -44,11 +44,11 @@ def test_fma_check_detects_an_fma():
     assert "fma" in compile_launch(fused, 90).ptx
 
 
-def test_every_launcher_forbids_fusion():
+def test_every_launch_disables_fp_fusion():
     assert all(launch_of(case).options["enable_fp_fusion"] is False for case in CASES)
 
 
-def test_history_is_part_of_the_launch():
+def test_cases_include_ddpm_step_with_and_without_history():
     steps = [case for case in CASES if case.operation is Operation.DDPM_STEP]
     assert {case.history for case in steps} == {False, True}
     assert all(launch_of(case).args["HISTORY"] == case.history for case in steps)

@@ -1,4 +1,4 @@
-"""Images do not depend on the caller's context: autocast, default dtype and device, pickling."""
+"""Sampling under autocast, other default dtypes or devices, after pickling and after a fork."""
 
 import copy
 import os
@@ -25,7 +25,7 @@ def default_dtype(dtype):
     try:
         yield
     finally:
-        assert torch.get_default_dtype() == dtype  # sampling restores it
+        assert torch.get_default_dtype() == dtype  # unchanged by sampling
         torch.set_default_dtype(torch.float32)
 
 
@@ -55,7 +55,7 @@ def unet():
 
 
 class Custom(nn.Module):
-    """A network with tensors of the default dtype in its forward."""
+    """A network whose forward creates a tensor of the default dtype."""
 
     def __init__(self):
         super().__init__()
@@ -72,7 +72,7 @@ def sampler_of(model, engine="auto"):
 @pytest.mark.parametrize("context", CONTEXTS)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_images_do_not_depend_on_the_context(engine, context):
-    """Of a sampler that is constructed outside the context, and of one constructed inside."""
+    """One sampler is constructed outside the context, one inside."""
     if engine == "cpu":
         pytest.importorskip("llvmlite")
     model = unet()
@@ -88,7 +88,7 @@ def test_images_do_not_depend_on_the_context(engine, context):
 
 
 @pytest.mark.parametrize("context", [c for c in CONTEXTS if "meta" not in c])
-def test_images_of_another_module_do_not_depend_on_the_context(context):
+def test_images_of_a_custom_module_do_not_depend_on_the_context(context):
     torch.manual_seed(0)
     sampler = sampler_of(Custom())
     expected = sampler.sample(3, **OPTIONS)
@@ -119,18 +119,18 @@ def test_pickled_and_copied_samplers_draw_the_same_images(engine):
         assert other.model is not sampler.model and repr(other) == repr(sampler)
 
 
-def test_a_fork_after_use_is_refused(monkeypatch):
+def test_a_process_forked_after_sampling_raises(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    monkeypatch.setattr(fork, "_computed_in", os.getpid() + 1)  # as after a fork
+    monkeypatch.setattr(fork, "_computed_in", os.getpid() + 1)  # as in a forked child
     for call in (lambda: sampler_of(Custom()), lambda: fork.check()):
         with pytest.raises(RuntimeError, match=r"forked from process .*'spawn'"):
             call()
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # no thread pool: a fork is safe
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # a fork is safe without threads
     assert sampler_of(Custom()).sample(1, steps=1).shape == (1, 8, 8, 1)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="os.fork is unavailable")
-def test_a_forked_child_raises_instead_of_waiting():
+def test_a_forked_child_raises_instead_of_hanging():
     code = (
         "import os, torch\n"
         "from ddpm_fast import NoiseSchedule, Sampler\n"

@@ -16,7 +16,7 @@ from .plan import Buffer
 
 
 class PlanBuilder(LayerBuilder):
-    """Lists the launches of one forward pass, in the order of the reference."""
+    """Builds the list of launches of one forward pass, in the order of `UNet.forward`."""
 
     def __init__(self, net: PackedUNet, inputs: Inputs, batch: int, size: tuple[int, int]) -> None:
         super().__init__(net, inputs, batch, size)
