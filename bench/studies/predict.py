@@ -157,7 +157,9 @@ def launch_of(case: Case) -> RecordedLaunch:
                 out = images(2 * c if case.learned else c, case.dtype)
                 table = torch.empty(1000, len(ddpm_step.COLUMNS))
                 old = images(c, torch.float32) if case.history else None
-                ddpm_step._launch(x_t, out, table, step_index, index, index, case.learned, old)
+                ddpm_step._launch(
+                    x_t, out, table, step_index, index, index, case.learned, old, None
+                )
     return launches[0]
 
 

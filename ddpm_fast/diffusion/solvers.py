@@ -108,7 +108,7 @@ class _Steps:
     def table(self, columns: dict[str, Array], learned: bool = False) -> StepTable:
         """Table of columns by name; missing columns are zero, noise rows count the steps."""
         zeros = np.zeros(len(self.t))
-        columns = dict(noise_row=np.arange(len(self.t))) | columns
+        columns = dict(noise_row=np.arange(len(self.t), dtype=np.float64)) | columns
         coef = np.stack([columns.get(name, zeros) for name in COLUMNS], axis=1).astype(np.float64)
         return StepTable(self.t.copy(), coef, learned)
 

@@ -65,7 +65,8 @@ def accelerate(pipe: Any, engine: str = "auto", dtype: Any = None, otherwise: st
         )
     accelerator = Accelerator(original, kind, engine, dtype, otherwise, accelerate)
     fast = copy.copy(original)
-    object.__setattr__(fast, "__class__", accelerated_class(type(original)))
+    original_class: Any = type(original)
+    object.__setattr__(fast, "__class__", accelerated_class(original_class))
     vars(fast)[_ACCELERATOR] = accelerator
     accelerator.start(fast)
     return fast

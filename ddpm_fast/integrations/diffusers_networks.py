@@ -46,7 +46,7 @@ def shared_unet(network: nn.Module) -> UNet:
     if reason := next(_modifications(network), None):
         raise UnsupportedError(reason)
     try:
-        config = UNetConfig.from_diffusers(dict(network.config))
+        config = UNetConfig.from_diffusers(_config(network))
     except ValueError as error:
         raise UnsupportedError(f"the network is unsupported: {error}") from None
     with torch.device("meta"):
@@ -66,7 +66,11 @@ def identity(network: nn.Module) -> tuple[Any, ...]:
     """Key that changes when a network is replaced, moved, cast or reconfigured."""
     network = unwrapped(network)
     parameters = tuple((id(p), p.device, p.dtype) for p in network.parameters())
-    return (id(network), repr(sorted(dict(network.config).items(), key=str)), parameters)
+    return (id(network), repr(sorted(_config(network).items(), key=str)), parameters)
+
+
+def _config(network: Any) -> dict[str, Any]:
+    return dict(network.config)
 
 
 def _modifications(network: nn.Module) -> Iterator[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -32,7 +32,7 @@ def accelerated_class(original: type) -> type:
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         return self._ddpm_fast_accelerator.call(self, *args, **kwargs)
 
-    signature = inspect.signature(original.__call__)  # type: ignore[operator]
+    signature = inspect.signature(original.__call__)
     extras = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default)
         for name, default in EXTRAS.items()
@@ -191,7 +191,7 @@ class Accelerator:
         vars(pipe).update({k: v for k, v in vars(fast).items() if k != "_ddpm_fast_accelerator"})
         vars(pipe)["unet"] = network
         kwargs = {k: v for k, v in kwargs.items() if k not in EXTRAS}
-        return self.kind.__call__(pipe, *args, **kwargs)  # type: ignore[operator]
+        return self.kind.__call__(pipe, *args, **kwargs)
 
     def _check_channels(self, sampler: BatchSampler, table: SchedulerTable) -> None:
         c, out = sampler.shape[0], sampler.model.config.out_channels  # type: ignore[attr-defined]
@@ -211,11 +211,11 @@ class Accelerator:
         shape = (call.batch_size, *sampler.shape)
         dtype = next(fast.unet.parameters()).dtype
         draw = self._drawing(call.generator, shape, sampler.device)
-        indices: Iterable[int] = range(call.batch_size) if call.images is None else call.images
+        indices: Any = range(call.batch_size) if call.images is None else call.images
         image = indices_tensor(check_indices(indices)).to(sampler.device)
         labels = labels_of(call, sampler.num_classes, sampler.device)
         x_T = None if philox else draw(dtype).float()
-        seed = seed_bits(call.seed) if philox else 0
+        seed = 0 if call.seed is None else seed_bits(call.seed)
         with sampler.begin(image, seed, labels, x_T, given_noise=not philox) as state:
             noise_dtype = torch.float32 if table.draws_fp32 else dtype
 

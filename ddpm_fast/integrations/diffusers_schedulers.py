@@ -192,6 +192,9 @@ class DDIMScheduler(diffusers.DDIMScheduler):
 class DPMSolverMultistepScheduler(diffusers.DPMSolverMultistepScheduler):
     """DPMSolverMultistepScheduler of diffusers with a fused `step` (Lu et al. 2022b)."""
 
+    model_outputs: list[Any]
+    lower_order_nums: int
+
     def step(
         self,
         model_output: Tensor,
@@ -277,9 +280,10 @@ def _reduce(self: Any, protocol: int) -> Any:
     return _unpickled, (type(self).__name__,), vars(self)
 
 
+_fused: Any
 for _fused in (DDPMScheduler, DDIMScheduler, DPMSolverMultistepScheduler):
-    _original: Any = getattr(diffusers, _fused.__name__)
-    _fused.step.computes = _original.step  # type: ignore[attr-defined]
+    _original = getattr(diffusers, _fused.__name__)
+    _fused.step.computes = _original.step
     # saved folders name diffusers' class, so that they load without ddpm_fast
     _fused.__module__ = _original.__module__
-    _fused.__reduce_ex__ = _reduce  # type: ignore[assignment, method-assign]
+    _fused.__reduce_ex__ = _reduce

@@ -104,7 +104,7 @@ def _alpha_bar(scheduler: Any) -> Array:
 
 
 def _table(t: NDArray[np.int64], columns: dict[str, Any], learned: bool = False) -> StepTable:
-    values = dict(noise_row=np.arange(len(t)), clip=np.inf) | columns
+    values: dict[str, Any] = dict(noise_row=np.arange(len(t)), clip=np.inf) | columns
     coef = np.zeros((len(t), len(COLUMNS)))
     for k, name in enumerate(COLUMNS):
         coef[:, k] = values.get(name, 0)

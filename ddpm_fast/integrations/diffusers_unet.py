@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from ..engines.base import dtype_name
 from ..engines.cpu.engine import CPUEngine
 from ..engines.eager import EagerEngine, inference
-from ..engines.fused.unet import FusedUNet
 from ..engines.select import EngineRequest, choose
 from ..models.fingerprint import weights_fingerprint
 from .diffusers_networks import identity, shared_unet, unwrapped
@@ -36,7 +35,8 @@ def accelerated_unet(network: nn.Module, engine: str, dtype: Any) -> nn.Module:
     fast = copy.copy(network)
     accelerator = NetworkAccelerator(network, engine, dtype)
     accelerator.prepare(network, None)
-    object.__setattr__(fast, "__class__", _accelerated_class(type(network)))
+    kind: Any = type(network)
+    object.__setattr__(fast, "__class__", _accelerated_class(kind))
     vars(fast)[_ACCELERATOR] = accelerator
     return fast
 
@@ -75,7 +75,7 @@ class NetworkAccelerator:
         self._key: tuple[Any, ...] = ()
         self._weights = b""
         self._engine: Any = None
-        self._fused: FusedUNet | None = None
+        self._fused: Any = None  # the last `FusedUNet`
 
     def free(self) -> None:
         """Releases the engine."""
@@ -102,11 +102,11 @@ class NetworkAccelerator:
             self.free()
             with torch.random.fork_rng(range(torch.cuda.device_count())):
                 unet = shared_unet(network)
-                size = unet.config.size if shape is None else shape[1:]
-                if size is None:
+                if shape is None and unet.config.size is None:
                     return None
                 device = next(network.parameters()).device
-                form = (unet.config.in_channels, *size)
+                height, width = (unet.config.size or ()) if shape is None else shape[1:]
+                form = (unet.config.in_channels, height, width)
                 request = EngineRequest(unet, form, self._precision(), device, rows, None)
                 self._engine = choose(self.engine, request)
             self._unet = unet

@@ -17,7 +17,7 @@ from ..utils.validation import integer
 OUTPUTS = ("uint8", "float")
 
 
-class GeneratedImages(IterableDataset):  # type: ignore[type-arg]
+class GeneratedImages(IterableDataset):
     """Dataset of images that a `Sampler` draws on the fly: dicts of image, index and label.
 
     Blocks of `batch_size` consecutive images are dealt out to all workers of all ranks, so every

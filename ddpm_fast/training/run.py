@@ -246,14 +246,13 @@ class TrainingRun:
         by one of a state that is not.
         """
         every, evaluate = self.every, partial(self._monitor.evaluate, self._stop)
-        work: dict[str, tuple[Callable[[], object], bool]] = (
-            dict(  # the checkpoint first, the slowest last
-                checkpoint=(self.save_checkpoint, _due(step, every.checkpoint) or at_end),
-                validation=(self._monitor.validate, _due(step, every.validation, at_end)),
-                samples=(self._monitor.draw, _due(step, every.samples, at_end)),
-                model=(self.save_model, _due(step, every.model)),
-                evaluation=(evaluate, _due(step, every.evaluation, at_end)),
-            )
+        # the checkpoint first, the slowest last
+        work: dict[str, tuple[Callable[[], object], bool]] = dict(
+            checkpoint=(self.save_checkpoint, _due(step, every.checkpoint) or at_end),
+            validation=(self._monitor.validate, _due(step, every.validation, at_end)),
+            samples=(self._monitor.draw, _due(step, every.samples, at_end)),
+            model=(self.save_model, _due(step, every.model)),
+            evaluation=(evaluate, _due(step, every.evaluation, at_end)),
         )
         self._pending |= {name for name, (_, is_due) in work.items() if is_due}
         if not self._pending:
