@@ -6,10 +6,10 @@ import pickle
 import pytest
 import torch
 
-from ddpm_fast import schedulers
 from ddpm_fast.utils.numerics import relative_error
 
 diffusers = pytest.importorskip("diffusers")
+schedulers = pytest.importorskip("ddpm_fast.schedulers")
 
 FORMS = {
     "ddpm": ("DDPMScheduler", dict(), {}, 3),
