@@ -35,9 +35,9 @@ def passed(suite, tmp_path, *options):
 
 
 @pytest.mark.acceptance
-@pytest.mark.skipif("DIFFUSERS_CHECKOUT" not in os.environ, reason="DIFFUSERS_CHECKOUT is not set")
 @pytest.mark.parametrize("suite", SUITES)
 def test_what_passes_with_diffusers_passes_with_these_classes(suite, tmp_path, figure):
+    assert "DIFFUSERS_CHECKOUT" in os.environ, "set it to a checkout of huggingface/diffusers"
     expected = passed(suite, tmp_path)
     results = passed(suite, tmp_path, "-p", "diffusers_exchange")
     figure(
