@@ -295,15 +295,18 @@ class _Comparison:
         for engine in turns(self.engines, seconds=self.effort.seconds, rest=self.effort.rest):
             with self._or_left_out(engine.engine):
                 self._time(engine, batch, steps, times)
+        rows = [
+            row
+            for engine in list(self.engines)
+            for row in self._rows(engine, batch, errors[engine.engine], times)
+        ]
         return dict(
             **case_of(self.setting, batch, self.workload),
             steps=steps,
             rounds=len(times["loop"][self.engines[0].engine]),
             load=round(os.getloadavg()[0], 2),
             left_out=dict(self.left_out),
-            rows=[
-                self._row(engine, batch, errors[engine.engine], times) for engine in self.engines
-            ],
+            rows=rows,
         )
 
     def _steps(self, batch: int) -> int:
@@ -322,6 +325,13 @@ class _Comparison:
         times["forward"][engine.engine].append(statistics.median(answer["times"]) / batch)
         answer = engine.request("loop", batch, steps=steps, duration=burst)
         times["loop"][engine.engine].append(statistics.median(answer["times"]) / batch / steps)
+
+    def _rows(
+        self, engine: Engine, batch: int, error: float, times: Times
+    ) -> Iterator[dict[str, Any]]:
+        """The row of an engine; none if it fails meanwhile."""
+        with self._or_left_out(engine.engine):
+            yield self._row(engine, batch, error, times)
 
     def _row(self, engine: Engine, batch: int, error: float, times: Times) -> dict[str, Any]:
         first, name = self.engines[0].engine, engine.engine

@@ -36,6 +36,11 @@ class StepTable:
     coef: Array
     learned: bool = False
 
+    def __post_init__(self) -> None:
+        expected = (len(self.t), len(COLUMNS))
+        if self.coef.shape != expected:
+            raise ValueError(f"coef is {self.coef.shape}; expected {expected}: columns {COLUMNS}")
+
     def __len__(self) -> int:
         return len(self.t)
 

@@ -10,10 +10,9 @@ from ..utils.validation import shown
 from .diffusers_networks import is_diffusers_unet
 from .diffusers_pipeline import Accelerator, accelerated_class
 from .diffusers_tables import UnsupportedError
-from .diffusers_unet import accelerated_unet
+from .diffusers_unet import ACCELERATOR, accelerated_unet
 
 OTHERWISE = ("error", "diffusers")
-_ACCELERATOR = "_ddpm_fast_accelerator"
 
 
 def accelerate(pipe: Any, engine: str = "auto", dtype: Any = None, otherwise: str = "error") -> Any:
@@ -49,9 +48,11 @@ def accelerate(pipe: Any, engine: str = "auto", dtype: Any = None, otherwise: st
     _check_diffusers()
     from diffusers import DDIMPipeline, DDPMPipeline
 
-    original = restore(pipe)
+    previous = _accelerator_of(pipe)
+    original = pipe if previous is None else previous.original
     if is_diffusers_unet(original):
-        return _or_original(lambda: accelerated_unet(original, engine, dtype), original, otherwise)
+        make = lambda: accelerated_unet(original, engine, dtype, otherwise, accelerate)
+        return _or_original(make, original, otherwise)
     kind = next((k for k in (DDPMPipeline, DDIMPipeline) if isinstance(original, k)), None)
     if kind is None:
         raise ValueError(
@@ -64,10 +65,10 @@ def accelerate(pipe: Any, engine: str = "auto", dtype: Any = None, otherwise: st
             "accelerate its network instead: accelerate(pipe.unet)"
         )
     accelerator = Accelerator(original, kind, engine, dtype, otherwise, accelerate)
-    fast = copy.copy(original)
+    fast = copy.copy(original) if previous is None else previous.plain(pipe)
     original_class: Any = type(original)
     object.__setattr__(fast, "__class__", accelerated_class(original_class))
-    vars(fast)[_ACCELERATOR] = accelerator
+    vars(fast)[ACCELERATOR] = accelerator
     accelerator.start(fast)
     return fast
 
@@ -78,11 +79,15 @@ def restore(fast: Any) -> Any:
     Args:
         fast: From `accelerate`. Any other object is returned as it is.
     """
-    accelerator = getattr(fast, "__dict__", {}).get(_ACCELERATOR)
+    accelerator = _accelerator_of(fast)
     if accelerator is None:
         return fast
     accelerator.free()
     return accelerator.original
+
+
+def _accelerator_of(value: Any) -> Any:
+    return getattr(value, "__dict__", {}).get(ACCELERATOR)
 
 
 def _or_original(make: Any, original: Any, otherwise: str) -> Any:

@@ -70,7 +70,10 @@ def parsed(kind: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
             f"generator is a list of {len(generator)} generators and batch_size is "
             f"{batch_size}; expected as many"
         )
-    if extra := set(a["callback_on_step_end_tensor_inputs"]) - {"latents"}:
+    steps = a["num_inference_steps"]
+    if not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"num_inference_steps is {steps!r}; expected an integer of at least 1")
+    if extra := set(a["callback_on_step_end_tensor_inputs"] or ()) - {"latents"}:
         raise ValueError(
             f"callback_on_step_end_tensor_inputs has {', '.join(sorted(extra))}; "
             "expected latents only"
@@ -101,7 +104,10 @@ def labels_of(call: Call, classes: int | None, device: torch.device) -> Tensor |
         raise ValueError(
             f"class_labels is missing; expected one class or one per image in 0..{classes - 1}"
         )
-    labels = torch.as_tensor(labels, device=device)
+    try:
+        labels = torch.as_tensor(labels, device=device)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"class_labels is {labels!r:.60}; expected integers") from None
     if labels.is_floating_point() or labels.ndim > 1 or labels.dtype == torch.bool:
         raise ValueError(f"class_labels is {labels.dtype} {tuple(labels.shape)}; expected integers")
     if labels.ndim == 1 and len(labels) != call.batch_size:

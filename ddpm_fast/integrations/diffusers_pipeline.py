@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -14,12 +14,20 @@ from torch import Tensor
 
 from ..diffusion.schedule import NoiseSchedule
 from ..engines.base import dtype_name
+from ..engines.eager import EagerEngine
 from ..sampling.batch_sampler import BatchSampler
 from ..sampling.request import check_indices, indices_tensor
 from ..utils.validation import seed_bits
 from .diffusers_call import EXTRAS, Call, labels_of, parsed
-from .diffusers_networks import identity, shared_unet, unwrapped
+from .diffusers_networks import (
+    attributes,
+    check_unmodified,
+    identity,
+    shared_unet,
+    untouched_generators,
+)
 from .diffusers_tables import SchedulerTable, UnsupportedError, check_scheduler, scheduler_table
+from .diffusers_unet import ACCELERATOR, accelerated_unet
 
 
 @cache
@@ -30,7 +38,10 @@ def accelerated_class(original: type) -> type:
     """
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return self._ddpm_fast_accelerator.call(self, *args, **kwargs)
+        accelerator = vars(self).get(ACCELERATOR)
+        if accelerator is None:  # constructed from this class, not by accelerate
+            return original.__call__(self, *args, **kwargs)
+        return accelerator.call(self, *args, **kwargs)
 
     signature = inspect.signature(original.__call__)
     extras = [
@@ -44,11 +55,14 @@ def accelerated_class(original: type) -> type:
 
     def report(self: Any) -> dict[str, Any]:
         """Engine, reason, noise, dtype, and whether images are batch-invariant."""
-        return self._ddpm_fast_accelerator.report()
+        accelerator = vars(self).get(ACCELERATOR)
+        return dict(engine="diffusers") if accelerator is None else accelerator.report()
 
     def reduce(self: Any, protocol: int) -> Any:
-        a = self._ddpm_fast_accelerator
-        return a.accelerate, (a.original, a.engine, a.dtype, a.otherwise)
+        a = vars(self).get(ACCELERATOR)
+        if a is None:
+            return object.__reduce_ex__(self, protocol)
+        return a.accelerate, (a.plain(self), a.engine, a.dtype, a.otherwise)
 
     namespace = dict(
         __module__=original.__module__,
@@ -83,9 +97,16 @@ class Accelerator:
         self.original, self.kind, self.accelerate = original, kind, accelerate
         self.engine, self.dtype, self.otherwise = engine, dtype, otherwise
         self._sampler: BatchSampler | None = None
+        self._network: Any = None  # the accelerated network, around which diffusers' loop runs
         self._identity: tuple[Any, ...] = ()
-        self._noise, self._refusal = "torch", ""
+        self._loop, self._noise, self._refusal = "ddpm_fast", "torch", ""
         self._warned: set[str] = set()
+
+    def plain(self, fast: Any) -> Any:
+        """A pipeline of the original's class with the present components of `fast`."""
+        pipe = copy.copy(self.original)
+        vars(pipe).update({k: v for k, v in vars(fast).items() if k != ACCELERATOR})
+        return pipe
 
     def start(self, fast: Any) -> None:
         """Builds the engine, so that what cannot be accelerated is reported at once."""
@@ -101,11 +122,11 @@ class Accelerator:
     def sampler(self, fast: Any) -> BatchSampler:
         """The sampler of the pipeline's network; rebuilt if the network has changed."""
         timesteps = int(fast.scheduler.config.num_train_timesteps)
-        key = (*identity(fast.unet), timesteps)
+        check_unmodified(fast.unet)
+        key = (*identity(fast.unet), attributes(fast.unet), timesteps)
         if self._sampler is None or key != self._identity:
             self.free()
-            devices = range(torch.cuda.device_count())
-            with torch.random.fork_rng(devices):  # building the engine draws nothing
+            with untouched_generators(fast.unet):
                 unet = shared_unet(fast.unet)
                 size = unet.config.size
                 if size is None:
@@ -114,12 +135,17 @@ class Accelerator:
                 shape = (unet.config.in_channels, *size)
                 schedule = NoiseSchedule.linear(timesteps=timesteps)  # tables have coefficients
                 self._sampler = BatchSampler(unet, schedule, shape, engine=self.engine, dtype=dtype)
+            if isinstance(self._sampler.engine, EagerEngine):
+                _use_channels_first(self._sampler.engine)
             self._identity = key
         self._sampler.refresh()
         return self._sampler
 
     def _dtype(self, network: Any) -> str:
-        return dtype_name(next(network.parameters()).dtype if self.dtype is None else self.dtype)
+        dtype = next(network.parameters()).dtype
+        if self.dtype is None and dtype == torch.float64:
+            raise UnsupportedError(f"the network has {dtype} weights; cast it, or give dtype")
+        return dtype_name(dtype if self.dtype is None else self.dtype)
 
     def free(self) -> None:
         """Releases the engine."""
@@ -129,16 +155,14 @@ class Accelerator:
 
     def report(self) -> dict[str, Any]:
         """See `accelerated_class`."""
+        common = dict(loop=self._loop, noise=self._noise)
+        if self._loop == "diffusers" and self._network is not None:
+            return common | self._network.report | dict(refusal=self._refusal)
         if self._sampler is None:
-            return dict(engine="diffusers", reason=self._refusal, noise="torch", dtype=None)
+            return common | dict(engine="diffusers", reason=self._refusal, dtype=None)
         engine = self._sampler.engine
-        return dict(
-            engine=engine.name,
-            reason=engine.reason,
-            noise=self._noise,
-            dtype=self._sampler.precision,
-            invariant=engine.invariant,
-        )
+        details = dict(dtype=self._sampler.precision, invariant=engine.invariant)
+        return common | dict(engine=engine.name, reason=engine.reason) | details
 
     # ---- calls
 
@@ -146,30 +170,35 @@ class Accelerator:
     def call(self, fast: Any, *args: Any, **kwargs: Any) -> Any:
         """Runs the accelerated loop, or with otherwise="diffusers" that of diffusers."""
         call = parsed(type(fast), args, kwargs)
+        network = fast.unet
         try:
             sampler = self.sampler(fast)
-        except UnsupportedError as error:
-            self._refused(error)
-            self._check_no_extras(call, error)
-            return self._original_loop(fast, fast.unet, args, kwargs)
-        try:
+            network = None  # it can be accelerated
             check_scheduler(fast.scheduler)
             fast.scheduler.set_timesteps(call.steps)
             table = scheduler_table(fast.scheduler, call.eta, call.use_clipped_model_output)
             self._check_channels(sampler, table)
+            refusal = None
         except UnsupportedError as error:
-            self._refused(error)
-            self._check_no_extras(call, error)
-            from .diffusers_unet import accelerated_unet
+            refusal = error
+        if refusal is None:
+            self._loop = "ddpm_fast"
+            return self._output(fast, self._sample(fast, sampler, table, call), call)
+        self._refused(refusal)
+        self._check_no_extras(call, refusal)
+        pipe = self.plain(fast)
+        vars(pipe)["unet"] = self._accelerated(fast.unet) if network is None else network
+        kwargs = {k: v for k, v in kwargs.items() if k not in EXTRAS}
+        return self.kind.__call__(pipe, *args, **kwargs)
 
-            network = accelerated_unet(unwrapped(fast.unet), self.engine, self.dtype)
-            return self._original_loop(fast, network, args, kwargs)
-        image = self._sample(fast, sampler, table, call)
-        return self._output(fast, image, call)
+    def _accelerated(self, network: Any) -> Any:
+        original = None if self._network is None else vars(self._network)[ACCELERATOR].original
+        if original is not network:
+            self._network = accelerated_unet(network, self.engine, self.dtype, "diffusers")
+        return self._network
 
     def _refused(self, error: UnsupportedError) -> None:
-        self.free()
-        self._refusal = str(error)
+        self._loop, self._noise, self._refusal = "diffusers", "torch", str(error)
         if self.otherwise == "error":
             raise ValueError(f"not accelerated: {error}; or give otherwise='diffusers'") from None
         if self._refusal not in self._warned:
@@ -183,15 +212,6 @@ class Accelerator:
                 raise ValueError(
                     f"{argument} needs the accelerated loop, and {error}; leave {argument} out"
                 ) from None
-
-    def _original_loop(
-        self, fast: Any, network: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        pipe = copy.copy(self.original)
-        vars(pipe).update({k: v for k, v in vars(fast).items() if k != "_ddpm_fast_accelerator"})
-        vars(pipe)["unet"] = network
-        kwargs = {k: v for k, v in kwargs.items() if k not in EXTRAS}
-        return self.kind.__call__(pipe, *args, **kwargs)
 
     def _check_channels(self, sampler: BatchSampler, table: SchedulerTable) -> None:
         c, out = sampler.shape[0], sampler.model.config.out_channels  # type: ignore[attr-defined]
@@ -244,10 +264,19 @@ class Accelerator:
 
     def _callback(self, fast: Any, call: Call, state: Any) -> Callable[[int, int, Tensor], None]:
         def after_step(step: int, t: int, x: Tensor) -> None:
-            outputs = call.callback(fast, step, t, {"latents": x})  # type: ignore[misc]
-            replaced = (outputs or {}).get("latents", x)
-            if replaced is not x:
-                state.x.copy_(replaced)
+            latents = x.clone(memory_format=torch.contiguous_format)
+            outputs = call.callback(fast, step, t, {"latents": latents})  # type: ignore[misc]
+            if outputs is not None and not isinstance(outputs, Mapping):
+                raise ValueError(
+                    f"callback_on_step_end returned {type(outputs).__name__}; expected a dict"
+                )
+            latents = (outputs or {}).get("latents", latents)
+            if getattr(latents, "shape", None) != x.shape:
+                raise ValueError(
+                    f"callback_on_step_end returned latents {getattr(latents, 'shape', latents)}; "
+                    f"expected a tensor {tuple(x.shape)}"
+                )
+            state.x.copy_(latents)
 
         return after_step
 
@@ -260,8 +289,18 @@ class Accelerator:
         if call.output_type == "pt":
             result = image.to(dtype)
         else:
-            result = image.cpu().permute(0, 2, 3, 1).numpy()  # NumPy has no bf16
+            image = image if dtype == torch.bfloat16 else image.to(dtype)  # NumPy has no bf16
+            result = image.cpu().permute(0, 2, 3, 1).numpy()
             if call.output_type == "pil":
                 result = fast.numpy_to_pil(result)
         fast.maybe_free_model_hooks()
         return ImagePipelineOutput(images=result) if call.return_dict else (result,)
+
+
+def _use_channels_first(engine: EagerEngine) -> None:
+    """Gives the network its input in the memory format of diffusers.
+
+    PyTorch chooses convolutions by it, and some for channels-last are less accurate.
+    """
+    call = engine.call
+    engine.call = lambda x, *rest: call(x.clone(memory_format=torch.contiguous_format), *rest)

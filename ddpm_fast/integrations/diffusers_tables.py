@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from ..diffusion.prediction import conversion
@@ -49,6 +50,8 @@ def check_scheduler(scheduler: Any) -> type:
     """
     from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
+    if "step" in vars(scheduler):
+        raise UnsupportedError("the scheduler has a step function of its own; expected the class's")
     for kind in (DDPMScheduler, DDIMScheduler, DPMSolverMultistepScheduler):
         step = type(scheduler).step if isinstance(scheduler, kind) else None
         if step is not None and getattr(step, "computes", step) is kind.step:
@@ -80,6 +83,9 @@ def scheduler_table(
             f"the scheduler has prediction_type={scheduler.config.prediction_type!r}; "
             f"expected one of {', '.join(PREDICTIONS)}"
         )
+    last, total = int(scheduler.timesteps.max()), len(scheduler.betas)
+    if last >= total:
+        raise UnsupportedError(f"the scheduler visits timestep {last}; expected 0..{total - 1}")
     try:
         if kind.__name__ == "DDIMScheduler":
             table = _ddim(scheduler, eta, use_clipped_model_output)
@@ -100,7 +106,11 @@ def _timesteps(scheduler: Any) -> NDArray[np.int64]:
 
 
 def _alpha_bar(scheduler: Any) -> Array:
-    return np.cumprod(1 - scheduler.betas.double().numpy())
+    """alpha_bar in fp64 from the betas; that of the scheduler if it was changed."""
+    betas, bar = scheduler.betas.cpu(), scheduler.alphas_cumprod.cpu()
+    if torch.equal(torch.cumprod(1 - betas, dim=0), bar):
+        return np.cumprod(1 - betas.double().numpy())
+    return bar.double().numpy()
 
 
 def _table(t: NDArray[np.int64], columns: dict[str, Any], learned: bool = False) -> StepTable:
@@ -125,6 +135,11 @@ def _ddpm(scheduler: Any) -> SchedulerTable:
     """Ancestral sampling (Ho et al. 2020, eq. 7); each step leads to the next visited timestep."""
     t, bar = _timesteps(scheduler), _alpha_bar(scheduler)
     kind = scheduler.variance_type
+    if kind != scheduler.config.variance_type:
+        raise UnsupportedError(
+            f"the scheduler has variance_type={kind!r} and {scheduler.config.variance_type!r} in "
+            "its configuration; expected the same"
+        )
     if kind not in ("fixed_small", "fixed_small_log", "fixed_large", "learned_range"):
         raise UnsupportedError(
             f"the scheduler has variance_type={kind!r}; expected fixed_small, fixed_small_log, "
@@ -155,7 +170,9 @@ def _ddim(scheduler: Any, eta: float, use_clipped_model_output: bool) -> Schedul
         raise UnsupportedError(f"eta is {eta}; expected 0 to 1")
     t, bar = _timesteps(scheduler), _alpha_bar(scheduler)
     prev = t - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
-    final = bar[0] if not scheduler.config.set_alpha_to_one else 1.0
+    final = float(scheduler.final_alpha_cumprod)
+    if final == float(scheduler.alphas_cumprod[0]):
+        final = bar[0]  # in fp64
     abar, abar_prev = bar[t], np.where(prev >= 0, bar[prev], final)
     with np.errstate(invalid="ignore"):
         sigma = eta * np.sqrt((1 - abar_prev) / (1 - abar) * (1 - abar / abar_prev))

@@ -60,6 +60,8 @@ class GeneratedImages(IterableDataset):
         world_size: int | None = None,
         drop_uneven: bool = False,
     ) -> None:
+        if not isinstance(sampler, Sampler):
+            raise ValueError(f"sampler is {type(sampler).__name__}; expected a Sampler")
         self.sampler, self.params = sampler, params or SamplingParams()
         self.indices = check_indices(indices)
         classes = check_labels(labels, len(self.indices), sampler.num_classes)
@@ -97,6 +99,11 @@ class GeneratedImages(IterableDataset):
         if not 0 <= rank < world:
             raise ValueError(f"rank is {rank} of world_size {world}; expected 0..{world - 1}")
         return rank, world
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a worker process has no process group, so it gets the numbers of its rank
+        rank, world = self.process()
+        return vars(self) | (dict(rank=rank, world_size=world) if self.shard else {})
 
     def _share(self) -> range:
         """The blocks of this worker."""

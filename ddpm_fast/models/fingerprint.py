@@ -28,4 +28,16 @@ def _sum_of_bits(p: Tensor) -> Tensor:
         for dtype in (torch.int64, torch.int32, torch.int16, torch.uint8)
         if alignment % dtype.itemsize == 0
     )
-    return flat.view(word).sum(dtype=torch.int64)
+    return _position_weighted_sum(flat.view(word))
+
+
+def _position_weighted_sum(words: Tensor) -> Tensor:
+    """Sum of words in which exchanged words count: rows and columns of 64 have odd weights."""
+    rows = words[: len(words) // 64 * 64].view(-1, 64)
+    parts = (rows.sum(1, dtype=torch.int64), rows.sum(0, dtype=torch.int64))
+    tail = words[rows.numel() :].to(torch.int64)
+    total = torch.zeros((), dtype=torch.int64, device=words.device)
+    for sums, factor in zip((*parts, tail), (1, 0x9E3779B1, 0x85EBCA77), strict=True):
+        weights = 2 * torch.arange(len(sums), device=words.device) + 1
+        total = total + factor * (sums * weights).sum()  # int64 wraps
+    return total

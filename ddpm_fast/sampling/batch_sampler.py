@@ -237,6 +237,10 @@ class BatchSampler:
             draw: Called before each step as draw(step, z), for a state with given noise; it fills
                 z [B, C, H, W] fp32 in place.
         """
+        if (draw is None) != (state.z is None):
+            raise ValueError(
+                "draw and begin(given_noise=True) belong together; give both or neither"
+            )
         every_step = callback is not None or draw is not None
         advance = self.engine.steps(state, table, every_step)
         completed = 0

@@ -120,3 +120,13 @@ def test_a_buffer_in_another_layout_is_refused_by_the_cpu_engine():
         state.z = torch.zeros(3, *SHAPE)
         with pytest.raises(ValueError, match="expected channels-last float32"):
             next(sampler.engine.steps(state, sampler.table(steps=2)))
+
+
+def test_draw_and_given_noise_belong_together(sampler):
+    table = sampler.table(steps=2)
+    for given_noise, draw in ((True, None), (False, lambda step, z: None)):
+        with (
+            sampler.begin(torch.arange(3), 0, given_noise=given_noise) as state,
+            pytest.raises(ValueError, match="belong together"),
+        ):
+            next(sampler.steps(state, table, draw=draw))

@@ -298,6 +298,133 @@ def test_follows_weights_networks_and_schedulers():
         assert (images - expected).abs().max() < 5e-4
 
 
+LATER = [
+    lambda n: n.mid_block.register_forward_hook(lambda *_: torch.zeros(())),
+    lambda n: setattr(n.mid_block.attentions[0], "processor", object()),
+    lambda n: setattr(n, "conv_act", torch.nn.Identity()),
+    lambda n: setattr(n.conv_out, "forward", n.conv_out.forward),
+]
+
+
+@pytest.mark.parametrize("change", LATER, ids=["hook", "processor", "layer", "forward"])
+def test_modifications_after_accelerate_are_refused(change):
+    fast, network = ddpm_fast.accelerate(pipeline(small_network())), small_network()
+    fast.unet = network
+    fast(num_inference_steps=2)
+    change(network)
+    with pytest.raises(ValueError, match="not accelerated"):
+        fast(num_inference_steps=2)
+    alone = ddpm_fast.accelerate(small_network())
+    change(alone)
+    with pytest.raises(ValueError, match=r"mid_block|conv_"), torch.no_grad():
+        alone(torch.zeros(1, 3, 8, 8), 3)
+
+
+def test_changed_attributes_of_layers_are_refused():
+    network = small_network()
+    network.conv_norm_out.eps = 0.1
+    with pytest.raises(ValueError, match="attributes of its layers were changed"):
+        ddpm_fast.accelerate(pipeline(network))
+
+
+def circular_padding(pipe):
+    for module in pipe.unet.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.padding_mode = "circular"
+
+
+def own_step(pipe):
+    pipe.scheduler.step = pipe.scheduler.step
+
+
+def other_variance(pipe):
+    pipe.scheduler.variance_type = "fixed_large"
+
+
+@pytest.mark.parametrize("change", [circular_padding, own_step, other_variance])
+@pytest.mark.parametrize("later", [False, True])
+def test_changed_attributes_are_refused(change, later):
+    pipe = pipeline(small_network())
+    fast = ddpm_fast.accelerate(pipe) if later else pipe
+    change(pipe)
+    with pytest.raises(ValueError, match="not accelerated"):
+        (fast if later else ddpm_fast.accelerate(fast))(num_inference_steps=2)
+
+
+def test_global_hooks_are_refused():
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        with pytest.raises(ValueError, match="global forward hook"):
+            ddpm_fast.accelerate(pipeline(small_network()))
+    finally:
+        handle.remove()
+
+
+def test_changed_alphas_cumprod_are_used(trained):
+    pipe = pipeline(trained, diffusers.DDIMScheduler(), diffusers.DDIMPipeline)
+    fast = ddpm_fast.accelerate(pipe)
+    pipe.scheduler.alphas_cumprod = pipe.scheduler.alphas_cumprod**1.5
+    expected, images = both(pipe, fast, num_inference_steps=5)
+    assert (images - expected).abs().max() < 1e-4
+
+
+def test_the_reference_engine_is_as_close_to_the_original(trained):
+    pipe = pipeline(trained)
+    fast = ddpm_fast.accelerate(pipe, engine="reference")
+    expected, images = both(pipe, fast, num_inference_steps=5)
+    assert (images - expected).abs().max() < 1e-4
+
+
+def test_objects_of_the_accelerated_classes_are_those_of_diffusers():
+    """As `type(pipe)(**pipe.components)` and `from_pipe` construct them."""
+    fast = ddpm_fast.accelerate(pipeline(small_network()))
+    other = type(fast)(**fast.components)
+    other.set_progress_bar_config(disable=True)
+    assert other.report["engine"] == "diffusers" and len(other(num_inference_steps=2).images) == 1
+    network = ddpm_fast.accelerate(small_network())
+    plain = type(network).from_config(network.config)
+    assert plain(torch.zeros(1, 3, 8, 8), 3).sample.shape == (1, 3, 8, 8)
+
+
+def test_fp16_arrays():
+    pipe = pipeline(small_network().half())
+    results = [
+        p(num_inference_steps=2, output_type="np").images.dtype
+        for p in (pipe, ddpm_fast.accelerate(pipe))
+    ]
+    assert results[0] == results[1]
+
+
+def test_permuted_weights_are_seen(trained):
+    pipe = pipeline(copy.deepcopy(trained))
+    fast = ddpm_fast.accelerate(pipe)
+    fast(num_inference_steps=2)
+    weight = pipe.unet.conv_in.weight
+    weight.data.copy_(weight.data.flip(0))
+    expected, images = both(pipe, fast, num_inference_steps=3)
+    assert (images - expected).abs().max() < 1e-3
+
+
+def test_copies_and_a_second_accelerate_keep_changes():
+    fast = ddpm_fast.accelerate(pipeline(small_network()))
+    fast.scheduler = diffusers.DDIMScheduler()
+    pickled = pickle.loads(pickle.dumps(fast))
+    for other in (copy.copy(fast), copy.deepcopy(fast), pickled, ddpm_fast.accelerate(fast)):
+        assert type(other.scheduler) is diffusers.DDIMScheduler
+        expected, images = both(fast, other, num_inference_steps=3)
+        assert torch.equal(images, expected)
+
+
+def test_latents_of_a_callback_are_a_tensor_of_each_step(trained):
+    states = []
+    fast = ddpm_fast.accelerate(pipeline(trained))
+    record = lambda pipe, step, t, tensors: states.append(tensors["latents"])
+    fast(num_inference_steps=3, callback_on_step_end=record)
+    assert not torch.equal(states[0], states[2]) and states[0].is_contiguous()
+    with pytest.raises(ValueError, match="returned Tensor; expected a dict"):
+        fast(num_inference_steps=3, callback_on_step_end=lambda *_: torch.zeros(1))
+
+
 def test_train_mode_is_kept_and_dropout_has_no_effect():
     network = small_network(dropout=0.5).train()
     fast = ddpm_fast.accelerate(pipeline(network))
@@ -318,6 +445,39 @@ def test_accelerated_network(trained):
     assert relative_error(fast(x, 3, return_dict=False)[0], trained(x, 3).sample) < 1e-5
     assert torch.equal(fast(x, 2.5).sample, trained(x, 2.5).sample)  # a fractional timestep
     assert ddpm_fast.restore(fast) is trained
+
+
+def test_report_of_the_last_call_of_a_network(trained):
+    fast, x = ddpm_fast.accelerate(trained, engine="reference"), torch.zeros(1, 1, 32, 32)
+    with torch.no_grad():
+        fast(x, torch.tensor(3.0))  # as many schedulers of diffusers pass it
+        assert fast.report["engine"] == "reference"
+        fast(x, 3.5)
+        assert fast.report["reason"] == "the timesteps are not integers"
+
+
+def test_the_engine_of_a_network_is_built_once(monkeypatch):
+    from ddpm_fast.integrations import diffusers_unet
+
+    builds, choose = [], diffusers_unet.choose
+    monkeypatch.setattr(diffusers_unet, "choose", lambda *a: (builds.append(1), choose(*a))[1])
+    fast = ddpm_fast.accelerate(small_network())
+    with torch.no_grad():
+        for t in (999, 500, 0, 999, 1500, 700):
+            fast(torch.zeros(1, 3, 8, 8), t)
+    assert len(builds) == 2  # the second for t = 1500
+
+
+def test_networks_are_copied_pickled_and_fall_back():
+    network = small_network()
+    fast, x = ddpm_fast.accelerate(network, otherwise="diffusers"), torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        expected = network(x, 3).sample
+        for other in (pickle.loads(pickle.dumps(fast)), copy.deepcopy(fast)):
+            assert relative_error(other(x, 3).sample, expected) < 1e-5
+        hooked(network)
+        with pytest.warns(UserWarning, match="forward hook"):
+            assert torch.equal(fast(x, 3).sample, expected)
 
 
 def test_accelerated_network_with_gradients_is_the_original():
@@ -437,6 +597,8 @@ def test_refuses_schedulers_or_runs_those_of_diffusers_with_one_warning(make, me
         (dict(generator=[torch.Generator()], batch_size=2), "list of 1 generators"),
         (dict(class_labels=1), "unconditional network"),
         (dict(num_inference_steps=1001), "cannot be larger"),
+        (dict(num_inference_steps=-1), "expected an integer of at least 1"),
+        (dict(class_labels="a"), "class_labels"),
         (dict(callback_on_step_end_tensor_inputs=["eps"]), "expected latents only"),
         (dict(seed=2**64), "seed"),
     ],

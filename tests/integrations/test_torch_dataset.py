@@ -1,5 +1,7 @@
 """GeneratedImages: each index once over ranks and workers, Sampler's pixels, bit-exact resume."""
 
+import pickle
+
 import pytest
 import torch
 from torch.utils.data import DataLoader
@@ -92,7 +94,7 @@ def test_labels_and_shard_false(sampler, monkeypatch):
         (dict(output="pil"), "output is 'pil'"),
         (dict(rank=1), "belong together"),
         (dict(rank=2, world_size=2), "rank is 2 of world_size 2"),
-        (dict(labels=9), "expected 0..4"),
+        (dict(labels=9), "expected 0 to 4"),
         (dict(params=SamplingParams(steps=2000)), "steps"),
     ],
     ids=str,
@@ -102,6 +104,16 @@ def test_refuses(sampler, options, message):
         GeneratedImages(sampler, 4, **options)
 
 
+def test_worker_processes_get_the_rank_of_their_process(sampler, monkeypatch):
+    """A worker has no process group, and RANK may not be set."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    data = pickle.dumps(GeneratedImages(sampler, 8, PARAMS, batch_size=2))
+    monkeypatch.undo()
+    assert [row["index"] for row in pickle.loads(data)] == [2, 3, 6, 7]
+
+
 def test_refuses_a_gpu_in_a_worker(sampler, monkeypatch):
     dataset = GeneratedImages(sampler, 4, PARAMS)
     module = "ddpm_fast.integrations.torch_dataset.get_worker_info"
@@ -109,6 +121,11 @@ def test_refuses_a_gpu_in_a_worker(sampler, monkeypatch):
     monkeypatch.setattr(sampler, "device", torch.device("cuda"))
     with pytest.raises(ValueError, match="num_workers=0"):
         next(iter(dataset))
+
+
+def test_refuses_what_is_no_sampler():
+    with pytest.raises(ValueError, match="sampler is NoneType; expected a Sampler"):
+        GeneratedImages(None, 4)
 
 
 def test_is_public():

@@ -29,7 +29,13 @@ from torch import Tensor
 from ...kernels import noise
 from ...kernels._feature_map import FeatureMap
 from ...kernels._tile_statistics import Tiling, tile_statistics
-from ...kernels.ddpm_step import COLUMNS, ddpm_step, ddpm_step_reference
+from ...kernels.ddpm_step import (
+    COLUMNS,
+    ddpm_step,
+    ddpm_step_reference,
+    noise_rows,
+    x_0_reference,
+)
 from ...kernels.step_index import advance, advance_reference
 from ...models.config import UNetConfig
 from ...models.unet import UNet
@@ -177,19 +183,31 @@ def check_noise(device: torch.device) -> CheckResult:
 
 
 def check_ddpm_step(device: torch.device) -> CheckResult:
-    """Compares a reverse step by the kernel with its reference, bit-exactly: neither uses fma."""
+    """Compares reverse steps by the kernel with the reference, bit-exactly: neither uses fma.
+
+    Noise is generated and given; with and without the x_0 of the previous step.
+    """
     generator = torch.Generator().manual_seed(0)
-    x, out = torch.randn(2, 2, 3, 16, 16, generator=generator).to(device)
+    x, out, old, given = torch.randn(4, 2, 3, 16, 16, generator=generator).to(device)
     table = torch.rand(4, len(COLUMNS), generator=generator).to(device)
+    table[:, COLUMNS.index("noise_row")] = torch.tensor([3.0, 5, 0, 999], device=device)
     step_index, seed, image = (
         torch.tensor(v, device=device) for v in ([1, 3], [7, -7], [0, 2**33])
     )
-    z = noise.noise_reference(seed, image, step_index, noise.REVERSE, (3, 16, 16))
-    expected = ddpm_step_reference(x, out, z, table, step_index)
-    stepped = x.clone()
-    ddpm_step(stepped, out, table, step_index, seed, image)
-    same = torch.equal(stepped, expected)
-    return CheckResult("" if same else "the step differs from the reference")
+    rows = noise_rows(table, step_index)
+    made = noise.noise_reference(seed, image, rows, noise.REVERSE, (3, 16, 16))
+    for z, previous in ((None, None), (None, old), (given, None), (given, old)):
+        expected = ddpm_step_reference(
+            x, out, made if z is None else z, table, step_index, old=previous
+        )
+        stepped, x_0 = x.clone(), None if previous is None else previous.clone()
+        ddpm_step(stepped, out, table, step_index, seed, image, old=x_0, z=z)
+        same = torch.equal(stepped, expected)
+        if x_0 is not None:
+            same &= torch.equal(x_0, x_0_reference(x, out, table, step_index))
+        if not same:
+            return CheckResult("the step differs from the reference")
+    return CheckResult("")
 
 
 def check_advance(device: torch.device) -> CheckResult:

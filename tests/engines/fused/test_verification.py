@@ -339,3 +339,9 @@ def test_compare_allows_two_units_of_fp32_in_the_last_place():
     off = lambda ulps: FeatureMap.of(exact.pixels * (1 + ulps * ulp), torch.float32)
     assert compare(off(1.3), exact, plain).passed
     assert "relative error" in compare(off(2.5), exact, plain).reason
+
+
+@pytest.mark.parametrize("name", STEP_CHECKS)
+def test_step_checks_pass_with_the_references(name):
+    """The checks themselves: on a CPU the operations compute by their references."""
+    assert STEP_CHECKS[name](torch.device("cpu")).reason == ""
