@@ -200,7 +200,10 @@ class BatchSampler:
             )
         try:
             state.image.copy_(image)
-            state.seed.copy_(torch.as_tensor(seed))
+            if isinstance(seed, Tensor):
+                state.seed.copy_(seed)
+            else:
+                state.seed.fill_(seed)
             state.step_index.zero_()
             if state.labels is not None and classes is not None:
                 if labels is None:

@@ -35,7 +35,7 @@ def pytest_benchmark(*arguments, path=None):
     )
 
 
-@pytest.mark.full
+@pytest.mark.acceptance
 def test_every_suite_runs(tmp_path):
     files = ["bench/bench_kernels.py", "bench/bench_unet.py"]
     which = "(test_elementwise and 2048x and channels_last) or test_network or test_forward"

@@ -229,7 +229,7 @@ def test_wrong_engines_are_not_timed(checkpoint, planted):
     check_left_out(*run(checkpoint, ["ddpm_fast", *WRONG]), WRONG)
 
 
-@pytest.mark.full
+@pytest.mark.acceptance
 def test_wrong_engine_processes_are_not_timed(weights, planted):
     wrong = WRONG | {"planted:Dies": "the process ended with code 9"}
     check_left_out(*run(weights, ["ddpm_fast", *wrong]), wrong)

@@ -90,7 +90,7 @@ torch.save([program(*a) for a in torch.load(sys.argv[2])], sys.argv[3])
 """
 
 
-@pytest.mark.full
+@pytest.mark.acceptance
 def test_aotinductor_package_in_another_process(step, exported, tmp_path):
     """The operations are Python's, so the loading process imports ddpm_fast."""
     package = torch._inductor.aoti_compile_and_package(

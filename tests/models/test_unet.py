@@ -104,7 +104,7 @@ def unet_and_baseline(config):
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=pytest.mark.full) if "CelebA-HQ 256" in n else n for n in MODELS],
+    [pytest.param(n, marks=pytest.mark.acceptance) if "CelebA-HQ 256" in n else n for n in MODELS],
 )
 @torch.no_grad()
 def test_parity_with_diffusers(name, figure):

@@ -286,7 +286,7 @@ def test_available_memory_is_the_least_of_system_and_control_groups(tmp_path):
     ("operation", "parameters"),
     [
         (q_sample.q_sample, "x_0 coef t noise_row seed image"),
-        (ddpm_step.ddpm_step, "x_t out table step seed image learned old"),
+        (ddpm_step.ddpm_step, "x_t out table step seed image learned old z"),
         (noise_mse.noise_mse, "out x_0 coef t noise_row seed image"),
         (noise.noise, "seed image noise_row tag channels height width"),
         (noise.words, "seed image noise_row tag count"),

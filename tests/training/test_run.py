@@ -185,7 +185,7 @@ print(last)
 """
 
 
-@pytest.mark.full
+@pytest.mark.acceptance
 def test_twenty_kills_lose_nothing(train, process, tmp_path, figure):
     run, straight, script = (tmp_path / name for name in ("run", "straight", "kills.py"))
     more = "--checkpointing-steps 2 --logging-steps 1 --save-model-epochs 1 --train-batch-size 8"

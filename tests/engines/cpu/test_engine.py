@@ -174,6 +174,7 @@ def test_noise_is_bit_exact():
     unet = network(sample_size=(12, 8))
     coef = np.zeros((2, len(COLUMNS)))
     coef[:, COLUMNS.index("sigma")] = coef[:, COLUMNS.index("clip")] = 1  # x_{t-1} = z
+    coef[:, COLUMNS.index("noise_row")] = 0, 1
     seed, image = torch.tensor([0, -5, 2**62, 9]), torch.tensor([0, 3, 2**40 + 5, 2**62])
     state = SamplingState(
         torch.zeros(4, *shape_of(unet)), torch.zeros(4, dtype=torch.int32), seed, image, None

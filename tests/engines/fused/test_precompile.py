@@ -16,7 +16,7 @@ from ddpm_fast.utils.triton_tools import _shortest_loop, compile_launch, launch_
 pytestmark = pytest.mark.compile
 
 
-@pytest.mark.full
+@pytest.mark.acceptance
 def test_every_launch_compiles_without_faults(figure):
     cases = distinct(NETWORKS, [256], ["bf16"], 90)
     known = {launch_key(c.launch) for c in cases}
