@@ -445,11 +445,17 @@ def call(capsys, *arguments):
     return end.value.code, *capsys.readouterr()
 
 
-def test_commands(weights, tmp_path, capsys, monkeypatch):
+@pytest.fixture
+def short(weights, monkeypatch):
+    """Options of a short run."""
     pytest.importorskip("matplotlib")
     monkeypatch.setattr("ddpm_fast.cli.actions.bench.Effort", partial(Effort, burst=0.002, rest=0))
-    out = tmp_path / "a.json"
-    options = ("--weights", weights, "--seconds", 0, "--steps", 2, "--baselines", "plain PyTorch")
+    monkeypatch.setattr("ddpm_fast.benchmark.runner.ceilings", partial(ceilings, tiny=True))
+    return ("--weights", weights, "--seconds", 0, "--steps", 2, "--baselines", "plain PyTorch")
+
+
+def test_sweep(short, tmp_path, capsys):
+    out, options = tmp_path / "a.json", short
     code, text, _ = call(capsys, "sweep", *options, "--batch-sizes", "1,3", "--out", out)
     assert (
         code == 0
@@ -461,6 +467,13 @@ def test_commands(weights, tmp_path, capsys, monkeypatch):
     assert written["kernels"] and written["ceilings"] and written["network"]["timesteps"] == 100
     assert written["environment"]["torch"] == torch.__version__
     assert (tmp_path / "a.png").stat().st_size > 10_000
+
+
+@pytest.mark.full
+def test_latency_fails_if_it_is_longer_than_in_an_older_file(short, tmp_path, capsys):
+    out, options = tmp_path / "a.json", short
+    call(capsys, "throughput", *options, "--batch-size", 1, "--out", out)
+    written = json.loads(out.read_text())
     for row in written["cases"][0]["rows"]:  # as if ddpm_fast had been a thousand times faster
         for what in ("forward", "loop"):
             row[what]["speedup"] *= 1000

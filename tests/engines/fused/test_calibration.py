@@ -177,7 +177,9 @@ def test_the_command_writes_the_same_bytes_twice(run, folder, tmp_path, calibrat
         and len(report["layers"]) == 16
     )
     code, out, _ = run(*options, "--out", tmp_path / "again.json")
-    assert code == 0 and "0 of 16 convolutions stay in bf16: error above 0.0" in out and PLANTED in out
+    assert (
+        code == 0 and "0 of 16 convolutions stay in bf16: error above 0.0" in out and PLANTED in out
+    )
     assert (
         (folder / FILE).read_bytes()
         == (tmp_path / "again.json").read_bytes()
