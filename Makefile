@@ -54,7 +54,7 @@ test-all: $(INSTALLED) $(TRITONS)
 	$(OLDEST) TRITON_INTERPRET=1 $(PYTEST) --full -m kernel
 	$(OLDEST) $(PYTEST) --full -m compile
 	$(NEWEST) $(PY) $(IS_TRITON) $(NEWEST_TRITON)
-	$(NEWEST) TRITON_INTERPRET=1 $(PYTEST) -m kernel
+	$(NEWEST) TRITON_INTERPRET=1 $(PYTEST) -m kernel tests/kernels
 	$(NEWEST) $(PYTEST) -m compile
 
 acceptance: $(INSTALLED) compile-check

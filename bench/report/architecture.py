@@ -14,7 +14,7 @@ LAYERS = {  # of the figure: name -> colour, packages
     "shared": (GREY, ("utils", "kernels")),
     "data and mathematics": (GREEN, ("data", "models", "diffusion", "checkpoints")),
     "execution": (BLUE, ("engines", "sampling")),
-    "applications": (ORANGE, ("evaluation", "training")),
+    "applications": (ORANGE, ("evaluation", "integrations", "training")),
     "interface": (PINK, ("plotting", "benchmark", "cli")),
 }
 

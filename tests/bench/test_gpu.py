@@ -193,7 +193,7 @@ def test_measure():
     assert timing.runs >= 5 and 0 < timing.median < 0.1
 
 
-@pytest.mark.full
+@pytest.mark.acceptance
 def test_training_engines_are_timed_if_their_losses_agree(capsys, monkeypatch, tmp_path):
     from bench.studies import training
 

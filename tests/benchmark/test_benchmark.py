@@ -140,7 +140,7 @@ def test_speedups_are_those_of_the_raw_times(checkpoint, monkeypatch):
             assert row["images_per_s"] == pytest.approx(1e3 / (row["loop"]["ms"] * 100), rel=1e-3)
 
 
-@pytest.mark.full
+@pytest.mark.acceptance
 def test_each_engine_has_a_process_and_starts_twice(weights):
     pytest.importorskip("diffusers")
     case, left_out = run(

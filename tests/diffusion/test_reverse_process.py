@@ -107,7 +107,11 @@ def algorithm_2(timesteps, variance, clip):
 @pytest.mark.parametrize("engine", ["reference", "cpu"])
 @pytest.mark.parametrize(
     ("timesteps", "variance", "clip"),
-    [(1000, "fixed_large", 1.0), (100, "fixed_small", 1.0), (100, "fixed_large", None)],
+    [
+        pytest.param(1000, "fixed_large", 1.0, marks=pytest.mark.full),
+        (100, "fixed_small", 1.0),
+        (100, "fixed_large", None),
+    ],
     ids=str,
 )
 def test_sampler_is_algorithm_2(timesteps, variance, clip, engine, figure):

@@ -104,6 +104,7 @@ LOOPS = {
 }
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("which", ["one", "list", "global"])
 @pytest.mark.parametrize("loop", LOOPS)
 def test_ddpm_pipeline_on_trained_weights(trained, loop, which):
@@ -113,6 +114,7 @@ def test_ddpm_pipeline_on_trained_weights(trained, loop, which):
     assert (images - expected).abs().max() < 1e-4
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("clipped", [False, True])

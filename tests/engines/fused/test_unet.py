@@ -215,10 +215,10 @@ def test_any_launch_can_run_by_its_fallback(device):
     "name",
     [
         "straddling groups",
-        pytest.param("scale-shift, heads, 6 outputs", marks=pytest.mark.full),
+        pytest.param("scale-shift, heads, 6 outputs", marks=pytest.mark.acceptance),
     ],
 )
-@pytest.mark.parametrize("dtype", [pytest.param("fp32", marks=pytest.mark.full), "fp16"])
+@pytest.mark.parametrize("dtype", [pytest.param("fp32", marks=pytest.mark.acceptance), "fp16"])
 def test_an_image_is_the_same_alone_first_last_and_in_a_ragged_batch(name, dtype, device):
     config = replace(NETS[name], sample_size=(4, 6))
     unet = of(config).to(device)
