@@ -133,7 +133,7 @@ def test_learned_variance_and_solvers_that_set_the_variance():
 
 
 @pytest.mark.kernel
-@pytest.mark.full
+@pytest.mark.acceptance
 def test_bits_do_not_depend_on_the_batch(device):
     s = sampler("fused", unet().to(device), dtype="fp16")
     options = dict(seed=2, solver="ddpm", steps=2, output="float")

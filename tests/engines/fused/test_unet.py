@@ -125,9 +125,12 @@ def run(fused, *args):
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("config", "batch"),
-    [(NETWORKS["cifar10"], 3), (NETWORKS["celebahq256"], 1), (NETWORKS["improved_cifar10"], 2)],
+    [
+        pytest.param(NETWORKS["cifar10"], 3, marks=pytest.mark.full),
+        pytest.param(NETWORKS["celebahq256"], 1, marks=pytest.mark.acceptance),
+        pytest.param(NETWORKS["improved_cifar10"], 2, marks=pytest.mark.full),
+    ],
 )
-@pytest.mark.full
 def test_by_fallbacks_at_full_size(config, batch, figure):
     unet = of(config)
     fused = FusedUNet.from_unet(unet, batch, dtype="fp32")
@@ -233,7 +236,7 @@ def test_an_image_is_the_same_alone_first_last_and_in_a_ragged_batch(name, dtype
 
 @torch.no_grad()
 @pytest.mark.kernel
-@pytest.mark.full
+@pytest.mark.acceptance
 def test_an_image_is_the_same_in_every_batch_where_its_norms_read_statistics(device, monkeypatch):
     """No map fits one pass, so launches keep statistics, except for attention."""
     monkeypatch.setattr(group_norm_silu, "MAX_ONE_PASS_ELEMENTS", 1)
