@@ -301,7 +301,7 @@ def test_rows_of_the_time_embedding_by_fallbacks(monkeypatch):
 
 
 @pytest.mark.kernel
-@pytest.mark.full
+@pytest.mark.acceptance
 def test_rows_of_the_time_embedding_by_kernels(monkeypatch, device):
     check_rows_per_step(monkeypatch, device)
 
