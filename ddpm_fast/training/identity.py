@@ -35,7 +35,7 @@ def run_identity(
 ) -> dict[str, Any]:
     """What must not change between the parts of a run, as JSON holds it."""
     return dict(
-        network=network.to_diffusers(),
+        network=network.to_config(),
         beta=hashlib.sha256(schedule.beta.tobytes()).hexdigest(),
         **data_identity(data),
         **config_identity(config),
