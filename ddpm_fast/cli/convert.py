@@ -16,16 +16,23 @@ _BETAS = ("beta_start", "beta_end")  # of the schedules that have them
 _FLAGS = {"sample_size": ("image_size",), "process": _PROCESS}
 
 
-def _published() -> str:
-    names = [f"{name} ({entry.file})" for name, entry in PUBLISHED.items()]
-    return f"Settings of a published file: {', '.join(names)}."
+def _table() -> str:
+    """The published files, one per line; "\\b" keeps click from wrapping them."""
+    width = max(map(len, PUBLISHED))
+    lines = [f"  {name:{width}}  {entry.file}" for name, entry in PUBLISHED.items()]
+    return "\b\n" + "\n".join(["Published files, by NAME:", *lines])
 
 
-@click.command()
+@click.command(epilog=_table())
 @click.argument("source", type=PATH)
 @click.argument("out", type=PATH)
 @click.option("--from", "codebase", type=click.Choice(CODEBASES), help="Codebase of SOURCE.")
-@click.option("--published", type=click.Choice(list(PUBLISHED)), metavar="NAME", help=_published())
+@click.option(
+    "--published",
+    type=click.Choice(list(PUBLISHED)),
+    metavar="NAME",
+    help="Use the settings of this published file (list below).",
+)
 @click.option("--flags", help="OpenAI's MODEL_FLAGS and DIFFUSION_FLAGS, verbatim, as one string.")
 @click.option(
     "--trust",

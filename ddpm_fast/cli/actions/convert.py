@@ -41,12 +41,15 @@ def _process(options: dict[str, Any]) -> Process | None:
     name, timesteps = options["schedule"], options["timesteps"]
     if name is None:
         return None
-    if name in ("linear", "scaled-linear"):
-        form = NoiseSchedule.linear if name == "linear" else NoiseSchedule.scaled_linear
-        schedule = form(options["beta_start"], options["beta_end"], timesteps)
+    start, end = options["beta_start"], options["beta_end"]
+    if name == "linear":
+        schedule = NoiseSchedule.linear(start, end, timesteps)
+    elif name == "scaled-linear":
+        schedule = NoiseSchedule.scaled_linear(start, end, timesteps)
+    elif name == "cosine":
+        schedule = NoiseSchedule.cosine(timesteps)
     else:
-        form = NoiseSchedule.cosine if name == "cosine" else NoiseSchedule.sigmoid
-        schedule = form(timesteps)
+        schedule = NoiseSchedule.sigmoid(timesteps)
     clip = None if options["clip"] == "none" else options["clip"]
     return Process(schedule, options["prediction"], options["variance"], clip)
 
