@@ -14,7 +14,7 @@ from .conversion import Conversion, Process, Setting
 from .edm import convert_edm
 from .ho import convert_ho
 from .openai import convert_openai, read_architecture
-from .openai_flags import SILENT, Architecture, OpenAIFlags, check_flags, parse_flags
+from .openai_flags import DEFAULTS, SILENT, Architecture, OpenAIFlags, check_flags, parse_flags
 from .published import CODEBASES, NEEDED, PUBLISHED, HoSettings
 from .raw_weights import RawWeights, choose_file, file_sha256
 from .weights import WEIGHTS, read_unet
@@ -78,16 +78,17 @@ def convert_checkpoint(
         raise ValueError(f"dropout is {shown(dropout)}; expected a number from 0 to below 1")
     if codebase == "diffusers-unet":
         return _convert_folder(Path(source), process)
+    text = str(PUBLISHED[published].settings) if published is not None else flags or ""
+    openai_flags = parse_flags(text, codebase) if codebase in DEFAULTS else None
     path, notes = choose_file(Path(source))
     weights = RawWeights(path, trust)
-    weights.notes[:] = notes
+    weights.notes += notes
     weights.strip_prefix("module.")
+    if openai_flags is not None:
+        return _convert_openai(weights, openai_flags, published)
     if codebase == "ho":
         return _convert_ho(weights, published, process, sample_size, dropout)
-    if codebase == "edm":
-        return _convert_edm(weights, process, dropout)
-    text = str(PUBLISHED[published].settings) if published is not None else flags
-    return _convert_openai(weights, parse_flags(text or "", codebase), published)
+    return _convert_edm(weights, process, dropout)
 
 
 def _codebase(codebase: str | None, published: str | None) -> str:
@@ -137,6 +138,11 @@ def _convert_ho(
         sample_size, dropout = settings.sample_size, settings.dropout
     assert process is not None and sample_size is not None and dropout is not None
     unet = convert_ho(weights, sample_size, dropout)
+    if published is not None and unet.config.channels != settings.widths:
+        raise ValueError(
+            f"{weights.path} has levels of {unet.config.channels} channels; "
+            f"{published} has {settings.widths}: give the name of this file"
+        )
     origin = "given" if published is None else f"published file {published}"
     silent = [("sample_size", sample_size), ("dropout", dropout), *_process_items(process)]
     fixed = [("attention heads", 1), ("padding of downsampling", "right and bottom")]
@@ -239,11 +245,24 @@ def _convert_folder(folder: Path, process: Process | None) -> Conversion:
     with naming(folder / "config.json"):
         config = UNetConfig.from_config({k: v for k, v in content.items() if k not in _EMA_KEYS})
     unet = read_unet(folder, config)
+    _check_outputs(folder, unet, process)
     settings = _settings(_process_items(process), "given", [])
     path = folder / WEIGHTS
     return Conversion(
         unet, process, "diffusers-unet", path, file_sha256(path), settings, tuple(notes)
     )
+
+
+def _check_outputs(path: Path, unet: UNet, process: Process | None) -> None:
+    """Only a network with learned variances has twice as many outputs as inputs."""
+    if process is None:
+        return
+    c, learned = unet.config, process.variance.startswith("learned")
+    if c.out_channels != c.in_channels * (2 if learned else 1):
+        raise ValueError(
+            f"variance {process.variance} contradicts the weights in {path}: {c.in_channels} channels "
+            f"in, {c.out_channels} out; twice as many out mean learned_range"
+        )
 
 
 def _process_items(process: Process | None) -> list[tuple[str, Any]]:
@@ -275,5 +294,6 @@ def _conversion(
     process: Process | None,
     settings: tuple[Setting, ...],
 ) -> Conversion:
+    _check_outputs(weights.path, unet, process)
     notes = (f"tensors: {weights.dtypes()}, every one used once", *weights.notes)
     return Conversion(unet, process, codebase, weights.path, weights.sha256, settings, notes)

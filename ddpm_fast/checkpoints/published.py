@@ -18,6 +18,7 @@ CODEBASES = tuple(NEEDED)
 class HoSettings(NamedTuple):
     """Settings of a network of Ho et al.; all have T = 1000, beta from 1e-4 to 0.02, and clip x_0."""
 
+    widths: tuple[int, ...]  # which the weights say too
     sample_size: int
     dropout: float
     variance: str
@@ -31,7 +32,8 @@ class Published(NamedTuple):
     settings: HoSettings | str  # a string: OpenAI's flags, verbatim
 
 
-_CIFAR, _LSUN = HoSettings(32, 0.1, "fixed_large"), HoSettings(256, 0.0, "fixed_small")
+_CIFAR = HoSettings((128, 256, 256, 256), 32, 0.1, "fixed_large")
+_LSUN = HoSettings((128, 128, 256, 256, 512, 512), 256, 0.0, "fixed_small")
 _IMAGENET_64 = "--image_size 64 --num_channels 128 --num_res_blocks 3 --learn_sigma True "
 _CIFAR_10 = (
     "--image_size 32 --num_channels 128 --num_res_blocks 3 --learn_sigma True --dropout 0.3 "

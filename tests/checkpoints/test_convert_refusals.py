@@ -342,6 +342,11 @@ def test_published_name_of_another_network(states, tmp_path, refuse):
         (HO.replace("--clip 1", "--clip -1"), "--clip is -1"),
         (HO.replace("--beta-end 0.02", "--beta-end 2"), "2"),
         (HO.replace("--dropout 0", "--dropout nan"), "dropout is nan"),
+        (
+            HO.replace("fixed_large", "learned_range"),
+            "variance learned_range contradicts the weights",
+        ),
+        ("--published ho-cifar10", "ho-cifar10 has (128, 256, 256, 256)"),
         (f"{HO} --flags x", "--flags was given"),
         (f"{HO} --network-only", "leave it out"),
         ("--published ho-cifar10 --dropout 0", "--published implies it"),
