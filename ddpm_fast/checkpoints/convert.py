@@ -131,14 +131,13 @@ def _convert_ho(
     sample_size: int | None,
     dropout: float | None,
 ) -> Conversion:
-    if published is not None:
-        settings = PUBLISHED[published].settings
-        assert isinstance(settings, HoSettings)
+    settings = PUBLISHED[published].settings if published is not None else None
+    if isinstance(settings, HoSettings):
         process = Process(NoiseSchedule.linear(), "eps", settings.variance, 1.0)
         sample_size, dropout = settings.sample_size, settings.dropout
     assert process is not None and sample_size is not None and dropout is not None
     unet = convert_ho(weights, sample_size, dropout)
-    if published is not None and unet.config.channels != settings.widths:
+    if isinstance(settings, HoSettings) and unet.config.channels != settings.widths:
         raise ValueError(
             f"{weights.path} has levels of {unet.config.channels} channels; "
             f"{published} has {settings.widths}: give the name of this file"
