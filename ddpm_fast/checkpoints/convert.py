@@ -84,11 +84,15 @@ def convert_checkpoint(
     weights = RawWeights(path, trust)
     weights.notes += notes
     weights.strip_prefix("module.")
-    if openai_flags is not None:
-        return _convert_openai(weights, openai_flags, published)
-    if codebase == "ho":
-        return _convert_ho(weights, published, process, sample_size, dropout)
-    return _convert_edm(weights, process, dropout)
+    try:
+        if openai_flags is not None:
+            return _convert_openai(weights, openai_flags, published)
+        if codebase == "ho":
+            return _convert_ho(weights, published, process, sample_size, dropout)
+        return _convert_edm(weights, process, dropout)
+    except ValueError as error:  # those of a configuration do not name the file
+        text = str(error)
+        raise ValueError(text if str(path) in text else f"{path}: {text}") from None
 
 
 def _codebase(codebase: str | None, published: str | None) -> str:

@@ -37,6 +37,6 @@ def download(repository: str | Path) -> Path:
     except Exception as error:  # of several libraries, without a common base
         first = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise ValueError(
-            f"{name} is not a directory, and the Hugging Face hub cannot be reached for it: {first} "
-            "Check the name and the connection"
+            f"{name} is not a directory, and the Hugging Face hub has not delivered it; "
+            f"check the name and the connection: {first}"
         ) from None

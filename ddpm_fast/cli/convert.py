@@ -58,9 +58,9 @@ def convert(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Convert the checkpoint SOURCE of another codebase to the folder OUT.
+    """Convert a checkpoint of another codebase.
 
-    What the weights do not say must be given: by --published NAME, for OpenAI by --flags, else by
+    SOURCE is a file or folder of that codebase, OUT the folder to write. What the weights do not say must be given: by --published NAME, for OpenAI by --flags, else by
     the options from --schedule on. Formats and examples: docs/checkpoints.md.
     """
     if codebase is None and published is None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from ddpm_fast import NoiseSchedule, Sampler, UNetConfig, load_pretrained, save_pretrained
+from ddpm_fast import FusedUNet, NoiseSchedule, Sampler, UNet, UNetConfig, load_pretrained, save_pretrained
 from ddpm_fast.checkpoints.conversion import Process
 from ddpm_fast.checkpoints.convert import convert_checkpoint
 from ddpm_fast.checkpoints.published import PUBLISHED
@@ -330,16 +330,20 @@ def test_engines_apply_time_scale_and_sinusoid_width():
         sample_size=8, channels=(32, 64), layers=1, attention=(False, True), time_scale=0.25,
         sinusoid_dim=48, num_classes=3, heads=(1, 4), out_channels=6,
     )  # fmt: skip
-    unet = import_module("ddpm_fast").UNet(UNetConfig(**options)).eval()
+    unet = UNet(UNetConfig(**options)).eval()
     schedule = NoiseSchedule.cosine(4000)
     images = {}
     for engine in ("reference", "cpu"):
         sampler = Sampler(unet, schedule, (3, 8, 8), variance="learned_range", engine=engine)
         images[engine] = sampler.sample(2, steps=4, labels=[0, 2], output="float")
     assert relative_error(images["cpu"], images["reference"]) < 1e-4
-    other = import_module("ddpm_fast").UNet(UNetConfig(**options | dict(time_scale=1.0))).eval()
+    x, t, y = torch.randn(2, 3, 8, 8), torch.tensor([400, 3999]), torch.tensor([0, 1])
+    fused = FusedUNet(unet, 2, "fp32", "cpu", check=False, timesteps=4000)
+    with torch.no_grad():
+        assert relative_error(fused(x, t, y), unet(x, t, y)) < 1e-5
+    other = UNet(UNetConfig(**options | dict(time_scale=1.0))).eval()
     other.load_state_dict(unet.state_dict())
-    x, t, y = torch.zeros(2, 3, 8, 8), torch.tensor([400, 1000]), torch.tensor([0, 1])
+    t = torch.tensor([400, 1000])
     with torch.no_grad():
         assert torch.equal(unet(x, t, y), other(x, t / 4, y))
         assert not torch.allclose(unet(x, t, y), other(x, t, y))

@@ -52,9 +52,10 @@ def check(tmp_path, model, original, side, t, y=None, **arguments):
     """Relative error in fp32 of the converted network."""
     x = image(side)
     expected = original(x)
-    torch.save(model.state_dict(), tmp_path / "ema_0.9999_1.pt")
-    conversion = convert_checkpoint(tmp_path / "ema_0.9999_1.pt", trust=True, **arguments)
-    del model
+    path = tmp_path / "ema_0.9999_1.pt"
+    torch.save(model.state_dict(), path)
+    conversion = convert_checkpoint(path, trust=True, **arguments)
+    path.unlink()  # up to 2.2 GB
     error = relative_error(conversion.unet(x, t, y), expected)
     parameters = sum(p.numel() for p in conversion.unet.parameters())
     print(f"\n{arguments}: {parameters:,} parameters, relative error {error:.2e}")
