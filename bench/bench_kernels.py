@@ -1,7 +1,7 @@
-"""Kernels, plain PyTorch and torch.compile: bytes or FLOP per second, and their share of the ceiling in the same run.
+"""Kernels, plain PyTorch and torch.compile: bytes or FLOP per second, and share of the ceiling.
 
-On a CPU the elementwise operations run their references, and the network's kernels do not run: `ddpm-fast bench` times the
-instructions of the CPU engine.
+On a CPU the elementwise operations run their references, and the network's kernels do not run:
+`ddpm-fast bench` times the instructions of the CPU engine.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from bench.elementwise import (
     Elementwise,
     Implementation,
 )
-from bench.workloads import NETWORKS, TINY_UNET
-from ddpm_fast import UNet
+from bench.workloads import NETWORKS, TINY_UNET, random_checkpoint
 from ddpm_fast.benchmark.kernels import distinct
+from ddpm_fast.benchmark.workload import Workload
 from ddpm_fast.engines.fused.plan import Launch, Plan
 from ddpm_fast.engines.fused.unet import FusedUNet
 from ddpm_fast.utils.numerics import relative_error
@@ -46,7 +46,7 @@ CASES += [
 
 @cache
 def tensors(shape: tuple[int, ...], layout: str, dtype: str, device: str) -> Elementwise:
-    tensors.cache_clear()  # one at a time: they fill gigabytes
+    tensors.cache_clear()  # one at a time: they take gigabytes
     return Elementwise(shape, LAYOUTS[layout], DTYPES[dtype], torch.device(device))
 
 
@@ -64,7 +64,7 @@ def test_elementwise(shape, layout, dtype, operation, by, timed, device, tiny, c
     case: Case = {(c.operation, c.by): c for c in (*on.cases(), *on.compiled())}[operation, by]
     is_kernel = by is Implementation.KERNEL
     code = "reference" if is_kernel and device.type == "cpu" else by.value
-    # operands come from memory, since sets of them take turns; outputs go where the allocator puts them
+    # the cycle of operand sets exceeds the caches; outputs are placed by the allocator
     seconds = timed(
         case.call,
         on.error if is_kernel else 0.0,
@@ -84,15 +84,10 @@ def test_elementwise(shape, layout, dtype, operation, by, timed, device, tiny, c
 @cache
 def plan_of(dtype: str, tiny: bool, device: str) -> Plan:
     """Plan of the CIFAR-10 network, loaded and run once."""
-    torch.manual_seed(0)
-    unet = UNet(TINY_UNET if tiny else NETWORKS["cifar10"]).eval().requires_grad_(False).to(device)
-    c, batch = unet.config, 2 if tiny else 256
-    x = torch.randn(batch, c.in_channels, *(c.size or (32, 32)), device=device).contiguous(
-        memory_format=torch.channels_last
-    )
-    plan = FusedUNet(unet, batch, dtype, check=False).load(
-        x, torch.arange(batch, device=device) % 1000
-    )
+    checkpoint = random_checkpoint(TINY_UNET if tiny else NETWORKS["cifar10"])
+    unet, batch = checkpoint.unet.to(device), 2 if tiny else 256
+    fused = FusedUNet(unet, batch, dtype, check=False)
+    plan = fused.load(*Workload(checkpoint, dtype).inputs(batch))
     plan.run()
     return plan
 
@@ -114,9 +109,9 @@ KINDS = (
 )
 @pytest.mark.parametrize("kind", KINDS)
 def test_network(kind, by, dtype, timed, device, tiny, ceilings, benchmark):
-    """The launch of a kind that takes most of a forward pass: its kernel, and PyTorch on the same buffers."""
+    """The largest launch of a kind: its kernel, and plain PyTorch on the same buffers."""
     if device.type == "cpu" and (by is Implementation.KERNEL or dtype == "fp8"):
-        pytest.skip("the network's kernels run on a GPU; on a CPU plain PyTorch is timed alone")
+        pytest.skip("the network's kernels run on a GPU; on a CPU only plain PyTorch is timed")
     if dtype == "fp8" and torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("this GPU has no fp8")
     plan = plan_of(dtype, tiny, str(device))
@@ -145,7 +140,7 @@ def test_network(kind, by, dtype, timed, device, tiny, ceilings, benchmark):
         info |= dict(
             tflops=flops / seconds / 1e12, share_of_matmul=flops / seconds / ceilings[dtype]
         )
-    # as in the network, operands come from the launch before it: out of the second-level cache if they fit
+    # operands that fit come from the second-level cache, as in the network
     benchmark.extra_info.update(**info, operands_fit_into_cache=moved < CACHE)
 
 

@@ -1,4 +1,4 @@
-"""Elementwise kernels and plain PyTorch on the same tensors, for `bench_kernels.py` and `bench.gpu`."""
+"""Elementwise kernels and plain PyTorch on the same tensors: `bench_kernels.py`, `bench.gpu`."""
 
 from __future__ import annotations
 
@@ -21,10 +21,12 @@ from ddpm_fast.kernels.q_sample import q_sample, q_sample_reference
 from ddpm_fast.utils.numerics import relative_error
 
 TOLERANCE = 1e-6  # relative error against the references
-SHAPES = [(2048, 3, 128, 128), (32768, 3, 32, 32)]  # far beyond any cache
+SHAPES = [(2048, 3, 128, 128), (32768, 3, 32, 32)]  # larger than any cache
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-CACHE = 64 * 2**20  # bytes: more than the last level of the GPUs and CPUs that this runs on
+# operation -> (call, fewest bytes to read and write per element)
+Calls = dict[str, tuple[Callable[[], object], int]]
+CACHE = 64 * 2**20  # bytes: more than the last-level cache of current GPUs and CPUs
 
 
 class Implementation(Enum):
@@ -35,7 +37,7 @@ class Implementation(Enum):
 
 @dataclass(frozen=True)
 class Case:
-    """call: one operation over all images; bytes: the least that it has to move."""
+    """call: one operation over all images; bytes: fewest bytes to read and write."""
 
     operation: str
     by: Implementation
@@ -52,7 +54,9 @@ class Case:
 
 
 class Elementwise:
-    """Tensors of one shape, layout and dtype; enough sets take turns that no call finds its operands in a cache.
+    """Tensors of one shape, layout and dtype.
+
+    Calls cycle through enough sets of operands that no operand is in a cache.
 
     Raises:
         AssertionError: A kernel differs from its reference, so nothing may be timed.
@@ -67,20 +71,16 @@ class Elementwise:
     ) -> None:
         b = shape[0]
         self.shape, self.dtype, self.device = shape, dtype, device
-        self.image, self.seed = (
-            torch.arange(b, device=device),
-            torch.zeros(b, dtype=torch.int64, device=device),
-        )
+        self.image = torch.arange(b, device=device)
+        self.seed = torch.zeros(b, dtype=torch.int64, device=device)
         self.row = torch.zeros(b, dtype=torch.int32, device=device)
         self.t = torch.full((b,), 500, device=device)
         schedule = NoiseSchedule.linear()
         table = EXACT.table(schedule, "ddpm", choose_timesteps(1000, None))
         self.table = table.padded(len(table) + 1)[1].to(device)
-        self.coef, self.target = (
-            schedule.q_sample_table(device),
-            target_table(schedule, "eps", device),
-        )
-        elements = b * shape[1] * shape[2] * shape[3]
+        self.coef = schedule.q_sample_table(device)
+        self.target = target_table(schedule, "eps", device)
+        self.elements = elements = b * shape[1] * shape[2] * shape[3]
         sets = min(16, 1 + 4 * CACHE // (4 * elements)) if elements > 2**16 else 1
 
         def tensors(kind: torch.dtype) -> itertools.cycle[Tensor]:
@@ -102,14 +102,8 @@ class Elementwise:
 
     def _error(self) -> float:
         """Largest relative error of the kernels, on two images."""
-        few = slice(0, 2)
-        chw, seed, image, row, t = (
-            self.shape[1:],
-            self.seed[few],
-            self.image[few],
-            self.row[few],
-            self.t[few],
-        )
+        few, chw = slice(0, 2), self.shape[1:]
+        seed, image, row, t = (v[few] for v in (self.seed, self.image, self.row, self.t))
         x, out, x_0 = next(self.x)[few], next(self.out)[few], next(self.x_0)[few]
         z = N.noise_reference(seed, image, row, N.Q_SAMPLE, chw)
         errors = [
@@ -130,14 +124,11 @@ class Elementwise:
         return max(*errors, relative_error(x_next, expected))
 
     def cases(self) -> list[Case]:
-        """The kernels, and plain PyTorch, which stores the noise that the loss compares with."""
+        """The kernels and plain PyTorch, whose loss reads stored noise."""
         c, h, w = self.shape[1:]
-        item, elements = self.dtype.itemsize, self.shape[0] * c * h * w
-        index, ones = (
-            (self.row, self.seed, self.image),
-            torch.ones(self.shape[0], device=self.device),
-        )
-        calls: dict[str, tuple[Callable[[], object], int]] = {
+        item, index = self.dtype.itemsize, (self.row, self.seed, self.image)
+        ones = torch.ones(self.shape[0], device=self.device)
+        calls: Calls = {
             "noise": (lambda: N.noise(self.seed, self.image, self.row, N.X_T, c, h, w), 4),
             "q_sample": (lambda: q_sample(next(self.x_0), self.coef, self.t, *index), 4 + item),
             "ddpm_step": (
@@ -159,27 +150,21 @@ class Elementwise:
                 2 * item,
             ),
         }
-        kernels = [
-            Case(name, Implementation.KERNEL, call, size * elements)
-            for name, (call, size) in calls.items()
-        ]
-        plain = self._plain().items()
-        return kernels + [
-            Case(name, Implementation.PLAIN, call, size * elements) for name, (call, size) in plain
-        ]
+        return self._cases(Implementation.KERNEL, calls) + self._cases(
+            Implementation.PLAIN, self._plain()
+        )
 
     def compiled(self) -> list[Case]:
-        """The plain forms by torch.compile; each is compiled at its first call."""
-        elements = self.shape[0] * self.shape[1] * self.shape[2] * self.shape[3]
-        compiled = self._plain(torch.compile).items()
+        """Plain PyTorch by torch.compile, compiled at the first call."""
+        return self._cases(Implementation.COMPILED, self._plain(torch.compile))
+
+    def _cases(self, by: Implementation, calls: Calls) -> list[Case]:
         return [
-            Case(name, Implementation.COMPILED, call, size * elements)
-            for name, (call, size) in compiled
+            Case(operation, by, call, size * self.elements)
+            for operation, (call, size) in calls.items()
         ]
 
-    def _plain(
-        self, wrap: Callable[..., Callable[..., Tensor]] = lambda f: f
-    ) -> dict[str, tuple[Callable[[], object], int]]:
+    def _plain(self, wrap: Callable[..., Callable[..., Tensor]] = lambda f: f) -> Calls:
         signal, sigma = (float(v) for v in self.coef[500])
         c0, c1, clip, m0, m1, _, _, s, *_ = (float(v) for v in self.table[500])
         item = self.dtype.itemsize
@@ -193,8 +178,6 @@ class Elementwise:
         return {
             "q_sample": (lambda: forward(next(self.x_0)), 4 + item),
             "ddpm_step": (lambda: reverse(next(self.x), next(self.out)), 8 + item),
-            "noise_mse": (
-                lambda: loss(next(self.out), next(self.eps)),
-                item + 4,
-            ),  # with the noise that q_sample had to store
+            # reads the noise that q_sample stored
+            "noise_mse": (lambda: loss(next(self.out), next(self.eps)), item + 4),
         }

@@ -1,4 +1,4 @@
-"""Networks that the benchmarks run, and the folders of results."""
+"""Networks of the benchmarks, and the folders of results."""
 
 from __future__ import annotations
 
@@ -6,18 +6,19 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from ddpm_fast import UNetConfig
+import torch
+
+from ddpm_fast import Checkpoint, NoiseSchedule, UNet, UNetConfig
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"  # committed
 OUT = Path("bench-results")  # in the current folder, ignored by git
+WEIGHTS = ROOT / "weights" / "fashion-mnist-32"  # part of the repository
 
 
 def fashion_mnist() -> UNetConfig:
-    """The network of the shipped weights."""
-    return UNetConfig.from_diffusers(
-        json.loads((ROOT / "weights" / "fashion-mnist-32" / "unet" / "config.json").read_text())
-    )
+    """The network of `WEIGHTS`."""
+    return UNetConfig.from_diffusers(json.loads((WEIGHTS / "unet" / "config.json").read_text()))
 
 
 NETWORKS: dict[str, UNetConfig] = {
@@ -51,3 +52,9 @@ def scaled(config: UNetConfig, channels: int) -> UNetConfig:
     return replace(
         config, channels=tuple(c * channels // config.channels[0] for c in config.channels)
     )
+
+
+def random_checkpoint(config: UNetConfig) -> Checkpoint:
+    """A network with random weights, on which times do not depend, and the linear schedule."""
+    torch.manual_seed(0)
+    return Checkpoint(UNet(config).eval().requires_grad_(False), NoiseSchedule.linear())

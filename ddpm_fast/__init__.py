@@ -1,4 +1,4 @@
-"""ddpm_fast: an exact and fast engine for denoising diffusion probabilistic models (Ho et al. 2020)."""
+"""Fast, exact engine for denoising diffusion probabilistic models (DDPM; Ho et al. 2020)."""
 
 from __future__ import annotations
 
@@ -9,9 +9,13 @@ if TYPE_CHECKING:
     from .checkpoints.checkpoint import Checkpoint, load_pretrained, save_pretrained
     from .data.datasets import ImageData, load_images
     from .data.image_io import encode_png, save_grid, to_pil
+    from .diffusion.forward_process import training_loss
+    from .diffusion.reverse_process import p_sample_loop
     from .diffusion.schedule import NoiseSchedule
     from .engines.fused.unet import FusedUNet
     from .evaluation.likelihood import bits_per_dimension
+    from .integrations.diffusers import accelerate, restore
+    from .integrations.torch_dataset import GeneratedImages
     from .models.config import UNetConfig
     from .models.unet import UNet
     from .sampling.callbacks import Trajectory
@@ -26,6 +30,7 @@ __version__ = "0.1.0"
 _HOME = {
     "Checkpoint": "checkpoints.checkpoint",
     "FusedUNet": "engines.fused.unet",
+    "GeneratedImages": "integrations.torch_dataset",
     "ImageData": "data.datasets",
     "NoiseSchedule": "diffusion.schedule",
     "Sampler": "sampling.sampler",
@@ -35,18 +40,23 @@ _HOME = {
     "Trajectory": "sampling.callbacks",
     "UNet": "models.unet",
     "UNetConfig": "models.config",
+    "accelerate": "integrations.diffusers",
     "bits_per_dimension": "evaluation.likelihood",
     "encode_png": "data.image_io",
     "load_images": "data.datasets",
     "load_pretrained": "checkpoints.checkpoint",
+    "p_sample_loop": "diffusion.reverse_process",
+    "restore": "integrations.diffusers",
     "save_grid": "data.image_io",
     "save_pretrained": "checkpoints.checkpoint",
     "to_pil": "data.image_io",
+    "training_loss": "diffusion.forward_process",
 }
 
 __all__ = [
     "Checkpoint",
     "FusedUNet",
+    "GeneratedImages",
     "ImageData",
     "NoiseSchedule",
     "Sampler",
@@ -56,13 +66,17 @@ __all__ = [
     "Trajectory",
     "UNet",
     "UNetConfig",
+    "accelerate",
     "bits_per_dimension",
     "encode_png",
     "load_images",
     "load_pretrained",
+    "p_sample_loop",
+    "restore",
     "save_grid",
     "save_pretrained",
     "to_pil",
+    "training_loss",
 ]
 
 

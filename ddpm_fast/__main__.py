@@ -7,7 +7,7 @@ from .cli.interrupts import exit_at_once
 
 
 def run() -> NoReturn:
-    """Runs the command line; Ctrl-C before its imports are done, or after its end, is one line too."""
+    """Runs the command line. Ctrl-C during imports or at exit prints no traceback."""
     signal.signal(signal.SIGINT, exit_at_once)
     from .cli.main import main  # after the handler is installed, because it imports click
 

@@ -1,6 +1,4 @@
-"""Assertions that tests share: the accuracy criterion, and operations on feature maps; and the
-numerics of Triton's interpreter.
-"""
+"""Assertions shared by tests: accuracy, and operations on feature maps."""
 
 from __future__ import annotations
 
@@ -20,8 +18,13 @@ from .utils.numerics import relative_error
 
 
 def assert_as_accurate(fused: Tensor, plain: Tensor, exact: Tensor, slack: float = 2.0) -> None:
-    """`fused` may be at most `slack` times as far from the fp64 truth `exact` as plain PyTorch is,
-    plus one last-place unit.
+    """Asserts that the error of `fused` is at most `slack` times that of plain PyTorch plus 1 ulp.
+
+    Args:
+        fused: The result.
+        plain: The result of plain PyTorch at the same precision.
+        exact: The fp64 truth. Errors are the largest absolute ones.
+        slack: Factor.
     """
     ulp = torch.finfo(fused.dtype).eps * exact.abs().max()
     error = (fused.double() - exact).abs().max()
@@ -35,13 +38,13 @@ def assert_as_accurate(fused: Tensor, plain: Tensor, exact: Tensor, slack: float
 
 
 def interpret_like_a_gpu() -> None:
-    """Replaces the products and sums of Triton's interpreter by some whose rounding is like a GPU's.
+    """Replaces products and sums of Triton's interpreter by ones with the rounding of a GPU.
 
-    The interpreter passes `tl.dot` to BLAS. OpenBLAS's kernels for AVX2 round the products of one
-    row differently by where the row is in the tile, so that an image's bits would depend on its
-    position in the batch; on a GPU, as here, all rows are computed alike. `tl.sum` along any axis
-    but the last adds one value after another, and its error grows with their number; a GPU's
-    threads add as a tree, and so does numpy along a contiguous axis.
+    The interpreter computes `tl.dot` by BLAS. OpenBLAS's kernels for AVX2 round a row differently
+    depending on its position in the tile, so an image would depend on its position in the batch. On
+    a GPU, all rows are rounded equally. `tl.sum` along any axis but the last adds sequentially,
+    with an error that grows with the length. GPUs add pairwise, as does numpy along a contiguous
+    axis.
     """
     if INTERPRETED:
         from triton.runtime import interpreter
@@ -52,9 +55,9 @@ def interpret_like_a_gpu() -> None:
 
 
 def _matmul(a: Any, b: Any, dtype: Any = None) -> Any:
-    """a [..., M, K] @ b [..., K, N], added in fp64 and rounded once."""
+    """a [..., M, K] @ b [..., K, N], accumulated in fp64 and rounded once."""
     x, y = a.astype(np.float64), b.astype(np.float64)
-    if a.dtype.itemsize < 4:  # fp64 holds these products and sums exactly, in whatever order
+    if a.dtype.itemsize < 4:  # exact in fp64, in any order
         product = np.matmul(x, y)
     else:
         product = x[..., :1] * y[..., :1, :]
@@ -72,23 +75,19 @@ def _tree_sum(x: Any, axis: int | None = None, keepdims: bool = False) -> Any:
 
 # ---- operations on feature maps
 
-GUARD = 256  # rows on either side of a map, in no map
+GUARD = 256  # rows before and after a map that no kernel may touch
 
 
 def operand_types() -> list[torch.dtype]:
-    """What activations may be here. The interpreter multiplies bf16 wrongly and truncates where it
-    should round to it.
-    """
-    return [
-        torch.float32,
-        torch.float16,
-        *[torch.bfloat16] * (torch.cuda.is_available() and not INTERPRETED),
-    ]
+    """Testable dtypes of activations. In the interpreter, products and casts of bf16 are wrong."""
+    bf16 = torch.cuda.is_available() and not INTERPRETED
+    return [torch.float32, torch.float16, *[torch.bfloat16] * bf16]
 
 
 def spread(*axes: Iterable[Any]) -> list[tuple[Any, ...]]:
-    """Every combination of values of the axes, with every one of `operand_types`; or, as the
-    interpreter takes its time, with one, in turn along every axis.
+    """All combinations of the axes with `operand_types`.
+
+    In the interpreter, which is slow, each combination has one dtype, alternating along every axis.
     """
     types = operand_types()
     points = [list(zip(*point, strict=True)) for point in itertools.product(*map(enumerate, axes))]
@@ -109,7 +108,7 @@ def poisoned(
     device: Any,
     bordered: bool = True,
 ) -> FeatureMap:
-    """A map full of NaN with NaN around it: what is left unwritten, or read from outside, shows."""
+    """A map filled and surrounded with NaN: it reveals missing writes and out-of-bounds reads."""
     fm = FeatureMap.empty(images, height, width, channels, dtype, "meta", bordered)
     memory = torch.full(
         (len(fm.rows) + 2 * GUARD, channels * dtype.itemsize),
@@ -121,7 +120,7 @@ def poisoned(
 
 
 def map_of(x: Tensor, dtype: torch.dtype | None = None, bordered: bool = True) -> FeatureMap:
-    """x [N, C, H, W] as a map with NaN around it."""
+    """x [N, C, H, W] as a map surrounded with NaN."""
     n, c, h, w = x.shape
     fm = poisoned(n, h, w, c, dtype or x.dtype, x.device, bordered)
     fm.write(x)
@@ -129,9 +128,7 @@ def map_of(x: Tensor, dtype: torch.dtype | None = None, bordered: bool = True) -
 
 
 def assert_written(out: FeatureMap) -> None:
-    """No NaN is left in a map that was `poisoned`, its border is zero, and nothing around it was
-    touched.
-    """
+    """Asserts that a `poisoned` map has no NaN, a zero border, and unchanged rows around it."""
     rows, guard = out.rows.double(), GUARD * out.channels * out.rows.element_size()
     memory = torch.empty(0, dtype=torch.uint8, device=rows.device).set_(out.rows.untyped_storage())
     assert not rows.isnan().any(), f"NaN in {int(rows.isnan().any(1).sum())} of {len(rows)} rows"
@@ -142,15 +139,14 @@ def assert_written(out: FeatureMap) -> None:
 
 
 def assert_same_bits(x: Tensor, y: Tensor, what: str) -> None:
+    """Asserts that x and y are bit-exact."""
     assert torch.equal(x.contiguous().view(torch.uint8), y.contiguous().view(torch.uint8)), (
         f"{what}: other bits"
     )
 
 
 def run_twice(op: Any, out: FeatureMap, **arguments: Any) -> None:
-    """Runs the kernel into `out`, which is `poisoned`, and into another such map: all is written,
-    with the same bits.
-    """
+    """Runs the kernel into `out` and into another `poisoned` map; asserts bit-exact results."""
     again = poisoned(
         out.images,
         out.height,
@@ -174,9 +170,16 @@ def assert_operation(
     fallback: float = 1e-11,
     **arguments: Any,
 ) -> None:
-    """Kernel and fallback against `reference`, which computes in the type that it is given: fp64 is
-    the truth, the type of `out` the yardstick. The fallback, in fp64, may be off by `fallback` of
-    the largest value.
+    """Asserts that the kernel and the fallback of an operation agree with a reference.
+
+    Args:
+        op: The operation.
+        out: A `poisoned` map for its result.
+        reference: Computes the result in a given dtype: in fp64 the truth, in the dtype of `out`
+            plain PyTorch.
+        slack: As in `assert_as_accurate`.
+        fallback: Allowed error of the fallback in fp64, relative to the largest value.
+        **arguments: Of the operation.
     """
     exact, plain = reference(torch.float64), reference(out.rows.dtype)
     run_twice(op, out, **arguments)
@@ -204,36 +207,34 @@ def assert_operation(
 
 
 def assert_same_in_any_batch(run: Callable[[list[int]], FeatureMap]) -> None:
-    """`run` gives the map of the images it is told (of 0 ... 4): image 2 has the same bits wherever
-    and with whom it stands.
-    """
+    """Asserts that image 2 is bit-exact in any batch. `run` computes a batch of images 0 ... 4."""
     alone = run([2]).grid[0]
     for batch in ([2, 0, 1], [1, 0, 2], [2, 4, 1, 3, 0], [4, 3, 1, 0, 2]):
         assert_same_bits(run(batch).grid[batch.index(2)], alone, f"image 2 in the batch {batch}")
 
 
-def _leave(part: Callable[[FeatureMap], Tensor], value: float) -> Callable[[FeatureMap], Any]:
+def _fill(part: Callable[[FeatureMap], Tensor], value: float) -> Callable[[FeatureMap], Any]:
     return lambda out: part(out).fill_(value)
 
 
-# effect of a broken kernel -> what the assertion reports
+# planted fault -> (its effect on the output, part of the assertion's message)
 DAMAGES: dict[str, tuple[Callable[[FeatureMap], Any], str]] = {
-    "one pixel left out": (_leave(lambda out: out.pixels[0, :, 1, 2], float("nan")), "NaN"),
-    "one pixel is zero": (_leave(lambda out: out.pixels[-1, :, 2, 1], 0.0), "error"),
+    "one pixel left out": (_fill(lambda out: out.pixels[0, :, 1, 2], float("nan")), "NaN"),
+    "one pixel is zero": (_fill(lambda out: out.pixels[-1, :, 2, 1], 0.0), "error"),
     "one image is another": (lambda out: out.pixels[0].copy_(out.pixels[-1].clone()), "error"),
     "rows and columns swapped": (
         lambda out: out.pixels[0, :, :3, :3].copy_(out.pixels[0, :, :3, :3].mT.clone()),
         "error",
     ),
-    "top border left out": (_leave(lambda out: out.grid[0, 0, 1:], float("nan")), "NaN"),
-    "left border left out": (_leave(lambda out: out.grid[-1, 1:, 0], float("nan")), "NaN"),
-    "border of ones": (_leave(lambda out: out.grid[0, 0, -1, :1], 1.0), "border"),
+    "top border left out": (_fill(lambda out: out.grid[0, 0, 1:], float("nan")), "NaN"),
+    "left border left out": (_fill(lambda out: out.grid[-1, 1:, 0], float("nan")), "NaN"),
+    "border of ones": (_fill(lambda out: out.grid[0, 0, -1, :1], 1.0), "border"),
     "a row before the first": (
-        _leave(lambda out: out.rows.as_strided((1,), (1,), out.rows.storage_offset() - 1), 0.0),
+        _fill(lambda out: out.rows.as_strided((1,), (1,), out.rows.storage_offset() - 1), 0.0),
         "outside",
     ),
     "a row after the last": (
-        _leave(
+        _fill(
             lambda out: out.rows.as_strided(
                 (1,), (1,), out.rows.storage_offset() + out.rows.numel()
             ),

@@ -1,11 +1,13 @@
-"""DDPM in one dimension, from the forward chain to three samplers: `python examples/gaussian_mixture.py [--out DIR]`.
+"""DDPM in one dimension: `python examples/gaussian_mixture.py [--out DIR]`.
 
-The data are 800 points of an even mixture of N(-2, 0.5) and N(2, 0.5), the second argument being the variance. They are
-diffused over T = 1000 steps until nothing is left of them; a small network learns to predict the noise; DDPM, DDIM and
-DPM-Solver++ turn fresh noise into data again; and the jump from x_T to x_0 in one step shows why nobody does that.
+The data are 800 points of an even mixture of N(-2, 0.5) and N(2, 0.5); the second argument is the
+variance. They are diffused over T = 1000 steps, and a small network learns to predict the noise.
+DDPM, DDIM and DPM-Solver++ then generate samples, and one jump from x_T to x_0 shows that a single
+step is not enough.
 
-At every stage the program prints the Wasserstein-1 distance (W1) and the Kolmogorov-Smirnov statistic (KS) to what the stage
-should have come to. It takes one to two minutes on two cores, and leaves five figures and numbers.json in DIR.
+Each stage prints the Wasserstein-1 distance (W1) and the Kolmogorov-Smirnov statistic (KS) to the
+expected result. The program takes one to two minutes on two cores and writes five figures and
+numbers.json to DIR.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ddpm_fast import NoiseSchedule, Sampler
+from ddpm_fast import NoiseSchedule, Sampler, training_loss
 from ddpm_fast.diffusion.forward_process import q_chain, q_jump
 
 try:
@@ -36,15 +38,15 @@ except ImportError as missing:
 
 SCHEDULE = NoiseSchedule.linear()
 MODES, VARIANCE, POINTS = (-2.0, 2.0), 0.5, 800
-STAGES = (0, 49, 99, 199, 299, 499, 699, 999)  # where the forward process is looked at
+STAGES = (0, 49, 99, 199, 299, 499, 699, 999)  # timesteps of the forward figure
 SOLVERS = {"DDPM": ("ddpm", 1000), "DDIM": ("ddim", 50), "DPM-Solver++": ("dpm++2m", 20)}
 
 
-# ---- the truth
+# ---- data and exact distributions
 
 
 def draw_data(count: int, seed: int) -> Tensor:
-    """`count` points of the mixture, fp64."""
+    """Draws `count` points of the mixture, fp64."""
     generator = torch.Generator().manual_seed(seed)
     mode = torch.tensor(MODES, dtype=torch.float64)[
         torch.randint(0, 2, (count,), generator=generator)
@@ -53,7 +55,7 @@ def draw_data(count: int, seed: int) -> Tensor:
 
 
 class Mixture:
-    """The exact distribution of x_t: each component moves to sqrt(alpha_bar) times its mode and keeps its shape. t=None: x_0."""
+    """Exact distribution of x_t, a mixture with modes scaled by the signal; t=None: of x_0."""
 
     def __init__(self, t: int | None = None) -> None:
         bar, noise = (
@@ -72,13 +74,13 @@ class Mixture:
         return sum(part.cdf(x) for part in self.parts) / len(self.parts)
 
     def quantiles(self, count: int) -> Any:
-        """`count` points that stand for the whole distribution: its quantiles in the middle of each share."""
+        """The quantiles at (i + 1/2) / count, a sample of low discrepancy."""
         x = np.linspace(-9, 9, 200_001)
         return np.interp((np.arange(count) + 0.5) / count, self.cdf(x), x)
 
 
 def exact_eps(x: Tensor, t: int) -> Tensor:
-    """The best possible prediction of the noise for the true mixture, E[eps | x_t], fp64."""
+    """The optimal prediction of the noise for the true mixture, E[eps | x_t], fp64."""
     a, n = math.sqrt(SCHEDULE.alpha_bar[t]), float(SCHEDULE.noise_var[t])
     spread = a * a * VARIANCE + n
     mode = torch.tensor(MODES, dtype=torch.float64)
@@ -94,21 +96,21 @@ def distances(x: Tensor, truth: Mixture, quantiles: Any) -> dict[str, float]:
     )
 
 
-# ---- learning
+# ---- training
 
 
 class Denoiser(nn.Module):
-    """x_t [B, 1, 1, 1], t [B] -> eps. It sees x_t, the two weights of x_t = signal x_0 + noise eps, and some waves of t."""
+    """Network x_t [B, 1, 1, 1], t [B] -> eps; its inputs are x_t and features of t."""
 
     def __init__(self, width: int = 128) -> None:
         super().__init__()
         t = torch.arange(len(SCHEDULE))[:, None] / len(SCHEDULE)
-        waves = torch.cat(
+        sinusoids = torch.cat(
             [f(math.pi * k * t) for k in (1, 2, 4, 8) for f in (torch.sin, torch.cos)], dim=1
         )
         half_log_snr = torch.from_numpy(np.log(SCHEDULE.snr) / 2).float()[:, None]
         self.register_buffer(
-            "time", torch.cat([SCHEDULE.q_sample_table(), half_log_snr / 4, waves], dim=1)
+            "time", torch.cat([SCHEDULE.q_sample_table(), half_log_snr / 4, sinusoids], dim=1)
         )
         inputs = 1 + self.time.shape[1]
         layers = [
@@ -126,21 +128,15 @@ class Denoiser(nn.Module):
 
 
 def train(data: Tensor, steps: int, seed: int, batch: int = 2048) -> Denoiser:
-    """Algorithm 1 of Ho et al. 2020, with the rate going to zero along a cosine."""
+    """Algorithm 1 of Ho et al. 2020 with a cosine learning rate."""
     torch.manual_seed(seed)
-    network, coef = Denoiser(), SCHEDULE.q_sample_table()
+    network = Denoiser()
     optimizer = torch.optim.Adam(network.parameters(), lr=2e-3)
     rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     data = data.float()
     for _ in range(steps):
-        x_0 = data[torch.randint(0, len(data), (batch,))]
-        t, eps = torch.randint(0, len(SCHEDULE), (batch,)), torch.randn(batch)
-        signal, noise = coef[t].T
-        loss = (
-            (network((signal * x_0 + noise * eps).view(-1, 1, 1, 1), t).flatten() - eps)
-            .square()
-            .mean()
-        )
+        x_0 = data[torch.randint(0, len(data), (batch,))].view(-1, 1, 1, 1)
+        loss = training_loss(network, SCHEDULE, x_0)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -152,7 +148,7 @@ def train(data: Tensor, steps: int, seed: int, batch: int = 2048) -> Denoiser:
 
 
 def forward(data: Tensor, seed: int) -> tuple[Tensor, list[dict[str, Any]]]:
-    """All trajectories of the chain, [T, N], and how far each stage is from what it should be."""
+    """All trajectories of the chain, [T, N], and the distances of each stage to the exact one."""
     generator = torch.Generator().manual_seed(seed + 1)
     x = q_chain(
         SCHEDULE,
@@ -176,7 +172,7 @@ def forward(data: Tensor, seed: int) -> tuple[Tensor, list[dict[str, Any]]]:
 
 
 def variances(seed: int, count: int = 2000) -> dict[str, Any]:
-    """The variance of x_t over t under both chains, measured on fresh points of the mixture."""
+    """Measured variance of x_t over t for both chains, on new points of the mixture."""
     x_0 = draw_data(count, seed + 2)
     eps = torch.randn(
         len(SCHEDULE), count, generator=torch.Generator().manual_seed(seed + 3), dtype=torch.float64
@@ -188,7 +184,7 @@ def variances(seed: int, count: int = 2000) -> dict[str, Any]:
 
 
 class Paths:
-    """A callback that keeps the first thousand states after every step."""
+    """Callback that records the first thousand states after every step."""
 
     def __init__(self) -> None:
         self.x: list[Tensor] = []
@@ -200,23 +196,22 @@ class Paths:
 def reverse(
     network: Denoiser, data: Tensor, count: int, seed: int
 ) -> tuple[dict[str, Tensor], Tensor, list[dict[str, Any]]]:
-    """Samples by solver, DDPM's paths [T, 1000], and the distances."""
+    """Samples by solver, DDPM's trajectories [T, 1000], and the distances."""
     sampler = Sampler(network, SCHEDULE, (1, 1, 1), variance="fixed_small", clip=None)
     truth, paths, samples, rows = Mixture(), Paths(), {}, []
     quantiles = truth.quantiles(4000)
-    own = distances(data, truth, quantiles)
+    of_data = distances(data, truth, quantiles)
     for name, (solver, steps) in SOLVERS.items():
         callback = paths if solver == "ddpm" else None
-        how: dict[str, Any] = dict(
-            solver=solver, steps=steps, batch_size=count, callback=callback, output="float"
-        )
-        x = samples[name] = sampler.sample(count, seed=seed, **how).flatten().double()
+        options: dict[str, Any] = dict(solver=solver, steps=steps, callback=callback)
+        x = sampler.sample(count, seed=seed, batch_size=count, output="float", **options)
+        x = samples[name] = x.flatten().double()
         to_data = dict(
             w1_data=float(stats.wasserstein_distance(x.numpy(), data.numpy())),
             ks_data=float(stats.ks_2samp(x.numpy(), data.numpy()).statistic),
         )
         rows.append(dict(solver=name, steps=steps, **to_data, **distances(x, truth, quantiles)))
-    rows.append(dict(solver="the 800 points", steps=None, w1_data=0.0, ks_data=0.0, **own))
+    rows.append(dict(solver="the 800 points", steps=None, w1_data=0.0, ks_data=0.0, **of_data))
     return samples, torch.stack(paths.x), rows
 
 
@@ -224,25 +219,28 @@ def reverse(
 def one_jump(
     network: Denoiser, data: Tensor, count: int, seed: int
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """x_0 from x_T at once, by the network and by the best possible prediction of the noise."""
+    """x_0 from x_T in one step, by the network's and by the optimal prediction of the noise."""
     last = len(SCHEDULE) - 1
     generator = torch.Generator().manual_seed(seed + 4)
     x_0 = data[torch.randint(0, len(data), (count,), generator=generator)]
     x_t = q_jump(SCHEDULE, x_0, last, torch.randn(count, generator=generator, dtype=torch.float64))
     a, n = math.sqrt(SCHEDULE.alpha_bar[last]), math.sqrt(SCHEDULE.noise_var[last])
     eps = network(x_t.float().view(-1, 1, 1, 1), torch.full((count,), last)).double().flatten()
-    found = {"network": (x_t - n * eps) / a, "best possible": (x_t - n * exact_eps(x_t, last)) / a}
+    results = {
+        "network": (x_t - n * eps) / a,
+        "best possible": (x_t - n * exact_eps(x_t, last)) / a,
+    }
     truth = Mixture()
     quantiles = truth.quantiles(4000)
     rows = {
         name: dict(mean=float(x.mean()), std=float(x.std()), **distances(x, truth, quantiles))
-        for name, x in found.items()
+        for name, x in results.items()
     }
-    return found, rows
+    return results, rows
 
 
 def table(rows: list[dict[str, Any]], columns: dict[str, str]) -> str:
-    """Rows of numbers under their names; `columns`: key -> heading."""
+    """Formats rows as a table; `columns` maps keys to headings."""
     lines = ["  ".join(f"{heading:>14}" for heading in columns.values())]
     for row in rows:
         cells = (row[key] for key in columns)
@@ -259,16 +257,14 @@ def main() -> None:
         "--out", type=Path, default=Path("gaussian-mixture"), help="directory for the figures"
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--quick", action="store_true", help="a network that has hardly learned, and few samples"
-    )
+    parser.add_argument("--quick", action="store_true", help="train briefly and draw few samples")
     args = parser.parse_args()
     if not args.out.absolute().parent.is_dir():
         parser.error(
             f"--out {args.out}: {args.out.absolute().parent} does not exist; create it first"
         )
     args.out.mkdir(exist_ok=True)
-    began = time.perf_counter()
+    start = time.perf_counter()
     steps, count = (200, 500) if args.quick else (6000, 20_000)
 
     data = draw_data(POINTS, args.seed)
@@ -289,11 +285,12 @@ def main() -> None:
     )
     spread = variances(args.seed)
     print(
-        f"\nvariance at t = 999: {spread['preserving'][-1]:.3f} preserving, {spread['exploding'][-1]:.3f} exploding"
+        f"\nvariance at t = 999: {spread['preserving'][-1]:.3f} preserving, "
+        f"{spread['exploding'][-1]:.3f} exploding"
     )
 
     network = train(data, steps, args.seed)
-    trained = time.perf_counter() - began
+    trained = time.perf_counter() - start
     print(f"\nnetwork trained, {steps} steps, {trained:.0f} s so far; {count} samples each:")
     samples, paths, reverse_rows = reverse(network, data, count, args.seed)
     columns = dict(
@@ -315,7 +312,8 @@ def main() -> None:
         )
     )
     print(
-        "x_T no longer says where a point came from: the best guess is the mean of all data, where there is none."
+        "x_T does not determine x_0: the optimal prediction is the mean of the data, "
+        "where there are no points."
     )
 
     numbers = dict(
@@ -339,7 +337,7 @@ def main() -> None:
         paths,
         jumped,
     )
-    print(f"\n{time.perf_counter() - began:.0f} s -> {args.out}/")
+    print(f"\n{time.perf_counter() - start:.0f} s -> {args.out}/")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The figures of gaussian_mixture.py."""
+"""Figures of gaussian_mixture.py."""
 
 from __future__ import annotations
 
@@ -8,12 +8,8 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-GREY, BLUE, ORANGE, GREEN = (
-    "#999999",
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-)  # Okabe and Ito's: the colour-blind can tell them apart
+# colour-blind safe palette of Okabe and Ito
+GREY, BLUE, ORANGE, GREEN = "#999999", "#0072B2", "#D55E00", "#009E73"
 GRID = np.linspace(-5, 5, 401)
 BINS = np.linspace(-5, 5, 51)
 
@@ -31,7 +27,7 @@ def draw(
     paths: Any,
     jumped: dict[str, Any],
 ) -> None:
-    """Five pictures into `out`."""
+    """Writes five figures to `out`."""
     forward(chain, stages, mixture).savefig(out / "gaussian-forward.png")
     density(chain.numpy(), paths.numpy()).savefig(out / "gaussian-density.png", dpi=80)
     reverse(data, samples, rows, mixture).savefig(out / "gaussian-reverse.png")
@@ -48,7 +44,7 @@ def blank(rows: int, columns: int, width: float, height: float, **more: Any) -> 
 
 
 def forward(chain: Any, stages: tuple[int, ...], mixture: Any) -> Figure:
-    """Histograms of the points at some timesteps, with the exact density there."""
+    """Histograms of the points at some timesteps, with the exact densities."""
     figure, axes = blank(2, len(stages) // 2, 9, 4, sharex=True, sharey=True)
     for a, t in zip(axes.flat, stages, strict=True):
         a.hist(chain[t].numpy(), BINS, density=True, color=GREY, label="800 points")
@@ -75,7 +71,7 @@ def forward(chain: Any, stages: tuple[int, ...], mixture: Any) -> Figure:
 
 
 def density(chain: Any, paths: Any) -> Figure:
-    """Where the points are over time, forward by the chain and back by DDPM, with some trajectories."""
+    """Density of the points over time, forward by the chain and back by DDPM, with trajectories."""
     figure, axes = blank(1, 2, 9, 3.6, sharey=True)
     for a, x, t, title in (
         (axes[0, 0], chain, np.arange(len(chain)), "forward: the chain"),
@@ -103,7 +99,7 @@ def density(chain: Any, paths: Any) -> Figure:
 
 
 def reverse(data: Any, samples: dict[str, Any], rows: list[dict[str, Any]], mixture: Any) -> Figure:
-    """What the solvers draw, over the points they learned from."""
+    """Samples of each solver and the training points."""
     figure, axes = blank(1, len(samples), 9, 3, sharex=True, sharey=True)
     for a, (name, x), row in zip(axes.flat, samples.items(), rows, strict=False):
         a.hist(data.numpy(), BINS, density=True, color=GREY, alpha=0.6, label="800 points")
@@ -133,7 +129,7 @@ def reverse(data: Any, samples: dict[str, Any], rows: list[dict[str, Any]], mixt
 
 
 def one_jump(data: Any, jumped: dict[str, Any]) -> Figure:
-    """x_0 recovered from x_T in one step."""
+    """x_0 computed from x_T in one step."""
     figure, axes = blank(1, 2, 9, 3)
     for a, (name, x), colour in zip(axes.flat, jumped.items(), (ORANGE, GREEN), strict=True):
         wide = max(5.0, float(np.quantile(np.abs(x.numpy()), 0.99)))
@@ -143,7 +139,7 @@ def one_jump(data: Any, jumped: dict[str, Any]) -> Figure:
             x.numpy(), bins, density=True, color=colour, alpha=0.8, label="x_0 from x_T in one jump"
         )
         a.set(
-            title=f"eps by the {name}" if name == "network" else "eps as well as it can be known",
+            title=f"eps of the {name}" if name == "network" else "optimal eps",
             xlabel="x_0",
             yscale="log",
         )
@@ -153,7 +149,7 @@ def one_jump(data: Any, jumped: dict[str, Any]) -> Figure:
 
 
 def variance(spread: dict[str, Any], schedule: Any) -> Figure:
-    """The variance under both chains, measured and as it must be."""
+    """Variance of both chains, measured and exact."""
     figure, axes = blank(1, 1, 6.5, 3.4)
     a, t = axes[0, 0], np.arange(len(schedule))
     of_data = 4.5  # modes at -2 and 2, each with variance 0.5

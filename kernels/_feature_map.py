@@ -1,9 +1,10 @@
-"""Feature map of the network's kernels: pixels as rows of channels, with or without a border of zeros.
+"""Feature maps: pixels stored as rows of channels, dense or with a zero border.
 
-Bordered, an image [H, W] becomes (H + 1) (W + 1) rows: a zero row on top of it and a zero column on its left. The right border
-of a row is the left border of the next, the bottom border of an image the top border of the next, so one tap of a 3x3 filter is
-a constant row offset and a whole convolution is nine matrix products on shifted rows. Writers of a bordered map write its
-zeros too; readers rely on them.
+A bordered image [H, W] has (H + 1) (W + 1) rows: a zero row on top and a zero column on the left.
+The right border of a row is the left border of the next row, and the bottom border of an image is
+the top border of the next image. So a tap of a 3x3 filter is a constant row offset, and a 3x3
+convolution is nine matrix products on shifted rows. Writers of a bordered map write its zeros;
+readers assume them.
 """
 
 from __future__ import annotations
@@ -16,7 +17,14 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class FeatureMap:
-    """Pixels of images as rows [images * image_rows, C], each row contiguous."""
+    """Batch of images, stored as contiguous rows of channels.
+
+    Args:
+        rows: [images * image_rows, C]; see the module's docstring.
+        images: Batch size.
+        height, width: Size of an image in pixels, without the border.
+        bordered: Whether each image has a zero border.
+    """
 
     rows: Tensor
     images: int
@@ -46,7 +54,7 @@ class FeatureMap:
 
     @classmethod
     def of(cls, x: Tensor, dtype: torch.dtype | None = None, bordered: bool = True) -> FeatureMap:
-        """A copy of x [N, C, H, W]."""
+        """Copies x [N, C, H, W] into a new map."""
         n, c, h, w = x.shape
         fm = cls.empty(n, h, w, c, dtype or x.dtype, x.device, bordered)
         fm.write(x)
@@ -62,19 +70,19 @@ class FeatureMap:
 
     @property
     def grid(self) -> Tensor:
-        """[N, H (+ 1), W (+ 1), C], the border included."""
+        """View [N, H, W, C] with the border, if any: [N, H + 1, W + 1, C]."""
         return self.rows.view(
             self.images, self.height + self.bordered, self.width + self.bordered, self.channels
         )
 
     @property
     def pixels(self) -> Tensor:
-        """[N, C, H, W], a view."""
+        """View [N, C, H, W] without the border."""
         return self.grid[:, self.bordered :, self.bordered :].permute(0, 3, 1, 2)
 
     @property
     def border(self) -> Tensor:
-        """[N, H + W + 1, C], a copy of what should be zero; empty where there is none."""
+        """Copy [N, H + W + 1, C] of the border, which should be zero; [N, 0, C] if dense."""
         if not self.bordered:
             return self.rows.new_empty(self.images, 0, self.channels)
         return torch.cat([self.grid[:, 0], self.grid[:, 1:, 0]], dim=1)
@@ -88,20 +96,20 @@ class FeatureMap:
         channels: int,
         bordered: bool | None = None,
     ) -> None:
-        """Raises ValueError where the map is not what a launch needs: a kernel would read or write beyond it."""
+        """Raises ValueError unless the map has this shape and layout (None: either layout)."""
         shape = (self.images, self.height, self.width, self.channels)
         if shape != (images, height, width, channels) or bordered not in (None, self.bordered):
             layout = "" if bordered is None else " bordered" if bordered else " dense"
             raise ValueError(
-                f"{name} is {shape}{' bordered' if self.bordered else ' dense'} (images, height, width, channels); "
-                f"expected {(images, height, width, channels)}{layout}"
+                f"{name} is {shape} {'bordered' if self.bordered else 'dense'} (images, height, "
+                f"width, channels); expected {(images, height, width, channels)}{layout}"
             )
 
     def write(self, x: Tensor) -> None:
-        """x [N, C, H, W] into the pixels, rounded once, and zero into the border."""
+        """Copies x [N, C, H, W] into the pixels, rounded once, and writes zeros to the border."""
         if self.bordered:
             self.grid[:, 0] = 0
             self.grid[:, :, 0] = 0
         if self.rows.dtype == torch.float8_e4m3fn:
-            x = x.clamp(-448, 448)  # torch's cast makes NaN of what is larger
+            x = x.clamp(-448, 448)  # torch casts larger values to NaN
         self.pixels.copy_(x)

@@ -1,4 +1,4 @@
-"""Matrix products of the network's kernels: tiles, operand types, packed weights, descriptors, costs, and loads of rows."""
+"""Matrix products of the network's kernels: tile sizes, packed weights, descriptors, costs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ._launch import launch_options
 from ._triton import PRESENT, tl, triton
 
 E4M3_MAX = 448.0
-# fp32 operands would be rounded to TF32 unless told otherwise; the others have one precision
+# "ieee" keeps Triton from rounding fp32 operands to TF32; it has no effect on the other types
 PRECISION = {
     torch.float32: "ieee",
     torch.float16: "tf32",
@@ -34,14 +34,19 @@ TRITON_TYPE: dict[torch.dtype, Any] = (
 
 @dataclass(frozen=True)
 class Target:
-    """Hardware that a launch is configured for: compute capability (80, 90, 100 ...) and multiprocessors."""
+    """GPU that a launch is configured for.
+
+    Args:
+        sm: Compute capability: 80, 90, 100 ...
+        processors: Number of multiprocessors.
+    """
 
     sm: int = 90
     processors: int = 132
 
     @classmethod
     def of(cls, device: torch.device) -> Target:
-        """Target of `device`; an H100 where it is no GPU, so that a CPU tests the launches that matter most."""
+        """Returns the target of `device`; an H100 if it is not a GPU, for tests on a CPU."""
         if device.type != "cuda":
             return cls()
         properties = torch.cuda.get_device_properties(device)
@@ -49,12 +54,12 @@ class Target:
 
     @property
     def tma(self) -> bool:
-        """Operands by TMA into large shared memory: data-centre GPUs. sm_120 has TMA, but 99 KiB, so it goes as sm_89 does."""
+        """Whether operands are loaded by TMA. sm_120 has TMA but only 99 KiB of shared memory."""
         return 90 <= self.sm < 120
 
     @property
     def small(self) -> bool:
-        """99 KiB of shared memory a program."""
+        """Whether a program has only 99 KiB of shared memory."""
         return self.sm in (86, 89) or self.sm >= 120
 
 
@@ -63,13 +68,20 @@ H100 = Target()
 
 @dataclass(frozen=True)
 class Tiles:
-    """Tiles of a matrix product: block_m rows by block_n outputs per tile, block_k channels per step.
+    """Tile sizes and launch parameters of a matrix product.
 
-    programs   of a persistent grid: one per multiprocessor
-    tma        operands through TMA descriptors (sm_90 and newer) or pointers
+    An image's result depends on block_k and on the instruction family, not on block_m and block_n.
+    So block_k does not depend on the batch size. block_m may, but is at least 64: below that, sm_90
+    uses another instruction family.
 
-    An image's result depends on block_k and on the instruction family, not on block_m and block_n. So block_k never follows the
-    batch, and block_m, which may, stays at 64 rows or more (below, sm_90 would take another family).
+    Args:
+        block_m: Rows per tile.
+        block_n: Outputs per tile.
+        block_k: Channels per step.
+        warps: Warps per program.
+        stages: Stages of the software pipeline.
+        programs: Size of a persistent grid: one program per multiprocessor.
+        tma: Loads operands through TMA descriptors (sm_90 and newer), otherwise through pointers.
     """
 
     block_m: int
@@ -81,7 +93,7 @@ class Tiles:
     tma: bool
 
 
-def cut(
+def choose_tiles(
     target: Target,
     dtype: torch.dtype,
     c: int,
@@ -90,41 +102,47 @@ def cut(
     *,
     tma: bool,
     warps: int,
-    shrinks: float = 0,
+    small_rounds: float = 0,
 ) -> Tiles:
-    """Tiles for a product of `rows` rows, c channels (a tap) and k outputs; tma, warps: on a GPU that has TMA.
+    """Chooses tile sizes for a matrix product.
 
-    128 rows and the outputs as `outputs_of` says; or 64 by 32, if `shrinks` rounds of those do it all: few images wait for
-    operands, so more programs with less each are faster, and more steps of them on their way. (Every form costs a compilation.)
-    The largest step that divides c, up to 128 bytes; eight warps where four would spill. fp32 goes without tensor cores, in small
-    tiles.
+    A tile has 128 rows by `choose_block_n(k)` outputs. Small batches, which wait for operands, use
+    64 by 32: more programs and more pipeline stages. Each size is compiled separately. A step is
+    the largest power of two that divides c, up to 128 bytes. Eight warps are used where four would
+    spill. fp32 runs without tensor cores, in tiles of 64 by at most 64.
+
+    Args:
+        target: GPU.
+        dtype: Type of the operands.
+        c: Channels per tap.
+        k: Outputs.
+        rows: Rows of the product.
+        tma: Allows TMA, if the GPU has it.
+        warps: Warps per program on sm_90, for tiles of full size.
+        small_rounds: Uses the small tiles if they fit in this many rounds of all multiprocessors.
     """
+    tma, block_m, block_n, stages = tma and target.tma, 128, choose_block_n(k), 3
     if dtype == torch.float32:
-        return Tiles(
-            64, min(64, outputs_of(k)), divisor(c, 32), 8, 2, target.processors, tma and target.tma
-        )
-    block_n, modern, stages = outputs_of(k), target.tma, 3
-    few = triton.cdiv(rows, 64) * triton.cdiv(k, min(32, block_n)) <= shrinks * target.processors
-    block_m, block_n = (64, min(32, block_n)) if few else (128, block_n)
+        return Tiles(64, min(64, block_n), divisor(c, 32), 8, 2, target.processors, tma)
+    small_n = min(32, block_n)
+    if triton.cdiv(rows, 64) * triton.cdiv(k, small_n) <= small_rounds * target.processors:
+        block_m, block_n = 64, small_n
     block_k = divisor(c, 128 // dtype.itemsize)
     if target.sm != 90 or k % block_n:
         warps = 8
-    if block_m == 64 or (modern and block_n < 128):
-        warps = (
-            8 if (modern and k % block_n and block_n > 64) or (modern and target.sm >= 100) else 4
-        )
-    if tma and modern:
-        stages = (
-            4
-            if block_m == 128
-            else min(8, 96 * 1024 // ((block_m + block_n) * block_k * dtype.itemsize))
-        )
-    return Tiles(block_m, block_n, block_k, warps, stages, target.processors, tma and modern)
+    if block_m == 64 or (target.tma and block_n < 128):
+        padded = k % block_n and block_n > 64
+        warps = 8 if target.tma and (padded or target.sm >= 100) else 4
+    if tma:
+        step_bytes = (block_m + block_n) * block_k * dtype.itemsize
+        stages = 4 if block_m == 128 else min(8, 96 * 1024 // step_bytes)
+    return Tiles(block_m, block_n, block_k, warps, stages, target.processors, tma)
 
 
-def outputs_of(k: int) -> int:
-    """Outputs a tile for k of them: what takes the least time, where fewer than 64 are no faster than 64; of equals the one
-    that pads least, then the largest.
+def choose_block_n(k: int) -> int:
+    """Returns the outputs per tile for k outputs: the fastest, then least padded, then largest.
+
+    A tile of fewer than 64 outputs takes as long as one of 64.
     """
     return min(
         (128, 64, 32, 16),
@@ -137,17 +155,17 @@ def outputs_of(k: int) -> int:
 
 
 def divisor(n: int, most: int) -> int:
-    """The largest power of two that divides n, at most `most`."""
+    """Returns the largest power of two that divides n, at most `most` (a power of two)."""
     return min(n & -n, most)
 
 
-def power_of_two(n: int) -> int:
-    """The smallest power of two that is at least n."""
+def next_power_of_two(n: int) -> int:
+    """Returns the smallest power of two that is at least n."""
     return 1 << max(0, n - 1).bit_length()
 
 
 def box(x: Tensor, rows: int, columns: int, tma: bool) -> Any:
-    """x [R, C] as a kernel argument: a TMA descriptor of boxes [rows, columns], or the tensor."""
+    """Returns x [R, C] as a kernel argument: a TMA descriptor of [rows, columns], or x itself."""
     if not tma:
         return x
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -156,11 +174,12 @@ def box(x: Tensor, rows: int, columns: int, tma: bool) -> Any:
 
 
 def launch_conv(kernel: Any, t: Tiles, tiles: int, *args: Any, **constants: Any) -> None:
-    """Launches `kernel` over `tiles` tiles: all at once, or, where operands come by TMA, in a persistent grid."""
+    """Launches `kernel` with one program per tile, or as a persistent grid if operands use TMA."""
     padded = "DEPTH" in constants
     if not padded and any(constants.get(name, 0) % t.block_k for name in ("C", "C2")):
         raise ValueError(
-            f"{constants['C']} channels; tiles of {t.block_k} channels a step need a multiple of them"
+            f"the convolution has {constants['C']} channels; expected a multiple of {t.block_k}, "
+            "the tile's channels per step; choose a smaller block_k"
         )
     with torch.cuda.device_of(next(a for a in args if isinstance(a, Tensor))):
         kernel[(min(tiles, t.programs) if t.tma else tiles,)](
@@ -177,19 +196,19 @@ def launch_conv(kernel: Any, t: Tiles, tiles: int, *args: Any, **constants: Any)
 def quantise(
     weight: Tensor, dtype: torch.dtype, x_scale: float = 1.0
 ) -> tuple[Tensor, Tensor | None]:
-    """weight [K, ...] in `dtype`; for e4m3 each output channel fills the type's range, and [K] fp32 says what a unit of the
-    product with an input of scale `x_scale` is worth.
+    """Casts weight [K, ...] to `dtype`; for e4m3 scales each output channel to the type's range.
+
+    Returns the weight and, for e4m3, the scale [K] of a product with inputs of scale `x_scale`.
     """
     if dtype != torch.float8_e4m3fn:
         return weight.to(dtype).contiguous(), None
     unit = weight.double().abs().amax(1).clamp(min=1e-30) / E4M3_MAX
-    return (weight.double() / unit[:, None]).clamp(-E4M3_MAX, E4M3_MAX).float().to(
-        dtype
-    ).contiguous(), (unit * x_scale).float()
+    scaled = (weight.double() / unit[:, None]).clamp(-E4M3_MAX, E4M3_MAX)
+    return scaled.float().to(dtype).contiguous(), (unit * x_scale).float()
 
 
 def pack(weight: Tensor) -> Tensor:
-    """Packed filters of a product: [K, C, h, w] -> [K, h * w * C]."""
+    """Packs the filters of a product: [K, C, h, w] -> [K, h * w * C]."""
     return weight.permute(0, 2, 3, 1).flatten(1)
 
 
@@ -203,7 +222,7 @@ def cast(x: Tensor, compute: torch.dtype | None) -> Tensor: ...
 @overload
 def cast(x: None, compute: torch.dtype | None) -> None: ...
 def cast(x: Tensor | None, compute: torch.dtype | None) -> Tensor | None:
-    """x in the type that a fallback computes in; None: the type of x, or bf16 for e4m3, which holds every e4m3 value exactly."""
+    """Casts x to a fallback's compute type; None: that of x, or bf16 for e4m3, which is exact."""
     if x is None:
         return None
     if compute is None:
@@ -212,33 +231,28 @@ def cast(x: Tensor | None, compute: torch.dtype | None) -> Tensor | None:
 
 
 def cost_of_conv(
-    weight: Tensor, others: tuple[FeatureMap | None, ...], out: FeatureMap
+    weight: Tensor, maps: tuple[FeatureMap | None, ...], out: FeatureMap
 ) -> tuple[int, int]:
-    """FLOP of a convolution with packed weights over the output's real pixels, and the bytes that must move. others: the maps that
-    it reads or writes besides.
-    """
-    pixels = out.images * out.height * out.width
-    moved = sum(
-        t.numel() * t.element_size()
-        for t in (weight, *(fm.rows for fm in (*others, out) if fm is not None))
-    )
-    return 2 * pixels * weight.numel(), moved
+    """FLOP of a convolution without its border, and the bytes of its weights, `maps` and `out`."""
+    tensors = [weight, *(fm.rows for fm in (*maps, out) if fm is not None)]
+    moved = sum(t.numel() * t.element_size() for t in tensors)
+    return 2 * out.images * out.height * out.width * weight.numel(), moved
 
 
-# ---- inside kernels
+# ---- device functions
 
 
 @triton.jit
 def load_rows(x_ptr, row0, c0, ROWS, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Tile [BLOCK_M, BLOCK_K] of x [ROWS, C] from row row0 and channel c0; zero for rows that do not exist."""
+    """Loads [BLOCK_M, BLOCK_K] of x [ROWS, C] at row row0, channel c0; zeros for missing rows."""
     rows = row0 + tl.arange(0, BLOCK_M)
-    at = rows.to(tl.int64)[:, None] * C + (c0 + tl.arange(0, BLOCK_K))[None, :]
-    return tl.load(x_ptr + at, mask=((rows >= 0) & (rows < ROWS))[:, None], other=0.0)
+    offsets = rows.to(tl.int64)[:, None] * C + (c0 + tl.arange(0, BLOCK_K))[None, :]
+    return tl.load(x_ptr + offsets, mask=((rows >= 0) & (rows < ROWS))[:, None], other=0.0)
 
 
 @triton.jit
 def pixel_of(rows, ROWS, H, W, BORDER: tl.constexpr):
-    """(image, y, x, inside) of the rows of a map of [H, W] images; y or x is -1 on the border."""
+    """Returns (image, y, x, inside) of rows of a map [H, W]; y or x is -1 on the border."""
     IMAGE = (H + BORDER) * (W + BORDER)
     image = rows // IMAGE
     r = rows - image * IMAGE

@@ -1,25 +1,31 @@
-"""Kernels of `group_norm_silu` and their blocks: one pass over an image, or statistics applied to tiles."""
+"""Kernels of `group_norm_silu`: one pass over an image, or normalization of tiles by statistics."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
-from ._gemm import power_of_two
-from ._group_statistics import load_pixels, of_group
+from ._gemm import next_power_of_two
+from ._group_statistics import group_sum, load_pixels
 from ._launch import begin
 from ._triton import tl, triton
 
-# Elements of a block that one program may hold: 64 registers for each of 512 threads (4096 pixels of 16 channels spill)
-HELD = 32768
-WIDEST = 64  # channels of a block: 128 bytes of a 2-byte type, one line of the cache
-TILE = 16384  # elements of a tile of the two-pass form
+# Elements of a one-pass block: 64 registers per thread of 512 (4096 pixels of 16 channels spill)
+MAX_ONE_PASS_ELEMENTS = 32768
+MAX_LANES = 64  # channels of a block: 128 bytes of a 2-byte type, one line of the cache
+TILE_ELEMENTS = 16384  # elements of a tile of the two-pass form
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """Shape of a program's block: `used` channels (whole groups) in `lanes` lanes, tiles of `pixels` pixels; one_pass: a tile is
-    a whole image.
+    """Shape of a program's block.
+
+    Args:
+        pixels: Pixels of a tile, rounded up to a power of two.
+        lanes: Channels of a tile, rounded up to a power of two.
+        used: Lanes that hold channels: whole groups.
+        warps: Warps per program.
+        one_pass: Whether a tile is a whole image.
     """
 
     pixels: int
@@ -29,30 +35,36 @@ class Blocks:
     one_pass: bool
 
     @classmethod
-    def of(cls, size: int, channels: int, width: int, held: int = HELD) -> Blocks:
-        """For images of `size` pixels: whole groups of `width` channels, by eights where that is possible (16 bytes a load)."""
-        pixels, least = power_of_two(size), power_of_two(width)
-        lanes = min(WIDEST, held // pixels, power_of_two(channels))
-        one_pass = max(least, min(16, power_of_two(channels))) * pixels <= held
+    def of(
+        cls, size: int, channels: int, width: int, max_elements: int = MAX_ONE_PASS_ELEMENTS
+    ) -> Blocks:
+        """Returns the block for images of `size` pixels and groups of `width` channels.
+
+        `used` is a multiple of 8 if possible, so that each load has 16 bytes.
+        """
+        pixels, least = next_power_of_two(size), next_power_of_two(width)
+        lanes = min(MAX_LANES, max_elements // pixels, next_power_of_two(channels))
+        one_pass = max(least, min(16, next_power_of_two(channels))) * pixels <= max_elements
         if one_pass:
             lanes = max(lanes, least)
         else:
-            lanes = max(min(WIDEST, power_of_two(channels)), least)
-            pixels = min(pixels, max(1, TILE // lanes))
+            lanes = max(min(MAX_LANES, next_power_of_two(channels)), least)
+            pixels = min(pixels, max(1, TILE_ELEMENTS // lanes))
         elements = pixels * lanes if width <= 32 else pixels * least
-        # 64 elements per thread, or 32 in addition to those of a loop or of two maps
+        # 64 elements per thread; 32 in the two-pass form, whose loop needs registers too
         warps = min(16, max(4, elements // (2048 if one_pass else 1024)))
         if width > 32:
             return cls(pixels, least, width, warps, one_pass)
-        by = math.lcm(width, 8)
-        used = lanes // by * by or lanes // width * width
+        multiple = math.lcm(width, 8)
+        used = lanes // multiple * multiple or lanes // width * width
         return cls(pixels, lanes, used, warps, one_pass)
 
 
 @triton.jit
-def fit_e4m3(y, inside, saturated_ptr, COUNT: tl.constexpr):
-    """y clamped to what e4m3 holds; a NaN stays one, so that it is seen. An int64 grows by how many were beyond or are NaN: by
-    programs in whatever order they arrive, for no image depends on it.
+def clamp_e4m3(y, inside, saturated_ptr, COUNT: tl.constexpr):
+    """Clamps y to the range of e4m3; NaN stays NaN. COUNT: counts the clamped and NaN values.
+
+    The count is an atomic sum: its order varies, but no image depends on it.
     """
     if COUNT:
         saturated = tl.sum(tl.where(inside & ~(tl.abs(y) <= 448.0), 1, 0))
@@ -61,7 +73,7 @@ def fit_e4m3(y, inside, saturated_ptr, COUNT: tl.constexpr):
 
 
 @triton.jit
-def finish(
+def apply_norm(
     d,
     rstd,
     gamma_ptr,
@@ -78,7 +90,7 @@ def finish(
     OUT: tl.constexpr,
     COUNT: tl.constexpr,
 ):
-    """Deviations d [P, L] from the mean -> what is stored."""
+    """Computes the output from deviations d [P, L] from the mean."""
     gain = rstd * tl.load(gamma_ptr + c, mask=used, other=0.0)
     shift = tl.load(beta_ptr + c, mask=used, other=0.0)
     if TIME == 2:
@@ -89,22 +101,22 @@ def finish(
     if SILU:
         y = y * tl.sigmoid(y)
     if OUT.primitive_bitwidth == 8:
-        y = fit_e4m3(y * unit, inside, saturated_ptr, COUNT)
+        y = clamp_e4m3(y * unit, inside, saturated_ptr, COUNT)
     return y.to(OUT)
 
 
 @triton.jit
 def zero_border(out_ptr, n, c, used, H, W, C, L: tl.constexpr, OUT: tl.constexpr):
-    """Zeros into the top row and the left column of image n."""
+    """Writes zeros to the top row and the left column of image n."""
     edge = tl.arange(0, 64)
     zero = tl.zeros((64, L), tl.float32).to(OUT)
     out_ptr += n * (H + 1) * (W + 1) * C
     for e in range(0, W + 1, 64):
-        at = (e + edge)[:, None] * C + c[None, :]
-        tl.store(out_ptr + at, zero, mask=(e + edge <= W)[:, None] & used[None, :])
+        offsets = (e + edge)[:, None] * C + c[None, :]
+        tl.store(out_ptr + offsets, zero, mask=(e + edge <= W)[:, None] & used[None, :])
     for e in range(0, H + 1, 64):
-        at = ((e + edge) * (W + 1))[:, None] * C + c[None, :]
-        tl.store(out_ptr + at, zero, mask=(e + edge <= H)[:, None] & used[None, :])
+        offsets = ((e + edge) * (W + 1))[:, None] * C + c[None, :]
+        tl.store(out_ptr + offsets, zero, mask=(e + edge <= H)[:, None] & used[None, :])
 
 
 @triton.jit
@@ -161,10 +173,10 @@ def _one_pass_kernel(
     if TIME == 1:
         x += tl.load(table_ptr + c, mask=used, other=0.0)[None, :]
     count = (H * W * WIDTH).to(tl.float32)
-    mean = of_group(tl.sum(tl.where(inside, x, 0.0), 0), lane, WIDTH, GROUPS) / count
+    mean = group_sum(tl.sum(tl.where(inside, x, 0.0), 0), lane, WIDTH, GROUPS) / count
     d = tl.where(inside, x - mean[None, :], 0.0)
-    rstd = tl.rsqrt(of_group(tl.sum(d * d, 0), lane, WIDTH, GROUPS) / count + eps)
-    y = finish(
+    rstd = tl.rsqrt(group_sum(tl.sum(d * d, 0), lane, WIDTH, GROUPS) / count + eps)
+    y = apply_norm(
         d,
         rstd,
         gamma_ptr,
@@ -230,17 +242,16 @@ def _apply_kernel(
     used = (lane < USED) & (c < C)
 
     chunk = tl.arange(0, MOST)
-    at = ((n * CHUNKS + chunk)[:, None] * (C // WIDTH) + (c // WIDTH)[None, :]) * 2
-    known = (chunk < CHUNKS)[:, None] & used[None, :]
-    means = tl.load(part_ptr + at, mask=known, other=0.0)
-    squares = tl.load(part_ptr + at + 1, mask=known, other=0.0)
-    counts = (tl.maximum(tl.minimum(CHUNK, H * W - chunk * CHUNK), 0) * WIDTH).to(tl.float32)[
-        :, None
-    ]
+    offsets = ((n * CHUNKS + chunk)[:, None] * (C // WIDTH) + (c // WIDTH)[None, :]) * 2
+    mask = (chunk < CHUNKS)[:, None] & used[None, :]
+    means = tl.load(part_ptr + offsets, mask=mask, other=0.0)
+    squares = tl.load(part_ptr + offsets + 1, mask=mask, other=0.0)
+    counts = tl.maximum(tl.minimum(CHUNK, H * W - chunk * CHUNK), 0)
+    counts = (counts * WIDTH).to(tl.float32)[:, None]
     count = (H * W * WIDTH).to(tl.float32)
     mean = tl.sum(means * counts, 0) / count
-    off = tl.where(known, means - mean[None, :], 0.0)
-    rstd = tl.rsqrt(tl.sum(squares + off * off * counts, 0) / count + eps)
+    dev = tl.where(mask, means - mean[None, :], 0.0)
+    rstd = tl.rsqrt(tl.sum(squares + dev * dev * counts, 0) / count + eps)
 
     p = tile * P + tl.arange(0, P)
     inside = (p < H * W)[:, None] & used[None, :]
@@ -249,7 +260,7 @@ def _apply_kernel(
         table_ptr += tl.load(time_row_ptr + n).to(tl.int64) * S
     if TIME == 1:
         x += tl.load(table_ptr + c, mask=used, other=0.0)[None, :]
-    y = finish(
+    y = apply_norm(
         x - mean[None, :],
         rstd,
         gamma_ptr,

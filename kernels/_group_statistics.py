@@ -1,5 +1,7 @@
-"""Statistics of a norm's groups where one pass does not hold an image: from the map by chunks of pixels, or, without reading it,
-from those that its writer stored by tiles (`_tile_statistics`). Both merge in a fixed order (Chan et al. 1983).
+"""Group statistics of images too large for the one-pass norm.
+
+They are computed from the map by chunks of pixels, or combined from the statistics of tiles that
+the map's writer stored (`_tile_statistics`). Both ways merge in a fixed order (Chan et al. 1983).
 """
 
 from __future__ import annotations
@@ -10,10 +12,9 @@ from ._triton import tl, triton
 
 @triton.jit
 def load_pixels(x_ptr, x2_ptr, n, p, c, inside, W, IMAGE, C1, C, TWO: tl.constexpr):
-    """fp32 [P, L]: pixels p, channels c of image n of a bordered map, or of two joined along the channels."""
-    pixel_row = (p + p // W + W + 2)[
-        :, None
-    ]  # a border row, and a border pixel a row; within the image, so 32 bits will do
+    """Loads pixels p, channels c of image n as fp32 [P, L]; TWO: of two maps joined by channels."""
+    # a border row, and a border pixel per row; within an image, so 32 bits are enough
+    pixel_row = (p + p // W + W + 2)[:, None]
     if TWO:
         x = tl.load(
             x_ptr + n * IMAGE * C1 + (pixel_row * C1 + c[None, :]),
@@ -26,18 +27,17 @@ def load_pixels(x_ptr, x2_ptr, n, p, c, inside, W, IMAGE, C1, C, TWO: tl.constex
             mask=inside & (c >= C1)[None, :],
             other=0.0,
         )
-        return tl.where((c < C1)[None, :], x, x2).to(
-            tl.float32
-        )  # joined before they are widened: fewer registers
-    return tl.load(x_ptr + n * IMAGE * C + (pixel_row * C + c[None, :]), mask=inside, other=0.0).to(
-        tl.float32
-    )
+        x = tl.where((c < C1)[None, :], x, x2)  # joined before the cast: fewer registers
+    else:
+        x = tl.load(x_ptr + n * IMAGE * C + (pixel_row * C + c[None, :]), mask=inside, other=0.0)
+    return x.to(tl.float32)
 
 
 @triton.jit
-def of_group(s, lane, WIDTH, GROUPS: tl.constexpr):
-    """Per channel s [L] -> the sum over the channel's group, for every channel. GROUPS: "each" channel is one, the block is "one",
-    or it holds "some".
+def group_sum(s, lane, WIDTH, GROUPS: tl.constexpr):
+    """Sums s [L] over each channel's group.
+
+    GROUPS: "each" channel is a group, the block is "one" group, or it holds "some" groups.
     """
     if GROUPS == "each":
         return s
@@ -70,7 +70,7 @@ def _statistics_kernel(
     TIME: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """part [N, CHUNKS, groups, 2]: mean and sum of squared deviations from it, over a chunk of pixels."""
+    """Writes part [N, CHUNKS, groups, 2]: mean and squared deviations per chunk of pixels."""
     begin(PDL)
     blocks = tl.cdiv(C, USED)
     chunk = tl.program_id(0) // blocks % CHUNKS
@@ -81,7 +81,7 @@ def _statistics_kernel(
     last = tl.minimum((chunk + 1) * CHUNK, H * W)
     mean = tl.zeros((L,), tl.float32)
     squares = tl.zeros((L,), tl.float32)
-    seen = 0.0
+    count_before = 0.0
     for first in range(chunk * CHUNK, last, P):
         p = first + tl.arange(0, P)
         inside = (p < last)[:, None] & used[None, :]
@@ -91,59 +91,59 @@ def _statistics_kernel(
                 table_ptr + tl.load(time_row_ptr + n).to(tl.int64) * S + c, mask=used, other=0.0
             )[None, :]
         count = (tl.minimum(last - first, P) * WIDTH).to(tl.float32)
-        here = of_group(tl.sum(tl.where(inside, x, 0.0), 0), lane, WIDTH, GROUPS) / count
-        d = tl.where(inside, x - here[None, :], 0.0)
-        delta = here - mean
-        total = seen + count
-        squares += of_group(tl.sum(d * d, 0), lane, WIDTH, GROUPS) + delta * delta * (
-            seen * count / total
+        block_mean = group_sum(tl.sum(tl.where(inside, x, 0.0), 0), lane, WIDTH, GROUPS) / count
+        d = tl.where(inside, x - block_mean[None, :], 0.0)
+        delta = block_mean - mean
+        total = count_before + count
+        squares += group_sum(tl.sum(d * d, 0), lane, WIDTH, GROUPS) + delta * delta * (
+            count_before * count / total
         )
         mean += delta * (count / total)
-        seen = total
+        count_before = total
     groups = C // WIDTH
-    at = ((n * CHUNKS + chunk) * groups + c // WIDTH) * 2
+    offsets = ((n * CHUNKS + chunk) * groups + c // WIDTH) * 2
     first_of_group = used & (lane % WIDTH == 0)
-    tl.store(part_ptr + at, mean, mask=first_of_group)
-    tl.store(part_ptr + at + 1, squares, mask=first_of_group)
+    tl.store(part_ptr + offsets, mean, mask=first_of_group)
+    tl.store(part_ptr + offsets + 1, squares, mask=first_of_group)
 
 
 @triton.jit
 def pixels_before(pixel_row, H, W):
-    """Pixels of an image among its first `pixel_row` rows, the border included."""
+    """Returns the number of pixels among the first `pixel_row` rows of a bordered image."""
     y = pixel_row // (W + 1) - 1
     return tl.where(y < 0, 0, y * W + tl.maximum(pixel_row - (y + 1) * (W + 1) - 1, 0))
 
 
 @triton.jit
 def merge_tiles(stats_ptr, n, c, known, C, H, W, ROWS, PARTS, T: tl.constexpr, L: tl.constexpr):
-    """[L], [L]: mean and sum of squared deviations of channels c of image n of one map, from its tiles; 0 where not known.
-    H, W, ROWS, PARTS: its `Tiling`.
+    """Merges the tiles of image n: mean and sum of squared deviations [L] of channels c.
+
+    H, W, ROWS, PARTS: the map's `Tiling`. Returns 0 for channels that are not `known`.
     """
     entries = tl.cdiv((H + 1) * (W + 1), ROWS) * PARTS
     mean = tl.zeros((L,), tl.float32)
     squares = tl.zeros((L,), tl.float32)
-    seen = 0.0
+    count_before = 0.0
     for first in range(0, entries, T):
         e = first + tl.arange(0, T)
-        at = ((n * entries + e) * 2 * C)[:, None] + c[None, :]
-        there = (e < entries)[:, None] & known[None, :]
-        means = tl.load(stats_ptr + at, mask=there, other=0.0)
-        deviations = tl.load(stats_ptr + at + C, mask=there, other=0.0)
+        offsets = ((n * entries + e) * 2 * C)[:, None] + c[None, :]
+        mask = (e < entries)[:, None] & known[None, :]
+        means = tl.load(stats_ptr + offsets, mask=mask, other=0.0)
+        deviations = tl.load(stats_ptr + offsets + C, mask=mask, other=0.0)
         begin = tl.minimum(e // PARTS * ROWS, (H + 1) * (W + 1))
         end = tl.minimum(begin + ROWS, (H + 1) * (W + 1))
         counts = (pixels_before(end, H, W) - pixels_before(begin, H, W)).to(tl.float32)
-        count = tl.maximum(
-            tl.sum(counts, 0), 1.0
-        )  # a chunk of wide images' first tiles may be all border
-        here = tl.sum(means * counts[:, None], 0) / count
-        off = means - here[None, :]
-        delta = here - mean
-        total = seen + count
-        squares += tl.sum(deviations + off * off * counts[:, None], 0) + delta * delta * (
-            seen * count / total
+        # the first tiles of a wide image may consist of border only
+        count = tl.maximum(tl.sum(counts, 0), 1.0)
+        block_mean = tl.sum(means * counts[:, None], 0) / count
+        dev = means - block_mean[None, :]
+        delta = block_mean - mean
+        total = count_before + count
+        squares += tl.sum(deviations + dev * dev * counts[:, None], 0) + delta * delta * (
+            count_before * count / total
         )
         mean += delta * (count / total)
-        seen = total
+        count_before = total
     return tl.where(known, mean, 0.0), tl.where(known, squares, 0.0)
 
 
@@ -191,7 +191,7 @@ def _combine_kernel(
     TIME: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """part [N, 1, groups, 2], as `_statistics_kernel` has it: from stats of one map, or of two joined along the channels."""
+    """Writes part [N, 1, groups, 2] as `_statistics_kernel` does, from tiles of one or two maps."""
     begin(PDL)
     blocks = tl.cdiv(C, USED)
     n = (tl.program_id(0) // blocks).to(tl.int64)
@@ -202,9 +202,9 @@ def _combine_kernel(
         stats_ptr, n, c, used & (c < C1), C1, TILED_H, TILED_W, ROWS, PARTS, T, L
     )
     if TWO:
-        joined = used & (c >= C1)
+        from_second = used & (c >= C1)
         mean2, squares2 = merge_tiles(
-            stats2_ptr, n, c - C1, joined, C - C1, TILED_H2, TILED_W2, ROWS2, PARTS2, T, L
+            stats2_ptr, n, c - C1, from_second, C - C1, TILED_H2, TILED_W2, ROWS2, PARTS2, T, L
         )
         mean += mean2
         squares += squares2
@@ -212,10 +212,10 @@ def _combine_kernel(
         mean += tl.load(
             table_ptr + tl.load(time_row_ptr + n).to(tl.int64) * S + c, mask=used, other=0.0
         )
-    of_all = of_group(mean, lane, WIDTH, GROUPS) / WIDTH
-    off = tl.where(used, mean - of_all, 0.0)
-    squares = of_group(squares + off * off * (H * W).to(tl.float32), lane, WIDTH, GROUPS)
-    at = (n * (C // WIDTH) + c // WIDTH) * 2
+    group_mean = group_sum(mean, lane, WIDTH, GROUPS) / WIDTH
+    dev = tl.where(used, mean - group_mean, 0.0)
+    squares = group_sum(squares + dev * dev * (H * W).to(tl.float32), lane, WIDTH, GROUPS)
+    offsets = (n * (C // WIDTH) + c // WIDTH) * 2
     first_of_group = used & (lane % WIDTH == 0)
-    tl.store(part_ptr + at, of_all, mask=first_of_group)
-    tl.store(part_ptr + at + 1, squares, mask=first_of_group)
+    tl.store(part_ptr + offsets, group_mean, mask=first_of_group)
+    tl.store(part_ptr + offsets + 1, squares, mask=first_of_group)

@@ -1,7 +1,7 @@
 """Launch options of the network's kernels.
 
-Overlapped (programmatic dependent launch, sm_90 and newer), a kernel's programs come onto the processors while those of the launch
-before it are still finishing, and wait there until everything it wrote is visible: what remains of a launch's cost is hidden.
+Overlapped launches (programmatic dependent launch, sm_90 and newer) hide the launch latency. A
+kernel's programs start while the previous kernel finishes, and wait until its writes are visible.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ _OVERLAPPED: ContextVar[bool] = ContextVar("overlapped", default=False)
 
 @triton.jit
 def begin(PDL: tl.constexpr):
-    """The first thing a kernel does, before it reads or writes anything."""
+    """Waits for the previous kernel; called before the first read or write."""
     if PDL:
-        # before any loop: Triton may move loads above a wait that stands in one
+        # before any loop: Triton may move loads ahead of a wait inside a loop
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
 
 
 @contextmanager
 def overlapped(on: bool) -> Iterator[None]:
-    """Context in which launches are overlapped, or are not."""
+    """Context manager that turns overlapped launches on or off."""
     token = _OVERLAPPED.set(on)
     try:
         yield
@@ -36,7 +36,7 @@ def overlapped(on: bool) -> Iterator[None]:
 
 
 def launch_options(warps: int, **more: Any) -> dict[str, Any]:
-    """Keyword arguments of a launch. Multiplications and additions fuse here, whatever this release of Triton does by default."""
+    """Keyword arguments of a launch. Fused multiply-add is on, independent of Triton's default."""
     on = _OVERLAPPED.get()
     return dict(
         PDL=on,

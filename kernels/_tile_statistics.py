@@ -1,12 +1,15 @@
-"""Statistics of a map by tiles, computed by the launch that writes it, so that a norm need not read the map for them.
+"""Statistics of a map by tiles, computed by the kernel that writes the map.
 
-A tile of a product restarts at every image (elsewhere tiles run over the whole batch), and its height is fixed, so the pixels
-whose sums meet do not depend on the batch. The last tile of an image runs over into the next one. Those rows it computes and stores
-as their own tile does: a row of a product sees its operands' rows, its output's scale, bias and residual, its place on the border,
-and neither its place in the tile nor the tile's other rows. So both tiles store the same bits and it does not matter which comes
-last; only the statistics leave such rows out.
+The norm then does not read the map for its statistics. Tiles restart at every image (without
+statistics they cover the whole batch), and their height is fixed. So the pixels that are summed
+together do not depend on the batch size.
 
-What is summed up is what is stored: values after bias and residual, rounded to the map's type, as the norm will read them.
+The last tile of an image overlaps the next image. It computes and stores those rows bit-exactly as
+the next image's own tile does: a row's result depends on its operands, scale, bias, residual and
+border position, not on its position in the tile or on other rows. So the order of the two stores
+does not matter. The statistics exclude those rows.
+
+The statistics are those of the stored values: after bias and residual, rounded to the map's type.
 """
 
 from __future__ import annotations
@@ -24,9 +27,12 @@ from ._triton import tl, triton
 
 @dataclass(frozen=True)
 class Tiling:
-    """Tiles of an image: [height, width] pixels with their border, in tiles of `rows` rows.
+    """Partition of a bordered image into tiles, each with an entry of statistics per part.
 
-    parts: 4 where a map was made by parities from a small one, which height, width and rows then speak of; one entry for each
+    Args:
+        height, width: Size in pixels; of the small map if parts is 4.
+        rows: Rows per tile.
+        parts: 4 for a map that `conv_upsample` writes by parities from a small map, otherwise 1.
     """
 
     height: int
@@ -40,24 +46,26 @@ class Tiling:
 
     @property
     def entries(self) -> int:
-        """Of one image, (tile, part) in this order."""
+        """Entries per image, ordered by tile, then part."""
         return self.tiles * self.parts
 
     def by_tile(self, pixels: Tensor) -> Tensor:
-        """[N, C, height, width] -> [N, tiles, rows, C], zero on the border and behind the image."""
+        """[N, C, height, width] -> [N, tiles, rows, C], zero on the border and after the image."""
         rows = F.pad(pixels, (1, 0, 1, 0)).permute(0, 2, 3, 1).flatten(1, 2)
-        return F.pad(rows, (0, 0, 0, self.tiles * self.rows - rows.shape[1])).unflatten(
-            1, (self.tiles, self.rows)
-        )
+        rows = F.pad(rows, (0, 0, 0, self.tiles * self.rows - rows.shape[1]))
+        return rows.unflatten(1, (self.tiles, self.rows))
 
     def counts(self, like: Tensor) -> Tensor:
-        """[entries]: pixels of each, in the type of `like`."""
+        """Returns the number of pixels [entries] of each entry, in the type of `like`."""
         ones = like.new_ones(1, 1, self.height, self.width)
         return self.by_tile(ones).sum((0, 2, 3)).repeat_interleave(self.parts)
 
 
 def tile_statistics(pixels: Tensor, tiling: Tiling) -> Tensor:
-    """pixels [N, C, H, W] -> [N, entries, 2, C]: mean, and sum of squared deviations from it; zeros where a tile has no pixel."""
+    """pixels [N, C, H, W] -> mean and sum of squared deviations per entry, [N, entries, 2, C].
+
+    Both are 0 for a tile without pixels.
+    """
     side = 2 if tiling.parts == 4 else 1
     inside = tiling.by_tile(torch.ones_like(pixels[:1, :1, ::side, ::side]))
     counts = inside.sum(2).clamp(min=1)
@@ -71,51 +79,49 @@ def tile_statistics(pixels: Tensor, tiling: Tiling) -> Tensor:
 
 
 def channel_statistics(stats: Tensor, tiling: Tiling) -> tuple[Tensor, Tensor]:
-    """[N, entries, 2, C] -> mean of each channel over its image and sum of squared deviations from it, [N, C] each."""
+    """stats [N, entries, 2, C] -> mean and sum of squared deviations per channel, [N, C] each."""
     counts = tiling.counts(stats)[:, None]
     means, squares = stats.unbind(2)
     mean = (means * counts).sum(1) / counts.sum()
     return mean, (squares + (means - mean[:, None]).square() * counts).sum(1)
 
 
-class KeepsStatistics:
-    """An operation that writes the statistics of its output too, by the tiles of its product, where it is given `stats`:
-    fp32 [images, entries, 2, C] as a map of [entries, 2] pixels.
+class TileStatisticsMixin:
+    """Mixin of operations that optionally write the statistics of their output by tiles.
+
+    `stats` is fp32 [images, entries, 2, C], stored as a dense map of [entries, 2] pixels.
     """
 
     tiles: Tiles
 
     def tiling(self, out: FeatureMap) -> Tiling:
-        """How the statistics of `out` are cut."""
+        """Returns the partition of the statistics of `out`."""
         return Tiling(out.height, out.width, self.tiles.block_m)
 
     def expect_stats(self, out: FeatureMap, stats: FeatureMap | None) -> None:
         if stats is not None:
-            stats.expect(
-                "stats", out.images, self.tiling(out).entries, 2, out.channels, bordered=False
-            )
+            entries = self.tiling(out).entries
+            stats.expect("stats", out.images, entries, 2, out.channels, bordered=False)
 
     def write_stats(
         self, out: FeatureMap, stats: FeatureMap | None, compute: torch.dtype | None
     ) -> None:
-        """Statistics of what `out` holds, in fp32 at least; for the fallback."""
+        """Computes the statistics of `out` in fp32 or fp64; used by fallbacks."""
         if stats is not None:
             pixels = out.pixels.to(torch.float64 if compute == torch.float64 else torch.float32)
             stats.rows.copy_(tile_statistics(pixels, self.tiling(out)).flatten(0, 2))
 
 
 def row_tiles(x: FeatureMap, block_m: int, by_image: bool) -> int:
-    """Tiles of block_m rows; by_image: restarting at every image."""
-    return (
-        x.images * triton.cdiv(x.image_rows, block_m)
-        if by_image
-        else triton.cdiv(len(x.rows), block_m)
-    )
+    """Returns the number of tiles of block_m rows; by_image: tiles restart at every image."""
+    if by_image:
+        return x.images * triton.cdiv(x.image_rows, block_m)
+    return triton.cdiv(len(x.rows), block_m)
 
 
 @triton.jit
 def count_tiles(ROWS, IMAGE, BLOCK_M: tl.constexpr, STATS: tl.constexpr):
-    """`row_tiles` in a kernel."""
+    """Device version of `row_tiles`."""
     if STATS:
         return ROWS // IMAGE * tl.cdiv(IMAGE, BLOCK_M)
     return tl.cdiv(ROWS, BLOCK_M)
@@ -123,22 +129,22 @@ def count_tiles(ROWS, IMAGE, BLOCK_M: tl.constexpr, STATS: tl.constexpr):
 
 @triton.jit
 def first_row(tile, IMAGE, BLOCK_M: tl.constexpr, STATS: tl.constexpr):
-    """First row of a tile."""
+    """Returns the first row of a tile."""
     if STATS:
-        a_image = tl.cdiv(IMAGE, BLOCK_M)
-        return tile // a_image * IMAGE + tile % a_image * BLOCK_M
+        per_image = tl.cdiv(IMAGE, BLOCK_M)
+        return tile // per_image * IMAGE + tile % per_image * BLOCK_M
     return tile * BLOCK_M
 
 
 @triton.jit
-def halves(acc, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """acc [BLOCK_M, BLOCK_N] as its left and its right columns; nothing moves between threads."""
+def split_columns(acc, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Splits acc [BLOCK_M, BLOCK_N] into left and right columns, within each thread."""
     return tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
 
 
 @triton.jit
 def counted_rows(m0, rows, inside, IMAGE):
-    """Rows that count in a tile's statistics: pixels of the image in which the tile of rows m0 ... begins."""
+    """Mask of the rows in a tile's statistics: pixels of the image that contains row m0."""
     return inside & (rows < m0 - m0 % IMAGE + IMAGE)
 
 
@@ -154,12 +160,13 @@ def store_statistics(
     BLOCK_N: tl.constexpr,
     AT_ONCE: tl.constexpr = 32,
 ):
-    """Stores the statistics of the rows `counted` of outputs o0 ... as they are stored, out [BLOCK_M, BLOCK_N].
+    """Stores mean and squared deviations of `counted` rows of out [BLOCK_M, BLOCK_N] at column o0.
 
-    AT_ONCE: outputs; few, for the sake of registers: on sm_90 a second program fits beside a first or strided convolution then.
+    AT_ONCE: columns per pass. Few columns need few registers: with 16, two programs of `conv_in` or
+    `conv_downsample` fit on a multiprocessor of sm_90.
     """
     if BLOCK_N > AT_ONCE:
-        left, right = halves(out, BLOCK_M, BLOCK_N)
+        left, right = split_columns(out, BLOCK_M, BLOCK_N)
         store_statistics(stats_ptr, entry, left, counted, o0, K, BLOCK_M, BLOCK_N // 2, AT_ONCE)
         store_statistics(
             stats_ptr, entry, right, counted, o0 + BLOCK_N // 2, K, BLOCK_M, BLOCK_N // 2, AT_ONCE
@@ -170,6 +177,6 @@ def store_statistics(
         x = tl.where(counted[:, None], out.to(tl.float32), 0.0)
         mean = tl.sum(x, 0) / count
         d = tl.where(counted[:, None], x - mean[None, :], 0.0)
-        at = stats_ptr + tl.cast(entry, tl.int64) * (2 * K) + cols
-        tl.store(at, mean, mask=cols < K)
-        tl.store(at + K, tl.sum(d * d, 0), mask=cols < K)
+        offsets = stats_ptr + tl.cast(entry, tl.int64) * (2 * K) + cols
+        tl.store(offsets, mean, mask=cols < K)
+        tl.store(offsets + K, tl.sum(d * d, 0), mask=cols < K)

@@ -1,7 +1,6 @@
-"""Import of Triton, or of inert substitutes if it is missing, and argument checks of launchers.
+"""Import of Triton, with placeholders if it is missing, and argument checks.
 
-Without Triton the kernels are inert functions and every operation runs its PyTorch reference, so the package imports
-and works anywhere; launching a kernel then raises an error that names what is missing.
+Without Triton every operation runs its PyTorch reference, and launching a kernel raises an error.
 """
 
 from __future__ import annotations
@@ -26,7 +25,9 @@ except ImportError:
             self.fn = fn
 
         def __getitem__(self, grid: Any) -> Any:
-            raise RuntimeError(f"{self.fn.__name__} needs Triton: pip install 'triton>=3.6'")
+            raise RuntimeError(
+                f"Triton is unavailable; {self.fn.__name__} needs it: pip install 'triton>=3.6'"
+            )
 
     def _jit(fn: Any = None, **_: Any) -> Any:
         return _Inert if fn is None else _Inert(fn)
@@ -39,7 +40,7 @@ INTERPRETED = PRESENT and bool(triton.knobs.runtime.interpret)
 
 
 def operation(name: str, mutates_args: Iterable[str] = ()) -> Callable[[Callable[..., Any]], Any]:
-    """Decorator: a `torch.library` operation with the signature and docstring of its function.
+    """Decorator that registers a function as a `torch.library` operation.
 
     Args:
         name: "namespace::operation".
@@ -53,21 +54,26 @@ def operation(name: str, mutates_args: Iterable[str] = ()) -> Callable[[Callable
     return register
 
 
-# Kernels that failed their check on this machine: their operations, and those that make the same noise, run their references.
+# Kernels that failed their check on this machine. Operations that use them run their references.
 UNTRUSTED: set[str] = set()
 
 
 def launches_kernel(x: Tensor, *kernels: str) -> bool:
-    """Does an operation on `x` run its Triton kernel (a GPU, or Triton's interpreter) or its reference? kernels: what it rests
-    on, as the self-check names it.
+    """Whether an operation on `x` launches its kernel (on a GPU, or by Triton's interpreter).
+
+    Args:
+        x: Input of the operation.
+        kernels: Names in the self-check of the kernels that it uses; none may be in `UNTRUSTED`.
     """
     return (INTERPRETED or (PRESENT and x.is_cuda)) and UNTRUSTED.isdisjoint(kernels)
 
 
 def image_strides(x: Tensor, name: str) -> tuple[int, int, int]:
-    """(image, channel, pixel) strides of x [B, C, H, W]; ValueError unless the rows of an image follow one another.
+    """Returns the (image, channel, pixel) strides of x [B, C, H, W], which is not copied.
 
-    Channels-first, channels-last and a slice of channels of either qualify: nothing is ever copied to make them fit.
+    Raises:
+        ValueError: The rows of an image are not adjacent in memory. Channels-first, channels-last
+            and slices of channels of both are accepted. Or an image spans 2^31 elements.
     """
     _, c, h, w = x.shape
     image, channel, row_stride, pixel = x.stride()
@@ -75,23 +81,23 @@ def image_strides(x: Tensor, name: str) -> tuple[int, int, int]:
         pixel = row_stride
     elif h > 1 and row_stride != w * pixel:
         raise ValueError(
-            f"{name} {tuple(x.shape)} has strides {x.stride()}; expected whole images, channels-first or channels-last"
+            f"{name} {tuple(x.shape)} has strides {x.stride()}; expected whole images, "
+            "channels-first or channels-last; call .contiguous() first"
         )
     if (c - 1) * channel + (h * w - 1) * pixel >= 2**31 - 2**16:
-        raise ValueError(
-            f"{name} {tuple(x.shape)}: one image spans more than 2^31 elements"
-        )  # offsets inside an image are int32
+        # offsets inside an image are int32
+        raise ValueError(f"an image of {name} {tuple(x.shape)} spans 2^31 elements; expected fewer")
     return image, channel, pixel
 
 
 def is_element_order(x: Tensor, strides: tuple[int, int, int]) -> bool:
-    """Do the elements of an image lie in memory as (h * W + w) * C + c? (Channels-last, or a single channel.)"""
+    """Whether element (c, h, w) is at (h * W + w) * C + c: channels-last, or one channel."""
     _, c, h, w = x.shape
     return (c == 1 or strides[1] == 1) and (h * w == 1 or strides[2] == c)
 
 
 def check_per_image(batch: int, device: torch.device, **vectors: Tensor) -> None:
-    """ValueError unless every one of `vectors` is integer, [batch], contiguous and on `device`."""
+    """Raises ValueError unless all `vectors` are integer [batch], contiguous and on `device`."""
     for name, v in vectors.items():
         if (
             v.shape != (batch,)
@@ -100,12 +106,13 @@ def check_per_image(batch: int, device: torch.device, **vectors: Tensor) -> None
             or not v.is_contiguous()
         ):
             raise ValueError(
-                f"{name} is {v.dtype} {tuple(v.shape)} on {v.device}; expected int32 or int64 [{batch}], contiguous, on {device}"
+                f"{name} is {v.dtype} {tuple(v.shape)} on {v.device}; "
+                f"expected int32 or int64 [{batch}], contiguous, on {device}"
             )
 
 
 def check_table(name: str, table: Tensor, columns: int, device: torch.device) -> None:
-    """ValueError unless `table` is fp32, [rows, columns], contiguous and on `device`."""
+    """Raises ValueError unless `table` is fp32 [rows, columns], contiguous and on `device`."""
     if (
         table.dtype != torch.float32
         or table.ndim != 2

@@ -1,14 +1,14 @@
-"""Self-attention over the pixels of an image, keys and values streamed, in two forms.
+"""Self-attention over the pixels of an image, with streamed keys and values, in two forms.
 
-With several heads: softmax(q k^T / sqrt(D)) v of projections made before, one head after the other.
+Multi-head: softmax(q k^T / sqrt(D)) v of given projections q, k, v, separately for each head.
 
-With one head as wide as the features the projections fold, exactly (x here is norm(x); terms that are equal for all keys cancel
-in the softmax):
+Folded, for one head of all C channels: the four projections become two, exactly. x is norm(x);
+terms that are equal for all keys cancel in the softmax.
 
-    (x Wq^T + bq) (x Wk^T + block_k)^T  =  (x M + m) x^T + ...,      M = Wq^T Wk,  m = bq Wk
-    softmax(...) (x Wv^T + bv) Wo^T + block_out  =  (softmax(...) x) V^T + v,      V = Wo Wv,  v = Wo bv + block_out
+    (x Wq^T + bq) (x Wk^T + bk)^T  =  (x M + m) x^T + ...,  M = Wq^T Wk,  m = bq Wk
+    softmax(...) (x Wv^T + bv) Wo^T + bo  =  (softmax(...) x) V^T + v,  V = Wo Wv,  v = Wo bv + bo
 
-so that keys and values are x itself; the kernel applies V, v and the residual before it writes.
+Keys and values are then x itself. The kernel also applies V, v and the residual.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._feature_map import FeatureMap
-from ._gemm import H100, PRECISION, TRITON_TYPE, Target, cast, power_of_two
+from ._gemm import H100, PRECISION, TRITON_TYPE, Target, cast, next_power_of_two
 from ._launch import begin, launch_options
 from ._triton import tl, triton
 
@@ -29,7 +29,7 @@ LOG2_E = math.log2(math.e)
 
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float) -> Tensor:
-    """q, k, v [N, P, C] -> [N, P, C]: softmax(scale q k^T) v in each of `heads` equal parts of the channels."""
+    """q, k, v [N, P, C] -> softmax(scale q k^T) v [N, P, C], per head of C / heads channels."""
     n, p, c = q.shape
     q, k, v = (t.view(n, p, heads, c // heads).transpose(1, 2) for t in (q, k, v))
     return ((q @ k.transpose(2, 3) * scale).softmax(3) @ v).transpose(1, 2).reshape(n, p, c)
@@ -41,11 +41,9 @@ def fold(
     v: tuple[Tensor, Tensor],
     out: tuple[Tensor, Tensor],
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """From (weight [C, C], bias [C]) of the four projections to the two of the folded form: ((M^T, m), (V, v)), in fp64."""
-    (wq, bq), (wk, _), (wv, bv), (wo, block_out) = (
-        (w.double(), b.double()) for w, b in (q, k, v, out)
-    )
-    return (wk.T @ wq, wk.T @ bq), (wo @ wv, wo @ bv + block_out)
+    """Folds the four projections (weight [C, C], bias [C]) into ((M^T, m), (V, v)), in fp64."""
+    (wq, bq), (wk, _), (wv, bv), (wo, bo) = ((w.double(), b.double()) for w, b in (q, k, v, out))
+    return (wk.T @ wq, wk.T @ bq), (wo @ wv, wo @ bv + bo)
 
 
 @triton.jit(do_not_specialize=["PIXELS", "W"])
@@ -82,34 +80,34 @@ def _attention_kernel(
     m0 = tl.program_id(0) % blocks * BLOCK_M
     pixel = m0 + tl.arange(0, BLOCK_M)
     d = tl.arange(0, DP)
-    real = (d < D)[None, :]
+    in_head = (d < D)[None, :]
     first = n * PIXELS
-    q_at = (first + pixel)[:, None] * Q_STRIDE + (head * D + d)[None, :]
-    q = tl.load(q_ptr + q_at, mask=(pixel < PIXELS)[:, None] & real, other=0.0)
+    q_offsets = (first + pixel)[:, None] * Q_STRIDE + (head * D + d)[None, :]
+    q = tl.load(q_ptr + q_offsets, mask=(pixel < PIXELS)[:, None] & in_head, other=0.0)
     acc = tl.zeros((BLOCK_M, DP), tl.float32)
-    most = tl.full((BLOCK_M,), -float("inf"), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
+    row_max = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+    row_sum = tl.zeros((BLOCK_M,), tl.float32)
     for k0 in range(0, PIXELS, BLOCK_N):
         key = k0 + tl.arange(0, BLOCK_N)
-        at = (first + key)[:, None] * KV_STRIDE + (head * D + d)[None, :]
-        seen = (key < PIXELS)[:, None] & real
-        k = tl.load(k_ptr + at, mask=seen, other=0.0)
+        offsets = (first + key)[:, None] * KV_STRIDE + (head * D + d)[None, :]
+        mask = (key < PIXELS)[:, None] & in_head
+        k = tl.load(k_ptr + offsets, mask=mask, other=0.0)
         s = tl.dot(q, k.T, input_precision=PRECISION) * scale
         s = tl.where((key < PIXELS)[None, :], s, -float("inf"))
-        now = tl.maximum(most, tl.max(s, 1))
-        p = tl.exp2(s - now[:, None])
-        old = tl.exp2(most - now)
-        total = total * old + tl.sum(p, 1)
-        acc = acc * old[:, None]
+        new_max = tl.maximum(row_max, tl.max(s, 1))
+        p = tl.exp2(s - new_max[:, None])
+        rescale = tl.exp2(row_max - new_max)
+        row_sum = row_sum * rescale + tl.sum(p, 1)
+        acc = acc * rescale[:, None]
         if FOLDED:
             acc = tl.dot(p.to(k.dtype), k, acc, input_precision=PRECISION)
         else:
-            v = tl.load(v_ptr + at, mask=seen, other=0.0)
+            v = tl.load(v_ptr + offsets, mask=mask, other=0.0)
             acc = tl.dot(p.to(k.dtype), v, acc, input_precision=PRECISION)
-        most = now
-    mixed = (acc / total[:, None]).to(q.dtype)
+        row_max = new_max
+    attended = (acc / row_sum[:, None]).to(q.dtype)
 
-    # into a bordered map
+    # rows of the bordered output map
     WP = W + 1
     H = PIXELS // W
     image = n * (H + 1) * WP
@@ -118,29 +116,29 @@ def _attention_kernel(
     if FOLDED:
         for o0 in range(0, C, BLOCK_OUT):
             cols = o0 + tl.arange(0, BLOCK_OUT)
-            w = tl.load(
-                w_ptr + cols[:, None] * C + d[None, :], mask=(cols < C)[:, None] & real, other=0.0
-            )
-            y = tl.dot(mixed, w.T, input_precision=PRECISION)
+            mask = (cols < C)[:, None] & in_head
+            w = tl.load(w_ptr + cols[:, None] * C + d[None, :], mask=mask, other=0.0)
+            y = tl.dot(attended, w.T, input_precision=PRECISION)
             y += tl.load(bias_ptr + cols, mask=cols < C, other=0.0)[None, :]
-            at = pixel_row[:, None] * C + cols[None, :]
+            offsets = pixel_row[:, None] * C + cols[None, :]
             inside = (pixel < PIXELS)[:, None] & (cols < C)[None, :]
-            y += residual_scale * tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
-            tl.store(y_ptr + at, y.to(OUT), mask=inside)
+            residual = tl.load(residual_ptr + offsets, mask=inside, other=0.0)
+            y += residual_scale * residual.to(tl.float32)
+            tl.store(y_ptr + offsets, y.to(OUT), mask=inside)
     else:
         tl.store(
             y_ptr + pixel_row[:, None] * C + (head * D + d)[None, :],
-            mixed.to(OUT),
-            mask=(pixel < PIXELS)[:, None] & real,
+            attended.to(OUT),
+            mask=(pixel < PIXELS)[:, None] & in_head,
         )
     if m0 == 0:
         zero = tl.zeros((16, DP), tl.float32).to(OUT)
         for e in range(0, W + 1, 16):
-            at = (image + e + edge)[:, None] * C + (head * D + d)[None, :]
-            tl.store(y_ptr + at, zero, mask=(e + edge <= W)[:, None] & real)
+            offsets = (image + e + edge)[:, None] * C + (head * D + d)[None, :]
+            tl.store(y_ptr + offsets, zero, mask=(e + edge <= W)[:, None] & in_head)
         for e in range(0, H + 1, 16):
-            at = (image + (e + edge) * WP)[:, None] * C + (head * D + d)[None, :]
-            tl.store(y_ptr + at, zero, mask=(e + edge <= H)[:, None] & real)
+            offsets = (image + (e + edge) * WP)[:, None] * C + (head * D + d)[None, :]
+            tl.store(y_ptr + offsets, zero, mask=(e + edge <= H)[:, None] & in_head)
 
 
 # ---- the operations
@@ -148,7 +146,15 @@ def _attention_kernel(
 
 @dataclass(frozen=True)
 class AttentionTiles:
-    """Tiles of attention: queries, keys, and outputs of the projection per tile."""
+    """Tile sizes and launch parameters of attention.
+
+    Args:
+        block_m: Queries per program.
+        block_n: Keys per step.
+        block_out: Outputs per step of the folded form's projection.
+        warps: Warps per program.
+        stages: Stages of the software pipeline.
+    """
 
     block_m: int
     block_n: int
@@ -158,8 +164,9 @@ class AttentionTiles:
 
     @classmethod
     def of(cls, target: Target, dim: int, dtype: torch.dtype) -> AttentionTiles:
-        """As wide as registers and shared memory allow without spilling; 64 queries at least, so that one instruction family
-        serves every size.
+        """Returns the largest tiles that do not spill, for heads of `dim` channels.
+
+        fp16 and bf16 use at least 64 queries, so that all sizes use one instruction family.
         """
         if dtype == torch.float32:
             return cls(16, 16, 16, 4, 1)
@@ -169,14 +176,21 @@ class AttentionTiles:
             block_m, block_n, block_out, warps, stages = 64, 64, 64, 4, 2
         else:
             block_m, block_n, block_out, warps, stages = 64, 32, 32, 8, 2
-            if target.small:  # these have one instruction family for all heights
+            if target.small:  # these GPUs have one instruction family for all sizes
                 block_m = 32
         return cls(block_m, block_n, block_out, warps if target.sm == 90 else 8, stages)
 
 
 @dataclass(frozen=True, eq=False)
 class MultiHeadAttention:
-    """softmax(q k^T / sqrt(D)) v in `heads` heads, from qkv (dense, three times the channels) into a bordered map."""
+    """Multi-head attention softmax(q k^T / sqrt(D)) v.
+
+    Reads a dense map of q, k, v [N, H, W, 3 C], writes a bordered map [N, H, W, C].
+
+    Args:
+        heads: Number of heads, each of D = C / heads channels.
+        target: GPU, for the choice of tiles.
+    """
 
     heads: int
     target: Target = H100
@@ -196,17 +210,25 @@ class MultiHeadAttention:
 
     def cost(self, qkv: FeatureMap, out: FeatureMap) -> tuple[int, int]:
         pixels, size = out.height * out.width, qkv.rows.element_size()
-        return 4 * out.images * pixels * pixels * out.channels, size * (
-            qkv.rows.numel() + out.rows.numel()
-        )
+        moved = size * (qkv.rows.numel() + out.rows.numel())
+        return 4 * out.images * pixels * pixels * out.channels, moved
 
 
 @dataclass(frozen=True, eq=False)
 class FoldedAttention:
-    """V softmax(q x^T / sqrt(C)) x + v + residual_scale * residual, from q and x (dense) into a bordered map. See `fold`."""
+    """Single-head attention V softmax(q x^T / sqrt(C)) x + v + residual_scale * residual.
 
-    weight: Tensor  # V [C, C]
-    bias: Tensor  # v [C] fp32
+    Reads dense maps q and x and a bordered residual, writes a bordered map; all [N, H, W, C].
+
+    Args:
+        weight: V [C, C] of `fold`, in the type of the operands.
+        bias: v [C] of `fold`, fp32.
+        target: GPU, for the choice of tiles.
+        residual_scale: Factor of the residual.
+    """
+
+    weight: Tensor
+    bias: Tensor
     target: Target = H100
     residual_scale: float = 1.0
     name = "folded_attention"
@@ -257,10 +279,9 @@ class FoldedAttention:
         self, q: FeatureMap, x: FeatureMap, out: FeatureMap, residual: FeatureMap
     ) -> tuple[int, int]:
         pixels, c = out.height * out.width, out.channels
-        moved = sum(fm.rows.numel() * fm.rows.element_size() for fm in (q, x, out, residual))
-        return out.images * pixels * c * (
-            4 * pixels + 2 * c
-        ), moved + self.weight.numel() * self.weight.element_size()
+        tensors = (q.rows, x.rows, out.rows, residual.rows, self.weight)
+        moved = sum(t.numel() * t.element_size() for t in tensors)
+        return out.images * pixels * c * (4 * pixels + 2 * c), moved
 
 
 def _launch(
@@ -299,7 +320,7 @@ def _launch(
             C=c,
             HEADS=heads,
             D=d,
-            DP=max(16, power_of_two(d)),
+            DP=max(16, next_power_of_two(d)),
             BLOCK_M=s.block_m,
             BLOCK_N=s.block_n,
             BLOCK_OUT=s.block_out,

@@ -1,7 +1,6 @@
-"""1x1 convolution: the product of a map's rows, or of the rows of two maps concatenated along the
-channels, with the weights.
+"""1x1 convolution of one map, or of two maps concatenated along the channels.
 
-All operands come through pointers.
+A matrix product of the maps' rows with the weights; all operands are loaded through pointers.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ def conv1x1_reference(
     residual: Tensor | None = None,
     scale: float = 1.0,
 ) -> Tensor:
-    """x [N, C, H, W], weight [K, C], residual [N, K, H, W] -> W x + bias + scale * residual, pixel by pixel."""
+    """x [N, C, H, W], weight [K, C], residual [N, K, H, W] -> W x + bias + scale * residual."""
     y = F.conv2d(x, weight[:, :, None, None], bias)
     return y if residual is None else y + scale * residual
 
@@ -88,23 +87,32 @@ def _conv1x1_kernel(
         )
     rows = m0 + tl.arange(0, BLOCK_M)
     cols = o0 + tl.arange(0, BLOCK_N)
-    at = rows.to(tl.int64)[:, None] * K + cols[None, :]
+    offsets = rows.to(tl.int64)[:, None] * K + cols[None, :]
     exists = (rows < ROWS)[:, None] & (cols < K)[None, :]
     if BIAS:
         acc += tl.load(bias_ptr + cols, mask=cols < K, other=0.0)[None, :]
     if RESIDUAL:
-        acc += residual_scale * tl.load(residual_ptr + at, mask=exists, other=0.0).to(tl.float32)
+        acc += residual_scale * tl.load(residual_ptr + offsets, mask=exists, other=0.0).to(
+            tl.float32
+        )
     if BORDER:
         _, _, _, inside = pixel_of(rows, ROWS, H, W, 1)
         acc = tl.where(inside[:, None], acc, 0.0)
-    tl.store(y_ptr + at, acc.to(OUT), mask=exists)
+    tl.store(y_ptr + offsets, acc.to(OUT), mask=exists)
 
 
 @dataclass(frozen=True, eq=False)
 class Conv1x1:
-    """1x1 convolution of one map, or of two as if joined along the channels; + bias + residual_scale * residual.
+    """1x1 convolution + bias + residual_scale * residual, of one map or two concatenated maps.
 
-    weight [K, C (+ C2)], bias [K] fp32 or None. All maps, the residual too, have one layout.
+    Reads maps [N, H, W, C] and [N, H, W, C2] and a residual [N, H, W, K], writes a map
+    [N, H, W, K]; all dense or all bordered.
+
+    Args:
+        weight: [K, C + C2], in the type of the operands.
+        bias: [K] fp32, or None.
+        tiles: Tile sizes.
+        residual_scale: Factor of the residual.
     """
 
     weight: Tensor
@@ -122,12 +130,8 @@ class Conv1x1:
         tiles: Tiles,
         residual_scale: float = 1.0,
     ) -> Conv1x1:
-        return cls(
-            weight.to(dtype).contiguous(),
-            None if bias is None else bias.float(),
-            tiles,
-            residual_scale,
-        )
+        bias = None if bias is None else bias.float()
+        return cls(weight.to(dtype).contiguous(), bias, tiles, residual_scale)
 
     def run(
         self,
@@ -137,10 +141,10 @@ class Conv1x1:
         residual: FeatureMap | None = None,
     ) -> None:
         t, k = self.tiles, len(self.weight)
-        second = 0 if x2 is None else x2.channels
+        c2 = 0 if x2 is None else x2.channels
         for name, fm, c in (
-            ("x", x, self.weight.shape[1] - second),
-            ("x2", x2, second),
+            ("x", x, self.weight.shape[1] - c2),
+            ("x2", x2, c2),
             ("residual", residual, k),
             ("out", out, k),
         ):
@@ -162,7 +166,7 @@ class Conv1x1:
             x.width,
             k,
             C=x.channels,
-            C2=second,
+            C2=c2,
             OUT=TRITON_TYPE[out.rows.dtype],
             BIAS=self.bias is not None,
             RESIDUAL=residual is not None,
@@ -187,10 +191,9 @@ class Conv1x1:
         out.write(y)
 
     def grid(self, out: FeatureMap, **_: FeatureMap) -> int:
-        """Tiles of the product."""
-        return triton.cdiv(len(out.rows), self.tiles.block_m) * triton.cdiv(
-            len(self.weight), self.tiles.block_n
-        )
+        """Returns the number of tiles."""
+        t = self.tiles
+        return triton.cdiv(len(out.rows), t.block_m) * triton.cdiv(len(self.weight), t.block_n)
 
     def cost(
         self,

@@ -1,8 +1,9 @@
-"""3x3 convolutions of stride 1 as matrix products on bordered feature maps, channels-last.
+"""3x3 convolution of stride 1: a matrix product on bordered feature maps.
 
-The weights are packed [C_out, taps * C_in], a tap's channels together; one step of the product takes BLOCK_K channels of one tap,
-whose rows are the tile's own rows, shifted by a constant (`_feature_map`). With TMA (sm_90 and newer) both operands come as
-boxes of a descriptor, and rows before the first and after the last read as zero; without, they come through pointers, masked.
+The weights are packed [K, 9 C], tap by tap. One step of the product takes BLOCK_K channels of one
+tap, whose rows are the rows of the tile, shifted by a constant (`_feature_map`). With TMA (sm_90
+and newer) both operands are loaded through descriptors, which return zeros for rows outside the
+map. Without TMA they are loaded through masked pointers.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ from ._gemm import (
 )
 from ._launch import begin
 from ._tile_statistics import (
-    KeepsStatistics,
+    TileStatisticsMixin,
     count_tiles,
     counted_rows,
     first_row,
-    halves,
     row_tiles,
+    split_columns,
     store_statistics,
 )
 from ._triton import tl, triton
@@ -47,7 +48,7 @@ def conv3x3_reference(
     residual: Tensor | None = None,
     scale: float = 1.0,
 ) -> Tensor:
-    """x [N, C, H, W], weight [K, C, 3, 3], residual [N, K, H, W] -> conv(x) + bias + scale * residual."""
+    """x [N, C, H, W], weight [K, C, 3, 3] -> conv(x) + bias + scale * residual [N, K, H, W]."""
     y = F.conv2d(x, weight, bias, padding=1)
     return y if residual is None else y + scale * residual
 
@@ -78,7 +79,7 @@ def _finish_conv3x3(
     DENSE: tl.constexpr,
     STATS: tl.constexpr,
 ):
-    """Sums acc [BLOCK_M, BLOCK_N] of rows m0 ... and outputs o0 ... -> what is stored."""
+    """Epilogue of acc [BLOCK_M, BLOCK_N] at row m0, output o0: scale, bias, residual, store."""
     cols = o0 + tl.arange(0, BLOCK_N)
     rows = m0 + tl.arange(0, BLOCK_M)
     r = rows % IMAGE
@@ -88,24 +89,27 @@ def _finish_conv3x3(
     if BIAS:
         acc += tl.load(bias_ptr + cols, mask=cols < K, other=0.0)[None, :]
     if RESIDUAL:
-        at = rows.to(tl.int64)[:, None] * K + cols[None, :]
-        seen = rows < ROWS if STATS else inside  # with the border, which is zero: fewer registers
-        residual = tl.load(residual_ptr + at, mask=seen[:, None] & (cols < K)[None, :], other=0.0)
+        offsets = rows.to(tl.int64)[:, None] * K + cols[None, :]
+        # with STATS also loads the residual's zero border: a simpler mask needs fewer registers
+        mask = rows < ROWS if STATS else inside
+        residual = tl.load(
+            residual_ptr + offsets, mask=mask[:, None] & (cols < K)[None, :], other=0.0
+        )
         acc += residual_scale * residual.to(tl.float32)
-    if DENSE:  # [N, H, W, K] without borders: the network's output
+    if DENSE:  # the network's output [N, H, W, K], without a border
         h = IMAGE // WP - 1
         pixel = (rows // IMAGE) * (h * (WP - 1)) + (r // WP - 1) * (WP - 1) + r % WP - 1
-        at = pixel.to(tl.int64)[:, None] * K + cols[None, :]
-        tl.store(y + at, acc.to(OUT), mask=inside[:, None] & (cols < K)[None, :])
+        offsets = pixel.to(tl.int64)[:, None] * K + cols[None, :]
+        tl.store(y + offsets, acc.to(OUT), mask=inside[:, None] & (cols < K)[None, :])
     else:
         out = tl.where(inside[:, None], acc, 0.0).to(OUT)
         if TMA:
             y.store([m0, o0], out)
         else:
-            at = rows.to(tl.int64)[:, None] * K + cols[None, :]
-            tl.store(y + at, out, mask=(rows < ROWS)[:, None] & (cols < K)[None, :])
+            offsets = rows.to(tl.int64)[:, None] * K + cols[None, :]
+            tl.store(y + offsets, out, mask=(rows < ROWS)[:, None] & (cols < K)[None, :])
         if STATS:
-            # after a residual a thread holds columns as it loaded them, and cutting between them would move them all
+            # with a residual, acc has the layout of its loads, and a split would move every column
             at_once: tl.constexpr = BLOCK_N if RESIDUAL else 32
             store_statistics(
                 stats_ptr,
@@ -170,8 +174,8 @@ def _conv3x3_kernel(
                 b = load_rows(w, o0, k * BLOCK_K, K, 9 * C, BLOCK_N, BLOCK_K)
             acc = tl.dot(a, b.T, acc, input_precision=PRECISION, max_num_imprecise_acc=IMPRECISE)
 
-        # statistics of all columns at once would spill, so with them the tile is finished by halves
-        parts = halves(acc, BLOCK_M, BLOCK_N) if STATS else (acc,)
+        # with statistics, half of the columns at a time: all columns at once would spill registers
+        parts = split_columns(acc, BLOCK_M, BLOCK_N) if STATS else (acc,)
         for i in tl.static_range(len(parts)):
             _finish_conv3x3(
                 parts[i],
@@ -200,17 +204,24 @@ def _conv3x3_kernel(
             )
 
 
-# ---- the operation: packed weights, and what a plan needs to know of it
+# ---- the operation
 
 
 @dataclass(frozen=True, eq=False)
-class Conv3x3(KeepsStatistics):
-    """conv(x) + bias + residual_scale * residual, stride 1, padding 1. See `conv3x3_reference`.
+class Conv3x3(TileStatisticsMixin):
+    """3x3 convolution + bias + residual_scale * residual, stride 1, padding 1.
 
-    weight  packed [K, 9 C] in the operands' type;  bias [K] fp32 or None
-    scale   [K] fp32 where the operands are e4m3: what one unit of the product is worth, per output channel
-    bounded of e4m3 operands: does every step's product join the sum in fp32 (sm_90's tensor core itself adds with fewer bits), or
-            only the whole sum?
+    Reads bordered maps x [N, H, W, C] and residual [N, H, W, K], writes a bordered or dense map
+    [N, H, W, K]. See `conv3x3_reference`.
+
+    Args:
+        weight: Packed [K, 9 C], in the type of the operands.
+        bias: [K] fp32, or None.
+        tiles: Tile sizes.
+        scale: [K] fp32, factor of the product per output channel; None unless operands are e4m3.
+        residual_scale: Factor of the residual.
+        bounded: For e4m3 operands, adds the product of every step in fp32. Otherwise only the final
+            sum is fp32: the tensor core of sm_90 accumulates with fewer bits.
     """
 
     weight: Tensor
@@ -232,11 +243,10 @@ class Conv3x3(KeepsStatistics):
         residual_scale: float = 1.0,
         bounded: bool = True,
     ) -> Conv3x3:
-        """From weight [K, C, 3, 3] and bias [K]; x_scale: what one unit of an e4m3 input is worth."""
+        """Packs weight [K, C, 3, 3] and bias [K]; x_scale: scale of an e4m3 input."""
         packed, scale = quantise(pack(weight), dtype, x_scale)
-        return cls(
-            packed, None if bias is None else bias.float(), tiles, scale, residual_scale, bounded
-        )
+        bias = None if bias is None else bias.float()
+        return cls(packed, bias, tiles, scale, residual_scale, bounded)
 
     def run(
         self,
@@ -246,6 +256,8 @@ class Conv3x3(KeepsStatistics):
         stats: FeatureMap | None = None,
     ) -> None:
         t, k = self.tiles, len(self.weight)
+        out_columns = t.block_n if stats is None else t.block_n // 2
+        imprecise = 0 if self.scale is None else t.block_k if self.bounded else None
         x.expect("x", x.images, x.height, x.width, self.weight.shape[1] // 9, bordered=True)
         out.expect("out", x.images, x.height, x.width, k)
         if residual is not None:
@@ -257,12 +269,7 @@ class Conv3x3(KeepsStatistics):
             self.grid(x, stats),
             box(x.rows, t.block_m, t.block_k, t.tma),
             box(self.weight, t.block_n, t.block_k, t.tma),
-            box(
-                out.rows,
-                t.block_m,
-                t.block_n if stats is None else t.block_n // 2,
-                t.tma and out.bordered,
-            ),
+            box(out.rows, t.block_m, out_columns, t.tma and out.bordered),
             self.bias if self.bias is not None else self.weight,
             self.scale if self.scale is not None else self.weight,
             x.rows if residual is None else residual.rows,
@@ -281,11 +288,7 @@ class Conv3x3(KeepsStatistics):
             DENSE=not out.bordered,
             STATS=stats is not None,
             PRECISION=PRECISION[x.rows.dtype],
-            IMPRECISE=0
-            if self.scale is None
-            else t.block_k
-            if self.bounded
-            else None,  # None: as Triton does it
+            IMPRECISE=imprecise,  # None: Triton's default
         )
 
     def fallback(
@@ -308,10 +311,9 @@ class Conv3x3(KeepsStatistics):
         self.write_stats(out, stats, compute)
 
     def grid(self, x: FeatureMap, stats: FeatureMap | None = None, **_: FeatureMap) -> int:
-        """Tiles of the product."""
-        return row_tiles(x, self.tiles.block_m, stats is not None) * triton.cdiv(
-            len(self.weight), self.tiles.block_n
-        )
+        """Returns the number of tiles."""
+        t = self.tiles
+        return row_tiles(x, t.block_m, stats is not None) * triton.cdiv(len(self.weight), t.block_n)
 
     def cost(
         self,
@@ -320,5 +322,4 @@ class Conv3x3(KeepsStatistics):
         residual: FeatureMap | None = None,
         stats: FeatureMap | None = None,
     ) -> tuple[int, int]:
-        """FLOP (of real pixels) and the fewest bytes that must move."""
         return cost_of_conv(self.weight, (x, residual, stats), out)

@@ -1,6 +1,6 @@
 """3x3 convolution of stride 2, from a bordered map to one of half the resolution.
 
-All operands come through pointers: a row of the product gathers its channels from where its pixel lies.
+A matrix product whose rows are gathered through pointers.
 """
 
 from __future__ import annotations
@@ -25,7 +25,13 @@ from ._gemm import (
     unpack,
 )
 from ._launch import begin
-from ._tile_statistics import KeepsStatistics, counted_rows, first_row, row_tiles, store_statistics
+from ._tile_statistics import (
+    TileStatisticsMixin,
+    counted_rows,
+    first_row,
+    row_tiles,
+    store_statistics,
+)
 from ._triton import tl, triton
 
 
@@ -34,7 +40,8 @@ def conv_downsample_reference(
 ) -> Tensor:
     """x [N, C, H, W], weight [K, C, 3, 3] -> [N, K, H / 2, W / 2], stride 2.
 
-    padding 1: one zero all around (OpenAI). padding 0: one on the right and at the bottom (Ho et al.; TensorFlow's SAME).
+    padding 1: zeros on every side (OpenAI). padding 0: zeros on the right and at the bottom (Ho et
+    al.; TensorFlow's SAME).
     """
     return F.conv2d(F.pad(x, (padding, 1, padding, 1)), weight, bias, stride=2)[
         ..., : x.shape[2] // 2, : x.shape[3] // 2
@@ -72,18 +79,16 @@ def _conv_downsample_kernel(
     m0 = first_row(tile, (H + 1) * (W + 1), BLOCK_M, STATS)
     rows = m0 + tl.arange(0, BLOCK_M)
     image, y, x, inside = pixel_of(rows, ROWS, H, W, 1)
-    # the source is bordered, so a tap that falls off the image falls on a zero, or behind the last row
+    # the source is bordered: a tap outside the image reads a zero, or is after the last row
     WP = 2 * W + 1
     first = image * ((2 * H + 1) * WP) + (2 * y + 1 - PADDING) * WP + 2 * x + 1 - PADDING
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in range(9 * per_tap):
         tap = k // per_tap
         source = first + (tap // 3) * WP + tap % 3
-        at = (
-            source.to(tl.int64)[:, None] * C
-            + ((k % per_tap) * BLOCK_K + tl.arange(0, BLOCK_K))[None, :]
-        )
-        a = tl.load(x_ptr + at, mask=(inside & (source < ROWS_IN))[:, None], other=0.0)
+        channels = (k % per_tap) * BLOCK_K + tl.arange(0, BLOCK_K)
+        offsets = source.to(tl.int64)[:, None] * C + channels[None, :]
+        a = tl.load(x_ptr + offsets, mask=(inside & (source < ROWS_IN))[:, None], other=0.0)
         acc = tl.dot(
             a,
             load_rows(w_ptr, o0, k * BLOCK_K, K, 9 * C, BLOCK_N, BLOCK_K).T,
@@ -93,8 +98,8 @@ def _conv_downsample_kernel(
     cols = o0 + tl.arange(0, BLOCK_N)
     acc += tl.load(bias_ptr + cols, mask=cols < K, other=0.0)[None, :]
     out = tl.where(inside[:, None], acc, 0.0).to(OUT)
-    at = rows.to(tl.int64)[:, None] * K + cols[None, :]
-    tl.store(y_ptr + at, out, mask=(rows < ROWS)[:, None] & (cols < K)[None, :])
+    offsets = rows.to(tl.int64)[:, None] * K + cols[None, :]
+    tl.store(y_ptr + offsets, out, mask=(rows < ROWS)[:, None] & (cols < K)[None, :])
     if STATS:
         store_statistics(
             stats_ptr,
@@ -113,8 +118,17 @@ def _conv_downsample_kernel(
 
 
 @dataclass(frozen=True, eq=False)
-class ConvDownsample(KeepsStatistics):
-    """3x3, stride 2. See `conv_downsample_reference`; weight packed [K, 9 C], bias [K] fp32."""
+class ConvDownsample(TileStatisticsMixin):
+    """3x3 convolution of stride 2 + bias. See `conv_downsample_reference`.
+
+    Reads a bordered map [N, 2 H, 2 W, C], writes a bordered map [N, H, W, K].
+
+    Args:
+        weight: Packed [K, 9 C], in the type of the operands.
+        bias: [K] fp32.
+        padding: 0 or 1.
+        tiles: Tile sizes.
+    """
 
     weight: Tensor
     bias: Tensor
@@ -170,10 +184,9 @@ class ConvDownsample(KeepsStatistics):
         self.write_stats(out, stats, compute)
 
     def grid(self, out: FeatureMap, stats: FeatureMap | None = None, **_: FeatureMap) -> int:
-        """Tiles of the product."""
-        return row_tiles(out, self.tiles.block_m, stats is not None) * triton.cdiv(
-            len(self.weight), self.tiles.block_n
-        )
+        """Returns the number of tiles."""
+        t, by_image = self.tiles, stats is not None
+        return row_tiles(out, t.block_m, by_image) * triton.cdiv(len(self.weight), t.block_n)
 
     def cost(
         self, x: FeatureMap, out: FeatureMap, stats: FeatureMap | None = None

@@ -1,6 +1,6 @@
-"""First 3x3 convolution of the network, of few channels, from dense fp32 pixels to a bordered map.
+"""First 3x3 convolution of the network: few channels, from dense fp32 pixels to a bordered map.
 
-All operands come through pointers: a step of the product gathers several taps, of all channels, from where the pixels lie.
+A matrix product whose rows are gathered through pointers, several taps of all channels per step.
 """
 
 from __future__ import annotations
@@ -20,20 +20,26 @@ from ._gemm import (
     cost_of_conv,
     launch_conv,
     load_rows,
+    next_power_of_two,
     pack,
     pixel_of,
-    power_of_two,
     unpack,
 )
 from ._launch import begin
-from ._tile_statistics import KeepsStatistics, counted_rows, first_row, row_tiles, store_statistics
+from ._tile_statistics import (
+    TileStatisticsMixin,
+    counted_rows,
+    first_row,
+    row_tiles,
+    store_statistics,
+)
 from ._triton import tl, triton
 
 
 def conv_in_reference(
     x: Tensor, weight: Tensor, bias: Tensor | None, center: bool = False
 ) -> Tensor:
-    """x [N, C, H, W], weight [K, C, 3, 3] -> conv(x) + bias, [N, K, H, W]; conv(2 x - 1) where `center`, zero beyond the image."""
+    """x [N, C, H, W], weight [K, C, 3, 3] -> conv(x) + bias [N, K, H, W]; center: of 2 x - 1."""
     return F.conv2d(2 * x - 1 if center else x, weight, bias, padding=1)
 
 
@@ -69,24 +75,24 @@ def _conv_in_kernel(
     image, y, x, inside = pixel_of(rows, ROWS, H, W, 1)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in range(DEPTH // BLOCK_K):
-        depth = k * BLOCK_K + tl.arange(0, BLOCK_K)  # tap and channel at once: C is no power of two
+        depth = k * BLOCK_K + tl.arange(0, BLOCK_K)  # (tap, channel): C is not a power of two
         tap = depth // C
         dy, dx = tap // 3 - 1, tap % 3 - 1
         sy, sx = y[:, None] + dy[None, :], x[:, None] + dx[None, :]
-        seen = (
+        mask = (
             inside[:, None] & (depth < 9 * C)[None, :] & (sy >= 0) & (sy < H) & (sx >= 0) & (sx < W)
         )
-        at = ((image.to(tl.int64)[:, None] * H + sy) * W + sx) * C + (depth % C)[None, :]
-        a = tl.load(x_ptr + at, mask=seen, other=0.0)
+        offsets = ((image.to(tl.int64)[:, None] * H + sy) * W + sx) * C + (depth % C)[None, :]
+        a = tl.load(x_ptr + offsets, mask=mask, other=0.0)
         if CENTER:
-            a = tl.where(seen, 2 * a - 1, 0.0)
+            a = tl.where(mask, 2 * a - 1, 0.0)
         b = load_rows(w_ptr, o0, k * BLOCK_K, K, DEPTH, BLOCK_N, BLOCK_K)
         acc = tl.dot(a.to(b.dtype), b.T, acc, input_precision=PRECISION)
     cols = o0 + tl.arange(0, BLOCK_N)
     acc += tl.load(bias_ptr + cols, mask=cols < K, other=0.0)[None, :]
     out = tl.where(inside[:, None], acc, 0.0).to(OUT)
-    at = rows.to(tl.int64)[:, None] * K + cols[None, :]
-    tl.store(y_ptr + at, out, mask=(rows < ROWS)[:, None] & (cols < K)[None, :])
+    offsets = rows.to(tl.int64)[:, None] * K + cols[None, :]
+    tl.store(y_ptr + offsets, out, mask=(rows < ROWS)[:, None] & (cols < K)[None, :])
     if STATS:
         store_statistics(
             stats_ptr,
@@ -105,10 +111,17 @@ def _conv_in_kernel(
 
 
 @dataclass(frozen=True, eq=False)
-class ConvIn(KeepsStatistics):
-    """The network's first 3x3 convolution, of few channels, from dense fp32 pixels; of 2 x - 1 where `center`.
+class ConvIn(TileStatisticsMixin):
+    """First 3x3 convolution + bias. See `conv_in_reference`.
 
-    weight packed [K, DEPTH], its 9 C columns padded with zeros to whole steps of the product; bias [K] fp32.
+    Reads a dense fp32 map [N, H, W, C], writes a bordered map [N, H, W, K].
+
+    Args:
+        weight: Packed [K, 9 C], padded with zero columns to a multiple of `tiles.block_k`.
+        bias: [K] fp32.
+        channels: C.
+        center: Convolves 2 x - 1, with zero padding.
+        tiles: Tile sizes.
     """
 
     weight: Tensor
@@ -134,8 +147,8 @@ class ConvIn(KeepsStatistics):
 
     @staticmethod
     def block_k(channels: int) -> int:
-        """Columns of the product per step: all taps of a few channels at once."""
-        return min(64, max(16, power_of_two(9 * channels)))
+        """Returns the columns per step: all taps in one step if there are few channels."""
+        return min(64, max(16, next_power_of_two(9 * channels)))
 
     def run(self, x: FeatureMap, out: FeatureMap, stats: FeatureMap | None = None) -> None:
         t, (k, depth) = self.tiles, self.weight.shape
@@ -172,18 +185,16 @@ class ConvIn(KeepsStatistics):
     ) -> None:
         weight = cast(self.weight[:, : 9 * self.channels], compute)
         pixels = 2 * x.pixels - 1 if self.center else x.pixels
-        seen = pixels.to(self.weight.dtype).to(
-            weight.dtype
-        )  # rounded to the operands' type, as the kernel does
-        y = conv_in_reference(seen, unpack(weight, 3), None)
+        # rounded to the type of the operands, as in the kernel
+        pixels = pixels.to(self.weight.dtype).to(weight.dtype)
+        y = conv_in_reference(pixels, unpack(weight, 3), None)
         out.write(y + self.bias.to(y.dtype)[:, None, None])
         self.write_stats(out, stats, compute)
 
     def grid(self, out: FeatureMap, stats: FeatureMap | None = None, **_: FeatureMap) -> int:
-        """Tiles of the product."""
-        return row_tiles(out, self.tiles.block_m, stats is not None) * triton.cdiv(
-            len(self.weight), self.tiles.block_n
-        )
+        """Returns the number of tiles."""
+        t, by_image = self.tiles, stats is not None
+        return row_tiles(out, t.block_m, by_image) * triton.cdiv(len(self.weight), t.block_n)
 
     def cost(
         self, x: FeatureMap, out: FeatureMap, stats: FeatureMap | None = None

@@ -1,8 +1,8 @@
-"""3x3 convolution after nearest 2x upsampling, as matrix products on the small map.
+"""Nearest 2x upsampling followed by a 3x3 convolution, computed on the small map.
 
-Upsampling first and convolving then is four 2x2 convolutions of the small map, one for each parity of the output's row and
-column: taps that fall on copies of one pixel are summed into one weight, exact but for the rounding of the sums. Each is a
-product as in `conv3x3`.
+It equals four 2x2 convolutions of the small map, one per parity of the output's row and column.
+Taps that read copies of one pixel are summed into one weight: exact except for the rounding of the
+sums. Each convolution is a matrix product as in `conv3x3`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ._gemm import (
 )
 from ._launch import begin
 from ._tile_statistics import (
-    KeepsStatistics,
+    TileStatisticsMixin,
     Tiling,
     count_tiles,
     counted_rows,
@@ -39,20 +39,19 @@ from ._triton import tl, triton
 
 
 def conv_upsample_reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x [N, C, H, W], weight [K, C, 3, 3] -> [N, K, 2 H, 2 W]: each pixel becomes a 2x2 block, then the convolution."""
+    """x [N, C, H, W], weight [K, C, 3, 3] -> convolution of the upsampled x, [N, K, 2 H, 2 W]."""
     return F.conv2d(F.interpolate(x, scale_factor=2.0, mode="nearest"), weight, bias, padding=1)
 
 
 def pack_parities(weight: Tensor) -> Tensor:
-    """[K, C, 3, 3] -> [4 K, 4 C]: for each parity (row, column) of the output a packed 2x2 filter on the small map.
+    """weight [K, C, 3, 3] -> packed 2x2 filters [4 K, 4 C], one per parity (row, column), in fp64.
 
-    An even output row sees the pixel row above through tap 0 and its own through taps 1 and 2; an odd one its own through
-    taps 0 and 1 and the next through tap 2. Columns alike. Summed in fp64.
+    Output row 2 y reads row y - 1 of the small map with tap 0, and row y with taps 1 and 2. Output
+    row 2 y + 1 reads row y with taps 0 and 1, and row y + 1 with tap 2. Columns do the same.
     """
     w = weight.double()
-    fold = w.new_tensor(
-        [[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]]
-    )  # [parity, tap of 2, tap of 3]
+    # [parity, tap of 2, tap of 3]
+    fold = w.new_tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])
     parities = torch.einsum("pai,qbj,kcij->pqkabc", fold, fold, w)
     return parities.flatten(3).flatten(0, 2)
 
@@ -110,7 +109,7 @@ def _conv_upsample_kernel(
         r = rows - image * IMAGE
         y = r // WP - 1
         x_ = r % WP - 1
-        # the border of the small map becomes, by the same arithmetic, the border of the large one
+        # the same arithmetic maps the border of the small map to that of the large map
         out_y = 2 * y + py
         out_x = 2 * x_ + px
         exists = (rows < ROWS) & (out_y >= -1) & (out_x >= -1)
@@ -131,8 +130,16 @@ def _conv_upsample_kernel(
 
 
 @dataclass(frozen=True, eq=False)
-class ConvUpsample(KeepsStatistics):
-    """Nearest 2x, then a 3x3 convolution. See `conv_upsample_reference`; weight packed [4 K, 4 C], bias [K] fp32."""
+class ConvUpsample(TileStatisticsMixin):
+    """Nearest 2x upsampling, 3x3 convolution and bias. See `conv_upsample_reference`.
+
+    Reads a bordered map [N, H, W, C], writes a bordered map [N, 2 H, 2 W, K].
+
+    Args:
+        weight: Packed [4 K, 4 C] by `pack_parities`, in the type of the operands.
+        bias: [K] fp32.
+        tiles: Tile sizes.
+    """
 
     weight: Tensor
     bias: Tensor
@@ -181,8 +188,8 @@ class ConvUpsample(KeepsStatistics):
         y = pixels.new_empty(n, len(self.bias), h, 2, w, 2)
         for parity, weight in enumerate(weights):
             py, px = divmod(parity, 2)
-            seen = F.pad(pixels, (1 - px, px, 1 - py, py))
-            y[:, :, :, py, :, px] = F.conv2d(seen, unpack(weight, 2))
+            padded = F.pad(pixels, (1 - px, px, 1 - py, py))
+            y[:, :, :, py, :, px] = F.conv2d(padded, unpack(weight, 2))
         out.write(y.reshape(n, -1, 2 * h, 2 * w) + bias.to(y.dtype)[:, None, None])
         self.write_stats(out, stats, compute)
 
@@ -190,15 +197,12 @@ class ConvUpsample(KeepsStatistics):
         return Tiling(out.height // 2, out.width // 2, self.tiles.block_m, parts=4)
 
     def grid(self, x: FeatureMap, stats: FeatureMap | None = None, **_: FeatureMap) -> int:
-        """Tiles of the four products."""
-        return (
-            row_tiles(x, self.tiles.block_m, stats is not None)
-            * triton.cdiv(len(self.weight) // 4, self.tiles.block_n)
-            * 4
-        )
+        """Returns the number of tiles of the four products."""
+        t, k = self.tiles, len(self.weight) // 4
+        return 4 * row_tiles(x, t.block_m, stats is not None) * triton.cdiv(k, t.block_n)
 
     def cost(
         self, x: FeatureMap, out: FeatureMap, stats: FeatureMap | None = None
     ) -> tuple[int, int]:
         flops, moved = cost_of_conv(self.weight, (x, stats), out)
-        return flops // 4, moved  # an output pixel sees one parity's filter
+        return flops // 4, moved  # an output pixel uses the filter of one parity

@@ -1,8 +1,7 @@
-"""Training loss || target - out ||^2 with target = eps, x_0 or v, whose noise is recomputed, not
-stored.
+"""Training loss ||target - out||^2 with target = eps, x_0 or v; eps is recomputed, not stored.
 
-`q_sample` drew eps in registers and forgot it. The counter that drew it draws it again here, and once more for the gradient,
-so the noise of training never touches memory.
+`q_sample` generates eps in registers. The loss and its gradient regenerate it from the same
+counter, so the noise of training is never stored in memory.
 """
 
 from __future__ import annotations
@@ -20,11 +19,11 @@ from ._triton import (
     tl,
     triton,
 )
-from .noise import BLOCK, NUM_WARPS, Q_SAMPLE, grid, image_normals, noise_reference, place
+from .noise import BLOCK, NUM_WARPS, Q_SAMPLE, grid, image_normals, locate, noise_reference
 
 
 def target_reference(eps: Tensor, x_0: Tensor | None, coef: Tensor, t: Tensor) -> Tensor:
-    """eps, x_0 [B, C, H, W]; coef [T, 2] = (of_eps, of_x_0); t [B] -> of_eps eps + of_x_0 x_0, in coef's dtype."""
+    """Returns the target of_eps eps + of_x_0 x_0 [B, C, H, W] in coef's dtype; see `noise_mse`."""
     of_eps, of_x_0 = coef[t.long()].T[:, :, None, None, None]
     target = of_eps * eps.to(coef.dtype)
     return target if x_0 is None else target + of_x_0 * x_0.to(coef.dtype)
@@ -33,7 +32,7 @@ def target_reference(eps: Tensor, x_0: Tensor | None, coef: Tensor, t: Tensor) -
 def noise_mse_reference(
     out: Tensor, eps: Tensor, x_0: Tensor | None, coef: Tensor, t: Tensor
 ) -> Tensor:
-    """out, eps, x_0 [B, C, H, W] -> [B], the mean of (out - target)^2 over each image, in coef's dtype."""
+    """Returns the mean of (out - target)^2 over each image, [B] in coef's dtype."""
     return (out.to(coef.dtype) - target_reference(eps, x_0, coef, t)).square().mean((1, 2, 3))
 
 
@@ -63,41 +62,42 @@ def _noise_mse_kernel(
     GRADIENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    n, first = place(ELEMENTS, BLOCK)
-    eps = image_normals(seed_ptr, image_ptr, noise_row_ptr, n, TAG, first + tl.arange(0, BLOCK))
+    n, first = locate(ELEMENTS, BLOCK)
+    block = first + tl.arange(0, BLOCK)
+    eps = image_normals(seed_ptr, image_ptr, tl.load(noise_row_ptr + n), n, TAG, block)
     element = first * 4 + tl.arange(0, 4 * BLOCK)  # [4 * BLOCK]
     inside = element < ELEMENTS
     t = tl.load(t_ptr + n).to(tl.int64)
     target = tl.load(coef_ptr + 2 * t) * eps
     if WITH_X_0:
-        x_0_at = (
+        x_0_offsets = (
             element
             if X_0_DENSE
             else element % CHANNELS * x_0_channel + element // CHANNELS * x_0_pixel
         )
-        x_0 = tl.load(x_0_ptr + n.to(tl.int64) * x_0_image + x_0_at, mask=inside).to(tl.float32)
+        x_0 = tl.load(x_0_ptr + n.to(tl.int64) * x_0_image + x_0_offsets, mask=inside).to(
+            tl.float32
+        )
         target = target + tl.load(coef_ptr + 2 * t + 1) * x_0
-    out_at = (
+    out_offsets = (
         element if OUT_DENSE else element % CHANNELS * out_channel + element // CHANNELS * out_pixel
     )
-    out = tl.load(out_ptr + n.to(tl.int64) * out_image + out_at, mask=inside).to(tl.float32)
+    out = tl.load(out_ptr + n.to(tl.int64) * out_image + out_offsets, mask=inside).to(tl.float32)
     difference = out - target
-    if GRADIENT:  # of the loss with respect to out; channels-last, in element order
+    if GRADIENT:  # of the loss with respect to out; channels-last
         scale = tl.load(loss_gradient_ptr + n) * (2.0 / ELEMENTS)
         tl.store(result_ptr + n.to(tl.int64) * ELEMENTS + element, scale * difference, mask=inside)
-    else:  # one sum for each program, added up outside in a fixed order: no atomics
+    else:  # one sum per program; the launcher adds them in a fixed order, without atomics
         tl.store(
             result_ptr + tl.program_id(0), tl.sum(tl.where(inside, difference * difference, 0.0))
         )
 
 
 def _launch(result, loss_gradient, out, x_0, coef, t, noise_row, seed, image) -> None:
-    """Into `result`: the programs' sums, or with `loss_gradient` the gradient."""
+    """Writes the programs' sums to `result`, or the gradient if `loss_gradient` is given."""
     b, c, h, w = out.shape
-    out_strides, x_0_strides = (
-        image_strides(out, "out"),
-        (0, 0, 0) if x_0 is None else image_strides(x_0, "x_0"),
-    )
+    out_strides = image_strides(out, "out")
+    x_0_strides = (0, 0, 0) if x_0 is None else image_strides(x_0, "x_0")
     with torch.cuda.device_of(out):
         _noise_mse_kernel[grid(c * h * w, b)](
             result,
@@ -151,7 +151,8 @@ def _check(out, x_0, coef, t, noise_row, seed, image) -> None:
     if x_0 is not None:
         if x_0.shape != out.shape or not x_0.is_floating_point() or x_0.device != out.device:
             raise ValueError(
-                f"x_0 is {x_0.dtype} {tuple(x_0.shape)} on {x_0.device}; expected floating {tuple(out.shape)}"
+                f"x_0 is {x_0.dtype} {tuple(x_0.shape)} on {x_0.device}; "
+                f"expected floating {tuple(out.shape)} on {out.device}"
             )
         image_strides(x_0, "x_0")
     check_table("coef", coef, 2, out.device)
@@ -168,14 +169,22 @@ def noise_mse(
     seed: Tensor,
     image: Tensor,
 ) -> Tensor:
-    """The mean of (out - target)^2 over each image, target = of_eps eps + of_x_0 x_0 with the eps that `q_sample` drew.
+    """Returns the mean of (out - target)^2 over each image (Ho et al. 2020, eq. 14).
 
-    out    [B, C, H, W] fp32, fp16 or bf16, channels-first or channels-last, or a slice of channels; read once
-    x_0    [B, C, H, W] likewise, read once; None where of_x_0 is 0, as for eps-prediction
-    coef   [T, 2] fp32, (of_eps, of_x_0): `ddpm_fast.diffusion.losses.target_table`
-    t, noise_row, seed, image   [B] integer, as `q_sample` got them
+    target = of_eps eps + of_x_0 x_0, with the eps that `q_sample` generates for the same arguments.
 
-    Returns fp32 [B], differentiable with respect to `out`. ValueError for wrong shapes, types or devices.
+    Args:
+        out: [B, C, H, W] fp32, fp16 or bf16, channels-first or channels-last, or a slice of
+            channels; read once.
+        x_0: Like out, read once; None if of_x_0 is 0 (eps-prediction).
+        coef: [T, 2] fp32, (of_eps, of_x_0); see `ddpm_fast.diffusion.losses.target_table`.
+        t, noise_row, seed, image: [B] integer, as for `q_sample`.
+
+    Returns:
+        [B] fp32, differentiable with respect to `out`.
+
+    Raises:
+        ValueError: An argument has a wrong shape, dtype, layout or device.
     """
     _check(out, x_0, coef, t, noise_row, seed, image)
     if launches_kernel(out, "noise"):
@@ -195,7 +204,10 @@ def noise_mse_gradient(
     seed: Tensor,
     image: Tensor,
 ) -> Tensor:
-    """d loss / d out, in out's dtype, channels-last: 2 (out - target) / elements, times loss_gradient fp32 [B]."""
+    """Returns the gradient of `noise_mse` with respect to `out`, in out's dtype, channels-last.
+
+    It is loss_gradient [B] fp32 times 2 (out - target) / (C H W). Other arguments: `noise_mse`.
+    """
     if launches_kernel(out, "noise"):
         return _launch_gradient(loss_gradient, out, x_0, coef, t, noise_row, seed, image)
     eps = noise_reference(seed, image, noise_row, Q_SAMPLE, tuple(out.shape[1:]))
@@ -215,7 +227,7 @@ def _(loss_gradient, out, x_0, coef, t, noise_row, seed, image):
     return _empty_gradient(out)
 
 
-def _keep(ctx, inputs, output) -> None:
+def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs)
 
 
@@ -224,4 +236,4 @@ def _backward(ctx, loss_gradient):
     return gradient, None, None, None, None, None, None
 
 
-noise_mse.register_autograd(_backward, setup_context=_keep)
+noise_mse.register_autograd(_backward, setup_context=_setup_context)

@@ -1,7 +1,6 @@
-"""Forward process in one jump: x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps (Ho et
-al. 2020, eq. 4).
+"""Forward process x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps (Ho et al. 2020, eq. 4).
 
-eps is made inside the kernel, so x_0 is read once, x_t written once and the noise never touches memory.
+The kernel generates eps in registers: x_0 is read once, x_t is written once, eps is not stored.
 """
 
 from __future__ import annotations
@@ -19,11 +18,11 @@ from ._triton import (
     tl,
     triton,
 )
-from .noise import BLOCK, NUM_WARPS, Q_SAMPLE, grid, image_normals, noise_reference, place
+from .noise import BLOCK, NUM_WARPS, Q_SAMPLE, grid, image_normals, locate, noise_reference
 
 
 def q_sample_reference(x_0: Tensor, eps: Tensor, coef: Tensor, t: Tensor) -> Tensor:
-    """x_0, eps [B, C, H, W]; coef [T, 2] = (sqrt(alpha_bar), sqrt(1 - alpha_bar)); t [B] -> x_t, computed in coef's dtype."""
+    """Returns x_t [B, C, H, W] in coef's dtype; eps is the noise, other arguments as `q_sample`."""
     signal, sigma = coef[t.long()].T[:, :, None, None, None]
     return x_0.to(coef.dtype) * signal + eps.to(coef.dtype) * sigma
 
@@ -46,19 +45,18 @@ def _q_sample_kernel(
     DENSE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    n, first = place(ELEMENTS, BLOCK)
-    eps = image_normals(seed_ptr, image_ptr, noise_row_ptr, n, TAG, first + tl.arange(0, BLOCK))
-    element = first * 4 + tl.arange(
-        0, 4 * BLOCK
-    )  # [4 * BLOCK], x_t's own order: it is channels-last
+    n, first = locate(ELEMENTS, BLOCK)
+    block = first + tl.arange(0, BLOCK)
+    eps = image_normals(seed_ptr, image_ptr, tl.load(noise_row_ptr + n), n, TAG, block)
+    element = first * 4 + tl.arange(0, 4 * BLOCK)  # the memory order of x_t, which is channels-last
     inside = element < ELEMENTS
 
     t = tl.load(t_ptr + n).to(tl.int64)
     signal, sigma = tl.load(coef_ptr + 2 * t), tl.load(coef_ptr + 2 * t + 1)
-    offset = (
+    x_0_offsets = (
         element if DENSE else element % CHANNELS * x_0_channel + element // CHANNELS * x_0_pixel
     )
-    x_0 = tl.load(x_0_ptr + n.to(tl.int64) * x_0_image + offset, mask=inside).to(tl.float32)
+    x_0 = tl.load(x_0_ptr + n.to(tl.int64) * x_0_image + x_0_offsets, mask=inside).to(tl.float32)
     tl.store(x_t_ptr + n.to(tl.int64) * ELEMENTS + element, x_0 * signal + eps * sigma, mask=inside)
 
 
@@ -109,15 +107,21 @@ def _launch(
 def q_sample(
     x_0: Tensor, coef: Tensor, t: Tensor, noise_row: Tensor, seed: Tensor, image: Tensor
 ) -> Tensor:
-    """Draw x_t ~ q(x_t | x_0) for every image at its own timestep (Ho et al. 2020, eq. 4).
+    """Samples x_t ~ q(x_t | x_0) at each image's timestep (Ho et al. 2020, eq. 4).
 
-    x_0    [B, C, H, W] fp32, fp16 or bf16, channels-first or channels-last; read once
-    coef   [T, 2] fp32, (sqrt(alpha_bar_t), sqrt(1 - alpha_bar_t)): `NoiseSchedule.q_sample_table`
-    t      [B] integer in 0..T-1
-    noise_row   [B] integer in 0..2^24-1: which noise of the image; the training step, or t itself
-    seed, image   [B] integer: whose noise (stream `noise.Q_SAMPLE`)
+    Args:
+        x_0: [B, C, H, W] fp32, fp16 or bf16, channels-first or channels-last.
+        coef: [T, 2] fp32, (sqrt(alpha_bar_t), sqrt(1 - alpha_bar_t)); see
+            `NoiseSchedule.q_sample_table`.
+        t: [B] integer in 0..T-1.
+        noise_row: [B] integer in 0..2^24-1, index of the noise, such as the epoch or t.
+        seed, image: [B] integer, seed and image index of the noise (stream `noise.Q_SAMPLE`).
 
-    Returns x_t [B, C, H, W] fp32, channels-last, written once. ValueError for wrong shapes, types or devices.
+    Returns:
+        x_t [B, C, H, W] fp32, channels-last.
+
+    Raises:
+        ValueError: An argument has a wrong shape, dtype, layout or device.
     """
     _check(x_0, coef, t, noise_row, seed, image)
     if launches_kernel(x_0, "noise"):

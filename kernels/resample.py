@@ -1,4 +1,4 @@
-"""Resampling to half or double resolution without weights, as in ADM's residual blocks, and plain copies between layouts."""
+"""Resampling to half or double resolution, as in ADM's residual blocks, and copies of maps."""
 
 from __future__ import annotations
 
@@ -13,18 +13,14 @@ from ._gemm import TRITON_TYPE, cast, pixel_of
 from ._launch import begin, launch_options
 from ._triton import tl, triton
 
-ROWS, LANES = 32, 64  # of a program's tile
+ROWS, LANES = 32, 64  # pixel rows and channels of a program's tile
 
 
 def resample_reference(x: Tensor, to: str) -> Tensor:
-    """x [N, C, H, W]: "half": means of 2x2 blocks, "double": each pixel a 2x2 block, "same": itself."""
-    return (
-        F.avg_pool2d(x, 2)
-        if to == "half"
-        else F.interpolate(x, scale_factor=2.0, mode="nearest")
-        if to == "double"
-        else x
-    )
+    """x [N, C, H, W] -> "half": 2x2 average pooling; "double": nearest upsampling; "same": x."""
+    if to == "half":
+        return F.avg_pool2d(x, 2)
+    return F.interpolate(x, scale_factor=2.0, mode="nearest") if to == "double" else x
 
 
 @triton.jit(do_not_specialize=["COUNT", "H", "W"])
@@ -42,41 +38,45 @@ def _resample_kernel(
     OUT: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """y: COUNT rows of [H, W] images; x: a bordered map of [2 H, 2 W], [H, W] or [H / 2, W / 2] images."""
+    """y: COUNT rows of [H, W] images; x: bordered [2 H, 2 W], [H, W] or [H / 2, W / 2] images."""
     begin(PDL)
     blocks = tl.cdiv(C, L)
     rows = tl.program_id(0) // blocks * R + tl.arange(0, R)
     c = tl.program_id(0) % blocks * L + tl.arange(0, L)
     image, y, x, inside = pixel_of(rows, COUNT, H, W, BORDER)
-    real = (c < C)[None, :]
-    seen = inside[:, None] & real
+    in_channels = (c < C)[None, :]
+    mask = inside[:, None] & in_channels
     if TO == "half":
         WP = 2 * W + 1
-        at = (image.to(tl.int64) * ((2 * H + 1) * WP) + (2 * y + 1) * WP + 2 * x + 1)[
+        offsets = (image.to(tl.int64) * ((2 * H + 1) * WP) + (2 * y + 1) * WP + 2 * x + 1)[
             :, None
         ] * C + c[None, :]
-        v = tl.load(x_ptr + at, mask=seen, other=0.0).to(tl.float32)
-        v += tl.load(x_ptr + at + C, mask=seen, other=0.0).to(tl.float32)
-        v += tl.load(x_ptr + at + WP * C, mask=seen, other=0.0).to(tl.float32)
-        v += tl.load(x_ptr + at + (WP + 1) * C, mask=seen, other=0.0).to(tl.float32)
+        v = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        v += tl.load(x_ptr + offsets + C, mask=mask, other=0.0).to(tl.float32)
+        v += tl.load(x_ptr + offsets + WP * C, mask=mask, other=0.0).to(tl.float32)
+        v += tl.load(x_ptr + offsets + (WP + 1) * C, mask=mask, other=0.0).to(tl.float32)
         v *= 0.25
     else:
         S: tl.constexpr = 2 if TO == "double" else 1
         WP = W // S + 1
-        at = (image.to(tl.int64) * ((H // S + 1) * WP) + (y // S + 1) * WP + x // S + 1)[
+        offsets = (image.to(tl.int64) * ((H // S + 1) * WP) + (y // S + 1) * WP + x // S + 1)[
             :, None
         ] * C + c[None, :]
-        v = tl.load(x_ptr + at, mask=seen, other=0.0).to(tl.float32)
+        v = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     tl.store(
         y_ptr + rows.to(tl.int64)[:, None] * C + c[None, :],
         v.to(OUT),
-        mask=(rows < COUNT)[:, None] & real,
+        mask=(rows < COUNT)[:, None] & in_channels,
     )
 
 
 @dataclass(frozen=True, eq=False)
 class Resample:
-    """From a bordered map to another of either layout. See `resample_reference`."""
+    """Resampling of a bordered map into a bordered or dense map. See `resample_reference`.
+
+    Args:
+        to: "half", "double" or "same".
+    """
 
     to: str
     name = "resample"

@@ -1,9 +1,8 @@
-"""Step indices of a batch: advances them along the step table and looks up each image's timestep
-and row of time embeddings.
+"""Advance of each image's step index, with lookup of its timestep and row of time embeddings.
 
 step     = min(step + by, R - 1)
 t        = t_of[step]
-time_row = t * classes + label         in the network's table of time embeddings
+time_row = t * classes + label         row of the network's table of time embeddings
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ BLOCK = 256
 def advance_reference(
     step: Tensor, t_of: Tensor, label: Tensor, classes: int, by: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """step, label [B], t_of [R] -> (step, t, time_row) [B], each in int64."""
+    """step, label [B], t_of [R] -> (step, t, time_row), int64 [B] each."""
     step = (step.long() + by).clamp(max=len(t_of) - 1)
     t = t_of[step]
     return step, t, t * classes + label
@@ -50,18 +49,26 @@ def advance(
     classes: int,
     by: int = 1,
 ) -> None:
-    """`advance_reference` in place: step, t and time_row are overwritten.
+    """Advances step by `by` rows of the step table, in place, and overwrites t and time_row.
 
-    step [B] int32; t, time_row, label [B] int64; t_of [R] int64, the timestep at each step; classes 1 where there are none.
-    ValueError for wrong shapes, types or devices.
+    Args:
+        step: [B] int32, step indices.
+        t_of: [R] int64, the timestep of each step.
+        t: [B] int64, output: timesteps.
+        time_row: [B] int64, output: rows of the table of time embeddings.
+        label: [B] int64, class of each image.
+        classes: Number of classes; 1 if the network is unconditional.
+        by: Number of steps.
+
+    Raises:
+        ValueError: An argument has a wrong shape, dtype or device.
     """
     check_per_image(len(step), step.device, step=step, t=t, time_row=time_row, label=label)
-    if (step.dtype, t.dtype, time_row.dtype, label.dtype, t_of.dtype) != (
-        torch.int32,
-        *[torch.int64] * 4,
-    ) or t_of.ndim != 1:
+    dtypes = (step.dtype, t.dtype, time_row.dtype, label.dtype, t_of.dtype)
+    if dtypes != (torch.int32, *[torch.int64] * 4) or t_of.ndim != 1:
         raise ValueError(
-            f"step is {step.dtype}, t_of {t_of.dtype} {tuple(t_of.shape)}; expected int32, and int64 [R]"
+            f"step, t, time_row, label and t_of are {dtypes}, t_of {tuple(t_of.shape)}; "
+            "expected int32 for step, int64 for the others, and t_of [R]"
         )
     if launches_kernel(step, "advance"):
         with torch.cuda.device_of(step):

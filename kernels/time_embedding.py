@@ -1,7 +1,7 @@
-"""Projection of the time embedding for every layer, for networks with more classes than a table of
-all (t, class) can hold.
+"""Projection of the time embedding for all layers, for networks with too many classes for a table.
 
-One matrix product per step: row n holds what image n's residual blocks add, W SiLU(time[t_n] + classes[label_n]) + b.
+One matrix product per step: row n is W SiLU(time[t_n] + classes[label_n]) + bias, which the norms
+of image n read.
 """
 
 from __future__ import annotations
@@ -69,9 +69,14 @@ def _time_embedding_kernel(
 
 @dataclass(frozen=True, eq=False)
 class TimeEmbeddingProjection:
-    """W SiLU(time[t] + classes[label]) + bias for every layer. See `time_embedding_reference`.
+    """W SiLU(time[t] + classes[label]) + bias for all layers; writes rows [N, S] fp32.
 
-    time [T, D], classes [K, D], bias [S] fp32; weight [S, D] in the operands' type. Writes fp32 rows [N, S].
+    Args:
+        time: [T, D] fp32, embedding of each timestep.
+        classes: [K, D] fp32, embedding of each class.
+        weight: [S, D], projections of all layers, in the type of the operands.
+        bias: [S] fp32.
+        tiles: Tile sizes.
     """
 
     time: Tensor
@@ -104,22 +109,16 @@ class TimeEmbeddingProjection:
         self, out: FeatureMap, t: Tensor, label: Tensor, compute: torch.dtype | None = None
     ) -> None:
         weight = cast(self.weight, compute)
-        seen = (
-            F.silu(self.time[t.long()] + self.classes[label.long()])
-            .to(self.weight.dtype)
-            .to(weight.dtype)
-        )
-        out.rows.copy_(F.linear(seen, weight) + self.bias.to(weight.dtype))
+        hidden = F.silu(self.time[t.long()] + self.classes[label.long()])
+        hidden = hidden.to(self.weight.dtype).to(weight.dtype)  # rounded as in the kernel
+        out.rows.copy_(F.linear(hidden, weight) + self.bias.to(weight.dtype))
 
     def grid(self, out: FeatureMap, **_: FeatureMap) -> int:
-        """Tiles of the product."""
-        return triton.cdiv(out.images, self.tiles.block_m) * triton.cdiv(
-            len(self.weight), self.tiles.block_n
-        )
+        """Returns the number of tiles."""
+        t = self.tiles
+        return triton.cdiv(out.images, t.block_m) * triton.cdiv(len(self.weight), t.block_n)
 
     def cost(self, out: FeatureMap, **_: object) -> tuple[int, int]:
-        s, d = self.weight.shape
-        return (
-            2 * out.images * s * d,
-            self.weight.numel() * self.weight.element_size() + out.rows.numel() * 4,
-        )
+        weight = self.weight
+        moved = weight.numel() * weight.element_size() + out.rows.numel() * 4
+        return 2 * out.images * weight.numel(), moved

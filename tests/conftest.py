@@ -1,3 +1,5 @@
+"""Selection of tests by marker, fixtures for every test, and measured figures in the summary."""
+
 import pytest
 import torch
 
@@ -6,7 +8,7 @@ from ddpm_fast.testing import interpret_like_a_gpu
 
 try:
     import hypothesis
-except ImportError:  # only the property tests need it
+except ImportError:  # needed by property tests only
     pass
 else:
     _options = dict(deadline=None, derandomize=True)
@@ -20,8 +22,10 @@ interpret_like_a_gpu()
 
 
 def pytest_addoption(parser):
-    parser.addoption("--full", action="store_true", help="run the tests marked full too")
-    parser.addoption("--acceptance", action="store_true", help="run the proofs in full size too")
+    parser.addoption("--full", action="store_true", help="also run the tests marked full")
+    parser.addoption(
+        "--acceptance", action="store_true", help="also run the tests marked acceptance"
+    )
 
 
 def pytest_collection_modifyitems(config, items):
@@ -31,11 +35,11 @@ def pytest_collection_modifyitems(config, items):
 
     def runs(item):
         has = item.get_closest_marker
-        if has("kernel") and not (GPU or INTERPRETED):  # an invocation of their own interprets them
+        if has("kernel") and not (GPU or INTERPRETED):  # a separate pytest call interprets them
             return False
         if has("compile") and INTERPRETED:
             return False
-        if (has("full") or item in repeats) and not full:  # on a GPU they are quick
+        if (has("full") or item in repeats) and not full:  # fast enough on a GPU
             return GPU and bool(has("kernel") or has("gpu"))
         return acceptance or not has("acceptance")
 
@@ -47,7 +51,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 def _repeats(items):
-    """Cases of tests marked each_value whose parameters all have values that earlier cases have."""
+    """Cases of tests marked each_value in which every parameter's value occurred before."""
     repeats, seen = set(), set()
     for item in items:
         if item.get_closest_marker("each_value"):
@@ -63,17 +67,16 @@ def pytest_report_header():
     try:
         import triton
 
-        found = f"triton {triton.__version__}{', interpreting' if INTERPRETED else ''}"
+        version = f"triton {triton.__version__}{', interpreting' if INTERPRETED else ''}"
     except ImportError:
-        found = "no triton"
-    return (
-        f"torch {torch.__version__}, {found}, {torch.cuda.get_device_name() if GPU else 'no GPU'}"
-    )
+        version = "no triton"
+    gpu = torch.cuda.get_device_name() if GPU else "no GPU"
+    return f"torch {torch.__version__}, {version}, {gpu}"
 
 
 @pytest.fixture(autouse=True)
 def poison_empty():
-    """torch.empty comes filled with NaN, so a kernel that forgets an element fails."""
+    """Fills torch.empty with NaN, so that a kernel that skips an element fails."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -86,12 +89,12 @@ def device():
 
 @pytest.fixture
 def figure(record_property):
-    """figure("what", value): a measured figure, printed at the end of the run."""
-    return lambda what, value: record_property("figure", f"{what:72} {value}")
+    """Function of a name and a measured value that are printed at the end of the run."""
+    return lambda name, value: record_property("figure", f"{name:72} {value}")
 
 
 def pytest_runtest_logreport(report):
-    if report.when == "teardown":  # also of another process's tests
+    if report.when == "teardown":  # reports of worker processes included
         FIGURES.extend(value for name, value in report.user_properties if name == "figure")
 
 

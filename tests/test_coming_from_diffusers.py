@@ -1,4 +1,4 @@
-"""docs/coming-from-diffusers.md: its code runs, and its table names what exists."""
+"""docs/coming-from-diffusers.md: the code runs, and the names in the table exist."""
 
 import inspect
 import re
@@ -32,7 +32,7 @@ def test_the_page_has_code_and_a_table():
     assert all(name in PAGE for name in ("num_inference_steps", "generator", "PIL", "preset="))
 
 
-def test_the_names_of_the_page_exist():
+def test_names_on_the_page_exist():
     options = {*StreamOptions.__annotations__, "output"}
     constructor = {*inspect.signature(Sampler).parameters}
     keywords = {*options, *constructor, *inspect.signature(Sampler.from_pretrained).parameters}
@@ -45,7 +45,7 @@ def test_the_names_of_the_page_exist():
         assert hasattr(ddpm_fast, name)
 
 
-def test_hints_name_keywords_that_exist():
+def test_hints_name_existing_keywords():
     known = {*StreamOptions.__annotations__, "output", "every", "dtype"}
     for name, hint in DIFFUSERS.items():
         assert name not in StreamOptions.__annotations__

@@ -1,4 +1,4 @@
-"""What the pages say about the code is there: every linked file, and every name said to be in it."""
+"""Links of the documentation: linked files exist and define the names in the links' texts."""
 
 import ast
 import re
@@ -11,49 +11,39 @@ PAGES = sorted([*ROOT.glob("docs/*.md"), *ROOT.glob("*.md"), *ROOT.glob("*/READM
 LINK = re.compile(r"\[([^\]]*)\]\(([^)#\s]+)(#[^)\s]*)?\)")
 
 
-def names_of(path):
-    """Functions, classes, their methods and fields, constants."""
-    found = set()
-    for node in ast.parse(path.read_text()).body:
-        targets = [
-            *getattr(node, "targets", []),
-            *([node.target] if isinstance(node, ast.AnnAssign) else []),
-        ]
-        for name in (
-            (node.name,) if hasattr(node, "name") else [t.id for t in targets if hasattr(t, "id")]
-        ):
-            found.add(name)
-            for part in getattr(node, "body", []) if isinstance(node, ast.ClassDef) else []:
-                found.add(
-                    f"{name}.{getattr(part, 'name', getattr(getattr(part, 'target', None), 'id', ''))}"
-                )
-    return found
+def names_of(node):
+    """Names of the functions, classes, constants, methods and fields that a syntax tree defines."""
+    names = set()
+    for part in node.body:
+        targets = [*getattr(part, "targets", []), getattr(part, "target", None)]
+        names |= {t.id for t in targets if hasattr(t, "id")} | {getattr(part, "name", "")}
+        if isinstance(part, ast.ClassDef):
+            names |= {f"{part.name}.{name}" for name in names_of(part)}
+    return names
+
+
+def names_in(path):
+    """A Python file's name and the names that it defines."""
+    return {path.name} | names_of(ast.parse(path.read_text()))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_links_lead_somewhere(page):
+def test_links(page):
     broken = []
     for text, target, _ in LINK.findall(page.read_text()):
         if "://" in target:
             continue
-        path = (page.parent / target).resolve()
+        path, name = (page.parent / target).resolve(), re.fullmatch(r"`([\w.]+)`", text)
         if not path.exists():
             broken.append(target)
-        name = re.fullmatch(r"`([\w.]+)`", text)
-        if (
-            path.suffix == ".py"
-            and path.exists()
-            and name
-            and name[1] != path.name
-            and name[1] not in names_of(path)
-        ):
+        elif name and path.suffix == ".py" and name[1] not in names_in(path):
             broken.append(f"{name[1]} in {target}")
     assert not broken
 
 
 @pytest.mark.parametrize("name", ["ddpm.md", "ddpm.zh.md"])
 def test_every_equation_names_its_function_and_its_test(name):
-    """The table at the top has all sixteen, each with a function of ours and a test."""
+    """The table at the top has all sixteen, each with a function and a test of this project."""
     text = (ROOT / "docs" / name).read_text()
     rows = re.findall(
         r"^\|[^|]*\| \[\((\d+)\)\]\(#[^)]*\) \|[^|]*\|([^|]*)\|([^|]*)\|$", text, re.MULTILINE
@@ -65,7 +55,7 @@ def test_every_equation_names_its_function_and_its_test(name):
 
 
 def test_the_translation_has_every_equation_and_link_of_the_original():
-    """Equations between dollar signs, links and figures are the same in both, in the same order."""
+    """Both have the same number of displayed equations, and the same tags, links and figures."""
     original, translated = (
         (ROOT / "docs" / name).read_text() for name in ("ddpm.md", "ddpm.zh.md")
     )

@@ -1,10 +1,8 @@
-"""Import direction: packages import only packages to their left, and no file-level cycle exists."""
+"""Import direction: packages import only packages of a lower rank, without file-level cycles."""
 
-import ast
-from pathlib import Path
+from bench.report.architecture import ROOT, import_graph, modules, package_of
 
-ROOT = Path(__file__).parents[1]
-# From left to right; packages of one entry do not import each other.
+# From low to high rank; packages of one entry do not import each other.
 ORDER = [
     {"utils", "kernels"},
     {"data", "models"},
@@ -20,46 +18,10 @@ ORDER = [
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 
-
-def modules():
-    """Maps each module name to its file: the library, bench, examples and weights scripts."""
-    files = {f"ddpm_fast.kernels.{path.stem}": path for path in (ROOT / "kernels").glob("*.py")}
-    for root in ("ddpm_fast", "bench", "examples", "weights"):
-        for path in sorted((ROOT / root).rglob("*.py")):
-            parts = path.relative_to(ROOT).with_suffix("").parts
-            if parts[:2] != ("ddpm_fast", "kernels"):  # the link
-                files[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    return files
+FILES, GRAPH = modules(), import_graph()
 
 
-FILES = modules()
-
-
-def imported_modules(name, path):
-    """Modules that a file imports anywhere: at the top, in functions, under TYPE_CHECKING."""
-    package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            targets = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level + 1] if node.level else []
-            source = ".".join([*base, *([node.module] if node.module else [])])
-            targets = [f"{source}.{alias.name}" for alias in node.names]
-            targets = [t if t in FILES else source for t in targets]
-        else:
-            continue
-        yield from (t for t in targets if t in FILES and t != name)
-
-
-GRAPH = {name: set(imported_modules(name, path)) for name, path in FILES.items()}
-
-
-def package_of(module):
-    parts = module.split(".")
-    return parts[1] if parts[0] == "ddpm_fast" and len(parts) > 1 else None
-
-
-def test_packages_import_to_their_left():
+def test_packages_import_packages_of_a_lower_rank():
     wrong = []
     for module, targets in GRAPH.items():
         source = package_of(module)
@@ -80,7 +42,7 @@ def test_every_package_has_a_rank():
 
 
 def test_no_file_level_cycle():
-    """Depth-first search; the lazily loaded public names of ddpm_fast/__init__.py are not imports of its users."""
+    """Depth-first search. The lazily loaded names of ddpm_fast/__init__.py do not count."""
     graph = {
         m: {t for t in targets if t != "ddpm_fast"}
         for m, targets in GRAPH.items()

@@ -1,12 +1,13 @@
-"""Tests, then timings on a machine with a GPU, into one JSON file and a table, within eight minutes.
+"""Tests and timings on a machine with a GPU, in eight minutes.
 
-    python -m bench.gpu                          all parts; results in bench-results/
-    python -m bench.gpu --tiny --out FILE.json   tiny sizes on a CPU: shows that the command works
-    python -m bench.gpu --only kernels network   some parts; an existing FILE.json keeps its other parts
+    python -m bench.gpu                                all parts; results in bench-results/
+    python -m bench.gpu --tiny --out FILE              tiny sizes on a CPU, to test the command
+    python -m bench.gpu --only kernels --out FILE      some parts; FILE keeps its other parts
 
-Needs Python, torch, triton, numpy and pytest, and no network connection; diffusers is a baseline if installed. Each part has a time
-budget and is stopped at its end with the rows that it has; a part that fails does not stop the others; results are checked before
-they are timed. Contents of the file: docs/gpu.md.
+Writes a JSON file (docs/gpu.md) and prints tables. Needs Python, torch, triton, numpy and pytest,
+and no network connection; diffusers is a baseline if installed. Each part has a time budget and
+is stopped when it is spent; its rows are kept. A part that fails does not stop the others. Results
+are checked before they are timed.
 """
 
 from __future__ import annotations
@@ -25,14 +26,13 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from bench.gpu import kernels, network, sampling, training
 from bench.gpu.context import Bench
 from bench.gpu.targets import compare_with_targets
 from bench.workloads import OUT, ROOT
 from ddpm_fast.benchmark import results
 from ddpm_fast.benchmark.timer import Row
+from ddpm_fast.utils.numerics import full_fp32
 
 Part = Callable[[Bench], Iterator[Row]]
 
@@ -40,7 +40,7 @@ Part = Callable[[Bench], Iterator[Row]]
 def tests(bench: Bench) -> Iterator[Row]:
     """The tests that need a GPU, in a child process."""
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu or kernel", "tests"]
-    if bench.tiny:  # shows that the command works; Triton's interpreter runs the kernels elsewhere
+    if bench.tiny:  # `make test` runs the kernels with Triton's interpreter
         command += ["-k", "gpu"]
     pipe = subprocess.PIPE
     with subprocess.Popen(
@@ -49,18 +49,16 @@ def tests(bench: Bench) -> Iterator[Row]:
         try:
             output, _ = child.communicate(timeout=max(1, bench.deadline - time.monotonic() - 2))
         except subprocess.TimeoutExpired:
-            os.killpg(child.pid, signal.SIGKILL)  # with the processes that it started
+            os.killpg(child.pid, signal.SIGKILL)  # includes processes that it started
             output, _ = child.communicate()
             yield dict(what="tests", failed=True, summary="out of time", output=output[-4000:])
             return
-    lines = [line for line in output.splitlines() if line.strip()]
+    summary = (output.strip().splitlines() or [""])[-1]
     failed = child.returncode not in ((0, 5) if bench.tiny else (0,))  # 5: no test ran
-    yield dict(
-        what="tests", failed=failed, summary=lines[-1] if lines else "", output=output[-6000:]
-    )
+    yield dict(what="tests", failed=failed, summary=summary, output=output[-6000:])
 
 
-# name -> (part, budget in seconds): the most important figures come last; the sum is below eight minutes
+# name -> (part, budget in seconds): the most important part is last; the sum is below eight minutes
 PARTS: dict[str, tuple[Part, float]] = {
     "ceilings": (kernels.ceilings, 10),
     "self-check": (network.self_check, 60),
@@ -70,28 +68,27 @@ PARTS: dict[str, tuple[Part, float]] = {
     "invariance": (network.invariance, 20),
     "training": (training.training, 15),
     "likelihood": (training.likelihood, 10),
-    "network": (network.forward, 45),
-    "celebahq256": (sampling.celebahq256, 60),
-    "sampling": (sampling.sampling, 85),
+    "network": (network.forward, 30),
+    "celebahq256": (sampling.celebahq256, 65),
+    "sampling": (sampling.sampling, 95),
 }
 
 
-class OutOfTime(BaseException):  # not an Exception: no part catches it
+class OutOfTime(BaseException):  # not an Exception, which a part may catch
     """Raised when the budget of a part is spent."""
 
 
 @contextmanager
 def budget(bench: Bench, seconds: float) -> Iterator[None]:
-    """Raises OutOfTime inside the block after `seconds`, as soon as the interpreter handles signals."""
+    """Raises OutOfTime in the block after `seconds`, once the interpreter handles signals."""
 
     def on_alarm(number: int, frame: Any) -> None:
         raise OutOfTime
 
     bench.deadline = time.monotonic() + seconds
     previous = signal.signal(signal.SIGALRM, on_alarm)
-    signal.setitimer(
-        signal.ITIMER_REAL, seconds, 1.0
-    )  # repeated, in case a library catches the first
+    # repeated every second, in case a library catches the first
+    signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
     try:
         yield
     finally:
@@ -100,7 +97,7 @@ def budget(bench: Bench, seconds: float) -> Iterator[None]:
 
 
 def run(bench: Bench, name: str, part: Part, seconds: float) -> Row:
-    """Runs a part; its rows, with a last row that says why it ended early."""
+    """Runs a part; returns its seconds and rows, and in a last row the reason of an early end."""
     rows: list[Row] = []
     start = time.monotonic()
     try:
@@ -120,37 +117,31 @@ def run(bench: Bench, name: str, part: Part, seconds: float) -> Row:
 
 def table_of(rows: list[Row]) -> str:
     """One line per row: name, conditions and figures."""
+    hidden = ("what", "output", "runs", "bytes")
     lines = []
     for row in rows:
-        shown = {
-            k: v
-            for k, v in row.items()
-            if k not in ("what", "output", "runs", "bytes") and v is not None
-        }
-        lines.append(
-            f"  {row['what']:26} " + "  ".join(f"{k} {_short(v)}" for k, v in shown.items())
-        )
+        cells = [f"{k} {_short(v)}" for k, v in row.items() if k not in hidden and v is not None]
+        lines.append(f"  {row['what']:26} {'  '.join(cells)}")
     return "\n".join(lines)
 
 
 def _short(value: Any) -> str:
-    return (
-        f"{value:.4g}"
-        if isinstance(value, float)
-        else "x".join(map(str, value))
-        if isinstance(value, list)
-        else str(value)
-    )
+    if isinstance(value, list):
+        return "x".join(map(str, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def load_or_create(out: Path, tiny: bool, resumed: bool) -> Row:
-    """A result without parts, or the one in `out` to be completed; ValueError if that is of another environment."""
+    """A result without parts; if `resumed`, the result in `out`.
+
+    Raises ValueError if `out` is of another environment.
+    """
     new: Row = dict(**results.provenance(), tiny=tiny, parts={})
     if not resumed or not out.exists():
         return new
     old: Row = json.loads(out.read_text())
     if (old["tiny"], old["environment"]) != (tiny, new["environment"]):
-        raise ValueError(f"{out} is of another machine, or of other versions; give another --out")
+        raise ValueError(f"{out} is of another machine or other versions; give another --out")
     return old | dict(resumed=new["command"])
 
 
@@ -164,7 +155,7 @@ def main() -> int:
     args = parser.parse_args()
     bench = Bench(args.tiny)
     if bench.device.type == "cpu" and not args.tiny:
-        parser.error("no GPU found; --tiny runs the same in tiny sizes on the CPU")
+        parser.error("no GPU found; --tiny runs tiny sizes on the CPU")
     if unknown := set(args.only or ()) - set(PARTS):
         parser.error(
             f"unknown part {', '.join(sorted(unknown))}; expected some of {', '.join(PARTS)}"
@@ -176,22 +167,19 @@ def main() -> int:
     except ValueError as error:
         parser.error(str(error))
 
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = (
-        False  # fp32 without TF32
-    )
     for name, (part, seconds) in PARTS.items():
         if args.only and name not in args.only:
             continue
-        measured = result["parts"][name] = run(
-            bench, name, part, 10 * seconds if args.tiny else seconds
-        )
+        with full_fp32():
+            measured = run(bench, name, part, 10 * seconds if args.tiny else seconds)
+        result["parts"][name] = measured
         results.write(out, result)
         print(f"{name} ({measured['seconds']} s)\n{table_of(measured['rows'])}", flush=True)
     result["parts"] = {name: result["parts"][name] for name in PARTS if name in result["parts"]}
     result["targets"] = compare_with_targets(result["parts"])
     results.write(out, result)
     failed = any(row.get("failed") for part in result["parts"].values() for row in part["rows"])
-    print("\n".join(["", *(target["line"] for target in result["targets"])]))
+    print("", *(target["line"] for target in result["targets"]), sep="\n")
     print(f"-> {out}" + (", with failures" if failed else ""))
     return int(failed)
 

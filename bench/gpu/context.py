@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
-from bench.workloads import NETWORKS, TINY_UNET
-from ddpm_fast import UNet
+from bench.workloads import NETWORKS, TINY_UNET, random_checkpoint
+from ddpm_fast import Checkpoint
 from ddpm_fast.benchmark.timer import Timing, measure
+from ddpm_fast.benchmark.workload import Workload
+from ddpm_fast.models.unet import channels_last
 
 
 class Bench:
-    """Passed to every part.
+    """Argument of every part.
 
     Attributes:
-        tiny: Tiny sizes on the CPU, in which figures mean nothing.
+        tiny: Tiny sizes on the CPU, whose times mean nothing.
         device: Device of the run.
         copy_rate: Bytes per second of a copy, once the part `ceilings` has measured it.
         deadline: `time.monotonic()` at which the current part is stopped.
@@ -39,23 +40,11 @@ class Bench:
         seconds, least = (0.02, 2) if self.tiny else (0.3, 5)
         return measure(call, self.device, seconds, least, captured)
 
-    def network(self, name: str = "cifar10") -> UNet:
+    def checkpoint(self, network: str = "cifar10") -> Checkpoint:
         """A network of `bench.workloads` with random weights, on the device."""
-        torch.manual_seed(0)
-        return (
-            UNet(TINY_UNET if self.tiny else NETWORKS[name])
-            .eval()
-            .requires_grad_(False)
-            .to(self.device)
-        )
+        checkpoint = random_checkpoint(TINY_UNET if self.tiny else NETWORKS[network])
+        channels_last(checkpoint.unet.to(self.device))
+        return checkpoint
 
-    def inputs(self, unet: UNet, batch: int) -> tuple[Tensor, Tensor]:
-        """x_t in channels-last layout and timesteps, the same in every run."""
-        generator = torch.Generator().manual_seed(batch)
-        c = unet.config
-        x = torch.randn(batch, c.in_channels, *(c.size or (32, 32)), generator=generator).to(
-            self.device
-        )
-        return x.contiguous(memory_format=torch.channels_last), torch.arange(
-            batch, device=self.device
-        ) % 1000
+    def workload(self, network: str = "cifar10") -> Workload:
+        return Workload(self.checkpoint(network), "bf16")

@@ -1,4 +1,4 @@
-"""Parts of `bench.gpu`: the device's ceilings, and the elementwise kernels compared with plain PyTorch."""
+"""Parts of `bench.gpu`: the device's ceilings, and the elementwise kernels and plain PyTorch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ddpm_fast.benchmark.timer import Row, row_of
 
 
 def ceilings(bench: Bench) -> Iterator[Row]:
-    """Rates at which the device copies its memory, bytes read plus written, and multiplies large matrices."""
+    """Rates of a copy, bytes read plus written, and of large matrix products."""
     for dtype in bench.dtypes:
         for ceiling in measured_ceilings(bench.device, dtype, bench.tiny):
             row = dict(what=ceiling["what"], dtype=dtype, ms=1e3 * ceiling["seconds"])
@@ -33,11 +33,10 @@ def kernels(bench: Bench) -> Iterator[Row]:
                 for case in tensors.cases():
                     timing = bench.measure(case.call, captured=True)
                     rate = case.bytes / timing.median
-                    share = rate / bench.copy_rate if bench.copy_rate else None
                     yield dict(
                         what=case.name,
                         **where,
                         **row_of(timing),
                         tb_per_s=rate / 1e12,
-                        share_of_copy=share,
+                        share_of_copy=rate / bench.copy_rate if bench.copy_rate else None,
                     )

@@ -1,4 +1,4 @@
-"""Parts of `bench.gpu` on the network: self-check, batch invariance, every kind of launch, the forward pass."""
+"""Parts of `bench.gpu` on the network: self-check, batch invariance, launches, forward passes."""
 
 from __future__ import annotations
 
@@ -10,43 +10,30 @@ from typing import Any
 import torch
 
 from bench.gpu.context import Bench
-from ddpm_fast import NoiseSchedule
-from ddpm_fast.benchmark.baselines import Diffusers, Plain
-from ddpm_fast.benchmark.kernels import distinct
-from ddpm_fast.benchmark.runner import TOLERANCES
+from ddpm_fast.benchmark.check import TOLERANCES, ReferenceCheck
+from ddpm_fast.benchmark.kernels import launches as timed_launches
 from ddpm_fast.benchmark.timer import Row
-from ddpm_fast.benchmark.workload import Unavailable, Workload
-from ddpm_fast.checkpoints.checkpoint import Checkpoint
 from ddpm_fast.engines.fused.checks import FORWARD
 from ddpm_fast.engines.fused.roofline import GPUS, estimate
 from ddpm_fast.engines.fused.unet import FusedUNet
 from ddpm_fast.engines.fused.verification import verify
-from ddpm_fast.utils.numerics import relative_error
 
 
 def self_check(bench: Bench) -> Iterator[Row]:
-    """Every launch of the CIFAR-10 plans against its fallback: which failed, and the time of the check."""
-    unet = bench.network()
+    """Every launch of the CIFAR-10 plans against its fallback: failures, and the time it takes."""
+    unet = bench.checkpoint().unet
     for dtype in bench.dtypes:
         for batch in (2,) if bench.tiny else (1, 256):
             fused = FusedUNet(unet, batch, dtype, check=False)
+            launches = len(fused.plan())
+            row = dict(what="self-check", dtype=dtype, batch=batch, launches=launches)
             if fused.plan().fallbacks:  # no kernels on this device
-                yield dict(
-                    what="self-check",
-                    dtype=dtype,
-                    batch=batch,
-                    launches=len(fused.plan()),
-                    summary="fallbacks only",
-                )
+                yield row | dict(summary="fallbacks only")
                 continue
             start = time.monotonic()
             results = verify(fused.spec())
             wrong = {k: v.reason for k, v in results.items() if not v.passed}
-            yield dict(
-                what="self-check",
-                dtype=dtype,
-                batch=batch,
-                launches=len(results),
+            yield row | dict(
                 failed=bool(wrong),
                 wrong=wrong,
                 seconds=time.monotonic() - start,
@@ -57,93 +44,72 @@ def self_check(bench: Bench) -> Iterator[Row]:
 
 def invariance(bench: Bench) -> Iterator[Row]:
     """Bit-equality of an image in batches of every size, at the first and the last position."""
-    unet = bench.network()
+    workload = bench.workload()
     sizes = (1, 3) if bench.tiny else (1, 3, 64, 256)
+    x, t = workload.inputs(sizes[-1])
     for dtype in bench.dtypes:
-        x, t = bench.inputs(unet, sizes[-1])
-        expected = FusedUNet(unet, sizes[-1], dtype, check=False)(x, t)
+        expected = FusedUNet(workload.unet, sizes[-1], dtype, check=False)(x, t)
         for batch in sizes[:-1]:
-            fused = FusedUNet(unet, batch, dtype, check=False)
+            fused = FusedUNet(workload.unet, batch, dtype, check=False)
             same = all(
                 torch.equal(fused(x[i : i + batch], t[i : i + batch]), expected[i : i + batch])
                 for i in (0, sizes[-1] - batch)
             )
             # fallbacks call libraries, whose algorithm depends on the batch size
-            yield dict(
-                what="invariance",
-                dtype=dtype,
-                batch=batch,
-                same=same,
-                failed=not same and fused.invariant,
-            )
+            failed = not same and fused.invariant
+            yield dict(what="invariance", dtype=dtype, batch=batch, same=same, failed=failed)
 
 
 def launches(bench: Bench) -> Iterator[Row]:
-    """Each distinct launch of the CIFAR-10 plan at batch 256: its kernel, and plain PyTorch in the same precision."""
-    batch = 2 if bench.tiny else 256
+    """Each distinct launch of the CIFAR-10 plan at batch 256: its kernel, and plain PyTorch."""
+    batch, workload = 2 if bench.tiny else 256, bench.workload()
+    timer = partial(bench.measure, captured=True)
     for dtype in bench.dtypes:
-        unet = bench.network()
-        plan = FusedUNet(unet, batch, dtype).load(*bench.inputs(unet, batch))
+        plan = FusedUNet(workload.unet, batch, dtype).load(*workload.inputs(batch))
         plan.run()
-        for launch, count in distinct(list(plan)):
-            arguments = plan.arguments(launch)
-            plain = bench.measure(
-                partial(launch.op.fallback, **arguments, compute=None), captured=True
-            )
-            kernel = (
-                plain
-                if launch.name in plan.fallbacks
-                else bench.measure(partial(launch.op.run, **arguments), captured=True)
-            )
-            e = estimate(launch, GPUS["h100"])
+        for launch, point in timed_launches(plan, batch, timer):
+            seconds = point["seconds"]
+            plain = timer(partial(launch.op.fallback, **plan.arguments(launch), compute=None))
+            predicted = estimate(launch, GPUS["h100"]).predicted
             yield dict(
-                what=launch.op.name,
+                what=point["what"],
                 dtype=dtype,
-                first=launch.name,
-                times=count,
-                us=1e6 * kernel.median,
+                first=point["first"],
+                times=point["times"],
+                us=1e6 * seconds,
                 plain_us=1e6 * plain.median,
-                predicted_us=1e6 * e.predicted,
-                tflops=e.flops / kernel.median / 1e12 if e.flops else None,
-                tb_per_s=e.bytes / kernel.median / 1e12,
+                predicted_us=1e6 * predicted,
+                tflops=point["flops"] / seconds / 1e12 if point["flops"] else None,
+                tb_per_s=point["bytes"] / seconds / 1e12,
                 by="fallback" if launch.name in plan.fallbacks else "kernel",
             )
 
 
 def forward(bench: Bench) -> Iterator[Row]:
-    """FusedUNet's plan as one CUDA graph, the reference in fp32, channels-last bf16, diffusers and torch.compile."""
-    unet = bench.network()
-    workload = Workload(Checkpoint(unet, NoiseSchedule.linear()), "bf16")
-    baselines: list[Any] = [Plain(workload)]
-    try:
-        baselines.append(Diffusers(workload))
-    except Unavailable as reason:
-        yield dict(what="diffusers", summary=f"left out: {reason}")
-    compiled = None if bench.tiny else Plain(workload, compiled=True)
+    """Forms of FusedUNet as one CUDA graph; the part `sampling` times the baselines."""
+    workload = bench.workload()
+    check = ReferenceCheck(workload)
     for batch in (2,) if bench.tiny else (1, 16, 256):
-        x, t = bench.inputs(unet, batch)
-        with torch.no_grad():
-            exact = unet(x, t)
-            yield _forward_row(
-                "reference fp32", batch, bench.measure(partial(unet, x, t)).median, 0.0, 0.0
-            )
-        # torch.compile takes half a minute per batch size
-        for baseline in [*baselines, compiled] if compiled and batch == 256 else baselines:
-            error = relative_error(baseline.forward(x, t), exact)
-            seconds = bench.measure(partial(baseline.forward, x, t)).median
-            yield _forward_row(baseline.name, batch, seconds, error, TOLERANCES["bf16"])
+        inputs = workload.inputs(batch)
         for name, options in _forms(bench, batch):
-            fused = FusedUNet(unet, batch, **options)
-            error = relative_error(fused(x, t), exact)
-            seconds = bench.measure(fused.load(x, t).run, captured=True).median
-            row = _forward_row(
-                f"FusedUNet {name}", batch, seconds, error, TOLERANCES[options["dtype"]]
+            fused = FusedUNet(workload.unet, batch, **options)
+            error = check.error_of(fused(*inputs), batch)
+            row = dict(what=f"FusedUNet {name}", batch=batch, error=error)
+            if not error <= TOLERANCES[options["dtype"]]:
+                yield row | dict(failed=True, summary="wrong: not timed")
+                continue
+            plan = fused.load(*inputs)
+            seconds = bench.measure(plan.run, captured=True).median
+            yield row | dict(
+                ms=1e3 * seconds,
+                image_steps_per_s=batch / seconds,
+                fallbacks=len(plan.fallbacks),
+                launches=len(plan),
             )
-            yield row | dict(fallbacks=len(fused.plan().fallbacks), launches=len(fused.plan()))
 
 
 def _forms(bench: Bench, batch: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The forms in use; then those that are candidates: unbounded sums in e4m3, overlapped launches of few images."""
+    """Forms in use, then candidates: unbounded sums in e4m3, overlapped launches of few images."""
     for dtype in bench.dtypes:
         yield dtype, dict(dtype=dtype)
     if "fp8" in bench.dtypes:
@@ -151,11 +117,3 @@ def _forms(bench: Bench, batch: int) -> Iterator[tuple[str, dict[str, Any]]]:
             yield "fp8 unbounded", dict(dtype="fp8", accumulation="unbounded", check=False)
         else:
             yield "bf16 overlapped", dict(dtype="bf16", overlap=True, check=False)
-
-
-def _forward_row(name: str, batch: int, seconds: float, error: float, tolerance: float) -> Row:
-    if not error <= tolerance:
-        return dict(what=name, batch=batch, error=error, failed=True, summary="wrong: not timed")
-    return dict(
-        what=name, batch=batch, ms=1e3 * seconds, image_steps_per_s=batch / seconds, error=error
-    )

@@ -1,147 +1,110 @@
-"""Parts of `bench.gpu`: sampling loops of ddpm_fast and of the baselines."""
+"""Parts of `bench.gpu`: sampling loops and forward passes of ddpm_fast and of the baselines."""
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-
-import torch
+from typing import Any
 
 from bench.gpu.context import Bench
-from bench.workloads import ROOT
-from ddpm_fast import NoiseSchedule, Sampler, UNet
-from ddpm_fast.benchmark.baselines import Baseline, DdpmFast, Diffusers, Plain
-from ddpm_fast.benchmark.runner import TOLERANCES
+from bench.workloads import WEIGHTS
+from ddpm_fast import Checkpoint, load_pretrained
+from ddpm_fast.benchmark.baselines import DdpmFast
+from ddpm_fast.benchmark.engines import EngineFailed
+from ddpm_fast.benchmark.runner import Effort, Progress, Stage, compare
 from ddpm_fast.benchmark.timer import Row
-from ddpm_fast.benchmark.workload import Unavailable, Workload
-from ddpm_fast.checkpoints.checkpoint import Checkpoint
-from ddpm_fast.utils.numerics import relative_error
-
-SCHEDULE = NoiseSchedule.linear()
+from ddpm_fast.benchmark.workload import Cause, Workload
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """An engine to time: `create` raises Unavailable without its package; batches: sizes to run."""
+class Fused(DdpmFast):
+    """`Sampler` with the fused engine instead of the automatic choice."""
 
-    engine: str
-    dtype: str
-    create: Callable[[], Baseline]
-    batches: tuple[int, ...]
+    def __init__(self, workload: Workload) -> None:
+        super().__init__(workload, "fused")
+
+
+DDPM_FAST = "ddpm_fast"
+FUSED = f"{__name__}:{Fused.__name__}"
+Steps = int | Mapping[int, int]  # of a loop: of all, or by batch size
 
 
 def celebahq256(bench: Bench) -> Iterator[Row]:
     """The 256x256 network, batch 16."""
-    yield from _network(bench, "celebahq256", (16,))
+    yield from _network(bench, "celebahq256", (16,), 10)
 
 
 def sampling(bench: Bench) -> Iterator[Row]:
-    """The shipped weights, then the CIFAR-10 network: ms per step and image-steps per second."""
-    yield from _shipped(bench)
-    yield from _network(bench, "cifar10", (1, 16, 256, 1024))
-
-
-def _network(bench: Bench, network: str, batches: tuple[int, ...]) -> Iterator[Row]:
-    unet = bench.network(network)
-    for candidate in _candidates(bench, unet, (2,) if bench.tiny else batches):
-        try:
-            baseline = candidate.create()
-        except Unavailable as reason:
-            yield dict(what="sampling", network=network, summary=f"left out: {reason}")
-            continue
-        for batch in candidate.batches:
-            row = _loop(bench, baseline, unet, batch, TOLERANCES[candidate.dtype])
-            where = dict(
-                engine=candidate.engine, dtype=candidate.dtype, network=network, batch=batch
-            )
-            yield dict(what=baseline.name, **where, **row)
-        del baseline
-        gc.collect()  # graphs and compiled code hold memory
-        if bench.device.type == "cuda":
-            torch.cuda.empty_cache()
-
-
-def _candidates(bench: Bench, unet: UNet, batches: tuple[int, ...]) -> Iterator[Candidate]:
-    """Baselines run at most 256 images, from which on they gain nothing, and torch.compile one batch size."""
-    workloads = {dtype: Workload(Checkpoint(unet, SCHEDULE), dtype) for dtype in bench.dtypes}
-    few = tuple(batch for batch in batches if batch <= 256)
-    for dtype, workload in workloads.items():
-        yield Candidate(
-            "ddpm_fast",
-            dtype,
-            partial(DdpmFast, workload, "fused"),
-            batches if dtype == "fp8" else few,
-        )
-    bf16 = workloads["bf16"]
-    yield Candidate("plain PyTorch", "bf16", partial(Plain, bf16), few)
-    yield Candidate("diffusers", "bf16", partial(Diffusers, bf16), few)
-    if not bench.tiny:  # compiling takes half a minute per batch size: last, in case time runs out
-        yield Candidate("torch.compile", "bf16", partial(Plain, bf16, True), (max(few),))
-
-
-def _loop(bench: Bench, baseline: Baseline, unet: UNet, batch: int, tolerance: float) -> Row:
-    """Checks and times one loop."""
-    error = _error(bench, baseline, unet, batch)
-    if not error < tolerance:
-        return dict(error=error, failed=True, summary="wrong: not timed")
-    steps = 2 if bench.tiny else 100 if batch == 1 else 20
-    if isinstance(baseline, DdpmFast):
-        baseline.release()
-    if bench.device.type == "cuda":
-        gc.collect()
-        torch.cuda.reset_peak_memory_stats()
-    baseline.loop(batch, 16 if not bench.tiny else 1)
-    timing = bench.measure(partial(baseline.loop, batch, steps))
-    memory = torch.cuda.max_memory_allocated() / 2**30 if bench.device.type == "cuda" else None
-    per_step = timing.median / steps
-    return dict(
-        ms_per_step=1e3 * per_step,
-        spread=timing.spread,
-        image_steps_per_s=batch / per_step,
-        peak_gib=memory,
-        error=error,
-    )
-
-
-@torch.no_grad()
-def _error(bench: Bench, baseline: Baseline, unet: UNet, batch: int) -> float:
-    """Relative error of a forward pass against fp32, on a few of the images."""
-    c, few = unet.config, slice(0, 8)
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(batch, c.in_channels, *(c.size or (32, 32)), generator=generator).to(
-        bench.device
-    )
-    x = x.contiguous(
-        memory_format=torch.channels_last
-    )  # as in the loops: another layout is compiled again
-    t = torch.arange(batch, device=bench.device) * 37 % 1000
-    return relative_error(baseline.forward(x, t)[few], unet(x[few], t[few]))
-
-
-def _shipped(bench: Bench) -> Iterator[Row]:
-    """The shipped weights by DDIM: images per second, if safetensors is installed."""
+    """The weights of this repository, then the CIFAR-10 network."""
     try:
-        import safetensors  # noqa: F401
+        checkpoint = load_pretrained(WEIGHTS)
     except ImportError:
-        yield dict(what="shipped weights", summary="left out: safetensors is not installed")
-        return
-    count, steps = (2, 2) if bench.tiny else (256, 50)
-    for dtype in ("fp32", "bf16"):
-        sampler = Sampler.from_pretrained(
-            ROOT / "weights" / "fashion-mnist-32", bench.device, dtype
-        )
-        sampler.sample(count, solver="ddim", steps=2, batch_size=count)
-        timing = bench.measure(
-            partial(sampler.sample, count, solver="ddim", steps=steps, batch_size=count)
-        )
-        rate = count / timing.median
-        yield dict(
-            what="shipped weights, ddim",
-            engine=sampler.engine.name,
-            dtype=dtype,
-            batch=count,
-            steps=steps,
-            images_per_s=rate,
-        )
+        yield dict(what="sampling", summary=f"{WEIGHTS.name} left out: no safetensors")
+    else:
+        checkpoint.unet.to(bench.device)
+        for dtype in ("fp32", "bf16"):
+            batch = 2 if bench.tiny else 256
+            yield from _compare(bench, checkpoint, WEIGHTS.name, 50, dtype, [DDPM_FAST], [batch])
+    steps = {1: 100, 16: 20, 256: 20, 1024: 20}
+    yield from _network(bench, "cifar10", (1, 16, 256, 1024), steps)
+
+
+def _network(bench: Bench, network: str, batches: tuple[int, ...], steps: Steps) -> Iterator[Row]:
+    """Baselines run at most 256 images, and torch.compile one batch size."""
+    batches = (2,) if bench.tiny else batches
+    few = [batch for batch in batches if batch <= 256]
+    run = partial(_compare, bench, bench.checkpoint(network), network, steps)
+    if "fp8" in bench.dtypes:
+        yield from run("fp8", [FUSED], batches)
+    yield from run("bf16", [FUSED, "plain PyTorch", "diffusers"], few)
+    if not bench.tiny:  # last, since compiling takes half a minute per batch size
+        yield from run("bf16", [FUSED, "torch.compile"], [max(few)])
+
+
+def _compare(
+    bench: Bench,
+    checkpoint: Checkpoint,
+    network: str,
+    steps: Steps,
+    dtype: str,
+    engines: Sequence[str],
+    batches: Sequence[int],
+) -> Iterator[Row]:
+    """A row per engine and batch size; complete cases are kept if the part is out of time."""
+    rows: list[Row] = []
+
+    def add(progress: Progress) -> None:
+        if progress.stage is Stage.CASE:
+            case = progress.result["cases"][-1]
+            rows.extend(_row_of(case, row, network) for row in case["rows"])
+        elif progress.stage is Stage.LEFT_OUT:
+            failed = progress.cause is Cause.FAILED
+            what = dict(what="sampling", network=network, summary=progress.message)
+            rows.append(what | dict(failed=True) if failed else what)
+
+    burst, steps = (0.002, 2) if bench.tiny else (0.1, steps)
+    effort = Effort(0, burst, rest=0, steps=steps)
+    try:
+        compare(checkpoint, batches, [dtype], engines, effort, roofline=False, progress=add)
+    except EngineFailed as error:
+        rows.append(dict(what="sampling", network=network, failed=True, summary=str(error)))
+    finally:
+        yield from rows
+
+
+def _row_of(case: dict[str, Any], row: dict[str, Any], network: str) -> Row:
+    batch, loop = case["batch"], row["loop"]
+    return dict(
+        what=row["name"],
+        engine=DDPM_FAST if row["engine"] == FUSED else row["engine"],
+        dtype=case["dtype"],
+        network=network,
+        batch=batch,
+        steps=case["steps"],
+        ms_per_step=batch * loop["ms"],
+        low=batch * loop["low"],
+        high=batch * loop["high"],
+        forward_ms=batch * row["forward"]["ms"],
+        image_steps_per_s=1e3 / loop["ms"],
+        peak_gib=row["peak_bytes"] / 2**30 if case["device"] == "cuda" else None,
+        error=row["error"],
+    )

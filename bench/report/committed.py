@@ -1,4 +1,4 @@
-"""Committed results, in a folder per machine: `cpu-*` and `gpu-*`; `accuracy` holds what no machine changes."""
+"""Committed results: a folder per machine, `cpu-*` and `gpu-*`; `accuracy` for all machines."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Machine:
 
 
 def cpus(*names: str) -> list[Machine]:
-    """The CPUs that have all these results, by name."""
+    """CPUs that have all these results, sorted by name."""
     return [m for m in map(Machine, sorted(RESULTS.glob("cpu-*"))) if m.has(*names)]
 
 
@@ -44,7 +44,7 @@ def accuracy(name: str) -> Any:
 
 
 def h100_loops(network: str | None = None) -> list[Row]:
-    """Measured steps of the baselines on an H100, of one network or of all."""
+    """Measured steps of the baselines on an H100, of one network or all."""
     rows: list[Row] = Machine(RESULTS / H100).read("baselines")["loops"]
     return [r for r in rows if network in (None, r["network"])]
 
@@ -62,13 +62,13 @@ def commit(source: Path, machine: str) -> list[Path]:
         The files written.
 
     Raises:
-        ValueError: `source` holds no results, or some of another CPU than the machine's.
+        ValueError: `source` has no results, or results of another CPU than `machine`.
     """
     files = {source / f"{name}.json": RESULTS / machine / f"{name}.json" for name in TIMINGS}
     files |= {source / f"{name}.json": RESULTS / "accuracy" / f"{name}.json" for name in ACCURACY}
     files = {new: old for new, old in files.items() if new.exists()}
     if not files:
-        raise ValueError(f"--results is {source}, which holds no results; run `make bench` first")
+        raise ValueError(f"--results is {source}, which has no results; run `make bench` first")
     if not machine.startswith("cpu-"):
         raise ValueError(f"--machine is {machine}; expected the name of a CPU such as cpu-amd-zen4")
     for new, old in files.items():

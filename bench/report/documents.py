@@ -1,14 +1,17 @@
-"""Documents whose tables are made from results. A table stands between `<!-- table: NAME -->` and `<!-- end -->`."""
+"""Documents with generated tables, each between `<!-- table: NAME -->` and `<!-- end -->`."""
 
 from __future__ import annotations
 
 import re
 
-from bench.report.tables import TABLES
+from bench.report import architecture, readme, tables
+
+TABLES = tables.TABLES | readme.TABLES | {"packages": architecture.package_table}
 
 DOCUMENTS = (
     "README.md",
     "README.zh.md",
+    "docs/design.md",
     "docs/performance.md",
     "docs/benchmarking.md",
     "docs/cpu.md",
@@ -17,7 +20,7 @@ DOCUMENTS = (
 
 
 def with_new_tables(text: str) -> str:
-    """The text of a document with its tables replaced; ValueError for a table with an unknown name."""
+    """Returns a document with its tables replaced; raises ValueError for an unknown table."""
 
     def replacement(match: re.Match[str]) -> str:
         if match[1] not in TABLES:

@@ -14,8 +14,7 @@ from bench.report.predictions import BATCHES, H100, best_rates, plan_of, series
 from bench.workloads import NETWORKS as CONFIGS
 from ddpm_fast.benchmark.figures import draw as draw_result
 from ddpm_fast.benchmark.figures import roofline
-from ddpm_fast.benchmark.kernels import distinct
-from ddpm_fast.engines.fused.roofline import estimate
+from ddpm_fast.benchmark.kernels import predicted_launches
 from ddpm_fast.plotting.style import BLUE, GREEN, GREY, ORANGE, PINK, figure, save
 
 
@@ -32,7 +31,7 @@ def draw(folder: Path) -> None:
 
 
 def draw_cpu(result: dict[str, Any], out: Path) -> None:
-    """Measured time and memory of the Fashion-MNIST network against batch, size, channels and steps, with fits."""
+    """Measured time and memory of the Fashion-MNIST network, with fits of the time."""
     plot, axes = figure(width=15, height=6.5, rows=2, columns=4)
     what = dict(
         batch="batch size",
@@ -127,23 +126,13 @@ def draw_roofline(out: Path) -> None:
     """Every launch of the CIFAR-10 network, batch 256, predicted."""
     plot, axes = figure(width=15, height=5.5, columns=2)
     for dtype, a in zip(("bf16", "fp8"), axes[0], strict=True):
-        points = []
-        for launch, times in distinct(list(plan_of(CONFIGS["cifar10"], 256, dtype)[1])):
-            e = estimate(launch, H100)
-            what = dict(what=launch.op.name, times=times, images=256)
-            points.append(dict(**what, flops=e.flops, bytes=e.bytes, seconds=e.predicted))
-        rates = {"bf16": H100.product, "fp8": H100.product_fp8}
-        roofs = [
-            dict(what="convolution", dtype=k, kind="flops", per_s=rates[k])
-            for k in ("bf16", "fp8")
-            if k in ("bf16", dtype)
+        rates = {"bf16": H100.product} | ({"fp8": H100.product_fp8} if dtype == "fp8" else {})
+        ceilings: list[dict[str, Any]] = [
+            dict(what="convolution", dtype=k, kind="flops", per_s=rate) for k, rate in rates.items()
         ]
-        roofline(
-            a,
-            points,
-            [*roofs, dict(what="copy", dtype="fp32", kind="bytes", per_s=H100.copy)],
-            predicted=True,
-        )
+        ceilings.append(dict(what="copy", dtype="fp32", kind="bytes", per_s=H100.copy))
+        plan = plan_of(CONFIGS["cifar10"], 256, dtype)[1]
+        roofline(a, predicted_launches(plan, 256, H100), ceilings, predicted=True)
         a.set_title(
             f"CIFAR-10 network, batch 256, {dtype}, on one H100: every launch, predicted",
             loc="left",
@@ -153,7 +142,7 @@ def draw_roofline(out: Path) -> None:
 
 
 def _shares(axes: Any, rows: Series) -> None:
-    """Shares of a step by what bounds its launches, against the batch size."""
+    """Shares of a step by the bound of its launches, against the batch size."""
     names, colors = ("gaps", "memory", "products"), (GREY, ORANGE, BLUE)
     shares = [[r["parts"][n] / r["ms"] for r in rows] for n in names]
     labels = ["gaps between launches", "launches bound by memory", "launches bound by products"]

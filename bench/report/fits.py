@@ -1,4 +1,4 @@
-"""Fits of time against batch, size, channels and steps: sums of powers, by least squares of relative errors."""
+"""Fits of time against batch, size, channels and steps by sums of powers."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ import numpy as np
 
 Series = list[dict[str, Any]]  # rows with x, ms (a step of the whole batch, or a loop) and bytes
 
-# the terms a fit may have: fixed cost; per image or step; per pixel, and attention between all of them; bytes and FLOP by channels
+# terms of a fit: a fixed cost; per image or step; per pixel and, for attention, per pair of pixels;
+# bytes by channels and FLOP by channels squared
 POWERS = dict(batch=(0, 1), steps=(0, 1), size=(0, 2, 4), channels=(0, 1, 2))
 
 
 @dataclass(frozen=True)
 class Fit:
-    """ms = sum of factors * n**powers. max_error: largest relative deviation of a row."""
+    """ms = sum of factors * n**powers; `max_error` is the largest relative deviation of a row."""
 
     powers: tuple[int, ...]
     factors: tuple[float, ...]
@@ -24,7 +25,7 @@ class Fit:
 
     @classmethod
     def of(cls, name: str, rows: Series) -> Fit:
-        """Least squares of relative errors among the sums of `POWERS[name]` with positive factors."""
+        """The sum of terms with positive factors that minimizes the squares of relative errors."""
         n, ms = (np.array([r[k] for r in rows], float) for k in ("x", "ms"))
         best = None
         for powers in (c for k in range(1, 4) for c in itertools.combinations(POWERS[name], k)):

@@ -13,11 +13,11 @@ from bench.report.committed import h100_loops, h100_steps
 from bench.report.fits import Series
 from bench.workloads import NETWORKS, scaled
 from ddpm_fast import UNet, UNetConfig
+from ddpm_fast.engines.fused import roofline
 from ddpm_fast.engines.fused.plan import Plan
-from ddpm_fast.engines.fused.roofline import GAP, GPUS, estimate
 from ddpm_fast.engines.fused.unet import FusedUNet
 
-H100 = GPUS["h100"]
+H100 = roofline.GPUS["h100"]
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 SIZES = (16, 32, 64, 128, 256)  # at batch 16
 CHANNELS = (64, 96, 128, 192, 256)  # of the first level, at batch 64
@@ -32,7 +32,7 @@ class StepPrediction:
         launches: Kernels of a forward pass.
         floor: A forward pass at the peaks of the chip.
         forward: A forward pass.
-        parts: Milliseconds of a step by what bounds them: gaps between launches, memory, products.
+        parts: Milliseconds of a step by their bound: gaps between launches, memory, products.
         bytes: Memory of the weights, the arena and the state.
     """
 
@@ -54,7 +54,7 @@ class StepPrediction:
 
 
 def plan_of(config: UNetConfig, batch: int, dtype: str) -> tuple[UNet, Plan]:
-    """A network and its plan for an H100, without memory."""
+    """A network and its plan for an H100, on the meta device."""
     with torch.device("meta"):
         unet = UNet(config)
     return unet, FusedUNet(unet, batch, dtype, "meta", check=False).plan()
@@ -63,26 +63,12 @@ def plan_of(config: UNetConfig, batch: int, dtype: str) -> tuple[UNet, Plan]:
 @cache
 def predict_step(config: UNetConfig, batch: int, dtype: str) -> StepPrediction:
     unet, plan = plan_of(config, batch, dtype)
-    estimates = [estimate(launch, H100) for launch in plan]
-    parts = {"gaps": 0.0, "memory": 0.0, "products": 0.0}
-    for e in estimates:
-        bound = "memory" if e.bytes / H100.copy >= 0.999 * (e.predicted - GAP) else "products"
-        parts["gaps"] += GAP
-        parts[bound] += e.predicted - GAP
+    step = roofline.predict_step(plan, H100)
     elements = batch * plan.x.channels * plan.x.height * plan.x.width
-    parts["memory"] += (
-        elements * 20 / H100.copy
-    )  # ddpm_step reads x_t, output and the last x_0, and writes x_t-1 and x_0
-    parts["gaps"] += 2 * GAP  # of ddpm_step and of the step index
     parameters = sum(p.numel() for p in unet.parameters())
     size = plan.arena.size + parameters * (1 if dtype == "fp8" else 2) + 5 * 4 * elements
-    floor, forward = (
-        1e3 * sum(e.floor for e in estimates),
-        1e3 * sum(e.predicted for e in estimates),
-    )
-    return StepPrediction(
-        batch, len(estimates), floor, forward, {k: 1e3 * v for k, v in parts.items()}, size
-    )
+    parts = {k: 1e3 * v for k, v in step.parts.items()}
+    return StepPrediction(batch, len(plan), 1e3 * step.floor, 1e3 * step.forward, parts, size)
 
 
 def predict(network: str, batch: int, dtype: str) -> StepPrediction:
@@ -117,7 +103,7 @@ def speedup(network: str, batch: int, dtype: str) -> float | None:
 
 
 def of_target(target: SpeedTarget) -> float | None:
-    """Predicted value of a target; None for elementwise kernels, which `bench.studies.predict` predicts."""
+    """Predicted value of a target; None for elementwise kernels (`bench.studies.predict`)."""
     case = target.network, target.batch, target.dtype
     values: dict[Metric, Callable[[], float | None]] = {
         Metric.COPY_SHARE: lambda: None,
@@ -129,7 +115,7 @@ def of_target(target: SpeedTarget) -> float | None:
 
 
 def best_rates() -> list[tuple[str, float, str]]:
-    """(engine, its best image-steps per second on the CIFAR-10 network, "predicted" or "measured")"""
+    """(engine, best image-steps per second on the CIFAR-10 network, "predicted" or "measured")"""
     rates = [
         (
             f"ddpm_fast {dtype}",

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 
 from bench.gpu.targets import TARGETS
-from bench.report.committed import NETWORKS, Machine, accuracy, cpus, h100_loops, h100_steps
+from bench.report.committed import NETWORKS, Machine, accuracy, cpus, h100_loops
 from bench.report.fits import Fit
 from bench.report.predictions import best_rates, compiled_ms, of_target, predict, series, speedup
 from bench.studies.precision import markdown
@@ -33,60 +33,29 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 def predicted_table() -> str:
     rows = []
     for network, batch, dtype in PREDICTED:
-        p, compiled, ratio = (
-            predict(network, batch, dtype),
-            compiled_ms(network, batch),
-            speedup(network, batch, dtype),
-        )
-        cells = [
-            f"{NAMES[network]}, {batch}",
-            dtype,
-            str(p.launches + 2),
-            f"{p.floor:.3g}",
-            f"{p.forward:.3g}",
-            f"{p.step:.3g}",
-        ]
-        cells += [
-            f"{p.rate:,.0f}",
-            "" if compiled is None else f"{compiled:g}",
-            "" if ratio is None else f"{ratio:.2f}",
-        ]
-        rows.append(cells)
-    head = [
-        "network, batch",
-        "type",
-        "launches a step",
-        "floor ms",
-        "forward ms, predicted",
-        "step ms, predicted",
-    ]
-    return table(
-        [
-            *head,
-            "img-steps/s, predicted",
-            "torch.compile bf16 step ms, measured",
-            "ratio, predicted",
-        ],
-        rows,
-    )
+        p, compiled = predict(network, batch, dtype), compiled_ms(network, batch)
+        ratio = speedup(network, batch, dtype)
+        cells = [f"{NAMES[network]}, {batch}", dtype, str(p.launches + 2)]
+        cells += [f"{p.floor:.3g}", f"{p.forward:.3g}", f"{p.step:.3g}", f"{p.rate:,.0f}"]
+        cells += ["" if compiled is None else f"{compiled:g}"]
+        rows.append([*cells, "" if ratio is None else f"{ratio:.2f}"])
+    head = ["network, batch", "type", "launches per step", "floor ms", "forward ms, predicted"]
+    head += ["step ms, predicted", "image-steps/s, predicted"]
+    head += ["torch.compile bf16 step ms, measured", "ratio, predicted"]
+    return table(head, rows)
 
 
 def targets_table() -> str:
-    """Targets of `bench.gpu` with their predictions. Those of the elementwise kernels are in docs/gpu.md."""
+    """Targets of `bench.gpu` with predictions; those of elementwise kernels are in docs/gpu.md."""
     rows = []
     for target in TARGETS:
         value = of_target(target)
-        shown = (
-            "see [gpu.md](gpu.md)"
-            if value is None
-            else f"{value:,.3g}"
-            if value < 1000
-            else f"{value:,.0f}"
-        )
+        shown = "see [gpu.md](gpu.md)"
+        if value is not None:
+            shown = f"{value:,.3g}" if value < 1000 else f"{value:,.0f}"
         reached = {"goal": "the goal", "bar": "the bar"}.get(target.reached(value) or "", "")
-        rows.append(
-            [target.what, f"{target.bar:,g}", f"{target.goal:,g}", shown, reached, "not yet"]
-        )
+        limits = [f"{target.bar:,g}", f"{target.goal:,g}"]
+        rows.append([target.what, *limits, shown, reached, "not yet"])
     return table(["", "bar", "goal", "predicted", "reaches", "measured"], rows)
 
 
@@ -102,7 +71,7 @@ def cost_table() -> str:
 
 
 def scaling_table() -> str:
-    """Fits of time against batch, size, channels and steps, with their largest relative deviation, and memory."""
+    """Fits of time, with the largest relative deviation of a row, and memory."""
     rows, axes = [], ("batch", "size", "channels", "steps")
     measured = {f"H100, CIFAR-10, {d}: predicted": series(d) for d in ("bf16", "fp8")}
     machines = cpus("scaling")
@@ -114,19 +83,21 @@ def scaling_table() -> str:
         rows.append(
             [where, *("" if f is None else f"{f} (within {f.max_error:.0%})" for f in fits)]
         )
-        rows.append(["its memory", *(_memory_range(s[name]) if name in s else "" for name in axes)])
+        rows.append(["memory", *(_memory_range(s[name]) if name in s else "" for name in axes)])
     return table(
-        ["", "ms a step, n images", "n pixels a side", "n channels", "ms a loop, n steps"], rows
+        ["", "ms per step, n images", "n pixels per side", "n channels", "ms per loop, n steps"],
+        rows,
     )
 
 
 def _memory_range(rows: list[Row]) -> str:
     low, high = rows[0], rows[-1]
-    return f"{low['bytes'] / 2**20:,.0f} MiB at {low['x']}, {high['bytes'] / 2**20:,.0f} at {high['x']}"
+    least, most = (f"{row['bytes'] / 2**20:,.0f}" for row in (low, high))
+    return f"{least} MiB at {low['x']}, {most} at {high['x']}"
 
 
 def bound_table() -> str:
-    """Shares of a predicted step by what bounds its launches."""
+    """Shares of a predicted step by the bound of its launches."""
     rows = []
     for d in ("bf16", "fp8"):
         for r in series(d)["batch"]:
@@ -163,14 +134,14 @@ def baselines_h100() -> str:
         ]
         for r in h100_loops()
     ]
-    return table(["network", "how", "batch", "forward ms", "step ms", "img-steps/s"], rows)
+    return table(["network", "engine", "batch", "forward ms", "step ms", "image-steps/s"], rows)
 
 
 Cell = Callable[[Row], str]
 
 
 def per_cpu(make: Callable[[Machine], str]) -> str:
-    """What `make` returns for each CPU that has results, under its name if there are several."""
+    """The table of each CPU that has results, with a title if there are several."""
     machines = cpus(*NETWORKS)
     if len(machines) == 1:
         return make(machines[0])
@@ -192,7 +163,7 @@ def _times(f: Row) -> str:
 
 
 def cpu_starts() -> str:
-    """Seconds from the start of the process to the first images of ten steps: cold, and with filled caches."""
+    """Seconds from process start to the first images of ten steps: cold, and with caches."""
 
     def cell(row: Row) -> str:
         return f"{row['first_image_s']:.1f}" + (
@@ -203,14 +174,14 @@ def cpu_starts() -> str:
 
 
 def cpu_memory() -> str:
-    """Peak memory of the engine's whole process in MiB."""
+    """Peak memory of the engine's process in MiB."""
     return per_cpu(
         partial(_engines, cell=lambda row: f"{row['peak_bytes'] / 2**20:,.0f}", which=[1])
     )
 
 
 def _engines(machine: Machine, cell: Cell, which: list[int] | None = None) -> str:
-    """A row per engine, a column per case of both networks, or for the cases `which`."""
+    """A row per engine, a column per case of both networks, or per case in `which`."""
     cases = [
         (n, c)
         for n in NETWORKS
@@ -239,58 +210,11 @@ def _where(machine: Machine) -> str:
             f"{c['rounds']} rounds, loops of {c['steps']} steps at batch {c['batch']}"
             for c in r["cases"]
         )
-        lines.append(
-            f"{NAMES[n]}: {e['cpu']}, {case['threads']} threads, torch {e['torch']}, {r['date'][:10]}, `{r['command']}`; {rounds}."
+        machine_and_date = (
+            f"{e['cpu']}, {case['threads']} threads, torch {e['torch']}, {r['date'][:10]}"
         )
+        lines.append(f"{NAMES[n]}: {machine_and_date}, `{r['command']}`; {rounds}.")
     return "\n".join(lines)
-
-
-HEAD = [
-    "",
-    "ddpm_fast (ms per image per step)",
-    "speedup over the fastest baseline",
-    "speedup over diffusers eager",
-    "",
-]
-HEAD_ZH = [
-    "",
-    "ddpm_fast（毫秒/图/步）",
-    "相对最快的其他引擎的加速比",
-    "相对 diffusers eager 的加速比",
-    "",
-]
-
-
-def readme_table(head: list[str], measured: str = "measured", predicted: str = "predicted") -> str:
-    """Speedups: loops on CPUs, measured, and on an H100, predicted relative to measured baselines."""
-    rows, machines = [], cpus(*NETWORKS)
-    for machine in machines:
-        cpu = "CPU" if len(machines) == 1 else machine.title
-        for n in NETWORKS:
-            for case in machine.read(n)["cases"]:
-                first, *others = case["rows"]
-                best = min(others, key=lambda row: row["loop"]["ms"])
-                eager = next(row for row in others if row["engine"] == "diffusers")
-                where = f"{cpu}, {NAMES[n]}, {case['batch']}, fp32"
-                ms = f"{first['loop']['ms']:.3g}"
-                rows.append(
-                    [where, ms, f"{best['engine']}: {_speedup(best)}", _speedup(eager), measured]
-                )
-    for network, batch, dtype in PREDICTED:
-        ratio, step = speedup(network, batch, dtype), predict(network, batch, dtype).step
-        if ratio is not None:
-            eager_ms = dict(h100_steps(network, "eager", "bf16")).get(batch)
-            over_eager = f"{eager_ms / step:.1f}" if eager_ms else ""
-            where = f"H100, {NAMES[network]}, {batch}, {dtype}"
-            rows.append(
-                [where, f"{step / batch:.3g}", f"torch.compile: {ratio:.2f}", over_eager, predicted]
-            )
-    return table(head, rows)
-
-
-def _speedup(row: Row) -> str:
-    low, high = row["loop"]["speedup_range"]
-    return f"{row['loop']['speedup']:.2f} ({low:.2f} to {high:.2f})"
 
 
 def other_network_table() -> str:
@@ -314,10 +238,10 @@ def other_network_table() -> str:
         [
             "",
             "parameters",
-            "GFLOP an image and step",
+            "GFLOP per image per step",
             "batch",
-            "ms an image and step",
-            "ms a GFLOP",
+            "ms per image per step",
+            "ms per GFLOP",
         ],
         rows,
     )
@@ -340,7 +264,5 @@ TABLES: dict[str, Callable[[], str]] = {
     "bounds": bound_table,
     "cost": cost_table,
     "other-network": other_network_table,
-    "readme": partial(readme_table, HEAD),
-    "readme-zh": partial(readme_table, HEAD_ZH, "实测", "预测"),
     "precision": precision_table,
 }

@@ -1,12 +1,16 @@
-"""denoising-diffusion-pytorch, which has another network, compared at equal FLOP. The two compute different functions, so this is
-not a speedup of one engine over another, but images per second of this machine with either.
+"""Comparison with denoising-diffusion-pytorch, which has another network, at equal FLOP.
 
-The package would replace the installed torch, so it needs a separate environment, whose Python runs this file:
+The two networks compute different functions, so the ratio is not a speedup of one engine over
+another; it compares the images per second of this machine with either.
+
+The package would replace the installed torch, so it needs a separate environment, whose Python
+runs this file:
 
     python -m venv E && E/bin/pip install denoising-diffusion-pytorch
     python -m bench.studies.other_network --python E/bin/python [--batch 1 4] [--out FILE.json]
 
-The width of its network is the nearest to the FLOP of the CIFAR-10 network; both sample by DDIM, each in its own loop.
+The width of its network is the nearest to the FLOP of the CIFAR-10 network. Both sample by DDIM,
+each package in its sampling loop.
 """
 
 from __future__ import annotations
@@ -26,14 +30,14 @@ STEPS = 5
 NAME = "denoising-diffusion-pytorch"
 
 
-# ---- in its environment: torch and the package, nothing of ddpm_fast
+# ---- in the environment of the package: torch, without ddpm_fast
 
 
 def _network(width: int) -> Any:
-    """Ho et al.'s shape: widths 1, 2, 2, 2 and full attention at the second level, as in the CIFAR-10 network."""
+    """The package and a network shaped as the CIFAR-10 network of Ho et al. (2020)."""
     try:
         import torchvision  # noqa: F401
-    except (ImportError, RuntimeError):  # only its trainer needs it
+    except (ImportError, RuntimeError):  # only the package's trainer needs it
         import types
 
         stub: Any = types.ModuleType("torchvision")
@@ -47,9 +51,9 @@ def _network(width: int) -> Any:
         )
     import denoising_diffusion_pytorch as package
 
-    return package, package.Unet(
-        width, dim_mults=(1, 2, 2, 2), full_attn=(False, True, False, False)
-    ).eval().requires_grad_(False)
+    attention = (False, True, False, False)
+    unet = package.Unet(width, dim_mults=(1, 2, 2, 2), full_attn=attention)
+    return package, unet.eval().requires_grad_(False)
 
 
 def _flops(network: Any) -> int:
@@ -59,9 +63,9 @@ def _flops(network: Any) -> int:
 
 
 def worker(flops: int, threads: int) -> None:
-    """Sends its network, then for every request the seconds of a loop; as JSON lines, with nothing of ddpm_fast."""
+    """Sends the network's cost as a line of JSON; then, per request, the seconds of a loop."""
     messages = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print
+    os.dup2(2, 1)  # libraries print to stderr
 
     def send(**message: Any) -> None:
         print(json.dumps(message), file=messages, flush=True)
@@ -91,26 +95,19 @@ def worker(flops: int, threads: int) -> None:
 
 
 def compare(python: str, batches: list[int], rounds: int = 6) -> dict[str, Any]:
-    """Times both networks in turn; `python` is that of the environment with the package."""
-    from bench.workloads import NETWORKS
-    from ddpm_fast import NoiseSchedule, Sampler, UNet
+    """Times both networks in turns; `python` is that of the environment with the package."""
+    from bench.workloads import NETWORKS, random_checkpoint
+    from ddpm_fast import Sampler
     from ddpm_fast.benchmark.results import provenance
-    from ddpm_fast.benchmark.runner import summarize
+    from ddpm_fast.benchmark.rounds import summarize, turns
     from ddpm_fast.models.flops import unet_cost
     from ddpm_fast.utils.subprocess import JsonWorker
 
-    torch.manual_seed(0)
-    unet = UNet(NETWORKS["cifar10"]).eval()
-    sampler = Sampler(unet, NoiseSchedule.linear(), (3, 32, 32))
-    cost = unet_cost(unet.config)
-    command = [
-        python,
-        str(Path(__file__)),
-        "--worker",
-        str(cost.flops),
-        "--threads",
-        str(torch.get_num_threads()),
-    ]
+    c = random_checkpoint(NETWORKS["cifar10"])
+    sampler = Sampler.from_checkpoint(c, "cpu")
+    cost = unet_cost(c.unet.config)
+    arguments = ["--worker", str(cost.flops), "--threads", str(torch.get_num_threads())]
+    command = [python, str(Path(__file__)), *arguments]
     rows = []
     with JsonWorker(NAME, environment=dict(PYTHONPATH=""), command=command) as process:
         network = process.receive()
@@ -129,15 +126,13 @@ def compare(python: str, batches: list[int], rounds: int = 6) -> dict[str, Any]:
 
         for batch in batches:
             times: dict[str, list[float]] = {"ddpm_fast": [], NAME: []}
-            for i in range(rounds + 1):
-                for name, values in times.items():
-                    time.sleep(0.2)
-                    per_step = seconds(name, batch) / batch / STEPS
-                    values.extend([per_step] * (i > 0))  # the first round is a warm-up
+            for name in times:  # warm-up
+                seconds(name, batch)
+            for name in turns(list(times), rounds):
+                times[name].append(seconds(name, batch) / batch / STEPS)
             for name, values in times.items():
-                rows.append(
-                    dict(engine=name, batch=batch, loop=summarize(values, times["ddpm_fast"]))
-                )
+                loop = summarize(values, times["ddpm_fast"])
+                rows.append(dict(engine=name, batch=batch, loop=loop))
     fast = dict(flops=cost.flops, parameters=cost.parameters, engine=sampler.engine.name)
     return dict(
         **provenance(),
@@ -155,7 +150,7 @@ def main() -> None:
     parser.add_argument(
         "--python", help="Python of the environment with denoising-diffusion-pytorch"
     )
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4], help="batch sizes")
     parser.add_argument("--out", type=Path, help="JSON file")
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--threads", type=int, help=argparse.SUPPRESS)
@@ -163,20 +158,18 @@ def main() -> None:
     if args.worker:
         return worker(args.worker, args.threads)
     if not args.python:
-        parser.error(
-            "--python is missing; give the Python of an environment with denoising-diffusion-pytorch"
-        )
+        parser.error(f"--python is missing; give the Python of an environment with {NAME}")
     result = compare(args.python, args.batch)
     for name, network in result["networks"].items():
-        print(
-            f"{name}: {network['parameters']:,} parameters, {network['flops'] / 1e9:.2f} GFLOP per image per step"
-        )
+        gflop = f"{network['flops'] / 1e9:.2f} GFLOP per image per step"
+        print(f"{name}: {network['parameters']:,} parameters, {gflop}")
     for row in result["rows"]:
         loop = row["loop"]
         low, high = loop["speedup_range"]
         ratio = f"{loop['speedup']:.2f} ({low:.2f} to {high:.2f})"
         print(
-            f"  batch {row['batch']}: {row['engine']:28} {loop['ms']:7.2f} ms per image per step, ddpm_fast speedup {ratio}"
+            f"  batch {row['batch']}: {row['engine']:28} {loop['ms']:7.2f} ms per image per step, "
+            f"ddpm_fast speedup {ratio}"
         )
     if args.out:
         from ddpm_fast.benchmark.results import write

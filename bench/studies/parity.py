@@ -1,10 +1,10 @@
-"""Every solver against diffusers and against the papers' formulas in fp64, and the order at which solvers converge.
+"""Solvers compared with diffusers and with the papers in fp64, and their orders of convergence.
 
     python -m bench.studies.parity [--out FILE.md]
 
-A row is a loop of twenty steps from the same start, with the same denoiser and the same noise for all: ddpm_fast's operation
-`ddpm_step` in fp32, diffusers' scheduler in fp32, and the formulas of the papers, in fp64. An error is the
-largest over all elements, relative to the largest element.
+Each row compares three loops of twenty steps with the same x_T, denoiser and noise: `ddpm_step` in
+fp32, diffusers' scheduler in fp32, and the papers' formulas in fp64. An error is the largest over
+all elements, relative to the largest element.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ CASES: list[tuple[str, str, float, float | None]] = [
 
 
 def rows() -> Iterator[dict[str, Any]]:
-    """A row per solver, prediction, variance and clip; None for what diffusers does not support."""
+    """One row per solver, prediction, variance and clip; None where diffusers has no option."""
     for solver, variance, eta, clip in CASES:
         for prediction in PREDICTIONS:
             net, x = network(prediction, variance), start()
@@ -62,7 +62,7 @@ def rows() -> Iterator[dict[str, Any]]:
                 solver=solver, variance=variance, eta=eta, clip=clip, prediction=prediction
             )
             row.update(ddpm_fast=error(result, exact), diffusers=None, difference=None, preset=None)
-            if not (solver.startswith("dpm") and clip):  # diffusers' has no clip
+            if not (solver.startswith("dpm") and clip):  # diffusers' DPM-Solver++ cannot clip
                 baseline = diffusers_loop(solver, prediction, variance, eta, clip, net, x)
                 row.update(diffusers=error(baseline, exact), difference=error(result, baseline))
                 same_preset = run_table(
@@ -80,13 +80,11 @@ def rows() -> Iterator[dict[str, Any]]:
 
 
 def inversion_rows() -> Iterator[dict[str, Any]]:
-    """DDIM inversion against diffusers' DDIMInverseScheduler, whose network sees the timestep that a step leads to."""
+    """DDIM inversion against diffusers' DDIMInverseScheduler, with sees="target"."""
     import diffusers
 
-    for prediction in (
-        "eps",
-        "v",
-    ):  # from a clean image, x_0-prediction says nothing about eps: diffusers divides by zero
+    # no x_0: at a clean image it does not determine eps, and diffusers divides by zero
+    for prediction in ("eps", "v"):
         net, x = network(prediction, ""), start() * 0.3
         scheduler: Any = diffusers.DDIMInverseScheduler(
             prediction_type=NAMES[prediction], clip_sample=False
@@ -129,9 +127,10 @@ def inversion_rows() -> Iterator[dict[str, Any]]:
 
 
 def flow_error(solver: str, steps: int) -> float:
-    """Largest distance from the exact probability-flow map over states from -3 to 3 deviations, N(MEAN, STD^2).
+    """Largest error of the probability-flow map of N(MEAN, STD^2), over states within 3 deviations.
 
-    The levels are uniform in lambda between the ends of the linear schedule; nothing is clipped; no step leads to alpha_bar = 1.
+    The timesteps are uniform in lambda between the ends of the linear schedule. There is no
+    clipping and no step to alpha_bar = 1.
     """
     first, last = np.log(SCHEDULE.alpha_bar[[0, -1]] / SCHEDULE.noise_var[[0, -1]]) / 2
     chain = NoiseSchedule.from_alpha_bar(1 / (1 + np.exp(-2 * np.linspace(first, last, steps + 1))))
@@ -159,7 +158,7 @@ STEPS = (20, 40, 80, 160, 320)
 
 
 def order(solver: str) -> tuple[float, list[float]]:
-    """(slope of the error over steps, log-log by least squares; the errors)"""
+    """(least-squares slope of log error over log steps, the errors)"""
     errors = [flow_error(solver, n) for n in STEPS]
     return float(-np.polyfit(np.log(STEPS), np.log(errors), 1)[0]), errors
 

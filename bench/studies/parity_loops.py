@@ -1,4 +1,4 @@
-"""Sampling loops for `bench.studies.parity`: by a step table, by the papers' formulas in fp64, and by diffusers' schedulers."""
+"""Sampling loops of `bench.studies.parity`: by step table, by the papers in fp64, by diffusers."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ from torch import Tensor
 
 from ddpm_fast import NoiseSchedule
 from ddpm_fast.diffusion.prediction import conversion
+from ddpm_fast.diffusion.reverse_process import p_mean, p_sample_loop, sampler_noise
 from ddpm_fast.diffusion.solvers import StepTable
 from ddpm_fast.diffusion.timesteps import choose_timesteps
 from ddpm_fast.kernels.ddpm_step import ddpm_step
-from ddpm_fast.kernels.noise import REVERSE, noise_reference
 
 SCHEDULE = NoiseSchedule.linear()
-SHAPE = (4, 2, 6, 5)
-T = choose_timesteps(1000, 20, "leading")  # the one spacing that every scheduler of diffusers takes
+ALPHA_BAR = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))  # not from the code under test
+SHAPE, SEED = (4, 2, 6, 5), 7
+T = choose_timesteps(1000, 20, "leading")  # the spacing that all schedulers of diffusers support
 NAMES = {"eps": "epsilon", "x_0": "sample", "v": "v_prediction"}
 MEAN, STD = 0.2, 0.4
 Net = Callable[[Tensor, int], Tensor]
 
 
 def network(prediction: str, variance: str) -> Net:
-    """Almost the exact denoiser of Gaussian data, bent a little so that nothing is linear; its variance varies too."""
+    """The exact denoiser of N(MEAN, STD^2) plus a nonlinear term; its variance depends on x."""
 
     def call(x: Tensor, t: int) -> Tensor:
         a, n = np.sqrt(SCHEDULE.alpha_bar[t]), np.sqrt(SCHEDULE.noise_var[t])
@@ -54,24 +55,18 @@ def start() -> Tensor:
 
 
 def noises(count: int) -> list[Tensor]:
-    image = torch.arange(SHAPE[0])
-    seed = torch.full_like(image, 7)
-    return [
-        noise_reference(seed, image, torch.full_like(image, i), REVERSE, SHAPE[1:])
-        for i in range(count)
-    ]
+    noise = sampler_noise(SEED, range(SHAPE[0]), SHAPE[1:])[1]
+    return [noise(i) for i in range(count)]
 
 
 def run_table(table: StepTable, net: Net, x: Tensor) -> Tensor:
     """The loop of `Sampler` without its state."""
-    x = x.clone()
-    old = torch.zeros_like(x)
+    x, old = x.clone(), torch.zeros_like(x)
     coef, image = table.padded(len(table) + 1)[1], torch.arange(len(x))
+    seed = torch.full_like(image, SEED)
     for i, t in enumerate(table.t):
-        row = torch.full_like(image, i)
-        ddpm_step(
-            x, net(x, int(t)), coef, row, torch.full_like(image, 7), image, table.learned, old
-        )
+        step = torch.full_like(image, i)
+        ddpm_step(x, net(x, int(t)), coef, step, seed, image, table.learned, old)
     return x
 
 
@@ -81,54 +76,82 @@ def run_table(table: StepTable, net: Net, x: Tensor) -> Tensor:
 def papers(
     solver: str, prediction: str, variance: str, eta: float, clip: float | None, net: Net, x: Tensor
 ) -> Tensor:
-    """Song et al. 2021 eq. 12; Ho et al. 2020 eqs. 7, 15 on Nichol & Dhariwal's respaced chain; Lu et al. 2022b, algorithm 2."""
-    x, before = x.double(), None
-    bar_of = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
+    """Returns x_0 of the papers' algorithms in fp64."""
+    if solver == "ddpm":
+        return ddpm_loop(prediction, variance, clip, net, x.double())
+    if solver == "ddim":
+        return ddim_loop(prediction, eta, clip, net, x.double())
+    return dpm_solver_loop(prediction, solver.endswith("sde"), clip, net, x.double())
+
+
+def predict(prediction: str, net: Net, x: Tensor, i: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(x_0, eps, variance channels or None) of the network at step i."""
+    bar, out = ALPHA_BAR[T[i]], net(x, int(T[i]))
+    out, second = out.chunk(2, dim=1) if out.shape[1] > x.shape[1] else (out, None)
+    if prediction == "eps":
+        return (x - np.sqrt(1 - bar) * out) / np.sqrt(bar), out, second
+    x_0 = out if prediction == "x_0" else np.sqrt(bar) * x - np.sqrt(1 - bar) * out
+    return x_0, (x - np.sqrt(bar) * x_0) / np.sqrt(1 - bar), second
+
+
+def ddpm_loop(prediction: str, variance: str, clip: float | None, net: Net, x: Tensor) -> Tensor:
+    """Ho et al. 2020, Algorithm 2, on a respaced chain (Nichol & Dhariwal 2021, eqs. 15 and 19)."""
+    chain, zs, last = SCHEDULE.respaced(T[::-1]), noises(len(T)), len(T) - 1
+    if not variance.startswith("learned"):
+        eps_of = lambda x, t: predict(prediction, net, x, last - int(t[0]))[1]
+        return p_sample_loop(eps_of, chain, x, zs.__getitem__, variance, clip)
+    for i, z in enumerate(zs):
+        _, eps, v = predict(prediction, net, x, i)
+        assert v is not None
+        x = p_mean(chain, x, last - i, eps, clip)
+        if i < last and variance == "learned_range":
+            beta, tilde = chain.beta[last - i], chain.posterior_var[last - i]
+            v = (v + 1) / 2 * np.log(beta) + (1 - v) / 2 * np.log(tilde)
+        if i < last:
+            x = x + (v / 2).exp() * z.double()
+    return x
+
+
+def levels(i: int) -> tuple[float, float]:
+    """alpha_bar before and after step i."""
+    return ALPHA_BAR[T[i]], ALPHA_BAR[T[i + 1]] if i + 1 < len(T) else 1.0
+
+
+def ddim_loop(prediction: str, eta: float, clip: float | None, net: Net, x: Tensor) -> Tensor:
+    """Song et al. 2021, eqs. 12 and 16."""
     for i, z in enumerate(noises(len(T))):
-        t, z = int(T[i]), z.double()
-        bar, bar_to = bar_of[t], bar_of[T[i + 1]] if i + 1 < len(T) else 1.0
-        out = net(x, t)
-        out, second = out.chunk(2, dim=1) if variance.startswith("learned") else (out, None)
-        if prediction == "eps":
-            x_0 = (x - np.sqrt(1 - bar) * out) / np.sqrt(bar)
-        else:
-            x_0 = out if prediction == "x_0" else np.sqrt(bar) * x - np.sqrt(1 - bar) * out
+        bar, bar_to = levels(i)
+        x_0 = predict(prediction, net, x, i)[0]
         x_0 = x_0 if clip is None else x_0.clamp(-clip, clip)
-        last = i == len(T) - 1
-        if solver == "ddpm":
-            beta = 1 - bar / bar_to
-            tilde = beta * (1 - bar_to) / (1 - bar)
-            mean = (
-                np.sqrt(bar_to) * beta / (1 - bar) * x_0
-                + np.sqrt(bar / bar_to) * (1 - bar_to) / (1 - bar) * x
-            )
-            if variance == "learned" and second is not None:
-                var: Any = second.exp()
-            elif second is not None and not last:
-                var = torch.exp((second + 1) / 2 * np.log(beta) + (1 - second) / 2 * np.log(tilde))
-            else:
-                var = tilde if variance == "fixed_small" else beta
-            x = mean if last else mean + torch.as_tensor(var).sqrt() * z
-        elif solver == "ddim":
-            sigma = eta * np.sqrt((1 - bar_to) / (1 - bar) * (1 - bar / bar_to))
-            eps = (x - np.sqrt(bar) * x_0) / np.sqrt(1 - bar)
-            x = np.sqrt(bar_to) * x_0 + np.sqrt(max(0, 1 - bar_to - sigma**2)) * eps + sigma * z
+        sigma = eta * np.sqrt((1 - bar_to) / (1 - bar) * (1 - bar / bar_to))
+        eps = (x - np.sqrt(bar) * x_0) / np.sqrt(1 - bar)
+        x = (
+            np.sqrt(bar_to) * x_0
+            + np.sqrt(max(0, 1 - bar_to - sigma**2)) * eps
+            + sigma * z.double()
+        )
+    return x
+
+
+def dpm_solver_loop(prediction: str, sde: bool, clip: float | None, net: Net, x: Tensor) -> Tensor:
+    """Lu et al. 2022b, algorithm 2 and section A."""
+    previous = None
+    for i, z in enumerate(noises(len(T))):
+        bar, bar_to = levels(i)
+        x_0 = predict(prediction, net, x, i)[0]
+        x_0 = x_0 if clip is None else x_0.clamp(-clip, clip)
+        lam, lam_to = (np.log(b / (1 - b)) / 2 if b < 1 else np.inf for b in (bar, bar_to))
+        d = x_0
+        if previous is not None and bar_to < 1:
+            x_0_previous, lam_previous = previous
+            d = x_0 + (lam_to - lam) / (2 * (lam - lam_previous)) * (x_0 - x_0_previous)
+        previous = x_0, lam
+        ratio, decay = np.sqrt((1 - bar_to) / (1 - bar)), np.exp(lam - lam_to)
+        if sde:
+            mean = ratio * decay * x + np.sqrt(bar_to) * (1 - decay**2) * d
+            x = mean + np.sqrt(1 - bar_to) * np.sqrt(1 - decay**2) * z.double()
         else:
-            lam, lam_to = (np.log(b / (1 - b)) / 2 if b < 1 else np.inf for b in (bar, bar_to))
-            d = x_0
-            if before is not None and not last:
-                x_0_before, lam_before = before
-                d = x_0 + (lam_to - lam) / (2 * (lam - lam_before)) * (x_0 - x_0_before)
-            before = x_0, lam
-            noise, noise_to, decay = np.sqrt(1 - bar), np.sqrt(1 - bar_to), np.exp(lam - lam_to)
-            if solver == "dpm++2m":
-                x = noise_to / noise * x - np.sqrt(bar_to) * (decay - 1) * d
-            else:
-                x = (
-                    noise_to / noise * decay * x
-                    + np.sqrt(bar_to) * (1 - decay**2) * d
-                    + noise_to * np.sqrt(1 - decay**2) * z
-                )
+            x = ratio * x - np.sqrt(bar_to) * (decay - 1) * d
     return x
 
 
@@ -145,7 +168,7 @@ def diffusers_loop(
     x: Tensor,
     default: bool = False,
 ) -> Tensor:
-    """`default`: DDIM with the network's eps and the clipped x_0, as diffusers' pipelines run it."""
+    """`default`: DDIM with the network's eps and the clipped x_0, as in diffusers' pipelines."""
     import diffusers
 
     common: dict[str, Any] = dict(prediction_type=NAMES[prediction])
@@ -167,7 +190,7 @@ def diffusers_loop(
         scheduler.set_timesteps(len(T))
     for i, z in enumerate(noises(len(T))):
         out = net(x, int(T[i]))
-        if variance == "learned":  # it takes the variance itself, not its logarithm
+        if variance == "learned":  # diffusers takes the variance, not its logarithm
             mean, log_var = out.chunk(2, dim=1)
             out = torch.cat([mean, log_var.exp()], dim=1)
         options: dict[str, Any] = {}

@@ -1,9 +1,13 @@
-"""Accuracy of each precision, emulated on a CPU: `python -m bench.studies.precision [--out FILE] [--rows NAME ...]`.
+"""Accuracy of each precision, emulated on a CPU.
 
-A plan's fallbacks compute in fp32 and round where its kernels round, so `FusedUNet` on a CPU emulates its GPU form, except for the
-order of sums in a tensor core. A row is a precision, a part one figure of it: `layers`, `forward` and `cifar10` are errors of
-single passes, `ddpm` and `kid` are of images. Parts that the file holds are not computed again, so a stopped run can be resumed;
-several processes may compute rows at once. Set OMP_NUM_THREADS=1 where cores are shared: a batch is small.
+    python -m bench.studies.precision [--out FILE] [--rows NAME ...] [--parts NAME ...]
+
+The fallbacks of a plan compute in fp32 and round to the types that its kernels round to. So
+`FusedUNet` on a CPU emulates the GPU, except for the order of sums in tensor cores. A row is a
+precision; a part is a group of its figures. `layers`, `forward` and `cifar10` are errors of single
+passes, `ddpm` and `kid` measure images. A stopped run can be resumed: parts of the file are not
+computed again. Several processes may compute rows of one file; set OMP_NUM_THREADS=1 for them,
+since batches are small.
 """
 
 from __future__ import annotations
@@ -23,9 +27,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.workloads import NETWORKS, OUT, ROOT
+from bench.workloads import NETWORKS, OUT, ROOT, WEIGHTS
 from ddpm_fast import FusedUNet, NoiseSchedule, Sampler, UNet, load_pretrained
 from ddpm_fast.benchmark.results import write
+from ddpm_fast.benchmark.workload import Workload
 from ddpm_fast.checkpoints.checkpoint import Checkpoint
 from ddpm_fast.engines.fused.calibration import load_calibration
 from ddpm_fast.engines.fused.checks import network_of
@@ -41,26 +46,25 @@ ROWS = {
     "fp32": "fp32",  # its images are sampled by the reference network
     "fp16": "fp16",
     "bf16": "bf16",
-    "fp8": "fp8",  # with the calibration of the weights' folder
-    "fp8-by-rule": "fp8",  # without
+    "fp8": "fp8",  # with the calibration file of the weights
+    "fp8-by-rule": "fp8",  # with the default ranges
 }
 PARTS = ("layers", "forward", "cifar10", "ddpm", "kid")
 BATCH = 16
-STATES: dict[str, Any] = dict(
-    images=BATCH, seed=2, solver="ddim", steps=10
-)  # where errors of single passes are taken
+# the sampling loop at whose states the errors of single passes are taken
+STATES: dict[str, Any] = dict(images=BATCH, seed=2, solver="ddim", steps=10)
 DDPM: dict[str, Any] = dict(images=16, seed=0, solver="ddpm", steps=1000)
 KID: dict[str, Any] = dict(images=512, seed=0, solver="ddim", steps=50)
 Call = tuple[Tensor, ...]
 
 
 def _arguments(settings: dict[str, Any]) -> dict[str, Any]:
-    """Keywords of `Sampler.sample` for the settings that the results file records."""
+    """Arguments of `Sampler.sample` for settings as the results file records them."""
     return {"indices" if name == "images" else name: value for name, value in settings.items()}
 
 
 class PrecisionStudy:
-    """The network, its reference, and the parts of a row."""
+    """Accuracy study of one checkpoint; the methods from `layers` on compute the parts of a row."""
 
     def __init__(self, weights: Path, data: Path, out: Path) -> None:
         self.weights, self.data, self.out = weights, data, out
@@ -74,107 +78,70 @@ class PrecisionStudy:
         )
 
     def sampler(self, model: Callable[..., Tensor]) -> Sampler:
-        c, config = self.checkpoint, self.unet.config
-        assert config.size is not None
-        shape = (config.in_channels, *config.size)
-        return Sampler(
-            model,
-            c.schedule,
-            shape,
-            c.prediction,
-            c.variance,
-            c.clip,
-            config.num_classes,
-            "cpu",
-            engine="reference",
-        )
+        return Workload(self.checkpoint).sampler("reference", model=model)
 
-    def draw(self, row: str, request: dict[str, Any], output: str) -> Tensor:
+    def sample(self, row: str, settings: dict[str, Any], output: str) -> Tensor:
         model = self.unet if row == "fp32" else self.fused(row)
-        return self.sampler(model).sample(**_arguments(request), output=output, batch_size=BATCH)
+        return self.sampler(model).sample(**_arguments(settings), output=output, batch_size=BATCH)
 
     # ---- parts
 
     def layers(self, row: str) -> dict[str, Any]:
-        """Each 3x3 convolution's product alone (no bias, no residual) on the exact input: relative error against fp32."""
+        """Relative error of each 3x3 convolution, without bias and residual, on exact inputs."""
         errors = layer_errors(self.fused("fp32"), self.fused(row), states(self))
         worst = max(errors, key=lambda name: errors[name])
-        return dict(
-            worst=worst,
-            largest=errors[worst],
-            median=float(np.median(list(errors.values()))),
-            errors=errors,
-            calls=STATES,
-        )
+        median = float(np.median(list(errors.values())))
+        figures = dict(worst=worst, largest=errors[worst], median=median)
+        return figures | dict(errors=errors, calls=STATES)
 
     def forward(self, row: str) -> dict[str, Any]:
-        """The whole network against the reference, along a trajectory of the reference."""
+        """Relative error of the whole network at the states of a sampling loop."""
         fused, pairs = self.fused(row), []
         for call in states(self):
             exact = self.unet(*call)
-            pairs.append(
-                (
-                    float((fused(*call).double() - exact).square().sum()),
-                    float(exact.double().square().sum()),
-                )
-            )
+            error = float((fused(*call).double() - exact).square().sum())
+            pairs.append((error, float(exact.double().square().sum())))
         each = [(e / n) ** 0.5 for e, n in pairs]
-        error = (sum(e for e, _ in pairs) / sum(n for _, n in pairs)) ** 0.5
-        return dict(error=error, by_step=each, saturated=fused.saturated(), calls=STATES)
+        total = (sum(e for e, _ in pairs) / sum(n for _, n in pairs)) ** 0.5
+        return dict(error=total, by_step=each, saturated=fused.saturated(), calls=STATES)
 
     @torch.no_grad()
     def cifar10(self, row: str) -> dict[str, Any]:
-        """One pass of the CIFAR-10 network of Ho et al. with random weights, on noise: no weights of it ship."""
+        """Relative error of the CIFAR-10 network on noise; its weights are random."""
         unet = channels_last(network_of(NETWORKS["cifar10"]))
-        call = (
-            torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)),
-            torch.tensor([900, 100]),
-        )
-        calibration = (
-            calibrate(Checkpoint(unet, NoiseSchedule.linear()), images=2, steps=3)
-            if row == "fp8"
-            else None
-        )
+        x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+        call = (x, torch.tensor([900, 100]))
+        calibration = None
+        if row == "fp8":
+            calibration = calibrate(Checkpoint(unet, NoiseSchedule.linear()), images=2, steps=3)
         fused, exact = FusedUNet(unet, 2, ROWS[row], "cpu", calibration=calibration), unet(*call)
         return dict(error=relative_error(fused(*call), exact), wide=fused.keep_bf16)
 
     def ddpm(self, row: str) -> dict[str, Any]:
-        """PSNR of whole images, of [-1, 1] after clipping, against the same images by the reference in fp32."""
+        """PSNR of images, clipped to [-1, 1], against the same images of the reference in fp32."""
         cached = self.out.with_suffix(".reference.npy")
         if not cached.exists():
-            np.save(cached, self.draw("fp32", DDPM, "float").numpy())
+            np.save(cached, self.sample("fp32", DDPM, "float").numpy())
         exact = torch.from_numpy(np.load(cached))
         if row == "fp32":
             return dict(**DDPM)
-        off = self.draw(row, DDPM, "float").clamp(-1, 1) - exact.clamp(-1, 1)
-        psnr = 10 * torch.log10(4 / off.double().square().flatten(1).mean(1))
+        error = self.sample(row, DDPM, "float").clamp(-1, 1) - exact.clamp(-1, 1)
+        psnr = 10 * torch.log10(4 / error.double().square().flatten(1).mean(1))
         return dict(**DDPM, mean=float(psnr.mean()), least=float(psnr.min()), each=psnr.tolist())
 
     def kid(self, row: str) -> dict[str, Any]:
-        """As `ddpm-fast eval` scores images that are given to it."""
+        """KID of `ddpm-fast eval --samples`."""
         with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "drawn.npy"
-            np.save(path, self.draw(row, KID, "uint8").numpy())
-            command = [
-                sys.executable,
-                "-m",
-                "ddpm_fast",
-                "eval",
-                "--json",
-                "--samples",
-                str(path),
-                "--data-dir",
-                str(self.data),
-            ]
-            done = subprocess.run(
-                [*command, "--fit", "pad"], cwd=ROOT, capture_output=True, text=True
-            )
+            path = Path(folder) / "samples.npy"
+            np.save(path, self.sample(row, KID, "uint8").numpy())
+            command = [sys.executable, "-m", "ddpm_fast", "eval", "--json", "--fit", "pad"]
+            command += ["--samples", str(path), "--data-dir", str(self.data)]
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
             if done.returncode:
                 raise SystemExit(done.stderr.strip())
         report = json.loads(done.stdout)
-        return dict(
-            **KID, kid=report["kid"], floor=report["kid_floor"], real_images=report["real_images"]
-        )
+        figures = dict(kid=report["kid"], floor=report["kid_floor"])
+        return dict(**KID, **figures, real_images=report["real_images"])
 
 
 # ---- single passes
@@ -192,7 +159,7 @@ class Recorder:
 
 
 def states(study: PrecisionStudy) -> list[Call]:
-    """Calls of the reference network along sampling loops."""
+    """Calls of the reference network in a sampling loop."""
     recorder = Recorder(study.unet)
     study.sampler(recorder).sample(**_arguments(STATES), batch_size=BATCH)
     return recorder.calls
@@ -200,7 +167,7 @@ def states(study: PrecisionStudy) -> list[Call]:
 
 @torch.no_grad()
 def layer_errors(exact: FusedUNet, other: FusedUNet, calls: list[Call]) -> dict[str, float]:
-    """Name of a 3x3 convolution -> relative error of its product in `other` on its inputs in `exact`."""
+    """Maps each 3x3 convolution to the error of its product in `other` on its inputs in `exact`."""
     sums: dict[str, list[float]] = {}
     for call in calls:
         exact_plan, other_plan = exact.load(*call), other.load(*call)
@@ -217,12 +184,12 @@ def layer_errors(exact: FusedUNet, other: FusedUNet, calls: list[Call]) -> dict[
 
 
 def product(plan: Plan, launch: Launch, pixels: Tensor) -> Tensor:
-    """Output of a convolution for fp32 pixels [N, C, H, W], which are first rounded to its operands' type."""
-    read, wrote = launch.reads["x"], launch.out
-    unit = next(getattr(before.op, "unit", 1.0) for before in plan if before.out is read)
+    """Output of a convolution for fp32 pixels [N, C, H, W], rounded to the type of its operands."""
+    source = launch.reads["x"]
+    unit = next(getattr(before.op, "unit", 1.0) for before in plan if before.out is source)
     x, out = (
         FeatureMap.empty(b.images, b.height, b.width, b.channels, b.dtype, "cpu", b.bordered)
-        for b in (read, wrote)
+        for b in (source, launch.out)
     )
     x.write(pixels / unit)
     op: Any = launch.op
@@ -238,34 +205,25 @@ def read(out: Path) -> dict[str, Any]:
 
 
 def markdown(rows: dict[str, Any]) -> str:
-    """The table of docs/precision.md; a part that is missing leaves its cells empty."""
-    head = (
-        "type",
-        "largest error of a layer",
-        "median",
-        "forward: median of steps",
-        "at t = 0",
-        "CIFAR-10",
-    )
-    lines: list[tuple[str, ...]] = [(*head, "PSNR: mean, dB", "least, dB", "KID"), ("---",) * 9]
+    """The table of docs/precision.md; the cells of a missing part are empty."""
+    head = ["type", "largest error of a layer", "median", "forward: median of steps", "at t = 0"]
+    lines = [[*head, "CIFAR-10", "PSNR: mean, dB", "least, dB", "KID"], ["---"] * 9]
     for name, row in ((name, rows[name]) for name in ROWS if name in rows):
         layers, forward, cifar, ddpm, kid = (row.get(part) for part in PARTS)
-        by_step = sorted(forward["by_step"][:-1]) if forward else []
-        worst = f" ({layers['worst']})" if layers and layers["largest"] else ""
-        cells = (
-            [f"{layers['largest']:.2g}{worst}", f"{layers['median']:.2g}"] if layers else ["", ""]
-        )
-        cells += (
-            [f"{by_step[len(by_step) // 2]:.2g}", f"{forward['by_step'][-1]:.2g}"]
-            if forward
-            else ["", ""]
-        )
-        cells += [f"{cifar['error']:.2g}" if cifar else ""]
-        cells += (
-            [f"{ddpm['mean']:.1f}", f"{ddpm['least']:.1f}"] if ddpm and "mean" in ddpm else ["", ""]
-        )
-        cells += [f"{kid['kid'][0]:.3f} +- {kid['kid'][1]:.3f}" if kid else ""]
-        lines.append((name, *cells))
+        cells = [""] * 8
+        if layers:
+            worst = f" ({layers['worst']})" if layers["largest"] else ""
+            cells[0:2] = f"{layers['largest']:.2g}{worst}", f"{layers['median']:.2g}"
+        if forward:
+            *steps, last = forward["by_step"]
+            cells[2:4] = f"{sorted(steps)[len(steps) // 2]:.2g}", f"{last:.2g}"
+        if cifar:
+            cells[4] = f"{cifar['error']:.2g}"
+        if ddpm and "mean" in ddpm:
+            cells[5:7] = f"{ddpm['mean']:.1f}", f"{ddpm['least']:.1f}"
+        if kid:
+            cells[7] = "{:.3f} +- {:.3f}".format(*kid["kid"])
+        lines.append([name, *cells])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -273,7 +231,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--weights", type=Path, default=ROOT / "weights" / "fashion-mnist-32")
+    parser.add_argument("--weights", type=Path, default=WEIGHTS)
     parser.add_argument(
         "--data-dir",
         type=Path,
@@ -292,17 +250,13 @@ def main() -> None:
         for row in args.rows:
             if part not in read(args.out)["rows"].get(row, {}):
                 start = time.perf_counter()
-                figures = getattr(study, part)(row) | dict(
-                    seconds=round(time.perf_counter() - start, 1)
-                )
-                result = read(args.out)  # again: another process may have written in the meantime
+                figures = getattr(study, part)(row)
+                figures["seconds"] = round(time.perf_counter() - start, 1)
+                result = read(args.out)  # another process may have written in the meantime
                 result["rows"].setdefault(row, {})[part] = figures
                 write(args.out, result)
-            shown = {
-                k: v
-                for k, v in read(args.out)["rows"][row][part].items()
-                if not isinstance(v, dict | list) or k == "kid"
-            }
+            items = read(args.out)["rows"][row][part].items()
+            shown = {k: v for k, v in items if not isinstance(v, dict | list) or k == "kid"}
             print(row, part, shown, flush=True)
     print(markdown(read(args.out)["rows"]))
 

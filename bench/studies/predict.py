@@ -1,8 +1,9 @@
-"""Compiled code of the elementwise kernels and their predicted speed: `python -m bench.studies.predict`. Needs no GPU.
+"""Predicted speed of the elementwise kernels on an H100: `python -m bench.studies.predict`.
 
-Compiles the launches of `CASES` ahead of time and prints a table: registers, spills, instructions and bytes per element,
-and the predicted share of an H100's copy rate. Two bounds are given: memory traffic and instruction issue overlap
-perfectly (share 1 where memory is the longer of the two), or not at all. These are predictions, not measurements.
+Needs no GPU. Compiles the launches of `CASES` ahead of time and prints a table: registers, spills,
+instructions and bytes per element, and the predicted share of an H100's copy rate. Of the two
+bounds, the lower assumes that memory traffic and instruction issue do not overlap; the upper, that
+they overlap perfectly (share 1 if memory takes longer). These are predictions, not measurements.
 """
 
 from __future__ import annotations
@@ -17,9 +18,8 @@ from ddpm_fast.kernels import ddpm_step, noise, noise_mse, q_sample
 from ddpm_fast.utils.triton_tools import Compiled, RecordedLaunch, compile_launch, record_launches
 
 COPY_RATE = 3.02e12  # bytes read + written per second, measured on one H100 SXM
-ISSUE_RATE = (
-    132 * 4 * 32 * 1.7e9
-)  # lanes x instructions per second: processors x schedulers x lanes x clock
+# lanes x instructions per second: processors x schedulers x lanes x clock
+ISSUE_RATE = 132 * 4 * 32 * 1.7e9
 
 
 class Operation(Enum):
@@ -37,12 +37,13 @@ class Case:
 
     Attributes:
         operation: What it computes.
-        dtype: Of x_0 (q_sample), of the network's output (ddpm_step, noise_mse) or of the noise.
+        dtype: Type of x_0 (q_sample), of the network's output (ddpm_step, noise_mse) or of the
+            noise.
         shape: [N, C, H, W]
         channels_last: Memory layout.
-        learned: ddpm_step with a learned variance.
-        history: ddpm_step of a multistep solver, which reads and writes x_0 too.
-        reads_x_0: noise_mse of a target that needs x_0, such as v.
+        learned: `ddpm_step` with a learned variance.
+        history: `ddpm_step` of a multistep solver, which also reads and writes x_0.
+        reads_x_0: `noise_mse` of a target that needs x_0, such as v.
     """
 
     operation: Operation
@@ -65,7 +66,7 @@ class Case:
 
     @property
     def bytes_per_element(self) -> int:
-        """Bytes to read and write per element, at least."""
+        """Fewest bytes to read and write per element."""
         size = self.dtype.itemsize
         return {
             Operation.NOISE: 4,
@@ -136,10 +137,8 @@ def launch_of(case: Case) -> RecordedLaunch:
         index, step_index = torch.empty(b, dtype=torch.int64), torch.empty(b, dtype=torch.int32)
         match case.operation:
             case Operation.NOISE | Operation.WORDS:
-                out, normal = (
-                    torch.empty(b, c * h * w, dtype=case.dtype),
-                    case.operation is Operation.NOISE,
-                )
+                out = torch.empty(b, c * h * w, dtype=case.dtype)
+                normal = case.operation is Operation.NOISE
                 noise._fill(out, index, index, step_index, noise.X_T, normal=normal)
             case Operation.Q_SAMPLE:
                 q_sample._launch(
@@ -147,24 +146,15 @@ def launch_of(case: Case) -> RecordedLaunch:
                 )
             case Operation.NOISE_MSE | Operation.NOISE_MSE_GRADIENT:
                 x_0 = images(c, torch.float32) if case.reads_x_0 else None
-                arguments = (
-                    images(c, case.dtype),
-                    x_0,
-                    torch.empty(1000, 2),
-                    index,
-                    step_index,
-                    index,
-                    index,
-                )
+                counters = (index, step_index, index, index)
+                arguments = (images(c, case.dtype), x_0, torch.empty(1000, 2), *counters)
                 if case.operation is Operation.NOISE_MSE:
                     noise_mse._launch_loss(*arguments)
                 else:
                     noise_mse._launch_gradient(torch.empty(b), *arguments)
             case Operation.DDPM_STEP:
-                x_t, out = (
-                    images(c, torch.float32),
-                    images(2 * c if case.learned else c, case.dtype),
-                )
+                x_t = images(c, torch.float32)
+                out = images(2 * c if case.learned else c, case.dtype)
                 table = torch.empty(1000, len(ddpm_step.COLUMNS))
                 old = images(c, torch.float32) if case.history else None
                 ddpm_step._launch(x_t, out, table, step_index, index, index, case.learned, old)
@@ -182,16 +172,16 @@ def predict(case: Case, sm: int) -> Prediction:
 
 
 def main() -> None:
-    columns = f"{'launch':58} {'sm':>3} {'regs':>4} {'spills':>6} {'shared':>6} {'instr/el':>8} {'bytes/el':>8}"
+    columns = f"{'launch':58} {'sm':>3} {'regs':>4} {'spills':>6} {'shared':>6}"
+    columns += f" {'instr/el':>8} {'bytes/el':>8}"
     print(f"{columns}  predicted share of an H100's copy rate")
     for case in CASES:
         for sm in (80, 90, 100):
             p = predict(case, sm)
             shares = "{:.0%} to {:.0%}".format(*p.shares) if sm == 90 else ""
             c = p.compiled
-            print(
-                f"{p.name:58} {sm:3} {c.registers:4} {c.spills:6} {c.shared:6} {p.instructions:8.1f} {p.bytes:8}  {shares}"
-            )
+            row = f"{p.name:58} {sm:3} {c.registers:4} {c.spills:6} {c.shared:6}"
+            print(f"{row} {p.instructions:8.1f} {p.bytes:8}  {shares}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
-"""Sample quality against the number of steps: `python -m bench.studies.quality --data-dir DIR [--out FILE] [--plot FILE]`.
+"""Sample quality against the number of steps.
 
-Each row is one run of `ddpm-fast eval`: KID of images sampled by a solver, and the KID of as many real images (the floor). Rows
-that the file holds are not computed again, so a stopped run can be resumed.
+    python -m bench.studies.quality --data-dir DIR [--out FILE] [--plot FILE]
+
+Each row is one run of `ddpm-fast eval`: KID of images sampled by a solver, and KID of as many real
+images (the floor). A stopped run can be resumed: rows of the file are not computed again.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bench.workloads import OUT, ROOT
+from bench.workloads import OUT, ROOT, WEIGHTS
 from ddpm_fast.benchmark.results import write
 from ddpm_fast.utils.environment import environment
 
@@ -45,30 +47,10 @@ ROWS: list[tuple[str, int, int, tuple[str, ...]]] = [
 def run(
     weights: Path, data: Path, solver: str, steps: int, images: int, options: tuple[str, ...]
 ) -> dict[str, Any]:
-    """One row, by a child process."""
-    command = [
-        sys.executable,
-        "-m",
-        "ddpm_fast",
-        "eval",
-        "--json",
-        "--quiet",
-        "--weights",
-        str(weights),
-        "--fit",
-        "pad",
-    ]
-    command += [
-        "--data-dir",
-        str(data),
-        "--solver",
-        solver,
-        "--steps",
-        str(steps),
-        "--images",
-        str(images),
-        *options,
-    ]
+    """Computes a row in a child process."""
+    command = [sys.executable, "-m", "ddpm_fast", "eval", "--json", "--quiet", "--fit", "pad"]
+    command += ["--weights", str(weights), "--data-dir", str(data), "--solver", solver]
+    command += ["--steps", str(steps), "--images", str(images), *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{' '.join(command[1:])}: {done.stderr.strip()}")
@@ -79,7 +61,7 @@ def run(
 
 
 def draw(rows: list[dict[str, Any]], out: Path) -> None:
-    """Draws KID against steps, a line per solver."""
+    """Draws KID against steps: a line per solver."""
     from ddpm_fast.plotting.style import BLUE, GREEN, GREY, ORANGE, PINK, figure, save
 
     lines = {
@@ -87,10 +69,10 @@ def draw(rows: list[dict[str, Any]], out: Path) -> None:
         "DDPM, fixed_small": ("ddpm", " ".join(SMALL), BLUE, "o-"),
         "DDIM": ("ddim", "", ORANGE, "s-"),
         "DPM-Solver++ 2M": ("dpm++2m", "", GREEN, "D-"),
-        "its SDE form": ("dpm++2m-sde", "", PINK, "^-"),
+        "DPM-Solver++ 2M, SDE": ("dpm++2m-sde", "", PINK, "^-"),
     }
     plot, axes = figure()
-    for name, (solver, options, colour, style) in lines.items():
+    for name, (solver, options, color, style) in lines.items():
         points = sorted(
             (r["steps"], *r["kid"])
             for r in rows
@@ -98,9 +80,9 @@ def draw(rows: list[dict[str, Any]], out: Path) -> None:
         )
         if points:
             steps, kid, deviation = zip(*points, strict=True)
-            axes.errorbar(steps, kid, deviation, fmt=style, color=colour, capsize=3, label=name)
+            axes.errorbar(steps, kid, deviation, fmt=style, color=color, capsize=3, label=name)
     floor = max(r["kid_floor"][0] for r in rows)
-    axes.axhline(floor, color=GREY, linestyle=":", label="real images against real ones")
+    axes.axhline(floor, color=GREY, linestyle=":", label="real images")
     axes.set(xscale="log", yscale="log", xlabel="steps", ylabel="KID (EfficientNet-Lite0 features)")
     axes.xaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_major_formatter("{x:g}")
@@ -112,7 +94,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--weights", type=Path, default=ROOT / "weights" / "fashion-mnist-32")
+    parser.add_argument("--weights", type=Path, default=WEIGHTS)
     parser.add_argument("--data-dir", type=Path, required=True, help="Fashion-MNIST's IDX files")
     parser.add_argument(
         "--out", type=Path, default=OUT / "quality.json", help="JSON file (default: %(default)s)"
@@ -125,24 +107,18 @@ def main() -> None:
         if args.out.exists()
         else dict(environment=environment(), rows=[])
     )
+    rows = {(r["solver"], r["steps"], r["options"]): r for r in result["rows"]}
     for row in ROWS:
         solver, steps, _, options = row
-        if not any(
-            (r["solver"], r["steps"], r["options"]) == (solver, steps, " ".join(options))
-            for r in result["rows"]
-        ):
-            result["rows"].append(run(args.weights, args.data_dir, *row))
+        key = solver, steps, " ".join(options)
+        if key not in rows:
+            rows[key] = run(args.weights, args.data_dir, *row)
+            result["rows"].append(rows[key])
             write(args.out, result)
-        r = next(
-            r
-            for r in result["rows"]
-            if (r["solver"], r["steps"], r["options"]) == (solver, steps, " ".join(options))
-        )
-        print(
-            f"{solver:12} {steps:5} steps {r['options']:32} {r['images']:5} images  KID {r['kid'][0]:7.4f} +- {r['kid'][1]:.4f}  "
-            f"floor {r['kid_floor'][0]:7.4f} +- {r['kid_floor'][1]:.4f}",
-            flush=True,
-        )
+        r = rows[key]
+        kid, floor = ("{:7.4f} +- {:.4f}".format(*r[name]) for name in ("kid", "kid_floor"))
+        what = f"{solver:12} {steps:5} steps {r['options']:32} {r['images']:5} images"
+        print(f"{what}  KID {kid}  floor {floor}", flush=True)
     if args.plot:
         draw(result["rows"], args.plot)
 

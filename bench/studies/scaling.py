@@ -1,8 +1,8 @@
-"""Time and memory against batch, image size, steps and channels, measured on this CPU in two minutes.
+"""Time and memory against batch, image size, channels and steps, on this CPU, in two minutes.
 
     python -m bench.studies.scaling      into bench-results/scaling.json
 
-`bench.report` fits and draws these series, and those predicted for an H100.
+`bench.report` fits and draws these series, and the series predicted for an H100.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from bench.workloads import NETWORKS, OUT, scaled
-from ddpm_fast import NoiseSchedule, Sampler, UNet, UNetConfig
+from bench.workloads import NETWORKS, OUT, random_checkpoint, scaled
+from ddpm_fast import Sampler, UNetConfig
 from ddpm_fast.benchmark.results import provenance, write
 from ddpm_fast.benchmark.timer import measure
 
@@ -24,7 +24,7 @@ Series = list[dict[str, Any]]  # rows with x, ms and bytes
 
 
 def measured() -> dict[str, Any]:
-    """The network of the shipped weights on the CPU engine."""
+    """The Fashion-MNIST network on the CPU engine."""
     base = NETWORKS["fashion_mnist"]
     series: dict[str, Series] = dict(
         batch=[_step(base, n, 32) | dict(x=n) for n in (1, 2, 4, 8, 16, 32)],
@@ -36,7 +36,7 @@ def measured() -> dict[str, Any]:
 
 
 def _step(config: UNetConfig, batch: int, size: int) -> dict[str, Any]:
-    """Time of one of ten steps, without the start and the end of a loop."""
+    """Time of one of ten steps, which excludes the start and the end of a loop."""
     sampler = _sampler(config, size)
     table, state = sampler.table(steps=10), sampler.begin(torch.arange(batch), 0)
 
@@ -54,10 +54,8 @@ def _loop(config: UNetConfig, steps: int) -> dict[str, Any]:
 
 
 def _sampler(config: UNetConfig, size: int) -> Sampler:
-    torch.manual_seed(0)
-    return Sampler(
-        UNet(config).eval(), NoiseSchedule.linear(), (config.in_channels, size, size), engine="cpu"
-    )
+    checkpoint = random_checkpoint(config)
+    return Sampler.from_checkpoint(checkpoint, "cpu", size=(size, size), engine="cpu")
 
 
 def _timed(call: Callable[[], object], sampler: Sampler, steps: int) -> dict[str, Any]:

@@ -1,20 +1,22 @@
 """Training speed of ddpm_fast and of its baselines: `python -m bench.studies.training`.
 
-Every engine trains the same network on the same images in a worker process, so that no engine's settings affect another, and they
-take turns: a burst of steps each, round after round. Their losses on one input must agree, or nothing is timed.
+Every engine trains the same network on the same images in a worker process, so that no engine's
+settings affect another. Bursts of steps are timed in interleaved rounds. Nothing is timed unless
+the losses of the engines on one input agree.
 
     ddpm_fast       `Trainer`
-    PyTorch's norm  `Trainer` without the native engine's GroupNorm (--norms: these two alone, for before and after)
+    PyTorch's norm  `Trainer` without the CPU engine's GroupNorm (--norms: only these two)
     compiled        `Trainer` with compile=True (--compile: takes minutes)
-    plain PyTorch   the reference UNet in a plain loop: randn, AdamW, clip_grad_norm_, an average of the parameters
-    diffusers       UNet2DModel, DDPMScheduler.add_noise and EMAModel, in the loop of its train_unconditional.py
+    plain PyTorch   the reference UNet in a plain loop: randn, AdamW, clip_grad_norm_, an average
+                    of the parameters
+    diffusers       UNet2DModel, DDPMScheduler.add_noise and EMAModel in the loop of
+                    diffusers' train_unconditional.py
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
@@ -29,6 +31,7 @@ from torch import Tensor
 
 from ddpm_fast import NoiseSchedule, UNet, UNetConfig
 from ddpm_fast.benchmark.results import provenance, write
+from ddpm_fast.benchmark.rounds import summarize, turns
 from ddpm_fast.data.datasets import ImageData
 from ddpm_fast.training import cpu_ops
 from ddpm_fast.training.config import TrainConfig
@@ -97,7 +100,7 @@ def pytorch_norm(
     channels: tuple[int, ...], batch: int, precision: str, device: torch.device
 ) -> tuple[Step, Loss]:
     """`Trainer` with PyTorch's GroupNorm instead of the CPU engine's."""
-    cpu_ops.native = None  # type: ignore[assignment]  # in this worker process alone
+    cpu_ops.cpu_norm = None  # type: ignore[assignment]  # in this worker process only
     return ddpm_fast(channels, batch, precision, device)
 
 
@@ -191,19 +194,19 @@ def _plain_loop(
 
 
 Create = Callable[[tuple[int, ...], int, str, torch.device], tuple[Step, Loss]]
+DDPM_FAST, COMPILED, PYTORCH_NORM = "ddpm_fast", "compiled", "PyTorch's norm"
 ENGINES: dict[str, Create] = {
-    "ddpm_fast": ddpm_fast,
-    "compiled": partial(ddpm_fast, compile=True),
-    "PyTorch's norm": pytorch_norm,
+    DDPM_FAST: ddpm_fast,
+    COMPILED: partial(ddpm_fast, compile=True),
+    PYTORCH_NORM: pytorch_norm,
     "plain PyTorch": plain,
     "diffusers": diffusers,
 }
-NORMS = ("ddpm_fast", "PyTorch's norm")
 LOSS_TOLERANCES = {"no": 1e-4, "bf16": 1e-3}  # relative difference between the engines
 
 
 def fixed_loss(loss_of: Loss, precision: str, device: torch.device) -> float:
-    """The loss on a fixed input, which must agree between the engines."""
+    """Loss on a fixed input; must agree between the engines."""
     generator = torch.Generator().manual_seed(1)
     x_t, eps = (torch.randn(8, 1, 32, 32, generator=generator).to(device) for _ in range(2))
     t, labels = torch.arange(0, 1000, 125, device=device), torch.arange(8, device=device)
@@ -215,7 +218,7 @@ def fixed_loss(loss_of: Loss, precision: str, device: torch.device) -> float:
 
 
 def worker(engine: str, channels: list[int], batch: int, precision: str) -> None:
-    """Sends the loss on a fixed input and the time of the first step; then, per request, the time of its steps."""
+    """Sends the loss on a fixed input and the time of a step; then times the requested steps."""
     requests, send = json_stdio()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     step, loss_of = ENGINES[engine](tuple(channels), batch, precision, device)
@@ -237,7 +240,7 @@ def _seconds(step: Step, count: int, device: torch.device) -> float:
 def compare(
     names: list[str], channels: list[int], batch: int, precision: str, rounds: int, steps: int
 ) -> dict[str, Any]:
-    """Images per second of every engine, and the speedup of the first: median over rounds, with their range."""
+    """Images per second of every engine, and speedups of the first: medians with their ranges."""
     times: dict[str, list[float]] = {name: [] for name in names}
     with ExitStack() as stack:
         workers = {
@@ -249,30 +252,27 @@ def compare(
             )
             for name in names
         }
-        hello = {name: process.receive() for name, process in workers.items()}
-        losses = {name: message["loss"] for name, message in hello.items()}
-        if max(losses.values()) - min(losses.values()) > LOSS_TOLERANCES[precision] * max(
-            losses.values()
-        ):
+        first = {name: process.receive() for name, process in workers.items()}
+        losses = {name: message["loss"] for name, message in first.items()}
+        least, most = min(losses.values()), max(losses.values())
+        if most - least > LOSS_TOLERANCES[precision] * most:
             raise RuntimeError(
                 f"the losses of the engines on one input differ, so nothing is timed: {losses}"
             )
         for process in workers.values():
             process.request(dict(steps=2))
-        for _ in range(rounds):
-            for name, process in workers.items():
-                time.sleep(0.2)  # until the spinning threads of the engine before it sleep
-                times[name].append(process.request(dict(steps=steps))["seconds"])
+        for name in turns(names, rounds):
+            times[name].append(workers[name].request(dict(steps=steps))["seconds"])
     rows = []
     for name in names:
-        ratios = sorted(a / b for a, b in zip(times[name], times[names[0]], strict=True))
+        summary = summarize(times[name], times[names[0]])
         rows.append(
             dict(
                 engine=name,
-                images_per_second=round(batch * steps / statistics.median(times[name]), 1),
-                speedup=round(statistics.median(ratios), 3),
-                speedup_range=[round(ratios[0], 3), round(ratios[-1], 3)],
-                first_step_seconds=round(hello[name]["seconds"], 2),
+                images_per_second=round(1e3 * batch * steps / summary["ms"], 1),
+                speedup=summary["speedup"],
+                speedup_range=summary["speedup_range"],
+                first_step_seconds=round(first[name]["seconds"], 2),
                 loss=losses[name],
             )
         )
@@ -296,33 +296,32 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--precision", default="no", choices=["no", "bf16"], help="mixed precision")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=8, help="per round")
-    parser.add_argument("--compile", action="store_true", help="compare `compiled` too")
+    parser.add_argument("--steps", type=int, default=8, help="steps per round")
+    parser.add_argument("--compile", action="store_true", help="include `compiled`")
     parser.add_argument(
         "--norms",
         action="store_true",
-        help="compare GroupNorm of the CPU engine and of PyTorch only",
+        help="compare only GroupNorm of the CPU engine and of PyTorch",
     )
     parser.add_argument("--out", type=Path, help="JSON file")
     parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         return worker(*args.worker)
-    default = [
-        name
-        for name in ENGINES
-        if name != "PyTorch's norm" and (args.compile or name != "compiled")
-    ]
-    names = list(NORMS) if args.norms else default
+    excluded = {PYTORCH_NORM} if args.compile else {PYTORCH_NORM, COMPILED}
+    names = [name for name in ENGINES if name not in excluded]
+    names = [DDPM_FAST, PYTORCH_NORM] if args.norms else names
     result = compare(names, args.channels, args.batch_size, args.precision, args.rounds, args.steps)
     print(
-        f"channels {result['channels']}, batch {args.batch_size}, {args.precision}; {args.rounds} rounds of {args.steps} steps"
+        f"channels {result['channels']}, batch {args.batch_size}, {args.precision}; "
+        f"{args.rounds} rounds of {args.steps} steps"
     )
     for row in result["rows"]:
         low, high = row["speedup_range"]
         print(
-            f"  {row['engine']:14} {row['images_per_second']:7.1f} images/s   ddpm_fast speedup {row['speedup']:.2f} "
-            f"({low:.2f} to {high:.2f})   first step {row['first_step_seconds']:.1f} s"
+            f"  {row['engine']:14} {row['images_per_second']:7.1f} images/s   "
+            f"ddpm_fast speedup {row['speedup']:.2f} ({low:.2f} to {high:.2f})   "
+            f"first step {row['first_step_seconds']:.1f} s"
         )
     if args.out:
         write(args.out, dict(**provenance(), **result))

@@ -1,12 +1,18 @@
-"""Ahead-of-time compilation of every launch of the networks' plans, without a GPU, and checks of the compiled code.
+"""Compiles every launch of the networks' plans ahead of time, and checks the compiled code.
 
-    python -m bench.tools.compile_check                       every network, batch, architecture and type
+    python -m bench.tools.compile_check                       all networks, batches, types and GPUs
     python -m bench.tools.compile_check --sm 90 --batch 256   some of them
-    python -m bench.tools.compile_check --markdown FILE       writes the table to a file too
+    python -m bench.tools.compile_check --markdown FILE       also writes the table to a file
 
-A launch passes if nothing spills, shared memory fits, maps move by 16 bytes an access, matrix products run on the architecture's
-own tensor-core instruction, those of sm_90's 3x3 convolutions with both operands in shared memory and loaded by TMA, and fp32
-stays fp32 (one network, for sm_90). Equal launches are compiled once.
+Needs no GPU. A launch passes if
+
+- no register spills, and shared memory suffices;
+- feature maps are read and written with 16 bytes per instruction;
+- matrix products use the tensor-core instruction of the architecture;
+- 3x3 convolutions for sm_90 load operands by TMA, and multiply both from shared memory;
+- products in fp32 use no tensor cores (checked on one network, for sm_90).
+
+Equal launches are compiled once.
 """
 
 from __future__ import annotations
@@ -36,7 +42,7 @@ from ddpm_fast.utils.triton_tools import (
 )
 
 PROCESSORS = {80: 108, 89: 128, 90: 132, 100: 148, 120: 170}
-SHARED = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB that a program may take
+SHARED = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB per program
 HOT = ("_conv3x3_kernel", "_conv_upsample_kernel")
 PRODUCTS = (
     *HOT,
@@ -47,8 +53,9 @@ PRODUCTS = (
     "_time_embedding_kernel",
 )
 UNITS = {80: "mma.sync", 89: "mma.sync", 120: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
-# Local-memory instructions that a norm may have where its block fills a thread's 128 registers, on an architecture other than
-# sm_90: beside two thousand that wait for memory; releases differ by one or two. In products none.
+# Local-memory instructions that a normalization kernel may have on other architectures than sm_90.
+# Its block fills the 128 registers of a thread; a few spills, which vary between releases of
+# Triton, are negligible among two thousand instructions that wait for memory. Products: none.
 SPILLS_OF_NORMS = 8
 # name -> (dtype, accumulation) of `FusedUNet`
 PRECISIONS = {name: (name, "bounded") for name in ("fp32", "fp16", "bf16", "fp8")} | {
@@ -59,7 +66,7 @@ FP32 = (["fashion_mnist"], [1], ["fp32"])
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """One distinct launch, and the first place that it is met in."""
+    """One distinct launch, and the name of the first that is equal to it."""
 
     sm: int
     where: str
@@ -110,7 +117,7 @@ def distinct(
 
 
 def with_fp32(cases: list[Case]) -> list[Case]:
-    """The cases, and the products of one fp32 plan for sm_90 that are not among them."""
+    """The cases, and the products of an fp32 plan for sm_90 that they do not contain."""
     known = {launch_key(case.launch) for case in cases}
     return cases + [
         c for c in distinct(*FP32, 90) if c.kernel in PRODUCTS and launch_key(c.launch) not in known
@@ -125,23 +132,23 @@ def faults(case: Case, c: Compiled) -> list[str]:
     if c.registers > 255:
         wrong.append(f"{c.registers} registers")
     if c.shared > SHARED[case.sm] * 1024:
-        wrong.append(f"{c.shared} bytes of shared memory, {SHARED[case.sm]} KiB are there")
+        wrong.append(f"{c.shared} bytes of shared memory; expected at most {SHARED[case.sm]} KiB")
     if case.launch.options.get("launch_pdl") and not waits_first(c.ptx):
-        wrong.append("does not wait for the launch before it")
-    return (
-        wrong
-        + narrow_accesses(case, c)
-        + (faults_of_product(case, c) if case.kernel in PRODUCTS else [])
-    )
+        wrong.append("does not wait for the previous launch")
+    wrong += narrow_accesses(case, c)
+    return wrong + (faults_of_product(case, c) if case.kernel in PRODUCTS else [])
 
 
 def narrow_accesses(case: Case, c: Compiled) -> list[str]:
-    """Maps of 16 channels or multiples of them are read and written by 16 bytes, or 8 where an output is e4m3, or by TMA."""
+    """Failed checks of memory accesses: 16 bytes or TMA; 8 bytes for stores of e4m3.
+
+    Applies to feature maps whose channels are a multiple of 8.
+    """
     a = case.launch.args
     if a.get("USED", 8) % 8:
         return []
     wrong = [line.split()[0] for line in c.sass if re.match(r"(LDG|STG)\S*\.[US](8|16)\b", line)]
-    reads_map = case.kernel != "_conv_in_kernel"  # but pixels of one to four channels
+    reads_map = case.kernel != "_conv_in_kernel"  # which reads pixels of one to four channels
     if (
         reads_map
         and not c.count("UTMALDG")
@@ -156,7 +163,7 @@ def narrow_accesses(case: Case, c: Compiled) -> list[str]:
 
 
 def waits_first(ptx: str) -> bool:
-    """True if it waits for the launch before it, once, before any access to memory."""
+    """Returns True if the code waits for the previous launch once, before it accesses memory."""
     waits = [m.start() for m in re.finditer(r"griddepcontrol\.wait", ptx)]
     memory = re.search(r"\b(ld|st|atom|cp\.async\S*)\.(global|shared|bulk)", ptx)
     return len(waits) == 1 and (memory is None or waits[0] < memory.start())
@@ -175,7 +182,7 @@ def faults_of_product(case: Case, c: Compiled) -> list[str]:
     return wrong
 
 
-# ---- compilation, two at a time, in forks that inherit the launches
+# ---- compilation in forked processes, which inherit the launches
 
 _CASES: list[Case] = []
 
@@ -241,7 +248,7 @@ def row_of(case: Case, c: Compiled | None, seconds: float) -> dict[str, Any]:
 COLUMNS = dict(
     sm="sm",
     kernel="kernel",
-    first="first met in",
+    first="first in",
     channels="channels",
     tile="tile",
     flags="with",
@@ -249,7 +256,7 @@ COLUMNS = dict(
     registers="registers",
     shared="shared KiB",
     spills="spills",
-    step="instructions a K step",
+    step="instructions per K step",
 )
 WIDTHS = dict(
     sm=3,
@@ -268,7 +275,7 @@ WIDTHS = dict(
 
 
 def text(row: dict[str, Any]) -> str:
-    """One line of the table, with the seconds: few where Triton's cache has the kernel."""
+    """One line of the table, with the seconds of compiling: few if Triton has cached the kernel."""
     return " ".join(f"{row[k]!s:{width}}" for k, width in WIDTHS.items())
 
 
@@ -291,7 +298,7 @@ def main() -> None:
     parser.add_argument(
         "--overlap",
         action="store_true",
-        help="launches that overlap with the end of those before them",
+        help="launches that start before the previous one ends",
     )
     parser.add_argument("--markdown", type=Path, help="Markdown file for the table")
     args = parser.parse_args()
@@ -299,16 +306,10 @@ def main() -> None:
 
     rows, failed = [], 0
     for sm in args.sm:
-        cases, start, serial = (
-            distinct(args.net, args.batch, args.dtype, sm, args.overlap),
-            time.perf_counter(),
-            0.0,
-        )
-        cases = (
-            with_fp32(cases)
-            if sm == 90 and set(FP32[0]) <= set(args.net) and not args.overlap
-            else cases
-        )
+        start, serial = time.perf_counter(), 0.0
+        cases = distinct(args.net, args.batch, args.dtype, sm, args.overlap)
+        if sm == 90 and set(FP32[0]) <= set(args.net) and not args.overlap:
+            cases = with_fp32(cases)
         for case, result, seconds in compile_all(cases):
             serial += seconds
             wrong = [result] if isinstance(result, str) else faults(case, result)
@@ -316,11 +317,9 @@ def main() -> None:
             row = row_of(case, None if isinstance(result, str) else result, seconds)
             rows.append(row)
             print(text(row) + "".join(f"\n  WRONG {fault}" for fault in wrong), flush=True)
-        took = time.perf_counter() - start
-        print(
-            f"Triton {triton.__version__}, sm_{sm}: {len(cases)} distinct launches, {serial:.0f} s of compiling in {took:.0f} s",
-            flush=True,
-        )
+        elapsed = f"{serial:.0f} s of compiling in {time.perf_counter() - start:.0f} s"
+        number = f"{len(cases)} distinct launches"
+        print(f"Triton {triton.__version__}, sm_{sm}: {number}, {elapsed}", flush=True)
     if args.markdown:
         args.markdown.write_text(markdown(rows))
     print(f"{failed} launches fail a check" if failed else "every launch passes")

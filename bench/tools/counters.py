@@ -1,10 +1,10 @@
-"""Counters of a step: equal on every machine, so that slowdowns show without a GPU and without noise.
+"""Counters of a step, which are equal on every machine: they detect slowdowns without a GPU.
 
-    python -m bench.tools.counters            compares with counters.json; exit code 1 if one got worse
+    python -m bench.tools.counters            compares with counters.json; exit code 1 if one grew
     python -m bench.tools.counters --update   pins the current values
 
-Launches, FLOP, bytes, memory and compilations come from the plans of four networks; calls of the host and new tensors a step from
-running a small network's step through every engine.
+Launches, FLOP, bytes, memory and compilations are those of the plans of four networks. Operations
+of the host and new tensors per step are counted while engines run a small network.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from ddpm_fast.engines.fused.unet import FusedUNet
 from ddpm_fast.kernels import _triton
 
 PINNED = Path(__file__).with_name("counters.json")
-TOLERANCE = 0.01  # of FLOP and bytes; what is counted in ones must not grow at all
-MEASURED_IN_ONES = ("launches", "compilations", "replays", "host calls", "new tensors")
+TOLERANCE = 0.01  # of FLOP and bytes; the counters in EXACT must not grow
+EXACT = ("launches", "compilations", "replays", "host calls", "new tensors")
 
 
 def counters() -> Row:
@@ -51,7 +51,7 @@ CASES += [("cifar10", 1, "bf16")]
 
 
 def of_plan(name: str, batch: int, dtype: str) -> Row:
-    """Counters of a plan for an H100, without memory."""
+    """Counters of a plan for an H100, on the meta device."""
     with torch.device("meta"):
         unet = UNet(NETWORKS[name])
     fused = FusedUNet(unet, batch, dtype, "meta", check=False)
@@ -69,7 +69,7 @@ def of_plan(name: str, batch: int, dtype: str) -> Row:
 
 
 class _Replayed:
-    """Stand-in for a CUDA graph: calls inside the step are the device's work and not counted."""
+    """Replacement for a CUDA graph: operations of the step are the device's and not counted."""
 
     replays = 0
 
@@ -106,7 +106,7 @@ class _Calls(TorchDispatchMode):
 
 
 def of_step(engine: str, steps: int = 10) -> Row:
-    """Counters of one step among many: graph replays, operations of the host, and tensors that they allocate."""
+    """Counters per step: graph replays, operations of the host, and tensors that they allocate."""
     torch.manual_seed(0)
     unet = UNet(TINY_UNET).eval().requires_grad_(False)
     shape = (TINY_UNET.in_channels, *(TINY_UNET.size or (8, 8)))
@@ -141,7 +141,7 @@ def worse(current: Row, pinned: Row) -> list[str]:
     for name in current.keys() & pinned.keys():
         for counter, value in current[name].items():
             before = pinned[name].get(counter, 0)
-            allowed = before if counter in MEASURED_IN_ONES else before * (1 + TOLERANCE)
+            allowed = before if counter in EXACT else before * (1 + TOLERANCE)
             if value > allowed:
                 lines.append(f"{name}: {counter} {before:g} -> {value:g}")
     return sorted(lines)
@@ -159,13 +159,9 @@ def main() -> int:
         print(f"pinned in {PINNED}")
         return 0
     lines = worse(current, json.loads(PINNED.read_text()))
-    print(
-        "\n".join(
-            [*lines, "worse; if that is meant: python -m bench.tools.counters --update"]
-            if lines
-            else ["nothing got worse"]
-        )
-    )
+    if lines:
+        lines.append("worse; if intended, run python -m bench.tools.counters --update")
+    print("\n".join(lines or ["no counter grew"]))
     return int(bool(lines))
 
 

@@ -1,11 +1,11 @@
-"""Tuner of tiles: measures candidates for a network's launches and writes the faster ones for `FusedUNet(tiles=...)`.
+"""Tuner of tile sizes: writes those that are faster than the default, for `FusedUNet(tiles=...)`.
 
-    python -m bench.tools.tune --net cifar10 --batch 256 --dtype bf16 --out tiles.json     on a GPU
-    python -m bench.tools.tune --tiny --out tiles.json                                     shows on a CPU that the command works
+    python -m bench.tools.tune --net cifar10 --batch 256 --dtype bf16 --out tiles.json
+    python -m bench.tools.tune --tiny --out tiles.json     on a CPU, to test the command
 
-For every distinct product of the plan each candidate is checked against the launch's fallback, timed, and kept if it is faster than
-the rule's choice by more than the spread of the times. The channels per step and the instruction family do not change, so images
-stay bit-equal.
+Each candidate for a distinct product of the plan is checked against the launch's fallback and
+timed. It is selected if it is faster than the default by more than the spread of the times. The
+channels per step and the instruction family do not change, so images stay bit-equal.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from typing import Any
 
 import torch
 
-from bench.workloads import NETWORKS, TINY_UNET
-from ddpm_fast import UNet
+from bench.workloads import NETWORKS, TINY_UNET, random_checkpoint
 from ddpm_fast.benchmark.results import provenance, write
 from ddpm_fast.benchmark.timer import measure
 from ddpm_fast.engines.fused.checks import check_launch
@@ -31,7 +30,7 @@ from ddpm_fast.kernels._gemm import Tiles
 
 
 def candidates(tiles: Tiles) -> Iterator[dict[str, Any]]:
-    """Yields changes to the rule's tiles: at least 64 rows, and the same channels per step."""
+    """Yields changes to the default tiles: at least 64 rows, and the same channels per step."""
     for block_m in (64, 128, 256):
         for warps in (4, 8):
             for stages in (3, 4, 5):
@@ -41,7 +40,7 @@ def candidates(tiles: Tiles) -> Iterator[dict[str, Any]]:
 
 
 def key_of(fused: FusedUNet, launch: Launch) -> str | None:
-    """The launch's key among the overrides; None for what has no tiles."""
+    """Key of the launch in the overrides; None for a launch without tiles."""
     op: Any = launch.op
     if not hasattr(op, "tiles") or op.name == "time_embedding":
         return None
@@ -58,7 +57,7 @@ def key_of(fused: FusedUNet, launch: Launch) -> str | None:
 def tune(
     fused: FusedUNet, plan: Plan, seconds: float
 ) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
-    """(overrides, rows of what was measured); launch by launch, so that each finds what it reads in the arena."""
+    """Returns (overrides, measured rows). Runs the launches in order, so that inputs are valid."""
     best: dict[str, dict[str, Any]] = {}
     rows: list[dict[str, Any]] = []
     seen: set[str | None] = {None}
@@ -69,10 +68,8 @@ def tune(
             changed, measured = tune_one(plan, launch, fused.device, seconds)
             rows += [dict(key=key, **row) for row in measured]
             best |= {str(key): changed} if changed else {}
-            print(
-                f"{key}: {measured[0]['us']:.1f} us by the rule{f', {changed}' if changed else ''}",
-                flush=True,
-            )
+            faster = f", faster with {changed}" if changed else ""
+            print(f"{key}: {measured[0]['us']:.1f} us by default{faster}", flush=True)
         plan.run_one(launch)
     return best, rows
 
@@ -80,30 +77,25 @@ def tune(
 def tune_one(
     plan: Plan, launch: Launch, device: torch.device, seconds: float
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """(what to change, empty for nothing; what was measured, the rule's choice first)"""
+    """Returns (changes to the default tiles, or {}; measured rows, of the default first)."""
     op: Any = launch.op
-    rule = measure(partial(plan.run_one, launch), device, seconds, captured=True)
-    best, least = dict[str, Any](), rule.median * (1 - max(rule.spread, 0.02))
-    rows: list[dict[str, Any]] = [dict(changed={}, us=1e6 * rule.median)]
+    default = measure(partial(plan.run_one, launch), device, seconds, captured=True)
+    best, least = dict[str, Any](), default.median * (1 - max(default.spread, 0.02))
+    rows: list[dict[str, Any]] = [dict(changed={}, us=1e6 * default.median)]
     for changed in candidates(op.tiles):
         other = replace(launch, op=replace(op, tiles=replace(op.tiles, **changed)))
         try:
             check = check_launch(plan, other)
-            seconds_taken = (
-                measure(partial(plan.run_one, other), device, seconds, captured=True).median
-                if check.passed
-                else 0.0
-            )
+            if not check.passed:
+                rows.append(dict(changed=changed, failed=check.reason))
+                continue
+            timing = measure(partial(plan.run_one, other), device, seconds, captured=True)
         except Exception as error:  # too much shared memory, or another error of the compiler
             rows.append(dict(changed=changed, failed=f"{type(error).__name__}: {str(error)[:200]}"))
             continue
-        rows.append(
-            dict(changed=changed, us=1e6 * seconds_taken)
-            if check.passed
-            else dict(changed=changed, failed=check.reason)
-        )
-        if check.passed and seconds_taken < least:
-            best, least = changed, seconds_taken
+        rows.append(dict(changed=changed, us=1e6 * timing.median))
+        if timing.median < least:
+            best, least = changed, timing.median
     return best, rows
 
 
@@ -115,14 +107,13 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--dtype", choices=["fp16", "bf16", "fp8"], default="bf16")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--tiny", action="store_true", help="a tiny network, on any device")
+    parser.add_argument("--tiny", action="store_true", help="tiny network, on any device")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and not args.tiny:
         parser.error("no GPU found; --tiny runs a tiny network on the CPU")
-    torch.manual_seed(0)
     config = TINY_UNET if args.tiny else NETWORKS[args.net]
-    unet = UNet(config).eval().requires_grad_(False).to(device)
+    unet = random_checkpoint(config).unet.to(device)
     fused = FusedUNet(unet, 2 if args.tiny else args.batch, args.dtype)
     x = torch.randn(fused.batch_size, config.in_channels, *fused.size, device=device)
     plan = fused.load(x, torch.arange(fused.batch_size, device=device) % 1000)

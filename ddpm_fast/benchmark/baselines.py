@@ -1,13 +1,12 @@
 """Baselines: engines that run the same weights, each with a forward pass and a sampling loop.
 
-A loop is the engine's: its scheduler, its noise, its way from step to step. To compare another
-engine, write a class like these and pass its name as `package.module:Class`.
+Each loop uses the engine's scheduler and noise. To compare another engine, write a class that
+implements `Baseline` and pass its name as `package.module:Class`.
 """
 
 from __future__ import annotations
 
 import importlib
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,20 +19,34 @@ from ..checkpoints.diffusers import scheduler_config
 from ..diffusion.presets import EXACT
 from ..diffusion.timesteps import choose_timesteps
 from ..models.unet import UNet, channels_last
-from .workload import Unavailable, Workload
+from .workload import Cause, Unavailable, Workload
 
 
 class Baseline(Protocol):
-    """Engine of a benchmark. `name` is shown in tables.
+    """Engine of a benchmark, created with a `Workload`.
 
-    forward(x_t [B, C, H, W] fp32, t int64 [B], labels int64 [B] or None) -> output, fp32
-    loop(count, steps) -> images [count, C, H, W], floating point, sampled in `steps` steps
+    Attributes:
+        name: Display name.
     """
 
     name: str
 
-    def forward(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor: ...
-    def loop(self, count: int, steps: int) -> Tensor: ...
+    def forward(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Returns the network's output.
+
+        Args:
+            x_t: [B, C, H, W], fp32.
+            t: [B], int64.
+            labels: [B], int64; None for a network without classes.
+
+        Returns:
+            [B, C or 2 C, H, W], fp32.
+        """
+        ...
+
+    def loop(self, count: int, steps: int) -> Tensor:
+        """Returns images [count, C, H, W], floating point, sampled in `steps` steps."""
+        ...
 
 
 class DdpmFast:
@@ -59,7 +72,7 @@ class DdpmFast:
         return plan.maps[plan.out].pixels.float().clone()
 
     def _captured(self, engine: Any, args: tuple[Tensor, ...]) -> tuple[Any, Callable[[], object]]:
-        """Graph of the network alone: `Sampler` captures the whole step."""
+        """Returns the network and its graph: the graphs of `Sampler` contain the whole step."""
         batch = len(args[0])
         if self._graph is None or self._graph[0] != batch:
             self.release()
@@ -80,9 +93,7 @@ class Plain:
     """The reference UNet in a plain PyTorch loop: channels-last, no synchronization."""
 
     def __init__(self, workload: Workload, compiled: bool = False) -> None:
-        self.name = (
-            f"torch.compile {workload.dtype}" if compiled else f"plain PyTorch {workload.dtype}"
-        )
+        self.name = f"{'torch.compile' if compiled else 'plain PyTorch'} {workload.dtype}"
         self.workload, self.dtype = workload, workload.torch_dtype
         unet = channels_last(
             UNet(workload.unet.config).eval().requires_grad_(False).to(workload.device, self.dtype)
@@ -96,55 +107,38 @@ class Plain:
 
     @torch.no_grad()
     def loop(self, count: int, steps: int) -> Tensor:
-        s, c = self.workload, self.workload.checkpoint
-        table = EXACT.table(
-            c.schedule,
-            "ddpm",
-            choose_timesteps(len(c.schedule), steps),
-            c.prediction,
-            "fixed_large",
-            c.clip,
-        )
-        x, labels = s.x_T(count), s.labels(count)
-        for at, row in zip(table.t, table.coef.tolist(), strict=True):
+        w, c = self.workload, self.workload.checkpoint
+        timesteps = choose_timesteps(len(c.schedule), steps)
+        table = EXACT.table(c.schedule, "ddpm", timesteps, c.prediction, "fixed_large", c.clip)
+        x, labels = w.x_T(count), w.labels(count)
+        for t, row in zip(table.t, table.coef.tolist(), strict=True):
             x_0_x, x_0_out, clip, mean_x_0, mean_x, _, _, sigma, *_ = row
-            out = self.forward(x, torch.full((count,), int(at), device=s.device), labels)[
-                :, : x.shape[1]
-            ]
-            x = (
-                mean_x_0 * (x_0_x * x + x_0_out * out).clamp(-clip, clip)
-                + mean_x * x
-                + sigma * torch.randn_like(x)
-            )
+            out = self.forward(x, torch.full((count,), int(t), device=w.device), labels)
+            x_0 = (x_0_x * x + x_0_out * out[:, : x.shape[1]]).clamp(-clip, clip)
+            x = mean_x_0 * x_0 + mean_x * x + sigma * torch.randn_like(x)
         return x
 
 
 def _compiled(model: nn.Module, workload: Workload) -> Callable[..., Tensor]:
-    if workload.folder is not None:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(workload.folder / "inductor")
     import torch._inductor.config as inductor
 
-    torch._dynamo.config.recompile_limit = (
-        1000  # one for each batch size; past the limit torch silently runs eagerly
-    )
+    # one for each batch size; beyond the limit torch silently runs eagerly
+    torch._dynamo.config.recompile_limit = 1000
     on_gpu = workload.device.type == "cuda"
     inductor.freezing = not on_gpu  # weights as constants, packed for the CPU
     return torch.compile(model, mode="reduce-overhead" if on_gpu else None, dynamic=False)
 
 
 class Diffusers:
-    """diffusers' UNet2DModel and DDPMScheduler in a loop that passes labels if there are classes."""
+    """diffusers' UNet2DModel and DDPMScheduler in a loop, with labels if there are classes."""
 
     def __init__(self, workload: Workload) -> None:
         try:
             from diffusers import DDPMScheduler
         except ImportError:
-            raise Unavailable("diffusers is not installed") from None
-        self.name, self.workload, self.dtype = (
-            f"diffusers {workload.dtype}",
-            workload,
-            workload.torch_dtype,
-        )
+            raise Unavailable("diffusers is not installed", Cause.NOT_INSTALLED) from None
+        self.name = f"diffusers {workload.dtype}"
+        self.workload, self.dtype = workload, workload.torch_dtype
         model: Any = DiffusersUNet(workload.unet)
         self.model: Any = model.to(workload.device, self.dtype)
         if self.dtype != torch.float32:
@@ -163,9 +157,8 @@ class Diffusers:
         self.scheduler.set_timesteps(steps, device=self.workload.device)
         x = self.workload.x_T(count, self.dtype)
         for t in self.scheduler.timesteps:
-            x = self.scheduler.step(
-                self.output(x, t.expand(count).contiguous(), labels), t, x
-            ).prev_sample
+            out = self.output(x, t.expand(count).contiguous(), labels)
+            x = self.scheduler.step(out, t, x).prev_sample
         return x
 
     def output(self, x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
@@ -203,9 +196,9 @@ class Pipeline(Diffusers):
         if workload.unet.config.num_classes is not None:
             raise Unavailable("passes no labels, which this network needs")
         if workload.shape[1:] != workload.unet.config.size:
-            raise Unavailable("draws images of the size that the network was trained at")
+            raise Unavailable("samples images of the training size only")
         if workload.dtype == "bf16":
-            raise Unavailable("hands images over through numpy, which has no bf16")
+            raise Unavailable("returns images through numpy, which has no bf16")
         super().__init__(workload)
         import diffusers
 
@@ -227,7 +220,7 @@ class OnnxRuntime(Diffusers):
 
     def __init__(self, workload: Workload) -> None:
         if workload.device.type != "cpu" or workload.dtype != "fp32":
-            raise Unavailable("compared in fp32 on a CPU only")
+            raise Unavailable("is compared in fp32 on a CPU only")
         super().__init__(workload)
         self.name = f"{self.label} fp32"
         self._run: dict[int, Callable[..., Tensor]] = {}
@@ -250,14 +243,15 @@ class OnnxRuntime(Diffusers):
                     self.model, self.workload.inputs(batch), path, dynamo=True, verbose=False
                 )
             except ImportError as error:
-                raise Unavailable(f"cannot be exported to: {error}") from None
+                reason = f"export failed: {error}"
+                raise Unavailable(reason, Cause.NOT_INSTALLED) from None
         return path
 
     def session(self, path: Path) -> Callable[..., Tensor]:
         try:
             import onnxruntime
         except ImportError:
-            raise Unavailable("onnxruntime is not installed") from None
+            raise Unavailable("onnxruntime is not installed", Cause.NOT_INSTALLED) from None
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         session = onnxruntime.InferenceSession(
@@ -278,7 +272,7 @@ class OpenVINO(OnnxRuntime):
         try:
             import openvino
         except ImportError:
-            raise Unavailable("openvino is not installed") from None
+            raise Unavailable("openvino is not installed", Cause.NOT_INSTALLED) from None
         hints = dict(
             INFERENCE_PRECISION_HINT="f32",
             PERFORMANCE_HINT="LATENCY",

@@ -1,7 +1,7 @@
 """Results file of a benchmark, its table, and its comparison with an older file.
 
-The file is one JSON object: `command`, `date`, `environment`, `network`, `cases` (`runner.Comparison.case`), `ceilings` and
-`kernels` (`kernels.py`).
+The file is one JSON object: `command`, `date`, `environment`, `network`, `cases` (one per precision
+and batch size, with a row per engine), `ceilings` and `kernels` (`kernels.py`).
 """
 
 from __future__ import annotations
@@ -20,12 +20,11 @@ from ..utils.files import write_atomically
 from .workload import Workload
 
 Result = dict[str, Any]
-NORMALIZER = (
-    "plain PyTorch"  # the engine whose time in the same rounds cancels what slows the whole machine
-)
+# the engine whose time in the same rounds cancels a slowdown of the whole machine
+NORMALIZER = "plain PyTorch"
 
 
-def empty_result(workload: Workload, name: str, timesteps: int) -> Result:
+def empty_result(workload: Workload, name: str) -> Result:
     """Result without cases."""
     config, size = workload.unet.config, workload.shape[1:]
     cost = unet_cost(config, size)
@@ -33,7 +32,7 @@ def empty_result(workload: Workload, name: str, timesteps: int) -> Result:
         name=name,
         parameters=cost.parameters,
         gflop_per_image=round(cost.flops / 1e9, 3),
-        timesteps=timesteps,
+        timesteps=workload.timesteps,
     )
     return dict(**provenance(), network=network, cases=[], ceilings=[], kernels=[])
 
@@ -42,11 +41,9 @@ def provenance() -> Result:
     """Command, date and environment of this process."""
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     module = getattr(sys.modules["__main__"], "__spec__", None)  # of python -m
-    program = (
-        [Path(sys.argv[0]).name]
-        if module is None
-        else ["python", "-m", module.name.removesuffix(".__main__")]
-    )
+    program = [Path(sys.argv[0]).name]
+    if module is not None:
+        program = ["python", "-m", module.name.removesuffix(".__main__")]
     return dict(command=shlex.join([*program, *sys.argv[1:]]), date=now, environment=environment())
 
 
@@ -56,15 +53,12 @@ def write(path: Path, result: Result) -> None:
 
 
 def read(path: Path) -> Result:
-    """Reads a result; ValueError if the file is not one."""
+    """Reads a result; raises ValueError if the file is not one."""
     try:
         result = json.loads(path.read_text())
-        _ = [
-            (c["steps"], c["threads"], row["loop"]["speedup"])
-            for c in result["cases"]
-            for row in c["rows"]
-        ]
         _ = result["network"]["name"]
+        for case in result["cases"]:
+            _ = case["steps"], case["threads"], [row["loop"]["speedup"] for row in case["rows"]]
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} is not a result of ddpm-fast bench ({type(error).__name__}: {error})"
@@ -76,36 +70,37 @@ def read(path: Path) -> Result:
 
 
 def table_of(case: dict[str, Any], network: dict[str, Any]) -> str:
-    """Table of a case for a terminal: milliseconds per image per step, speedups of ddpm_fast, and the rest."""
-    where = (
-        f"{case['device']}, {case['threads']} threads"
-        if case["device"] == "cpu"
-        else case["device"]
+    """Table of a case for a terminal: times per image per step, speedups of ddpm_fast, memory."""
+    threads = f", {case['threads']} threads" if case["device"] == "cpu" else ""
+    head = (
+        f"  {'':26} {'forward, ms':>11}  {'ddpm_fast speedup':>20} {'loop, ms':>9}  "
+        f"{'ddpm_fast speedup':>20} {'images/s':>9} {'peak MiB':>8} {'first image':>11}"
     )
-    lines = [
-        f"{network['name']}: {network['parameters']:,} parameters, {network['gflop_per_image']} GFLOP per image per step; "
-        f"batch {case['batch']}, {case['dtype']}, {where}, {case['rounds']} rounds, loops of {case['steps']} steps",
-        f"  {'':26} {'forward, ms':>11}  {'ddpm_fast speedup':>20} {'loop, ms':>9}  {'ddpm_fast speedup':>20} "
-        f"{'images/s':>9} {'peak MiB':>8} {'first image':>11}",
-    ]
-    for row in case["rows"]:
-        cells = [
-            f"{row['forward']['ms']:11.4g}",
-            _speedup(row["forward"]),
-            f"{row['loop']['ms']:9.4g}",
-            _speedup(row["loop"]),
-        ]
-        warm = f", {row['warm_first_image_s']:.1f} s cached" if "warm_first_image_s" in row else ""
-        rest = f"{row['images_per_s']:9.3g} {row['peak_bytes'] / 2**20:8.0f} {row['first_image_s']:9.1f} s{warm}"
-        lines.append(f"  {row['name']:26} {cells[0]}  {cells[1]} {cells[2]}  {cells[3]} {rest}")
-    lines += [f"  {name} left out: {reason}" for name, reason in case["left_out"].items()]
-    lines += [f"  {line}" for line in faster_baselines(case)]
-    t = network["timesteps"]
+    is_warm = any("warm_first_image_s" in row for row in case["rows"])
     return "\n".join(
         [
-            *lines,
-            f"  ms: per image per step; images/s: of all {t} steps; ranges: 95 % confidence of the median",
+            f"{network['name']}: {network['parameters']:,} parameters, "
+            f"{network['gflop_per_image']} GFLOP per image per step; "
+            f"batch {case['batch']}, {case['dtype']}, {case['device']}{threads}, "
+            f"{case['rounds']} rounds, loops of {case['steps']} steps",
+            head,
+            *map(_line_of, case["rows"]),
+            *(f"  {name} left out: {reason}" for name, reason in case["left_out"].items()),
+            *(f"  {line}" for line in faster_baselines(case)),
+            f"  ms: per image per step; images/s: of all {network['timesteps']} steps; "
+            "ranges: 95 % confidence of the median",
         ]
+        + ["  first image: of a new process, with empty caches, then with filled ones"] * is_warm
+    )
+
+
+def _line_of(row: dict[str, Any]) -> str:
+    forward, loop = row["forward"], row["loop"]
+    warm = f", {row['warm_first_image_s']:.1f} s cached" if "warm_first_image_s" in row else ""
+    return (
+        f"  {row['name']:26} {forward['ms']:11.4g}  {_speedup(forward)} "
+        f"{loop['ms']:9.4g}  {_speedup(loop)} {row['images_per_s']:9.3g} "
+        f"{row['peak_bytes'] / 2**20:8.0f} {row['first_image_s']:9.1f} s{warm}"
     )
 
 
@@ -117,7 +112,7 @@ def _speedup(summary: dict[str, Any]) -> str:
 
 
 def faster_baselines(case: dict[str, Any]) -> list[str]:
-    """A line for every engine that is faster than ddpm_fast: by how much, and what ddpm_fast ran on."""
+    """A line per engine that is faster than ddpm_fast, with the reason of ddpm_fast's engine."""
     first, lines = case["rows"][0], []
     for row in case["rows"][1:]:
         for what in ("forward", "loop"):
@@ -125,7 +120,8 @@ def faster_baselines(case: dict[str, Any]) -> list[str]:
             if speedup < 1:
                 noise = "" if high < 1 else ", within the noise"
                 lines.append(
-                    f"{row['name']} is {1 / speedup - 1:.0%} faster ({what}{noise}) than {first['name']}: {first['reason']}"
+                    f"{row['name']} is {1 / speedup - 1:.0%} faster ({what}{noise}) "
+                    f"than {first['name']}: {first['reason']}"
                 )
     return lines
 
@@ -141,7 +137,8 @@ class Change:
         what: Batch, precision and operation.
         old_ms: Milliseconds in the older file.
         new_ms: Milliseconds in the newer file.
-        change: Relative change of the time: 0.1 is 10 % longer. In units of `NORMALIZER`'s time if `normalized`.
+        change: Relative change of the time: 0.1 is 10 % longer. In units of `NORMALIZER`'s time if
+            `normalized`.
         significant: The two intervals are disjoint.
         normalized: Both files have `NORMALIZER`.
     """
@@ -154,19 +151,23 @@ class Change:
     normalized: bool
 
     def line(self) -> str:
-        noise = "" if self.significant else ", within the noise"
         relative = f" relative to {NORMALIZER}" if self.normalized else ""
-        return f"{self.what}: {self.old_ms:g} -> {self.new_ms:g} ms, {self.change:+.1%}{relative}{noise}"
+        noise = "" if self.significant else ", within the noise"
+        change = f"{self.change:+.1%}{relative}{noise}"
+        return f"{self.what}: {self.old_ms:g} -> {self.new_ms:g} ms, {change}"
 
 
 def same_case(old: Result, network: dict[str, Any], case: dict[str, Any]) -> dict[str, Any]:
-    """The older result's case of this network, batch, precision, size, device and thread count; ValueError if there is none."""
+    """Returns the older result's case of this network, batch, precision, size, device and threads.
+
+    Raises:
+        ValueError: The older result is of another network, or has no such case.
+    """
     if old["network"] != network:
-        differences = {
-            k: (old["network"].get(k), v) for k, v in network.items() if old["network"].get(k) != v
-        }
         listed = ", ".join(
-            f"{k} is {then} there, {now} here" for k, (then, now) in differences.items()
+            f"{key} is {old['network'].get(key)} there, {value} here"
+            for key, value in network.items()
+            if old["network"].get(key) != value
         )
         raise ValueError(f"the older result is of another network: {listed}")
     keys = ("batch", "dtype", "size", "device_name", "threads")
@@ -180,10 +181,14 @@ def same_case(old: Result, network: dict[str, Any], case: dict[str, Any]) -> dic
 
 
 def changes(old: Result, new: Result) -> list[Change]:
-    """Every figure of ddpm_fast in the newer result against the older one's.
+    """Changes of ddpm_fast's times between two results.
 
-    Times are in units of `NORMALIZER`'s in the same rounds, since the speed of a shared machine changes. Loops of different lengths
-    are not compared: their fixed cost spreads over more or fewer steps. Raises as `same_case` does.
+    Times are in units of `NORMALIZER`'s in the same rounds, since the speed of a shared machine
+    changes. Loops of different lengths are not compared: their fixed cost spreads over more or
+    fewer steps.
+
+    Raises:
+        ValueError: As `same_case`.
     """
     results = []
     for case in new["cases"]:
@@ -198,7 +203,7 @@ Summaries = tuple[dict[str, Any], dict[str, Any] | None]
 
 
 def _summaries(case: dict[str, Any], what: str) -> Summaries:
-    """(of ddpm_fast, of `NORMALIZER` if the case has it)"""
+    """(of ddpm_fast, of `NORMALIZER` or None)"""
     normalizer = [row[what] for row in case["rows"] if row["engine"] == NORMALIZER]
     return case["rows"][0][what], normalizer[0] if normalizer else None
 
@@ -219,5 +224,5 @@ def _change(what: str, old: Summaries, new: Summaries) -> Change:
 
 
 def slower(changes: list[Change], threshold: float) -> list[Change]:
-    """The significant changes to more than `1 + threshold` times the older time."""
+    """The significant changes to more than 1 + `threshold` times the older time."""
     return [c for c in changes if c.significant and c.change > threshold]

@@ -14,7 +14,7 @@ Row = dict[str, Any]  # one measured case, as written to JSON and shown as a lin
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds per call: the median of `runs`, and the interquartile range relative to it."""
+    """Seconds per call: median of `runs`, and interquartile range relative to the median."""
 
     median: float
     spread: float
@@ -39,8 +39,8 @@ def measure(
         device: Device that runs it.
         seconds: Shortest total time of the timed runs.
         least: Smallest number of timed runs.
-        captured: On a GPU, replays ten calls as one CUDA graph, so that the time of a short call
-            does not include the host's time to launch it.
+        captured: On a GPU, replays ten calls as one CUDA graph, which excludes the host's time to
+            launch a short call.
     """
     start_time = time.perf_counter()
     for _ in range(3):

@@ -1,4 +1,4 @@
-"""Checkpoints: loading and saving trained networks. Weights are safetensors: data, never code."""
+"""Checkpoints: loading and saving trained networks. Weights are safetensors, never pickles."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from .hub import download, is_repository_id
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A trained network and the process it was trained for.
+    """Trained network and the diffusion process it was trained for.
 
     Attributes:
-        unet: the network.
-        schedule: its noise schedule.
-        prediction, variance, clip: as in `Sampler`.
+        unet: The network.
+        schedule: Its noise schedule.
+        prediction, variance, clip: As in `Sampler`.
     """
 
     unet: UNet
@@ -50,8 +50,8 @@ def load_pretrained(directory: str | Path) -> Checkpoint:
     nothing is unpickled. `config.json` may have 1 MiB and `scheduler_config.json` 16 MiB.
 
     Raises:
-        ValueError: something is missing, unknown, unsupported, out of range, of the wrong shape or
-            type, or contains NaN or Inf. The message is one line that names the file.
+        ValueError: A file, key or value is missing, unknown, unsupported, out of range, of the
+            wrong shape or type, or contains NaN or Inf. The message is one line and names the file.
     """
     if not os.path.isdir(directory) and is_repository_id(directory):
         directory = download(directory)
@@ -73,10 +73,15 @@ def save_pretrained(
 ) -> None:
     """Saves the folder that `load_pretrained` and diffusers' `DDPMPipeline.from_pretrained` load.
 
-    The folder appears whole or not at all; an existing checkpoint is replaced (`write_directory_atomically`).
+    The write is atomic; an existing checkpoint is replaced.
+
+    Args:
+        directory: Folder to write; its parent must exist.
+        unet, schedule, prediction, variance, clip: As in `Checkpoint`.
 
     Raises:
-        ValueError: an argument is unknown or out of range, or `directory` exists and is not a checkpoint.
+        ValueError: An argument is unknown or out of range, or `directory` exists and is not a
+            checkpoint.
     """
     for name, value, known in (
         ("prediction", prediction, PREDICTIONS),

@@ -18,10 +18,10 @@ class Process:
     """The diffusion process of a network, which its weights do not say.
 
     Attributes:
-        schedule: the noise schedule that it was trained with.
+        schedule: The noise schedule that it was trained with.
         prediction: "eps", "x_0" or "v".
         variance: "fixed_small", "fixed_large" or "learned_range".
-        clip: limit of |x_0| in sampling; None: no clipping.
+        clip: Limit of |x_0| in sampling; None: no clipping.
     """
 
     schedule: NoiseSchedule
@@ -43,13 +43,13 @@ class Conversion:
     """A converted network.
 
     Attributes:
-        unet: the network, in fp32, on the CPU.
+        unet: The network, in fp32, on the CPU.
         process: None if only the network was converted.
-        codebase: where the weights come from.
-        source: the file that was read.
-        sha256: of that file.
-        settings: what the weights do not say.
-        notes: what was chosen, renamed or left out.
+        codebase: Where the weights come from.
+        source: The file that was read.
+        sha256: Of that file.
+        settings: What the weights do not say.
+        notes: What was chosen, renamed or left out.
     """
 
     unet: UNet

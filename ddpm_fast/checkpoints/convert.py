@@ -50,20 +50,20 @@ def convert_checkpoint(
     What no weight says is an argument: there are no defaults for it.
 
     Args:
-        source: a file; for OpenAI also a folder with ema_RATE_STEP.pt, for "diffusers-unet" a folder
-            with config.json and weights.
-        codebase: one of `published.CODEBASES`; default: that of `published`.
-        published: name of a published file, one of `published.PUBLISHED`, instead of the rest.
+        source: A file; for OpenAI also a folder with ema_RATE_STEP.pt, for "diffusers-unet" a
+            folder with config.json and weights.
+        codebase: One of `published.CODEBASES`; default: that of `published`.
+        published: Name of a published file, one of `published.PUBLISHED`, instead of the rest.
         flags: OpenAI's flags, as on the command line of its scripts.
-        process: for "ho", "edm" and "diffusers-unet".
-        sample_size: training size in pixels, for "ho".
-        dropout: of training, for "ho" and "edm".
-        network_only: convert no process, for "edm" and "diffusers-unet".
-        trust: whether pickles are read, by `torch.load(weights_only=True)`.
+        process: For "ho", "edm" and "diffusers-unet".
+        sample_size: Training size in pixels, for "ho".
+        dropout: Of training, for "ho" and "edm".
+        network_only: Convert no process, for "edm" and "diffusers-unet".
+        trust: Whether pickles are read, by `torch.load(weights_only=True)`.
 
     Raises:
-        ValueError: a file is missing, damaged or refused, tensors do not fit the codebase, a setting
-            is missing or contradicts the weights. The message is one line.
+        ValueError: A file is missing, damaged or refused, tensors do not fit the codebase, a
+            setting is missing or contradicts the weights. The message is one line.
     """
     codebase = _codebase(codebase, published)
     given: dict[str, Any] = dict(
@@ -124,7 +124,8 @@ def _check_arguments(
         raise ValueError(f"{superfluous[0]} was given; {reason}: leave it out")
     if missing := sorted(needed - given):
         raise ValueError(
-            f"{', '.join(missing)} missing: no weight says it; give it, or the name of a published file"
+            f"{', '.join(missing)} missing: no weight says it; "
+            "give it, or the name of a published file"
         )
 
 
@@ -213,7 +214,7 @@ def _openai_schedule(name: str, steps: int) -> NoiseSchedule:
 
 
 def _other_settings(flags: OpenAIFlags, architecture: Architecture) -> list[str]:
-    """A note if the weights have the architecture of published files, but the flags differ from theirs."""
+    """A note if the weights are like those of published files, but the flags differ."""
     names = set(SILENT) - {"dropout", "clip_denoised"}
     differing = []
     for candidate, published in PUBLISHED.items():
@@ -263,8 +264,9 @@ def _check_outputs(path: Path, unet: UNet, process: Process | None) -> None:
     c, learned = unet.config, process.variance.startswith("learned")
     if c.out_channels != c.in_channels * (2 if learned else 1):
         raise ValueError(
-            f"variance {process.variance} contradicts the weights in {path}: {c.in_channels} channels "
-            f"in, {c.out_channels} out; twice as many out mean learned_range"
+            f"variance {process.variance} contradicts the weights in {path}: "
+            f"{c.in_channels} channels in, {c.out_channels} out; twice as many out mean "
+            "learned_range"
         )
 
 

@@ -1,4 +1,4 @@
-"""diffusers' folder layout, its weight names and its scheduler configuration.
+"""diffusers' folder layout and scheduler configuration.
 
 model_index.json
 unet/config.json, unet/diffusion_pytorch_model.safetensors
@@ -28,7 +28,7 @@ INDEX, CONFIG, UNET = "model_index.json", "config.json", "unet/config.json"
 SCHEDULER = "scheduler/scheduler_config.json"
 SCHEDULER_LIMIT = 16 * MIB  # bytes; trained_betas has about 25 per step
 PREDICTIONS = {"epsilon": "eps", "sample": "x_0", "v_prediction": "v"}
-# The "_log" forms differ in how the likelihood code stores them, not in the samples.
+# The "_log" forms give the same samples; only the likelihood code stores them differently.
 VARIANCES = {
     "fixed_small": "fixed_small",
     "fixed_small_log": "fixed_small",
@@ -51,7 +51,7 @@ _SCHEDULER_DEFAULTS: dict[str, Any] = dict(
     timestep_values=None,
 )
 CLIP = number(1e-6, 1e6)
-MIN_BETA_START = 1e-8  # 1 - beta is 1 in fp32 from there on
+MIN_BETA_START = 1e-8  # below it, 1 - beta is 1 in fp32
 _SCHEDULER_RULES: dict[str, Rule] = dict(
     num_train_timesteps=count(MAX_TIMESTEPS),
     beta_start=number(0, 1),
@@ -60,7 +60,7 @@ _SCHEDULER_RULES: dict[str, Rule] = dict(
     clip_sample_range=CLIP,
     rescale_betas_zero_snr=FLAG,
 )
-# Sampling options, which do not describe what was trained: chosen at each call instead.
+# Sampling options: validated but unused, because they do not describe the training.
 _CHOICE_RULES: dict[str, Rule] = dict(
     dynamic_thresholding_ratio=number(0, 1),
     sample_max_value=number(0, 1e6),
@@ -69,7 +69,7 @@ _CHOICE_RULES: dict[str, Rule] = dict(
     set_alpha_to_one=FLAG,
     skip_prk_steps=FLAG,
 )
-# Classes whose configuration describes the process of Ho et al. 2020 by the keys above.
+# Classes whose configuration describes the process of Ho et al. 2020 with these keys.
 SCHEDULERS = (
     "DDPMScheduler",
     "DDIMScheduler",
@@ -140,7 +140,8 @@ def read_scheduler(config: Mapping[str, Any]) -> tuple[NoiseSchedule, str, str, 
     """(schedule, prediction, variance, clip) from diffusers' scheduler_config.json."""
     if (name := config.get("_class_name", SCHEDULERS[0])) not in SCHEDULERS:
         raise ValueError(
-            f"this scheduler class is unsupported: {shown(name)}; supported: {', '.join(SCHEDULERS)}"
+            f"this scheduler class is unsupported: {shown(name)}; "
+            f"supported: {', '.join(SCHEDULERS)}"
         )
     values = {k: v for k, v in config.items() if not k.startswith("_")}
     if unknown := sorted(set(values) - set(_SCHEDULER_DEFAULTS) - set(_CHOICE_RULES)):
@@ -168,7 +169,10 @@ def read_scheduler(config: Mapping[str, Any]) -> tuple[NoiseSchedule, str, str, 
 
 
 def schedule_of_diffusers(name: str, timesteps: int = 1000) -> NoiseSchedule:
-    """The schedule of diffusers' DDPMScheduler(beta_schedule=name): linear, scaled_linear, squaredcos_cap_v2 or sigmoid."""
+    """Schedule of diffusers' DDPMScheduler(beta_schedule=name).
+
+    name: "linear", "scaled_linear", "squaredcos_cap_v2" or "sigmoid".
+    """
     return read_scheduler({"beta_schedule": name, "num_train_timesteps": timesteps})[0]
 
 
@@ -177,12 +181,14 @@ def _read_schedule(d: Mapping[str, Any]) -> NoiseSchedule:
     if (betas := d["trained_betas"]) is not None:
         if not isinstance(betas, list) or len(betas) != steps or not all(map(is_number, betas)):
             raise ValueError(
-                f"trained_betas={shown(betas)}; expected a list of num_train_timesteps={steps} numbers"
+                f"trained_betas={shown(betas)}; expected a list of "
+                f"num_train_timesteps={steps} numbers"
             )
         return NoiseSchedule.from_betas(betas)
     if not _is_beta_range(start, end):
         raise ValueError(
-            f"beta_start={start}, beta_end={end}; expected {MIN_BETA_START:g} <= beta_start <= beta_end < 1"
+            f"beta_start={start}, beta_end={end}; "
+            f"expected {MIN_BETA_START:g} <= beta_start <= beta_end < 1"
         )
     if d["beta_schedule"] == "linear":
         return NoiseSchedule.linear(start, end, steps)

@@ -38,7 +38,7 @@ def convert_edm(weights: RawWeights, dropout: float) -> UNet:
 
     Args:
         weights: `net.state_dict()` or `net.model.state_dict()`.
-        dropout: of training; no effect on sampling.
+        dropout: Of training; no effect on sampling.
     """
     weights.strip_prefix("model.")
     if "map_layer0.weight" in weights and "out_norm.weight" not in weights:

@@ -46,9 +46,9 @@ def convert_ho(weights: RawWeights, sample_size: int, dropout: float) -> UNet:
     """The network in a `.ckpt` of the port, or in an `.npz` of the TensorFlow variables.
 
     Args:
-        weights: averaged copies of TensorFlow's variables are taken where there are any.
-        sample_size: training size in pixels.
-        dropout: of training; no effect on sampling.
+        weights: Averaged copies of TensorFlow's variables are taken where there are any.
+        sample_size: Training size in pixels.
+        dropout: Of training; no effect on sampling.
     """
     if any("/" in name for name in weights):
         _rename_variables(weights)
@@ -57,7 +57,7 @@ def convert_ho(weights: RawWeights, sample_size: int, dropout: float) -> UNet:
 
 
 def _rename_variables(weights: RawWeights) -> None:
-    """Renames TensorFlow's variables; [H, W, C_in, C_out] and [C_in, C_out] become PyTorch's layout."""
+    """Renames and transposes TensorFlow's variables: [H, W, C_in, C_out] and [C_in, C_out]."""
     variables = {name.removesuffix(":0"): value for name, value in weights.items()}
     network = {name: v for name, v in variables.items() if not _OPTIMIZER.fullmatch(name)}
     if others := len(variables) - len(network):

@@ -1,4 +1,4 @@
-"""Repositories of the Hugging Face hub: configurations and safetensors are downloaded, nothing else."""
+"""Repositories of the Hugging Face hub: only JSON and safetensors are downloaded."""
 
 from __future__ import annotations
 
@@ -23,14 +23,15 @@ def download(repository: str | Path) -> Path:
     """The local folder with the files of a repository; they are cached by `huggingface_hub`.
 
     Raises:
-        ValueError: huggingface_hub is not installed, or the repository cannot be reached.
+        ValueError: Huggingface_hub is not installed, or the repository cannot be reached.
     """
     name = Path(repository).as_posix()
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
         raise ValueError(
-            f"{name} is not a directory; to load it from the Hugging Face hub, install huggingface_hub"
+            f"{name} is not a directory; "
+            "to load it from the Hugging Face hub, install huggingface_hub"
         ) from None
     try:
         return Path(snapshot_download(name, allow_patterns=list(FILES)))

@@ -61,13 +61,13 @@ def build_unet(
     """The network of a configuration with the weights of another codebase, in fp32, in eval mode.
 
     Args:
-        weights: of the other codebase.
-        config: of the network.
-        rows: the key map; rows of modules that the network does not have are left out.
-        order: of the rows of joint projections.
+        weights: Of the other codebase.
+        config: Of the network.
+        rows: The key map; rows of modules that the network does not have are left out.
+        order: Of the rows of joint projections.
 
     Raises:
-        ValueError: a tensor is missing, is not used exactly once, has another shape, or contains
+        ValueError: A tensor is missing, is not used exactly once, has another shape, or contains
             NaN or Inf.
     """
     with torch.device("meta"):
@@ -128,8 +128,8 @@ def _check_names(weights: RawWeights, sources: list[str]) -> None:
         )
     if unused := sorted(set(weights) - set(sources)):
         raise ValueError(
-            f"{weights.path}: unexpected parameter {shown(unused[0])[1:-1]} ({len(unused)} in all); "
-            "every stored tensor must be used: check --from"
+            f"{weights.path}: unexpected parameter {shown(unused[0])[1:-1]} "
+            f"({len(unused)} in all); every stored tensor must be used: check --from"
         )
 
 

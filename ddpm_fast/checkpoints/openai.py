@@ -38,7 +38,7 @@ def read_architecture(weights: RawWeights) -> Architecture:
     """The architecture of a `UNetModel` by the names and shapes of its tensors.
 
     Raises:
-        ValueError: the tensors are not those of a `UNetModel`.
+        ValueError: The tensors are not those of a `UNetModel`.
     """
     if (
         "input_blocks.0.0.weight" in weights
@@ -69,7 +69,7 @@ def read_architecture(weights: RawWeights) -> Architecture:
 
 
 def _output_levels(weights: RawWeights) -> tuple[list[list[int]], bool]:
-    """The numbers of each level's output blocks, finest level first; whether residual blocks upsample."""
+    """(numbers of each level's output blocks, finest level first; whether they upsample by blocks)"""
     groups: list[list[int]] = [[]]
     updown = False
     for n in range(weights.count("output_blocks.{}.0.in_layers.0.weight")):
@@ -99,13 +99,13 @@ def convert_openai(
     """The network with the settings that no weight says.
 
     Args:
-        weights: of the file.
-        architecture: from `read_architecture`.
-        sample_size: training size in pixels.
-        heads: attention heads per level, finest first.
+        weights: Of the file.
+        architecture: From `read_architecture`.
+        sample_size: Training size in pixels.
+        heads: Attention heads per level, finest first.
         new_attention_order: OpenAI's use_new_attention_order.
         time_scale: 1000 / T with rescale_timesteps, else 1.
-        dropout: of training; no effect on sampling.
+        dropout: Of training; no effect on sampling.
     """
     a = architecture
     config = UNetConfig(

@@ -107,9 +107,9 @@ class OpenAIFlags:
 
     Attributes:
         codebase: "improved-diffusion" or "guided-diffusion".
-        values: the value of every flag in `DEFAULTS`.
-        stated: the flags that were given; the others have the codebase's defaults.
-        ignored: given flags without effect on the checkpoint.
+        values: The value of every flag in `DEFAULTS`.
+        stated: The flags that were given; the others have the codebase's defaults.
+        ignored: Given flags without effect on the checkpoint.
     """
 
     codebase: str
@@ -176,12 +176,12 @@ def parse_flags(text: str, codebase: str) -> OpenAIFlags:
     """Flags of OpenAI's scripts, as on their command line.
 
     Args:
-        text: such as "--image_size 64 --num_channels 192"; line breaks are allowed.
-        codebase: whose defaults the flags left out have.
+        text: Such as "--image_size 64 --num_channels 192"; line breaks are allowed.
+        codebase: Whose defaults the flags left out have.
 
     Raises:
-        ValueError: a flag is unknown, has no or an invalid value, is given twice with two values, or
-            one of `REQUIRED` is missing.
+        ValueError: A flag is unknown, has no or an invalid value, is given twice with two values,
+            or one of `REQUIRED` is missing.
     """
     defaults = DEFAULTS[codebase]
     given: dict[str, str] = {}
@@ -278,15 +278,15 @@ class Architecture:
     """What the weights say about a `UNetModel`. Per-level fields begin with the finest level.
 
     Attributes:
-        widths: channels per level.
-        layers: residual blocks per level, on the way down.
-        attention: per level.
-        in_channels, out_channels: of the network.
-        num_channels: width of the sinusoid of the timestep.
-        time_dim: width of the time embedding.
+        widths: Channels per level.
+        layers: Residual blocks per level, on the way down.
+        attention: Per level.
+        in_channels, out_channels: Of the network.
+        num_channels: Width of the sinusoid of the timestep.
+        time_dim: Width of the time embedding.
         num_classes: None: unconditional.
         scale_shift: OpenAI's use_scale_shift_norm.
-        resblock_updown: whether residual blocks resample.
+        resblock_updown: Whether residual blocks resample.
     """
 
     widths: tuple[int, ...]
@@ -305,7 +305,7 @@ def check_flags(flags: OpenAIFlags, weights: Architecture) -> None:
     """Compares flags with the weights.
 
     Raises:
-        ValueError: they contradict each other; the message names the flag and both values.
+        ValueError: They contradict each other; the message names the flag and both values.
     """
     values, w = flags.values, weights
     widths = tuple(int(m * values["num_channels"]) for m in flags.multipliers)

@@ -16,7 +16,7 @@ CODEBASES = tuple(NEEDED)
 
 
 class HoSettings(NamedTuple):
-    """Settings of a network of Ho et al.; all have T = 1000, beta from 1e-4 to 0.02, and clip x_0."""
+    """Settings of a network of Ho et al.; all have T = 1000, beta 1e-4 to 0.02, and clip x_0."""
 
     widths: tuple[int, ...]  # which the weights say too
     sample_size: int

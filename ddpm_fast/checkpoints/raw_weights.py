@@ -35,20 +35,20 @@ class RawWeights(Mapping[str, Tensor]):
     """The tensors of one file by name, as stored, on the CPU.
 
     Attributes:
-        path: the file.
-        sha256: its SHA-256 in hexadecimal digits.
-        notes: lines about what was left out or renamed.
+        path: The file.
+        sha256: Its SHA-256 in hexadecimal digits.
+        notes: Lines about what was left out or renamed.
     """
 
     def __init__(self, path: Path, trust: bool = False) -> None:
         """Reads a file.
 
         Args:
-            path: safetensors, an .npz of arrays, or a pickle of a plain state dict.
-            trust: whether pickles are read, by `torch.load(weights_only=True)`.
+            path: Safetensors, an .npz of arrays, or a pickle of a plain state dict.
+            trust: Whether pickles are read, by `torch.load(weights_only=True)`.
 
         Raises:
-            ValueError: the file is missing, damaged, of another kind, an optimizer's state, a pickle
+            ValueError: The file is missing, damaged, of another kind, an optimizer's state, a pickle
                 without `trust`, or holds anything but dense floating tensors.
         """
         self.path, self.notes = path, list[str]()

@@ -1,4 +1,4 @@
-"""Weights of a `UNet` in a safetensors file, compared with the configuration before they are read."""
+"""Weights of a `UNet` in a safetensors file, validated against the configuration."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..utils.input_files import regular_file_size
 from ..utils.validation import shown
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-# safetensors' names of the types that fp32 can stand for; others (integers, float8, complex) cannot be weights here
+# safetensors' names of the supported types
 DTYPES = ("F32", "F16", "BF16", "F64")
 _TENSORS_PER_BLOCK = 10  # two norms, two convolutions, one projection; each has a weight and a bias
 _PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")  # of attention
@@ -25,13 +25,13 @@ _OLD_PROJECTIONS = dict(zip(("query", "key", "value", "proj_attn"), _PROJECTIONS
 
 
 def read_unet(folder: Path, config: UNetConfig) -> UNet:
-    """The network of a configuration with the weights in `folder`, on the CPU in fp32, in eval mode.
+    """Returns the network with the weights in `folder`, on the CPU in fp32, in eval mode.
 
-    Names, shapes and types in the file's header are compared with the network on the meta device, so
-    that a configuration that does not fit is refused before memory is taken.
+    The file's header is compared with the network on the meta device, so a mismatch is an error
+    before memory is allocated.
 
     Raises:
-        ValueError: the file is missing, not a regular file or damaged; a parameter is missing,
+        ValueError: The file is missing, not a regular file or damaged; a parameter is missing,
             unexpected, of another shape or type, or contains NaN or Inf.
     """
     from safetensors import SafetensorError, safe_open
@@ -39,7 +39,7 @@ def read_unet(folder: Path, config: UNetConfig) -> UNet:
     path = folder / WEIGHTS
     _check_presence(folder)
     try:
-        with torch.device("cpu"), safe_open(path, "pt") as file:  # whatever the caller's context is
+        with torch.device("cpu"), safe_open(path, "pt") as file:
             stored = _current_names(path, file.keys())
             _check_count(path, config, len(stored))
             with torch.device("meta"):
@@ -66,7 +66,7 @@ def _check_presence(folder: Path) -> None:
     others = sorted(p.name for p in folder.iterdir() if p.suffix != ".json")
     listed = ", ".join([*others[:5], *(["..."] if others[5:] else [])]) or "no weights"
     raise ValueError(
-        f"{path} is missing ({listed} found); only one safetensors file is read, never a pickle"
+        f"{path} is missing ({listed} found); expected one safetensors file, never a pickle"
     )
 
 
@@ -87,12 +87,12 @@ def _current_names(path: Path, keys: Iterable[str]) -> dict[str, str]:
 
 
 def _check_count(path: Path, config: UNetConfig, count: int) -> None:
-    """Lower bound on the parameters, in time that does not depend on the configuration's values."""
+    """Refuses too few parameters, in constant time, before the network is built."""
     blocks = 2 + sum(2 * layers + 1 for layers in config.levels_of("layers"))
     if count < blocks * _TENSORS_PER_BLOCK:
         raise ValueError(
             f"{path} has {count} parameters; expected at least {blocks * _TENSORS_PER_BLOCK} "
-            f"for the {blocks} residual blocks of config.json, so some are missing parameters"
+            f"for the {blocks} residual blocks of config.json: missing parameters"
         )
 
 
@@ -120,7 +120,7 @@ def _check_entry(path: Path, name: str, entry: Any, expected: Tensor) -> None:
 
 
 def _is_projection(name: str) -> bool:
-    """Attention's linear layers were 1x1 convolutions [c, c, 1, 1] in old checkpoints."""
+    """True for attention's linear layers: 1x1 convolutions [c, c, 1, 1] in old checkpoints."""
     return ".attentions." in name and name.endswith(tuple(f".{p}.weight" for p in _PROJECTIONS))
 
 

@@ -7,11 +7,11 @@ from typing import Any
 import click
 
 from ..utils.validation import seed_bits
-from .common import PATH, PROGRESS, action, shows_progress
+from .common import JSON, PATH, PROGRESS, WEIGHTS, action, shows_progress
 
 
 @click.command("calibrate")
-@click.option("--weights", type=PATH, required=True, help="Checkpoint: a diffusers folder.")
+@WEIGHTS
 @click.option(
     "--images", type=click.IntRange(1), default=16, show_default=True, help="Number of images."
 )
@@ -22,13 +22,14 @@ from .common import PATH, PROGRESS, action, shows_progress
 )
 @click.option("--device", help="cpu, cuda, cuda:1 ...  [default: cpu]")
 @PROGRESS
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@JSON
 def calibrate_command(progress: bool | None, **options: Any) -> None:
     """Calibrate activation ranges for FP8.
 
-    Draws images by the reference network in fp32, twice, and writes down the largest input of every 3x3 convolution that may
-    multiply in fp8 (e4m3), the error that it would make by itself, and whether it stays in bf16 therefore. The file lies in the
-    checkpoint's folder, where FusedUNet.from_pretrained and info --plan look for it.
+    Draws images twice with the reference network in fp32. Writes, for every 3x3 convolution that
+    can compute in fp8 (e4m3), its largest input, its error in fp8, and whether it stays in bf16.
+    Sampler.from_pretrained, FusedUNet.from_pretrained and info --plan read the file from the
+    checkpoint's folder.
     """
     seed_bits(options["seed"])
     action("calibrate").calibrate_command(show=shows_progress(progress), **options)

@@ -1,6 +1,6 @@
-"""Choices of options, by name alone, so that `--help` and typos are answered without importing torch.
+"""Names of the choices of options, so that `--help` and option errors do not import torch.
 
-The tables that map these names to objects belong to the library; tests/cli/test_lazy.py compares them.
+The library has the tables that map names to objects; tests/cli/test_lazy.py compares both.
 """
 
 from __future__ import annotations

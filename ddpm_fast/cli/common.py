@@ -18,23 +18,28 @@ if TYPE_CHECKING:
 
 PATH = click.Path(path_type=Path)
 
+WEIGHTS = click.option(
+    "--weights", type=PATH, required=True, help="Checkpoint: a diffusers folder."
+)
+DEVICE = click.option("--device", help="cpu, cuda, cuda:1 ...  [default: the GPU if available]")
 PROGRESS = click.option(
     "--progress/--quiet", default=None, help="Show a progress bar.  [default: on a terminal]"
 )
+JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 
 
 def action(name: str) -> Any:
-    """The module of `cli.actions` with the work of a command; imports torch."""
+    """Imports a module of `cli.actions`, the implementation of a command, and torch."""
     return import_interruptibly(f".actions.{name}", __package__)
 
 
 def shows_progress(progress: bool | None) -> bool:
-    """Whether progress is shown: as requested, by default if stderr is a terminal."""
+    """Returns whether to show progress: as requested, by default if stderr is a terminal."""
     return sys.stderr.isatty() if progress is None else progress
 
 
 def solver_options(default: str) -> Callable[[Any], Any]:
-    """--solver, --steps, --spacing, --eta, --variance and --preset."""
+    """Decorator that adds --solver, --steps, --spacing, --eta, --variance and --preset."""
     options = [
         click.option(
             "--solver",
@@ -45,31 +50,32 @@ def solver_options(default: str) -> Callable[[Any], Any]:
         ),
         click.option(
             "--steps",
-            help="A count, or sections such as 10,20,30 or ddim50.  [default: all for ddpm, 50 for ddim, else 20]",
+            help="A count, or sections such as 10,20,30 or ddim50.  "
+            "[default: all for ddpm, 50 for ddim, else 20]",
         ),
         click.option(
             "--spacing",
             type=click.Choice(SPACINGS),
-            help="Selection of timesteps, if not all.  [default: the preset's, linspace]",
+            help="Selection of timesteps.  [default: the preset's; linspace for exact]",
         ),
         click.option(
             "--eta",
             type=float,
             default=0.0,
             show_default=True,
-            help="Noise of ddim: 0 is deterministic, 1 as much as ddpm.",
+            help="Noise of ddim: 0 is deterministic, 1 is as much as ddpm.",
         ),
         click.option(
             "--variance",
             type=click.Choice(VARIANCES),
-            help="Noise of ddpm.  [default: the checkpoint's]",
+            help="Variance of ddpm.  [default: the checkpoint's]",
         ),
         click.option(
             "--preset",
             type=click.Choice(list(PRESETS)),
             default="exact",
             show_default=True,
-            help="Conventions of this codebase.",
+            help="Exact, or the conventions of another codebase.",
         ),
     ]
 
@@ -82,7 +88,7 @@ def solver_options(default: str) -> Callable[[Any], Any]:
 
 
 def parse_images(text: str) -> range:
-    """ "64" -> images 0..63; "100-199" -> images 100..199. ValueError for anything else."""
+    """Parses a count or a range: "64" -> 0 ... 63; "100-199" -> 100 ... 199."""
     expected = "expected a count such as 64, or a range such as 100-199"
     first, dash, last = text.partition("-")
     try:
@@ -97,26 +103,24 @@ def parse_images(text: str) -> range:
 
 
 def parse_steps(text: str | None) -> int | str | None:
-    """ "50" -> 50; "10,20,30" and "ddim50" are sections, which `choose_timesteps` validates."""
+    """Parses a count: "50" -> 50. Returns sections as text; `choose_timesteps` validates them."""
     if text is None or not text.removeprefix("-").isdecimal():
         return text
     if len(text) > 18:
-        raise ValueError(f"--steps {text:.60}: expected at most the timesteps of the checkpoint")
+        raise ValueError(
+            f"--steps {text:.60}: expected at most the number of timesteps of the checkpoint"
+        )
     return int(text)
 
 
 def pick_device(name: str | None) -> torch.device | None:
-    """A device that works; None for the default. ValueError for any other."""
-    if name is None:
-        return None
-    import torch
+    """Returns the device of --device; None for the default. ValueError for an unavailable one."""
+    from ..engines.base import check_device
 
     try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()
-    except Exception as error:  # the type of the error depends on the backend
-        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
-    return device
+        return None if name is None else check_device(name)
+    except ValueError as error:
+        raise ValueError(f"--{error}") from None
 
 
 def print_report(report: dict[str, Any], as_json: bool, text: str) -> None:
@@ -126,12 +130,12 @@ def print_report(report: dict[str, Any], as_json: bool, text: str) -> None:
 
 
 def printable(text: str) -> str:
-    """The text with escapes for what is not Unicode: file names are bytes."""
+    """Escapes bytes that are not Unicode, such as in file names."""
     return text.encode(errors="backslashreplace").decode()
 
 
 def parse_size(text: str | None) -> tuple[int, int] | None:
-    """ "32x48" -> (32, 48). ValueError for anything else."""
+    """Parses a height and width: "32x48" -> (32, 48)."""
     if text is None:
         return None
     height, _, width = text.partition("x")
@@ -142,5 +146,5 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
 
 
 def mebibytes(n: int) -> str:
-    """A size in MiB, a small one in KiB."""
+    """Formats a size in MiB, or in KiB below 1 MiB."""
     return f"{n / 2**20:.1f} MiB" if n >= 2**20 else f"{n / 2**10:.1f} KiB" if n else "0 KiB"

@@ -9,7 +9,7 @@ import click
 
 from ..checkpoints.published import CODEBASES, NEEDED, PUBLISHED
 from .choices import PREDICTIONS, SCHEDULES, STORED_VARIANCES
-from .common import PATH, action
+from .common import JSON, PATH, action
 
 _PROCESS = ("schedule", "timesteps", "prediction", "variance", "clip")
 _BETAS = ("beta_start", "beta_end")  # of the schedules that have them
@@ -49,7 +49,7 @@ def _table() -> str:
 @click.option("--clip", help="Limit of |x_0| in sampling, such as 1.0, or none.")
 @click.option("--image-size", type=click.IntRange(1, 16_384), help="Training size in pixels.")
 @click.option("--dropout", type=float, help="Dropout of training; no effect on sampling.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@JSON
 def convert(
     source: Path,
     out: Path,
@@ -60,8 +60,9 @@ def convert(
 ) -> None:
     """Convert a checkpoint of another codebase.
 
-    SOURCE is a file or folder of that codebase, OUT the folder to write. What the weights do not say must be given: by --published NAME, for OpenAI by --flags, else by
-    the options from --schedule on. Formats and examples: docs/checkpoints.md.
+    SOURCE is a file or folder of that codebase, OUT the folder to write. What the weights do not
+    say must be given: by --published NAME, for OpenAI by --flags, else by the options from
+    --schedule on. Formats and examples: docs/checkpoints.md.
     """
     if codebase is None and published is None:
         raise ValueError("--from is missing; give the codebase, or --published NAME")

@@ -1,4 +1,4 @@
-"""ddpm-fast eval: score drawn images against real ones, or compute bits per dimension."""
+"""ddpm-fast eval: compare samples with real images, or compute bits per dimension."""
 
 from __future__ import annotations
 
@@ -8,12 +8,21 @@ import click
 
 from ..utils.validation import seed_bits
 from .choices import FITS, NETWORK_DTYPES
-from .common import PATH, PROGRESS, action, parse_steps, shows_progress, solver_options
+from .common import (
+    DEVICE,
+    JSON,
+    PATH,
+    PROGRESS,
+    action,
+    parse_steps,
+    shows_progress,
+    solver_options,
+)
 
 
 @click.command("eval")
 @click.option("--weights", type=PATH, help="Checkpoint to draw from: a diffusers folder.")
-@click.option("--samples", type=PATH, help="Score these images instead: a folder, .npz or .npy.")
+@click.option("--samples", type=PATH, help="Samples to compare: a folder, .npz or .npy.")
 @click.option(
     "--data-dir", type=PATH, required=True, help="Real images: a folder, .npz, .npy or IDX files."
 )
@@ -22,10 +31,14 @@ from .common import PATH, PROGRESS, action, parse_steps, shows_progress, solver_
     type=click.IntRange(1, 8192),
     default=32,
     show_default=True,
-    help="Of --samples, in pixels.",
+    help="Size of --samples in pixels.",
 )
 @click.option(
-    "--fit", type=click.Choice(FITS), default="crop", show_default=True, help="As in training."
+    "--fit",
+    type=click.Choice(FITS),
+    default="crop",
+    show_default=True,
+    help="How images that are not square are made square, as in training.",
 )
 @click.option(
     "--images",
@@ -42,47 +55,47 @@ from .common import PATH, PROGRESS, action, parse_steps, shows_progress, solver_
 @click.option(
     "--bits-per-dim",
     is_flag=True,
-    help="Compute the bound on the likelihood of real images instead.",
+    help="Compute bits per dimension of real images.",
 )
 @click.option(
     "--terms",
     type=PATH,
-    help="With --bits-per-dim: FILE.npz of all terms; a stopped run resumes from it.",
+    help="With --bits-per-dim: FILE.npz for all terms; a stopped run resumes from it.",
 )
 @click.option(
     "--classifier",
     type=PATH,
     help="Classifier for class scores, such as weights/fashion-mnist-classifier.safetensors.",
 )
-@click.option("--device", help="cpu, cuda, cuda:1 ...  [default: the GPU if there is one]")
+@DEVICE
 @click.option(
     "--dtype",
     type=click.Choice(NETWORK_DTYPES),
     default="fp32",
     show_default=True,
-    help="Of the network.",
+    help="Dtype of the network.",
 )
 @PROGRESS
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@JSON
 def evaluate(progress: bool | None, as_json: bool, **options: Any) -> None:
-    """Score drawn images against real ones: KID (FID from 10,000 images up), and what a classifier finds.
+    """Compare samples with real images: KID, FID (for at least 10,000 images), class scores.
 
-    The same distance between two sets of real images, train and test, is the floor: the score of perfect images.
+    The floor is the same distance between two sets of real images, from the training and test
+    splits: the score of perfect samples.
 
-    With --bits-per-dim: a bound on the likelihood of the first --images real images, of the test split if there is one.
+    With --bits-per-dim: an upper bound on the negative log-likelihood of the first --images real
+    images, from the test split if there is one.
     """
     weights, samples = options["weights"], options["samples"]
     if options["bits_per_dim"]:
         if weights is None or samples is not None:
-            raise ValueError(
-                "bits per dimension are those of a network: give --weights, and no --samples"
-            )
+            raise ValueError("--bits-per-dim needs a network: give --weights, and no --samples")
     elif (weights is None) == (samples is None):
-        raise ValueError("give --weights to draw from, or --samples to score")
+        raise ValueError("give --weights to draw from, or --samples to compare")
     elif options["images"] < 4:
         raise ValueError(
-            f"--images is {options['images']}; KID needs at least 4; "
-            "for a likelihood of fewer, give --bits-per-dim"
+            f"--images is {options['images']}; expected at least 4 for KID; for the likelihood of "
+            "fewer images, give --bits-per-dim"
         )
     seed_bits(options["seed"])
     options |= dict(steps=parse_steps(options["steps"]), show=shows_progress(progress))

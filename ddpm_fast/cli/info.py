@@ -1,4 +1,4 @@
-"""ddpm-fast info and collect-env: a checkpoint, its cost, its plan; the cache; the environment."""
+"""ddpm-fast info and collect-env: checkpoint, cost, plan, cache and environment."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ import click
 from click.core import ParameterSource
 
 from .choices import DTYPES, GPUS
-from .common import PATH, action, parse_size
+from .common import JSON, PATH, action, parse_size
 
 
 @click.command()
 @click.argument("directory", type=PATH, required=False)
 @click.option(
-    "--plan", "planned", is_flag=True, help="Print every kernel launch with its cost and its bound."
+    "--plan", "planned", is_flag=True, help="Print every kernel launch with its cost and bound."
 )
 @click.option(
     "--batch-size",
     type=click.IntRange(1, 2**20),
     default=256,
     show_default=True,
-    help="With --plan.",
+    help="With --plan: images per batch.",
 )
 @click.option(
     "--dtype",
     type=click.Choice(DTYPES),
     default="bf16",
     show_default=True,
-    help="With --plan.",
+    help="With --plan: dtype of the network.",
 )
 @click.option("--size", help="With --plan: HEIGHTxWIDTH in pixels.  [default: as trained]")
 @click.option(
@@ -41,8 +41,8 @@ from .common import PATH, action, parse_size
 @click.option(
     "--cache", is_flag=True, help="Print the contents of the cache folder ($DDPM_FAST_CACHE)."
 )
-@click.option("--clear", is_flag=True, help="With --cache: remove them.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--clear", is_flag=True, help="With --cache: remove the contents.")
+@JSON
 def info(
     directory: Path | None,
     planned: bool,
@@ -56,11 +56,11 @@ def info(
 ) -> None:
     """Describe a checkpoint and its cost."""
     if clear and not cache:
-        raise ValueError("--clear goes with --cache")
+        raise ValueError("--clear requires --cache")
     context = click.get_current_context()
     for name in ("batch_size", "dtype", "size", "gpu"):
         if not planned and context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
-            raise ValueError(f"--{name.replace('_', '-')} goes with --plan")
+            raise ValueError(f"--{name.replace('_', '-')} requires --plan")
     if cache:
         action("info").describe_cache(clear, as_json)
         return
@@ -74,7 +74,7 @@ def info(
 
 
 @click.command("collect-env")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@JSON
 def collect_env(as_json: bool) -> None:
     """Print environment information for bug reports."""
     action("info").describe_environment(as_json)

@@ -1,4 +1,4 @@
-"""Ctrl-C during imports: one line and exit code 130, as everywhere else in the command line."""
+"""Ctrl-C during imports: one line on stderr and exit code 130."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ INTERRUPTED = 130  # exit code: 128 + SIGINT
 def exit_at_once(number: int, frame: FrameType | None) -> None:
     """Signal handler that ends the process.
 
-    A KeyboardInterrupt inside an import can be swallowed, or come out as another exception, by the
-    extension module that is being initialised. During imports there is nothing to clean up.
+    An extension module that is being initialised can suppress a KeyboardInterrupt or convert it to
+    another exception. During imports there is nothing to clean up.
     """
     os.write(2, b"ddpm-fast: interrupted\n")
     os._exit(INTERRUPTED)
 
 
 def import_interruptibly(name: str, package: str | None = None) -> ModuleType:
-    """Imports a module; Ctrl-C meanwhile ends the process, and raises KeyboardInterrupt afterwards."""
+    """Imports a module. Until it returns, Ctrl-C ends the process."""
     replaced = threading.current_thread() is threading.main_thread() and signal.getsignal(
         signal.SIGINT
     ) in (signal.default_int_handler, exit_at_once)

@@ -1,4 +1,4 @@
-"""The command line: ddpm-fast sample, train, eval, convert, plot and others (`_COMMANDS`)."""
+"""Command line `ddpm-fast`: the group of commands, and exit codes."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class _Command(NamedTuple):
 _RUN_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOMEM)
 _LONGEST = 600  # characters of an error message; the middle of a longer one is left out
 
-# A command's module is imported when the command is used; torch when its options have been parsed.
+# A command's module is imported when the command is used, torch after options have been parsed.
 _COMMANDS = {
     "sample": _Command("sample", "sample", "Draw images."),
     "train": _Command("train", "train", "Train a network on your images."),
-    "eval": _Command("evaluate", "evaluate", "Score drawn images against real ones."),
+    "eval": _Command("evaluate", "evaluate", "Compare samples with real images."),
     "convert": _Command("convert", "convert", "Convert a checkpoint of another codebase."),
     "plot": _Command("plot", "plot", "Plot schedules, diffusion processes and training runs."),
     "calibrate": _Command("calibrate", "calibrate_command", "Calibrate activation ranges for FP8."),
@@ -41,7 +41,7 @@ _COMMANDS = {
 
 
 class _LazyGroup(click.Group):
-    """A group that lists its commands without importing them."""
+    """Command group that lists its commands without importing them."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(_COMMANDS)
@@ -56,7 +56,7 @@ class _LazyGroup(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except KeyboardInterrupt:  # of which click would print an empty line
+        except KeyboardInterrupt:  # click would print an empty line
             raise click.Abort from None
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -64,10 +64,9 @@ class _LazyGroup(click.Group):
             formatter.write_dl([(name, command.help) for name, command in _COMMANDS.items()])
 
 
-# both spellings of every flag: --batch-size and --batch_size
 _SETTINGS: dict[str, Any] = dict(
     help_option_names=["-h", "--help"],
-    token_normalize_func=lambda s: s.replace("_", "-"),
+    token_normalize_func=lambda s: s.replace("_", "-"),  # --batch-size and --batch_size
     max_content_width=110,
 )
 
@@ -79,10 +78,10 @@ def cli() -> None:
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
-    """The `ddpm-fast` command.
+    """Runs the `ddpm-fast` command.
 
     Exit codes: 0 for success; 2 for invalid input and 1 for a failed run, each with one line on
-    stderr; 130 after Ctrl-C.
+    stderr; 128 + the signal's number after a signal: 130 for SIGINT (Ctrl-C), 143 for SIGTERM.
     """
     try:
         cli.main(arguments, prog_name="ddpm-fast", standalone_mode=False)
@@ -91,7 +90,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         sys.exit(2)
     except click.ClickException as error:
         _fail(error.format_message())
-    except BrokenPipeError:  # the reader of stdout has ended, as `head` does
+    except BrokenPipeError:  # the reader of stdout, such as `head`, has ended
         _discard_stdout()
         sys.exit(1)
     except OSError as error:
@@ -121,7 +120,7 @@ def _fail(message: str, code: int = 2) -> NoReturn:
 
 
 def _discard_stdout() -> None:
-    """Redirects a stdout that cannot be written to, so that Python does not report it again at its exit."""
+    """Redirects a stdout that cannot be written to; otherwise Python reports it again at exit."""
     try:
         sys.stdout.flush()
     except OSError:

@@ -1,4 +1,4 @@
-"""ddpm-fast plot schedule | forward | reverse | loss | course: figures."""
+"""ddpm-fast plot: figures of schedules, diffusion processes and training runs."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import click
 from ..utils.validation import seed_bits
 from .choices import FITS, SCHEDULES
 from .common import (
+    DEVICE,
     PATH,
     PROGRESS,
+    WEIGHTS,
     action,
     parse_images,
     parse_steps,
@@ -19,8 +21,8 @@ from .common import (
     solver_options,
 )
 
-_PICTURE = "FILE.png, .svg or .pdf"
-_MOST_IMAGES = 256
+_OUT = "FILE.png, .svg or .pdf."
+_MAX_IMAGES = 256
 
 
 @click.group()
@@ -34,18 +36,18 @@ def plot() -> None:
     "names",
     type=click.Choice(SCHEDULES),
     multiple=True,
-    help="Again for several.  [default: all there are]",
+    help="Schedule; repeat the option for several.  [default: all]",
 )
-@click.option("--weights", type=PATH, help="The schedule of this checkpoint instead.")
-@click.option("--timesteps", type=click.IntRange(2, 1_000_000), help="T.  [default: 1000]")
+@click.option("--weights", type=PATH, help="Plot the schedule of this checkpoint.")
 @click.option(
-    "--zero-snr", is_flag=True, help="Beside each, the same rescaled to end in pure noise."
+    "--timesteps", type=click.IntRange(2, 1_000_000), help="Number of timesteps.  [default: 1000]"
 )
-@click.option("--out", type=PATH, default="schedule.png", show_default=True, help=_PICTURE)
+@click.option("--zero-snr", is_flag=True, help="Also plot schedules rescaled to zero terminal SNR.")
+@click.option("--out", type=PATH, default="schedule.png", show_default=True, help=_OUT)
 def schedule(
     names: tuple[str, ...], weights: Path | None, timesteps: int | None, zero_snr: bool, out: Path
 ) -> None:
-    """beta, alpha_bar and signal-to-noise ratio over t."""
+    """Plot noise schedules: beta, alpha_bar, SNR."""
     if weights is not None and (names or timesteps):
         raise ValueError("give --schedule and --timesteps or --weights, not both")
     action("plot").schedule(names or SCHEDULES, weights, timesteps or 1000, zero_snr, out)
@@ -61,22 +63,35 @@ def schedule(
     type=click.IntRange(0),
     multiple=True,
     default=(0,),
-    help="Which; again for several rows.",
-)
-@click.option("--resolution", type=click.IntRange(1, 8192), default=32, show_default=True)
-@click.option("--fit", type=click.Choice(FITS), default="crop", show_default=True)
-@click.option(
-    "--schedule", "name", type=click.Choice(SCHEDULES), default="linear", show_default=True
+    help="Index of an image; repeat the option for several rows.  [default: 0]",
 )
 @click.option(
-    "--steps",
-    type=click.IntRange(1),
-    default=10,
+    "--resolution",
+    type=click.IntRange(1, 8192),
+    default=32,
     show_default=True,
-    help="How many moments are shown.",
+    help="Size of the images in pixels.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the noise.")
-@click.option("--out", type=PATH, default="forward.png", show_default=True, help=_PICTURE)
+@click.option(
+    "--fit",
+    type=click.Choice(FITS),
+    default="crop",
+    show_default=True,
+    help="How images that are not square are made square.",
+)
+@click.option(
+    "--schedule",
+    "name",
+    type=click.Choice(SCHEDULES),
+    default="linear",
+    show_default=True,
+    help="Noise schedule of 1000 timesteps.",
+)
+@click.option(
+    "--steps", type=click.IntRange(1), default=10, show_default=True, help="Columns of the figure."
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the noise.")
+@click.option("--out", type=PATH, default="forward.png", show_default=True, help=_OUT)
 def forward(
     data_dir: Path,
     numbers: tuple[int, ...],
@@ -87,39 +102,46 @@ def forward(
     seed: int,
     out: Path,
 ) -> None:
-    """Images noised by the forward chain, step by step until nothing is left."""
+    """Plot the forward process, from images to noise."""
     seed_bits(seed)
     action("plot").forward(data_dir, numbers, resolution, fit, name, steps, seed, out)
 
 
 @plot.command()
-@click.option("--weights", type=PATH, required=True, help="Checkpoint: a diffusers folder.")
+@WEIGHTS
 @click.option(
     "--images",
     default="4",
     show_default=True,
-    help="How many, or a range of image indices such as 8-11.",
+    help="A count, or a range of image indices such as 8-11.",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="0 to 2^64 - 1.")
 @click.option("--label", type=int, help="Class of every image.  [default: random classes]")
 @click.option(
-    "--moments", type=click.IntRange(1), default=10, show_default=True, help="Columns of a figure."
+    "--columns",
+    type=click.IntRange(1),
+    default=10,
+    show_default=True,
+    help="Columns of the figure, after the first.",
 )
-@click.option("--device", help="cpu, cuda, cuda:1 ...  [default: the GPU if there is one]")
+@DEVICE
 @solver_options("ddpm")
 @click.option(
     "--out",
     type=PATH,
     default="reverse.png",
     show_default=True,
-    help=f"{_PICTURE}; .gif or .mp4 for a film",
+    help="FILE.png, .svg or .pdf; .gif or .mp4 for an animation.",
 )
 @PROGRESS
 def reverse(images: str, progress: bool | None, **options: Any) -> None:
-    """Noise on its way to images, and below it what image the network sees in it: as a strip or as a film."""
+    """Plot the reverse process, from noise to images.
+
+    The figure or animation has the states x_t and the predictions of x_0.
+    """
     indices = parse_images(images)
-    if len(indices) > _MOST_IMAGES:
-        raise ValueError(f"--images {images}: expected at most {_MOST_IMAGES} images in a plot")
+    if len(indices) > _MAX_IMAGES:
+        raise ValueError(f"--images {images}: expected at most {_MAX_IMAGES} images in a plot")
     seed_bits(options["seed"])
     options |= dict(steps=parse_steps(options["steps"]), show=shows_progress(progress))
     action("plot").reverse(indices, **options)
@@ -127,18 +149,24 @@ def reverse(images: str, progress: bool | None, **options: Any) -> None:
 
 @plot.command()
 @click.argument("run", type=PATH)
-@click.option("--out", type=PATH, default="loss.png", show_default=True, help=_PICTURE)
+@click.option("--out", type=PATH, default="loss.png", show_default=True, help=_OUT)
 def loss(run: Path, out: Path) -> None:
-    """Losses over images seen, from the log in RUN."""
+    """Plot the losses of a training run.
+
+    RUN is the directory of the run, which has the log.
+    """
     action("plot").loss(run, out)
 
 
 @plot.command()
 @click.argument("run", type=PATH)
-@click.option("--out", type=PATH, default="course.png", show_default=True, help=_PICTURE)
+@click.option("--out", type=PATH, default="course.png", show_default=True, help=_OUT)
 @click.option(
-    "--rows", type=click.IntRange(1), default=10, show_default=True, help="How many moments."
+    "--rows", type=click.IntRange(1), default=10, show_default=True, help="Rows of the figure."
 )
 def course(run: Path, out: Path, rows: int) -> None:
-    """The same images drawn over the course of training, from the grids in RUN."""
+    """Plot samples over the course of training.
+
+    RUN is the directory of a training run with sample grids.
+    """
     action("plot").course(run, out, rows)

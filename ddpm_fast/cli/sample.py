@@ -11,8 +11,10 @@ from ..sampling.paths import check_path
 from ..utils.validation import seed_bits
 from .choices import DTYPES, ENGINES
 from .common import (
-    PATH,
+    DEVICE,
+    JSON,
     PROGRESS,
+    WEIGHTS,
     action,
     parse_images,
     parse_size,
@@ -23,7 +25,7 @@ from .common import (
 
 
 @click.command()
-@click.option("--weights", type=PATH, required=True, help="Checkpoint: a diffusers folder.")
+@WEIGHTS
 @click.option(
     "--images",
     default="64",
@@ -33,38 +35,34 @@ from .common import (
 @click.option("--seed", type=int, default=0, show_default=True, help="0 to 2^64 - 1.")
 @solver_options("ddpm")
 @click.option(
-    "--batch-size",
-    type=click.IntRange(1),
-    default=64,
-    show_default=True,
-    help="Images per batch.",
+    "--batch-size", type=click.IntRange(1), default=64, show_default=True, help="Images per batch."
 )
 @click.option("--label", type=int, help="Class of every image.  [default: random classes]")
 @click.option(
     "--out",
     default="samples.png",
     show_default=True,
-    help="FILE.png: a grid; FILE.npz or .npy: an array; both are held in memory and written at the "
-    "end. A directory: one PNG per image, written as it is finished and kept after a kill.",
+    help="FILE.png: a grid; FILE.npz or .npy: an array; both need memory for all images and are "
+    "written at the end. A directory: one PNG per image, written as soon as it is finished.",
 )
-@click.option("--device", help="cpu, cuda, cuda:1 ...  [default: the GPU if there is one]")
+@DEVICE
 @click.option(
     "--dtype",
     type=click.Choice(DTYPES),
     default="fp32",
     show_default=True,
-    help="Of the network; the state is always fp32. fp8: with the fused engine.",
+    help="Dtype of the network; the state is always fp32. fp8 needs the fused engine.",
 )
 @click.option(
     "--engine",
     type=click.Choice(ENGINES),
     default="auto",
     show_default=True,
-    help="What computes the steps.",
+    help="Implementation of the steps.",
 )
 @click.option("--size", help="HEIGHTxWIDTH in pixels, such as 32x48.  [default: as trained]")
 @PROGRESS
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@JSON
 def sample(
     weights: Path,
     images: str,
@@ -76,9 +74,9 @@ def sample(
 ) -> None:
     """Draw images. Image i of a seed does not depend on the batch size.
 
-    Ctrl-C or SIGTERM stops between two steps and keeps the images that are finished. Images that a
-    directory already holds are overwritten if their indices are drawn again; others stay, and a line
-    on stderr reports them.
+    Ctrl-C or SIGTERM stops between two steps and writes the finished images; the exit code is 130
+    or 143. In an existing directory, images of the same indices are overwritten; others are not
+    changed, and a line on stderr reports them.
     """
     indices = parse_images(images)
     seed_bits(options["seed"])

@@ -1,4 +1,4 @@
-"""Options of `ddpm-fast train`, under the names of diffusers' train_unconditional.py where it has them."""
+"""Options of `ddpm-fast train`; most names are those of diffusers' train_unconditional.py."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import click
 from .choices import FITS
 from .common import PATH
 
-# Written out, because the modules that define them import PyTorch; a test compares them.
+# Copies, because the modules that define these import PyTorch; a test compares them.
 LOSSES = ("simple", "min-snr", "hybrid", "vlb")
 LR_SCHEDULERS = ("constant", "constant-with-warmup", "cosine", "linear")
 PRECISIONS = ("no", "bf16", "fp16")
@@ -28,16 +28,16 @@ OPTIONS = (
     _option(
         "--train-data-dir",
         None,
-        "Folder of images (sub-folders: classes), .npz, .npy, or IDX files.",
+        "Images: a folder (sub-folders are classes), .npz, .npy or IDX files.",
         type=PATH,
     ),
     _option(
-        "--dataset-name", None, "Data set of the Hugging Face hub instead (needs its library)."
+        "--dataset-name", None, "Data set of the Hugging Face hub instead; needs the extra train."
     ),
     _option(
         "--output-dir",
         "ddpm-model",
-        "The run: model/, checkpoints, log.jsonl, samples/.",
+        "Directory of the run: model/, checkpoints, log.jsonl, samples/.",
         type=PATH,
     ),
     _option(
@@ -46,13 +46,13 @@ OPTIONS = (
     _option(
         "--fit",
         "crop",
-        "crop: scale and keep the middle; pad: shrink if too large, then centre on black.",
+        "crop: scale and crop the center; pad: shrink if too large, then pad with black.",
         type=click.Choice(FITS),
     ),
     _option(
         "--center-crop",
         True,
-        "Nothing else is done: for scripts that say so.",
+        "No effect; accepted for compatibility with diffusers' script.",
         is_flag=True,
         hidden=True,
     ),
@@ -60,44 +60,47 @@ OPTIONS = (
     _option(
         "--class-labels/--no-class-labels",
         True,
-        "Train class-conditionally where the data has classes.",
+        "Train a class-conditional network if the data has classes.",
     ),
     _option(
         "--validation-data-dir",
         None,
-        "Held-out images.  [default: the test split of IDX files, else training images]",
+        "Held-out images.  [default: test split of IDX files, else training images]",
         type=PATH,
     ),
-    _option("--channels", "64,128,128", "Width of each level of the network."),
+    _option("--channels", "64,128,128", "Channels of each level of the network, finest first."),
     _option(
         "--layers",
         "2",
-        "Residual blocks of each level: one number, or one per level such as 1,1,2.",
+        "Residual blocks per level: one number, or one per level such as 1,1,2.",
     ),
     _option(
         "--attention",
         None,
-        "Levels with attention, from 0, the finest, such as 1,2.  [default: the coarsest]",
+        "Levels with attention such as 1,2; 0 is the finest.  [default: the coarsest]",
     ),
-    _option("--head-dim", 32, "Channels of an attention head.", type=click.IntRange(1)),
+    _option("--head-dim", 32, "Channels per attention head.", type=click.IntRange(1)),
     _option(
-        "--dropout", 0.0, "In every residual block.", type=click.FloatRange(0, 1, max_open=True)
+        "--dropout",
+        0.0,
+        "Dropout probability in every residual block.",
+        type=click.FloatRange(0, 1, max_open=True),
     ),
     _option(
         "--model-config-name-or-path",
         None,
-        "diffusers' UNet2DModel config.json instead of the five above.",
+        "diffusers' UNet2DModel config.json instead of the five options above.",
         type=PATH,
     ),
     _option(
         "--weights",
         None,
-        "Start from this checkpoint's network and weights (a diffusers folder).",
+        "Checkpoint with the initial network and weights: a diffusers folder.",
         type=PATH,
     ),
-    _option("--train-batch-size", 16, "Images of one forward pass.", type=click.IntRange(1)),
+    _option("--train-batch-size", 16, "Images per forward pass.", type=click.IntRange(1)),
     _option(
-        "--gradient-accumulation-steps", 1, "Batches of one optimizer step.", type=click.IntRange(1)
+        "--gradient-accumulation-steps", 1, "Batches per optimizer step.", type=click.IntRange(1)
     ),
     _option("--num-epochs", 100, "Passes over the data.", type=click.IntRange(1)),
     _option(
@@ -109,118 +112,121 @@ OPTIONS = (
     _option(
         "--max-seconds",
         None,
-        "Stop after so long, with a checkpoint.",
+        "Time limit in seconds; a checkpoint is written at the end.",
         type=click.FloatRange(0, min_open=True),
     ),
-    _option("--learning-rate", 1e-4, "At its highest."),
+    _option("--learning-rate", 1e-4, "Maximum learning rate."),
     _option(
         "--lr-scheduler",
         "cosine",
-        "How the rate runs.",
+        "Schedule of the learning rate.",
         type=click.Choice(LR_SCHEDULERS),
     ),
-    _option("--lr-warmup-steps", 500, "The rate rises over so many steps."),
+    _option("--lr-warmup-steps", 500, "Steps of linear warm-up of the learning rate."),
     _option(
         "--lr-decay-start",
         0.0,
-        "Fraction of the steps before which cosine and linear stay at --learning-rate.",
+        "Fraction of the steps at which cosine and linear start to decay.",
     ),
-    _option("--adam-beta1", 0.95, "AdamW."),
-    _option("--adam-beta2", 0.999, "AdamW."),
-    _option("--adam-weight-decay", 1e-6, "AdamW."),
-    _option("--adam-epsilon", 1e-8, "AdamW."),
-    _option("--max-grad-norm", 1.0, "Longer gradients are shortened to this."),
-    _option("--use-ema/--no-use-ema", True, "Average the weights."),
+    _option("--adam-beta1", 0.95, "First beta of AdamW."),
+    _option("--adam-beta2", 0.999, "Second beta of AdamW."),
+    _option("--adam-weight-decay", 1e-6, "Weight decay of AdamW."),
+    _option("--adam-epsilon", 1e-8, "Epsilon of AdamW."),
+    _option("--max-grad-norm", 1.0, "Maximum norm of the gradient; larger gradients are clipped."),
+    _option("--use-ema/--no-use-ema", True, "Average the weights (EMA)."),
     _option(
-        "--ema-inv-gamma", 1.0, "The average keeps 1 - (1 + step / inv_gamma)^-power of itself."
+        "--ema-inv-gamma",
+        1.0,
+        "Decay of the average: 1 - (1 + step / inv_gamma)^-power, at most --ema-decays.",
     ),
     _option("--ema-power", 0.75, "See --ema-inv-gamma."),
     _option(
         "--ema-decays",
         "0.9999",
-        "And never more than this: one average per value; the first is model/, 0.99 model-ema-0.99/.",
+        "Maximum decays, one average per value; the first is model/, 0.99 is model-ema-0.99/.",
     ),
-    _option("--ema-max-decay", None, "diffusers' name for a single --ema-decays.", type=float),
+    _option(
+        "--ema-max-decay", None, "A single --ema-decays, under its name in diffusers.", type=float
+    ),
     _option(
         "--mixed-precision",
         "no",
-        "Of the network's operations; weights stay fp32.",
+        "Precision of the network's operations; weights stay fp32.",
         type=click.Choice(PRECISIONS),
     ),
     _option(
         "--prediction-type",
         "epsilon",
-        "What the network predicts.",
+        "Quantity that the network predicts.",
         type=click.Choice([*DIFFUSERS_PREDICTIONS, *PREDICTIONS]),
     ),
     _option(
         "--loss-type",
         "simple",
-        "What is minimised.",
+        "Loss function; see docs/training.md.",
         type=click.Choice(LOSSES),
     ),
-    _option("--snr-gamma", 5.0, "Of the loss min-snr."),
+    _option("--snr-gamma", 5.0, "Gamma of the loss min-snr."),
     _option(
         "--timestep-sampling",
         "uniform",
-        "How t is drawn.",
+        "Distribution of the timesteps t.",
         type=click.Choice(TIMESTEP_SAMPLING),
     ),
-    _option("--ddpm-num-steps", 1000, "T of the noise schedule.", type=click.IntRange(1)),
+    _option(
+        "--ddpm-num-steps",
+        1000,
+        "Number of timesteps T of the noise schedule.",
+        type=click.IntRange(1),
+    ),
     _option("--ddpm-beta-schedule", "linear", "Noise schedule.", type=click.Choice(SCHEDULES)),
     _option(
         "--rescale-betas-zero-snr",
         False,
-        "Let the schedule end in pure noise; predict sample or v.",
+        "Rescale the schedule to end in pure noise; needs prediction type sample or v.",
         is_flag=True,
     ),
-    _option("--seed", 0, "Of everything that is drawn."),
-    _option("--compile/--no-compile", False, "The network through torch.compile."),
-    _option(
-        "--deterministic/--no-deterministic", True, "On a GPU: only kernels that repeat to the bit."
-    ),
+    _option("--seed", 0, "Seed of all random draws."),
+    _option("--compile/--no-compile", False, "Run the network through torch.compile."),
+    _option("--deterministic/--no-deterministic", True, "Use only deterministic kernels on a GPU."),
     _option("--device", None, "cpu, cuda, cuda:1 ...  [default: the GPU if there is one]"),
-    _option(
-        "--logging-steps", 50, "A line in log.jsonl every so many steps.", type=click.IntRange(1)
-    ),
-    _option(
-        "--checkpointing-steps", 500, "A checkpoint every so many steps.", type=click.IntRange(1)
-    ),
-    _option("--checkpoints-total-limit", 2, "How many are kept.", type=click.IntRange(1)),
+    _option("--logging-steps", 50, "Steps between entries in log.jsonl.", type=click.IntRange(1)),
+    _option("--checkpointing-steps", 500, "Steps between checkpoints.", type=click.IntRange(1)),
+    _option("--checkpoints-total-limit", 2, "Number of checkpoints.", type=click.IntRange(1)),
     _option(
         "--save-model-epochs",
         10,
-        "Write model/ every so many epochs; 0: at the end only.",
+        "Epochs between writes of model/; 0: only at the end.",
         type=click.IntRange(0),
     ),
     _option(
         "--save-images-epochs",
         10,
-        "Draw a grid, take the validation loss every so many epochs; 0: never.",
+        "Epochs between sample grids and validation losses; 0: never.",
         type=click.IntRange(0),
     ),
     _option(
         "--eval-images-every",
         0,
-        "Log KID every so many training images, in whole steps; 0: never. Needs the extra metrics.",
+        "Training images between KID evaluations; 0: never. Needs the extra metrics.",
         type=click.IntRange(0),
     ),
     _option(
         "--eval-images",
         2000,
-        "Images drawn from every average for KID, by 50 steps of DDIM.",
+        "Images drawn from every average for KID, with 50 steps of DDIM.",
         type=click.IntRange(4),
     ),
     _option(
         "--resume-from-checkpoint",
         None,
-        '"latest", or a checkpoint of this run: resume from it bit-exactly, with its options.',
+        'Checkpoint to resume from bit-exactly, with its options: "latest" or a path.',
     ),
 )
 
 
 def training_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorator: adds the options to a command, in their order."""
+    """Decorator that adds the options to a command, in their order."""
     for option in reversed(OPTIONS):
         command = option(command)
     return command

@@ -1,1 +1,1 @@
-"""Data sets, pixels, image files."""
+"""Data sets, pixel conversion and image files."""

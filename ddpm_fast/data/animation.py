@@ -11,29 +11,29 @@ from .image_io import Pixels
 
 KINDS = (".gif", ".mp4")
 PER_SECOND = 20
-LEAST = 60  # frames of an animation; fewer are repeated
+MIN_FRAMES = 60  # frames are repeated up to this number
 HOLD = 20  # repetitions of the last frame
 
 
 def save_animation(frames: list[Pixels], out: Path) -> None:
-    """Writes frames as a .gif or .mp4 of at least three seconds; the last frame is held for one second.
+    """Writes a .gif or .mp4 of at least three seconds, with the last frame shown for one second.
 
     Args:
         frames: uint8 [H, W, 3] of one size with even sides.
-        out: the suffix decides the format.
+        out: The suffix selects the format.
 
     Raises:
-        ValueError: no frames, or MP4 without the extra `plot`.
+        ValueError: There are no frames, or MP4 is requested without the extra `plot`.
     """
     if not frames:
-        raise ValueError("no frames to animate")
-    each = -(-LEAST // len(frames))
-    frames = [*(frame for frame in frames for _ in range(each)), *frames[-1:] * HOLD]
+        raise ValueError("no frames; expected at least one")
+    repeats = -(-MIN_FRAMES // len(frames))
+    frames = [*(frame for frame in frames for _ in range(repeats)), *frames[-1:] * HOLD]
     write_atomically(out, _gif(frames) if out.suffix == ".gif" else _mp4(frames))
 
 
 def find_av() -> Any:
-    """PyAV. ValueError without the extra `plot`."""
+    """Returns the module of PyAV. ValueError without the extra `plot`."""
     try:
         import av
     except ImportError:

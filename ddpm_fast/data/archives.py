@@ -1,8 +1,8 @@
 """Array files: NumPy's .npy and .npz, and MNIST's IDX format, gzipped or not.
 
-Archives are bounded before they are unpacked. The headers state the shape and type of every array;
-an array may unpack to the bytes of its shape and no more, and beyond 256 MiB to at most 100 times
-its compressed size. Real images compress by less than 20; a decompression bomb by about 1000.
+The unpacked size of an array is checked first. It must be that of the header's shape and type, and
+above 256 MiB at most 100 times the compressed size. Compression ratios of real images are below 20,
+those of decompression bombs about 1000.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from ..utils.input_files import MIB, regular_file_size
 
 Pixels = NDArray[np.uint8]
 IntArray = NDArray[np.int64]
-SMALL = 256 * MIB  # unpacked bytes that any archive may have
-MAX_RATIO = 100  # unpacked to packed bytes of larger ones
+SMALL = 256 * MIB  # unpacked bytes allowed at any ratio
+MAX_RATIO = 100  # unpacked to packed bytes above that
 
 
 def read_numpy(path: Path, split: str) -> tuple[NDArray[Any], IntArray | None]:
-    """(images, labels or None) of an .npy or .npz; an .npy is mapped into memory.
+    """Returns (images, labels or None) of an .npy or .npz; an .npy is memory-mapped.
 
     Raises:
-        ValueError: the file is not a regular file, is damaged, has none of the known pairs of names,
-            or holds an array whose size contradicts its header or the bounds above.
+        ValueError: The file is not a regular file, is damaged, has no known pair of array names, or
+            has an array whose size contradicts its header or the limits above.
     """
     regular_file_size(path)
     try:
@@ -49,12 +49,12 @@ def read_numpy(path: Path, split: str) -> tuple[NDArray[Any], IntArray | None]:
             labels = as_labels(pair[1], content[pair[1]]) if pair[1] in content else None
             return content[pair[0]], labels
     except Exception as error:  # damaged files raise errors of zlib, tokenize and others
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path} cannot be read: {reason or type(error).__name__}") from None
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{path} cannot be read: {reason}") from None
 
 
 def _check_member(archive: zipfile.ZipFile, name: str) -> None:
-    """Compares the shape of an .npz's array with the sizes in the archive's directory."""
+    """Compares the header of an .npz's array with the sizes in the archive's directory."""
     names = archive.namelist()
     info = archive.getinfo(name if name in names else f"{name}.npy")
     with archive.open(info) as member:
@@ -95,7 +95,7 @@ def as_labels(name: str, labels: NDArray[Any]) -> IntArray:
 
 
 def read_idx_pair(path: Path) -> tuple[Pixels, IntArray | None]:
-    """(images, labels or None): the labels lie next to the images, with "labels" and "idx1" in their name."""
+    """Returns (images, labels or None); the labels file has "labels" and "idx1" in its name."""
     name = path.name.removesuffix(".gz").replace("images", "labels").replace("idx3", "idx1")
     label_files = [
         p for p in (path.with_name(name), path.with_name(f"{name}.gz")) if p.exists() and p != path
@@ -104,7 +104,7 @@ def read_idx_pair(path: Path) -> tuple[Pixels, IntArray | None]:
 
 
 def _read_idx(path: Path) -> Pixels:
-    """Two zero bytes, 8 for uint8, the number of dimensions, their lengths, the bytes."""
+    """Reads IDX: two zero bytes, 8 for uint8, number of dimensions, their lengths, the data."""
     size = regular_file_size(path)
     zipped = path.suffix == ".gz"
     try:
@@ -124,6 +124,6 @@ def _read_idx(path: Path) -> Pixels:
         raise ValueError(f"{path} cannot be read: {error}") from None
     if len(content) != count:
         raise ValueError(
-            f"{path} does not have {' x '.join(map(str, shape))} bytes of pixels, as its header states"
+            f"{path} does not have {' x '.join(map(str, shape))} bytes, as its header states"
         )
     return np.frombuffer(content, np.uint8).reshape(shape)

@@ -1,4 +1,4 @@
-"""Training data: a folder, an array file, IDX files or a Hugging Face data set, as uint8 in memory."""
+"""Training data in memory, uint8: from a folder, an array file, IDX files or Hugging Face."""
 
 from __future__ import annotations
 
@@ -18,13 +18,22 @@ from .resize import Pixels, channels_of, decode, fit_array, open_image, refusing
 
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 FITS = ("crop", "pad")
-MOST_CLASSES = 100_000  # larger labels are identifiers, not classes
-MOST_PIXELS = 16_384  # per side of a training image
+MAX_CLASSES = 100_000  # larger labels are identifiers, not classes
+MAX_PIXELS = 16_384  # per side of a training image
 
 
 @dataclass(frozen=True, eq=False)
 class ImageData:
-    """Images uint8 [N, H, W, C], their classes int64 [N] or None, and the classes' names or None."""
+    """Images with optional labels.
+
+    Args:
+        images: uint8 [N, H, W, C], at least one.
+        labels: Classes int64 [N], counted from 0, or None.
+        classes: Names of the classes, or None.
+
+    Raises:
+        ValueError: A shape, type or label is invalid.
+    """
 
     images: Pixels
     labels: IntArray | None = None
@@ -34,28 +43,36 @@ class ImageData:
         shape = self.images.shape
         if self.images.dtype != np.uint8 or len(shape) != 4 or not all(shape):
             raise ValueError(
-                f"images are {self.images.dtype} {shape}; expected uint8 [N, H, W, C] with at least one image"
+                f"images are {self.images.dtype} {shape}; "
+                "expected uint8 [N, H, W, C] with at least one image"
             )
         if self.labels is not None and self.labels.shape != shape[:1]:
             raise ValueError(
-                f"labels have shape {self.labels.shape}; expected ({len(self.images)},), one per image"
+                f"labels have shape {self.labels.shape}; "
+                f"expected ({len(self.images)},), one per image"
             )
-        most = len(self.classes) if self.classes is not None else MOST_CLASSES
+        most = len(self.classes) if self.classes is not None else MAX_CLASSES
         if self.labels is not None and not 0 <= self.labels.min() <= self.labels.max() < most:
             raise ValueError(
-                f"labels from {self.labels.min()} to {self.labels.max()}; expected classes counted from 0, fewer than {most}"
+                f"labels are {self.labels.min()} to {self.labels.max()}; "
+                f"expected classes counted from 0, at most {most - 1}"
             )
 
     def __len__(self) -> int:
         return len(self.images)
 
     def with_classes_of(self, other: ImageData) -> ImageData:
-        """Labels numbered as in `other`, by class names if both have them. ValueError for a class missing there."""
+        """Returns the data with classes numbered as in `other`, if both have class names.
+
+        Raises:
+            ValueError: `other` does not have one of the classes.
+        """
         if self.labels is None or self.classes is None or other.classes is None:
             return self
         if unknown := sorted(set(self.classes) - set(other.classes)):
             raise ValueError(
-                f"the classes {', '.join(unknown)} are not among those of training: {', '.join(other.classes)}"
+                f"the classes {', '.join(unknown)} are not among those of training: "
+                f"{', '.join(other.classes)}"
             )
         number = np.array([other.classes.index(name) for name in self.classes])
         return ImageData(self.images, number[self.labels], other.classes)
@@ -88,30 +105,33 @@ def load_images(
     """Loads square images from a path.
 
     Args:
-        source: a folder of images at any depth; if every image lies in one of several first-level sub-folders,
-            these are the classes, in order of name. Or a folder or file in IDX format (MNIST's), gzipped or
-            not, with the labels next to the images. Or an .npz with "images" and optionally "labels" (or
-            arr_0, arr_1; or x_train, y_train), or an .npy. Only regular files are read. An image may have
-            89 million pixels; what an archive may unpack to is bounded (`data.archives`).
-        resolution: side in pixels.
-        fit: "crop": scale until the shorter side fits and crop the middle; "pad": scale down if too large and
-            center on black.
+        source: One of
+            a folder of images at any depth. If every image is in one of several first-level
+            subfolders, these are the classes, sorted by name;
+            a folder or file in IDX format (MNIST's), gzipped or not, with the labels in the same
+            folder;
+            an .npz with "images" and optionally "labels" (or arr_0, arr_1; or x_train, y_train), or
+            an .npy.
+            Only regular files are read. An image may have 89 million pixels; the unpacked size of
+            an archive is limited (`data.archives`).
+        resolution: Side in pixels.
+        fit: "crop": scale the shorter side to fit and crop the center; "pad": scale down if too
+            large and center on black.
         channels: 1 or 3; None: as in the source. Transparent images are composed over white.
         split: "train" or "test", if the source has both.
 
     Raises:
-        ValueError: the source is missing, unreadable or of another kind.
+        ValueError: The source is missing, unreadable or of another kind, or an argument is invalid.
     """
     source = Path(source)
-    if not is_count(resolution, MOST_PIXELS):
-        raise ValueError(
-            f"resolution = {shown(resolution)}; expected pixels, at least 1, at most {MOST_PIXELS}"
-        )
+    if not is_count(resolution, MAX_PIXELS):
+        raise ValueError(f"resolution = {shown(resolution)}; expected 1 to {MAX_PIXELS} pixels")
     if fit not in FITS or split not in ("train", "test") or channels not in (None, 1, 3):
         raise ValueError(
-            f"fit={fit!r}, split={split!r}, channels={channels!r}; expected crop or pad, train or test, 1 or 3"
+            f"fit={fit!r}, split={split!r}, channels={channels!r}; "
+            "expected crop or pad, train or test, 1 or 3"
         )
-    if not os.path.exists(source):  # False too for a loop of links and a name that is too long
+    if not os.path.exists(source):  # also False for a loop of links or a name that is too long
         raise ValueError(
             f"{source} does not exist; expected a folder of images, or an .npz, .npy or IDX file"
         )
@@ -126,11 +146,13 @@ def load_images(
         images, labels = read_idx_pair(source)
     else:
         raise ValueError(
-            f"{source}: unknown kind of file; expected a folder of images, or an .npz, .npy or IDX file"
+            f"{source}: unknown kind of file; "
+            "expected a folder of images, or an .npz, .npy or IDX file"
         )
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or not images.size:
         raise ValueError(
-            f"{source} holds {images.dtype} {images.shape}; expected uint8 [N, H, W] or [N, H, W, C]"
+            f"{source} holds {images.dtype} {images.shape}; "
+            "expected uint8 [N, H, W] or [N, H, W, C]"
         )
     if images.ndim == 3:
         images = images[..., None]
@@ -142,9 +164,16 @@ def load_images(
 def load_dataset(
     name: str, resolution: int, fit: str = "crop", channels: int | None = None, split: str = "train"
 ) -> ImageData:
-    """A data set of the Hugging Face hub, or a folder that its library reads; needs the extra `train`.
+    """Loads a data set of the Hugging Face hub or a local folder; needs the extra `train`.
 
-    The first column of images is taken, and a column "label" or "labels" where there is one. See `load_images`.
+    Args:
+        name: Name or path for `datasets.load_dataset`. The images are its first column of images,
+            the labels its column "label" or "labels", if there is one.
+        resolution, fit, channels, split: As in `load_images`.
+
+    Raises:
+        ValueError: The data set cannot be loaded, is empty or has no images, or `datasets` is not
+            installed.
     """
     try:
         import datasets
@@ -183,14 +212,14 @@ def _image_of(table: Any, i: int, column: str) -> Any:
 
 
 def has_test_split(source: Path) -> bool:
-    """True for a folder of IDX files with a test split."""
+    """Returns True for a folder of IDX files with a test split."""
     return source.is_dir() and any(
         "t10k" in path.name or "test" in path.name for path in source.glob("*images*idx3*")
     )
 
 
 def _of_split(source: Path, files: list[Path], split: str) -> Path:
-    """The one IDX file with the images of a split, selected by "train", "t10k" or "test" in its name."""
+    """The IDX file with the images of a split, by "train", "t10k" or "test" in its name."""
     words = ("t10k", "test") if split == "test" else ("train",)
     chosen = [path for path in files if any(word in path.name for word in words)]
     if not chosen and split == "train" and not has_test_split(source):
@@ -198,7 +227,8 @@ def _of_split(source: Path, files: list[Path], split: str) -> Path:
     if len(chosen) != 1:
         names = ", ".join(path.name for path in files)
         raise ValueError(
-            f"{source} has {len(chosen) or 'no'} files of images for the {split} split among {names}; name one file"
+            f"{source} has {len(chosen) or 'no'} files of images for the {split} split "
+            f"among {names}; name one file"
         )
     return chosen[0]
 
@@ -211,20 +241,20 @@ def _read_folder(source: Path, resolution: int, fit: str, channels: int | None) 
     )
     if not paths:
         raise ValueError(
-            f"{source} has no images; expected {', '.join(sorted(EXTENSIONS))}, IDX files, or an .npz or .npy file"
+            f"{source} has no images; expected {', '.join(sorted(EXTENSIONS))}, IDX files, "
+            "or an .npz or .npy file"
         )
-    homes = [path.relative_to(source).parts[:-1] for path in paths]
-    names = sorted({home[0] for home in homes if home})
+    folders = [path.relative_to(source).parts[:-1] for path in paths]
+    names = sorted({folder[0] for folder in folders if folder})
     openers = [partial(open_image, path) for path in paths]
     with refusing_bombs():
         if channels is None:
             channels = 1 if all(_channels(opener) == 1 for opener in openers) else 3
         images = decode(openers, len(paths), resolution, fit, channels)
-    if not all(homes) or len(names) < 2:
+    if not all(folders) or len(names) < 2:
         return ImageData(images)
-    return ImageData(
-        images, np.array([names.index(home[0]) for home in homes], np.int64), tuple(names)
-    )
+    labels = np.array([names.index(folder[0]) for folder in folders], np.int64)
+    return ImageData(images, labels, tuple(names))
 
 
 def _channels(opener: Callable[[], Any]) -> int:

@@ -21,7 +21,17 @@ GAP = 2  # pixels between the images of a grid
 
 
 def grid(images: Pixels, columns: int | None = None, gap: int = GAP, scale: int = 1) -> Pixels:
-    """A grid of images: uint8 [N, H, W, C] -> [rows (H + gap) + gap, ..., C], white between, enlarged `scale` times."""
+    """Arranges images in a grid on white.
+
+    Args:
+        images: uint8 [N, H, W, C].
+        columns: Default: the square root of N, rounded up.
+        gap: Pixels around each image.
+        scale: Integer factor of enlargement.
+
+    Returns:
+        uint8 [rows (scale H + gap) + gap, columns (scale W + gap) + gap, C].
+    """
     n, h, w, c = images.shape
     columns = columns or math.ceil(math.sqrt(n))
     rows = math.ceil(n / columns)
@@ -35,7 +45,7 @@ def grid(images: Pixels, columns: int | None = None, gap: int = GAP, scale: int 
 
 
 def check_channels(channels: int) -> None:
-    """ValueError for a number of channels that PNG and Pillow do not have."""
+    """Raises ValueError for a number of channels that PNG does not support."""
     if channels not in PNG_CHANNELS:
         raise ValueError(
             f"cannot write {channels}-channel images as PNG; write .npy or .npz instead"
@@ -43,7 +53,7 @@ def check_channels(channels: int) -> None:
 
 
 def to_pil(images: Pixels) -> list[PILImage]:
-    """Images uint8 [N, H, W, C] with 1, 3 or 4 channels, an array or a tensor, as Pillow images."""
+    """Converts an array or tensor uint8 [N, H, W, C] with 1, 3 or 4 channels to Pillow images."""
     from PIL import Image
 
     pixels = np.asarray(images)
@@ -52,8 +62,14 @@ def to_pil(images: Pixels) -> list[PILImage]:
 
 
 def encode_png(image: Pixels, **text: str) -> bytes:
-    """An image uint8 [H, W, C] with 1, 3 or 4 channels, an array or a tensor, as the bytes of a PNG
-    file, with `text` in its text chunks.
+    """Encodes an image as PNG.
+
+    Args:
+        image: Array or tensor uint8 [H, W, C] with 1, 3 or 4 channels.
+        **text: Contents of text chunks by keyword.
+
+    Raises:
+        ValueError: The number of channels is another.
     """
     from PIL.PngImagePlugin import PngInfo
 
@@ -66,8 +82,15 @@ def encode_png(image: Pixels, **text: str) -> bytes:
 
 
 def save_grid(path: str | Path, images: Pixels, columns: int | None = None) -> None:
-    """Writes images uint8 [N, H, W, C], an array or a tensor, as one PNG grid, small ones enlarged
-    to about 64 pixels.
+    """Writes images as one PNG grid; up to 256 small images are enlarged to about 64 pixels.
+
+    Args:
+        path: The PNG file.
+        images: Array or tensor uint8 [N, H, W, C] with 1, 3 or 4 channels.
+        columns: Default: the square root of N, rounded up.
+
+    Raises:
+        ValueError: The number of channels is another.
     """
     images = np.asarray(images)
     scale = max(1, 64 // max(images.shape[1:3])) if len(images) <= 256 else 1
@@ -79,7 +102,14 @@ def save_grid(path: str | Path, images: Pixels, columns: int | None = None) -> N
 
 
 def first_row(path: Path) -> Pixels:
-    """The top row of a grid written by `save_grid`, without its lower border: uint8 [H', W', C]."""
+    """Returns the top row of a grid written by `save_grid`, without its lower border.
+
+    Returns:
+        uint8 [H', W', C].
+
+    Raises:
+        ValueError: The file is not such a grid.
+    """
     from PIL import Image
 
     with Image.open(path) as sheet:

@@ -9,15 +9,15 @@ from torch import Tensor
 
 
 def nearest(x: Tensor) -> Tensor:
-    """[-1, 1] -> 0 ... 255, rounded to the nearest, ties to even."""
+    """Maps [-1, 1] to 0 ... 255, rounded to the nearest, ties to even."""
     return ((x + 1) * 127.5).round()
 
 
 def to_uint8(x: Tensor, level: Callable[[Tensor], Tensor] = nearest) -> Tensor:
-    """Images [N, C, H, W], clipped to [-1, 1], as uint8 [N, H, W, C]; `level` maps [-1, 1] to 0 ... 255."""
+    """Converts images [N, C, H, W], clipped to [-1, 1], to uint8 [N, H, W, C] by `level`."""
     return level(x.clamp(-1, 1)).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
 def from_uint8(images: Tensor) -> Tensor:
-    """uint8 [N, H, W, C] as fp32 [N, C, H, W] in [-1, 1], channels-last: the inverse of `to_uint8`."""
+    """Converts uint8 [N, H, W, C] to fp32 [N, C, H, W] in [-1, 1], channels-last."""
     return images.float().div_(127.5).sub_(1).permute(0, 3, 1, 2)

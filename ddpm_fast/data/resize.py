@@ -1,4 +1,4 @@
-"""Images of any size and mode as one uint8 array of square images."""
+"""Conversion of images of any size and mode to one uint8 array of square images."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Pixels = NDArray[np.uint8]
 
 
 def open_image(path: Path) -> Any:
-    """Pillow's image of a regular file, not decoded yet. ValueError for a file that is no image."""
+    """Opens a regular file with Pillow, without decoding. ValueError if it is not an image."""
     from PIL import Image
 
     regular_file_size(path)
@@ -28,7 +28,8 @@ def open_image(path: Path) -> Any:
         return Image.open(path)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(
-            f"{path} has too many pixels: {str(error).partition(',')[0]}; scale it down or remove it"
+            f"{path} has too many pixels: {str(error).partition(',')[0]}; "
+            "scale it down or remove it"
         ) from None
     except Exception:  # Pillow raises errors of many types for damaged files
         raise ValueError(f"{path} cannot be read; expected an image: repair or remove it") from None
@@ -36,7 +37,7 @@ def open_image(path: Path) -> Any:
 
 @contextmanager
 def refusing_bombs() -> Iterator[None]:
-    """Makes images above Pillow's limit of 89 million pixels an error, in every thread."""
+    """Makes images above Pillow's limit of 89 million pixels raise, in every thread."""
     from PIL import Image
 
     with warnings.catch_warnings():
@@ -59,9 +60,8 @@ def decode(
         try:
             out[i] = _fit_image(image, resolution, fit, channels)
         except Exception as error:
-            raise ValueError(
-                f"{getattr(image, 'filename', None) or f'image {i}'} cannot be read: {error}; repair or remove it"
-            ) from None
+            name = getattr(image, "filename", None) or f"image {i}"
+            raise ValueError(f"{name} cannot be read: {error}; repair or remove it") from None
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         running = [pool.submit(one, i, opener) for i, opener in enumerate(openers)]
@@ -99,6 +99,7 @@ def _fit_image(image: Any, resolution: int, fit: str, channels: int) -> Pixels:
 
 
 def fit_array(images: Pixels, resolution: int, fit: str, channels: int | None) -> Pixels:
+    """Fits images [N, H, W, C]; no copy if nothing changes. Arguments as in `load_images`."""
     from PIL import Image
 
     n, h, w, c = images.shape

@@ -1,1 +1,1 @@
-"""The mathematics of DDPM: schedules, solvers, losses. No network, no engine."""
+"""Mathematics of DDPM: schedules, the forward and reverse process, solvers and losses."""

@@ -1,17 +1,20 @@
-"""The forward process, step by step and in one jump, and what it implies backwards (Ho et al. 2020, section 2).
+"""Forward process and Algorithm 1, training (Ho et al. 2020, sections 2 and 3).
 
-    q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I)                       (eq. 2)     `q_step`, `q_chain`
-    q(x_t | x_0)     = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I)               (eq. 4)     `q_jump`
-    q(x_{t-1} | x_t, x_0) = N(mu~_t(x_t, x_0), beta~_t I)                          (eqs. 6, 7) `q_posterior`
+    q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I)         (eq. 2)     `q_step`
+    q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I)     (eq. 4)     `q_jump`
+    q(x_{t-1} | x_t, x_0) = N(mu~_t(x_t, x_0), beta~_t I)            (eqs. 6, 7) `q_posterior`
+    L_simple = E || eps - eps_theta(x_t, t) ||^2                     (eq. 14)    `training_loss`
 
-These are for reading, checking and small experiments, in whatever dtype the images have; training and sampling use
-`kernels.q_sample` and `kernels.ddpm_step`, which are tested against the same formulas.
+t = 0 ... T-1 in code is t = 1 ... T in the paper. Everything is plain PyTorch in the dtype of the
+images. `Trainer` computes the same loss with the kernels `q_sample` and `noise_mse`.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,33 +22,52 @@ from .schedule import NoiseSchedule
 
 
 def q_step(schedule: NoiseSchedule, x: Tensor, t: int, eps: Tensor) -> Tensor:
-    """x_{t-1}, eps -> x_t, one step of the chain (Ho et al. 2020, eq. 2). At t = 0, `x` is the clean image."""
+    """Returns x_t from x_{t-1} and eps (Ho et al. 2020, eq. 2). At t = 0, `x` is the image x_0."""
     beta = float(schedule.beta[t])
     return math.sqrt(1 - beta) * x + math.sqrt(beta) * eps
 
 
 def exploding_step(schedule: NoiseSchedule, x: Tensor, t: int, eps: Tensor) -> Tensor:
-    """The same without the factor sqrt(1 - beta): the variance then grows by beta_t each step instead of tending to 1.
+    """Returns x_{t-1} + sqrt(beta_t) eps: `q_step` without the factor sqrt(1 - beta_t).
 
-    This is the chain of Song & Ermon 2019, whose image never fades but drowns; no network input stays in one range.
+    The variance grows by beta_t per step instead of tending to 1, as in Song & Ermon 2019. The
+    signal is not attenuated, so the range of the network's input grows with t.
     """
     return x + math.sqrt(float(schedule.beta[t])) * eps
 
 
 def q_chain(schedule: NoiseSchedule, x_0: Tensor, eps: Tensor, exploding: bool = False) -> Tensor:
-    """The whole trajectory: x_0 [...], eps [N, ...] one noise per step, N <= T -> x_0 ... x_{N-1} of the schedule, [N, ...]."""
-    step, x, xs = exploding_step if exploding else q_step, x_0, []
+    """Returns x_t for t = 0 ... N-1, computed one step at a time.
+
+    Args:
+        schedule: A schedule of T >= N steps.
+        x_0: Image of any shape [...].
+        eps: Noise of each step, [N, ...].
+        exploding: Use `exploding_step` instead of `q_step`.
+
+    Returns:
+        [N, ...].
+    """
+    step, x, states = exploding_step if exploding else q_step, x_0, []
     for t, noise in enumerate(_checked(schedule, eps)):
         x = step(schedule, x, t, noise)
-        xs.append(x)
-    return torch.stack(xs)
+        states.append(x)
+    return torch.stack(states)
 
 
 def merged_noise(schedule: NoiseSchedule, eps: Tensor) -> Tensor:
-    """The single noise that takes x_0 to where the chain arrives: eps [N, ...] of the steps -> [N, ...], standard normal each.
+    """Returns for each t the noise with which `q_jump` gives the same x_t as `q_chain` does.
 
-    Two independent Gaussians add up to one: sqrt(alpha_t) n_{t-1} + sqrt(beta_t) eps_t has variance 1 - alpha_bar_t if n_{t-1}
-    has 1 - alpha_bar_{t-1}. Divided by its deviation, it is the eps of `q_jump`.
+    n_t = sqrt(alpha_t) n_{t-1} + sqrt(beta_t) eps_t is the total noise in x_t. Variances of
+    independent Gaussians add, so n_t has variance 1 - alpha_bar_t. The result is n_t over its
+    standard deviation, a standard normal variable.
+
+    Args:
+        schedule: A schedule of T >= N steps.
+        eps: Noise of each step, [N, ...].
+
+    Returns:
+        [N, ...].
     """
     n, merged = torch.zeros_like(eps[0]), []
     for t, noise in enumerate(_checked(schedule, eps)):
@@ -55,19 +77,59 @@ def merged_noise(schedule: NoiseSchedule, eps: Tensor) -> Tensor:
 
 
 def q_jump(schedule: NoiseSchedule, x_0: Tensor, t: int, eps: Tensor) -> Tensor:
-    """x_0, eps -> x_t in one step (Ho et al. 2020, eq. 4)."""
+    """Returns x_t from x_0 and eps in one step (Ho et al. 2020, eq. 4)."""
     return math.sqrt(schedule.alpha_bar[t]) * x_0 + math.sqrt(schedule.noise_var[t]) * eps
 
 
 def q_posterior(schedule: NoiseSchedule, x_0: Tensor, x_t: Tensor, t: int) -> tuple[Tensor, float]:
-    """Mean and variance of q(x_{t-1} | x_t, x_0) (Ho et al. 2020, eqs. 6 and 7); at t = 0 the image itself and 0."""
+    """Returns mean and variance of q(x_{t-1} | x_t, x_0) (Ho et al. 2020, eqs. 6 and 7).
+
+    At t = 0 they are x_0 and 0.
+    """
     mean = float(schedule.posterior_mean_x_0[t]) * x_0 + float(schedule.posterior_mean_x_t[t]) * x_t
     return mean, float(schedule.posterior_var[t])
+
+
+def training_loss(
+    model: Callable[[Tensor, Tensor], Tensor],
+    schedule: NoiseSchedule,
+    x_0: Tensor,
+    t: Tensor | None = None,
+    eps: Tensor | None = None,
+) -> Tensor:
+    """Returns the loss of one batch, differentiable (Ho et al. 2020, Algorithm 1).
+
+        1: repeat
+        2:   x_0 ~ q(x_0)
+        3:   t ~ Uniform({1, ..., T})
+        4:   eps ~ N(0, I)
+        5:   gradient step on || eps - eps_theta(x_t, t) ||^2, with x_t as in eq. 4
+        6: until converged
+
+    Args:
+        model: eps_theta, a callable (x_t [B, C, H, W], t int64 [B]) -> [B, C, H, W].
+        schedule: The noise schedule.
+        x_0: Images [B, C, H, W] in [-1, 1]; the loss is computed in their dtype.
+        t: Timesteps [B] in 0 ... T-1; default: uniform.
+        eps: Noise [B, C, H, W]; default: standard normal.
+
+    Returns:
+        Mean squared error over all elements, a scalar.
+    """
+    if t is None:  # line 3
+        t = torch.randint(len(schedule), (len(x_0),), device=x_0.device)
+    if eps is None:  # line 4
+        eps = torch.randn_like(x_0)
+    signal, noise = (
+        torch.from_numpy(np.sqrt(v)).to(x_0)[t][:, None, None, None]
+        for v in (schedule.alpha_bar, schedule.noise_var)
+    )
+    return (eps - model(signal * x_0 + noise * eps, t)).square().mean()  # line 5
 
 
 def _checked(schedule: NoiseSchedule, eps: Tensor) -> Tensor:
     if not 1 <= len(eps) <= len(schedule):
         raise ValueError(
-            f"noise for {len(eps)} steps; expected 1 to {len(schedule)}, one for each of the schedule's"
+            f"eps has noise for {len(eps)} steps; expected 1 to {len(schedule)}, one per step"
         )
     return eps

@@ -1,4 +1,4 @@
-"""Training losses: simple, min-SNR, hybrid and the variational bound (Ho et al. 2020; Nichol & Dhariwal 2021)."""
+"""Training losses: simple, min-SNR, hybrid and the variational bound."""
 
 from __future__ import annotations
 
@@ -18,7 +18,16 @@ LEARNING_VARIANCE = ("hybrid", "vlb")
 def target_table(
     schedule: NoiseSchedule, prediction: str, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """(of_eps, of_x_0) as fp32 [T, 2]: what the network is to predict is of_eps eps + of_x_0 x_0 (`kernels.noise_mse`)."""
+    """Coefficients of the training target of_eps eps + of_x_0 x_0, for `kernels.noise_mse`.
+
+    Args:
+        schedule: The noise schedule, of T steps.
+        prediction: What the network predicts: "eps", "x_0" or "v".
+        device: Device of the table.
+
+    Returns:
+        (of_eps, of_x_0) as fp32 [T, 2].
+    """
     check_prediction(prediction)
     ones = np.ones(len(schedule))
     columns = {
@@ -30,10 +39,13 @@ def target_table(
 
 
 def min_snr_weights(schedule: NoiseSchedule, prediction: str, gamma: float) -> Array:
-    """The weights [T] of the loss of `prediction` that weigh the loss of x_0 by min(SNR, gamma) (Hang et al. 2023, eq. 8).
+    """Returns loss weights [T] that weight the error of x_0 by min(SNR, gamma) (Hang et al. 2023).
 
-    A squared error of eps is SNR times, one of v SNR + 1 times that of x_0: min(SNR, gamma) over that. With eps-prediction the
-    weight is 1 until SNR passes gamma; nothing else than the nearly clean images counts less.
+    Equation 8: the squared error of eps is SNR times that of x_0, that of v is SNR + 1 times, and
+    min(SNR, gamma) is divided by this factor. For eps, the weight is 1 where SNR <= gamma.
+
+    Raises:
+        ValueError: gamma is not positive, or the prediction is unknown.
     """
     check_prediction(prediction)
     if not gamma > 0:
@@ -45,15 +57,24 @@ def min_snr_weights(schedule: NoiseSchedule, prediction: str, gamma: float) -> A
 
 
 class Objective:
-    """The loss of every image, differentiable: fp32 [B].
+    """Training loss of each image.
 
-    loss   simple   mean squared error of what is predicted (Ho et al. 2020, eq. 14)
-           min_snr  the same, weighted by `min_snr_weights`
-           hybrid   simple + 0.001 L_vlb, where L_vlb teaches the variance alone: the mean is detached (Nichol & Dhariwal 2021,
-                    eq. 16); one timestep stands for all T, so its term counts T times
-           vlb      L_vlb, in bits per dimension
+    Args:
+        schedule: The noise schedule, of T steps.
+        prediction: What the network predicts: "eps", "x_0" or "v".
+        loss: One of
+            "simple": mean squared error of the prediction (Ho et al. 2020, eq. 14);
+            "min_snr": "simple" weighted by `min_snr_weights`;
+            "hybrid": "simple" + 0.001 L_vlb, with the mean detached in L_vlb, which trains the
+            variance only (Nichol & Dhariwal 2021, eq. 16). L_vlb is estimated as T times one term;
+            "vlb": L_vlb in bits per dimension.
+            "hybrid" and "vlb" need a network with 2C output channels and the variance
+            "learned_range".
+        snr_gamma: gamma of "min_snr".
+        device: Device of the loss tables.
 
-    hybrid and vlb need a network with twice the channels, whose variance is then "learned_range".
+    Raises:
+        ValueError: The loss or the prediction is unknown, or the schedule does not support it.
     """
 
     def __init__(
@@ -68,18 +89,15 @@ class Objective:
             raise ValueError(f"loss {loss!r}; expected one of {', '.join(LOSSES)}")
         conversion(
             prediction, "x_0", schedule.alpha_bar, schedule.noise_var
-        )  # refuses what no sampler could use
+        )  # raises if impossible
         self.schedule, self.prediction, self.loss = schedule, prediction, loss
         self.learned = loss in LEARNING_VARIANCE
         self.variance = "learned_range" if self.learned else "fixed_large"
         self.target = target_table(schedule, prediction, device)
         self.weights = None
         if loss == "min_snr":
-            self.weights = (
-                torch.from_numpy(min_snr_weights(schedule, prediction, snr_gamma))
-                .float()
-                .to(device)
-            )
+            weights = min_snr_weights(schedule, prediction, snr_gamma)
+            self.weights = torch.from_numpy(weights).float().to(device)
         self.bound = None
         if self.learned:
             self.bound = Bound(
@@ -96,12 +114,23 @@ class Objective:
         seed: Tensor,
         image: Tensor,
     ) -> Tensor:
-        """out: the network's output for x_t, which `q_sample` made of x_0 with (t, noise_row, seed, image). Returns fp32 [B]."""
+        """Returns the loss of each image, differentiable in `out`: fp32 [B].
+
+        Args:
+            out: The network's output for x_t, [B, C, H, W]; [B, 2C, H, W] for "hybrid" and "vlb".
+            x_0: Images [B, C, H, W].
+            x_t: `q_sample` of x_0 with (t, noise_row, seed, image).
+            t: Timesteps [B] in 0 ... T-1.
+            noise_row, seed, image: Position in the noise, integers [B].
+
+        Raises:
+            ValueError: `out` has another number of channels.
+        """
         channels, total = x_0.shape[1], len(self.schedule)
         if out.shape[1] != channels * (1 + self.learned):
             raise ValueError(
-                f"the network gives {out.shape[1]} channels for {channels}; "
-                f"the loss {self.loss} needs {channels * (1 + self.learned)}"
+                f"the network's output has {out.shape[1]} channels; "
+                f"expected {channels * (1 + self.learned)} for the loss {self.loss}"
             )
         if self.loss == "vlb" and self.bound is not None:
             return total * self.bound.terms(out.float(), x_0, x_t, t)
@@ -119,5 +148,5 @@ class Objective:
         if self.bound is None:
             return simple
         out = out.float()
-        only_variance = torch.cat([out[:, :channels].detach(), out[:, channels:]], dim=1)
-        return simple + total / 1000 * self.bound.terms(only_variance, x_0, x_t, t)
+        detached = torch.cat([out[:, :channels].detach(), out[:, channels:]], dim=1)
+        return simple + total / 1000 * self.bound.terms(detached, x_0, x_t, t)

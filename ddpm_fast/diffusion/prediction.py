@@ -1,11 +1,10 @@
-"""Prediction types of a network, eps, x_0 and v, and conversions between them by x_t = signal x_0 +
-noise eps.
-
-signal = sqrt(alpha_bar_t), noise = sqrt(1 - alpha_bar_t), signal^2 + noise^2 = 1.
+"""Prediction types of a network and conversions between them.
 
     eps   the noise (Ho et al. 2020)
     x_0   the image
     v     signal eps - noise x_0 (Salimans & Ho 2022, section 4)
+
+x_t = signal x_0 + noise eps, with signal = sqrt(alpha_bar_t) and noise = sqrt(1 - alpha_bar_t).
 """
 
 from __future__ import annotations
@@ -22,10 +21,15 @@ PREDICTIONS = ("eps", "x_0", "v")
 
 
 def conversion(source: str, target: str, signal: Any, noise: Any) -> tuple[Any, Any]:
-    """(of_x, of_out) with target = of_x x_t + of_out out, where `out` is the prediction `source`.
+    """Returns (of_x, of_out) with target = of_x x_t + of_out out, where `out` predicts `source`.
 
-    signal, noise: numbers, arrays or tensors, and so is the answer. ValueError where nothing can tell: x_t without signal says
-    nothing about x_0 if eps is all that is known, x_t without noise nothing about eps if x_0 is.
+    Args:
+        source, target: "eps", "x_0" or "v".
+        signal, noise: Numbers, arrays or tensors; the result has the same type.
+
+    Raises:
+        ValueError: A name is unknown, or the target is undetermined: x_0 from eps where signal is
+            0, and eps from x_0 where noise is 0.
     """
     check_prediction(source)
     check_prediction(target)
@@ -33,15 +37,14 @@ def conversion(source: str, target: str, signal: Any, noise: Any) -> tuple[Any, 
     if source == target:
         return zero, one
     if source == "eps":
-        _nowhere_zero(
-            signal,
-            "alpha_bar = 0: the noise alone does not say what x_0 is; let the network predict x_0 or v",
+        _check_nonzero(
+            signal, "alpha_bar = 0: eps does not determine x_0; let the network predict x_0 or v"
         )
         return (1 / signal, -noise / signal) if target == "x_0" else (-noise / signal, 1 / signal)
     if source == "v":
         return (signal, -noise) if target == "x_0" else (noise, signal)
-    _nowhere_zero(
-        noise, "alpha_bar = 1: x_0 alone does not say what eps is; let the network predict eps or v"
+    _check_nonzero(
+        noise, "alpha_bar = 1: x_0 does not determine eps; let the network predict eps or v"
     )
     return (1 / noise, -signal / noise) if target == "eps" else (signal / noise, -1 / noise)
 
@@ -49,7 +52,21 @@ def conversion(source: str, target: str, signal: Any, noise: Any) -> tuple[Any, 
 def convert(
     out: Tensor, x_t: Tensor, t: Tensor, schedule: NoiseSchedule, source: str, target: str
 ) -> Tensor:
-    """The prediction `source` of images x_t [B, C, H, W] at timesteps t [B] as the prediction `target`, in x_t's dtype."""
+    """Converts the prediction `source` to the prediction `target`.
+
+    Args:
+        out: The prediction, [B, C, H, W].
+        x_t: Noisy images [B, C, H, W].
+        t: Timesteps [B] in 0 ... T-1.
+        schedule: The noise schedule, of T steps.
+        source, target: "eps", "x_0" or "v".
+
+    Returns:
+        [B, C, H, W] in the dtype of x_t.
+
+    Raises:
+        ValueError: As in `conversion`.
+    """
     signal, noise = (
         torch.from_numpy(np.sqrt(v)[t.cpu().numpy()])
         for v in (schedule.alpha_bar, schedule.noise_var)
@@ -61,10 +78,11 @@ def convert(
 
 
 def check_prediction(prediction: str) -> None:
+    """Raises ValueError for an unknown prediction type."""
     if prediction not in PREDICTIONS:
         raise ValueError(f"prediction {prediction!r}; expected one of {', '.join(PREDICTIONS)}")
 
 
-def _nowhere_zero(values: Any, why: str) -> None:
+def _check_nonzero(values: Any, message: str) -> None:
     if not np.all(np.asarray(values)):
-        raise ValueError(why)
+        raise ValueError(message)

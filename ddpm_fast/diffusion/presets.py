@@ -1,5 +1,7 @@
-"""Parity presets: the conventions in which four codebases differ for one solver. State the preset
-with every figure."""
+"""Parity presets: the conventions in which codebases differ for the same solver.
+
+Report the preset with every figure.
+"""
 
 from __future__ import annotations
 
@@ -17,43 +19,43 @@ from .schedule import Array, NoiseSchedule
 from .solvers import StepTable, check_eta, ddim_table, ddpm_table, dpm_solver_table
 from .timesteps import Steps, choose_timesteps
 
-DEFAULT_STEPS = {
-    "ddpm": None,
-    "ddim": 50,
-    "dpm++2m": 20,
-    "dpm++2m-sde": 20,
-}  # None: the whole chain
+# None: the whole chain
+DEFAULT_STEPS = {"ddpm": None, "ddim": 50, "dpm++2m": 20, "dpm++2m-sde": 20}
 
 
 @dataclass(frozen=True)
 class Preset:
-    """How a codebase samples and counts bits.
+    """Conventions of a codebase for sampling and for bits per dimension.
 
-    choose        (T, solver, how many) -> the timesteps, decreasing, where a solver does not visit all
-    single        tables in fp32 from alpha_bar, as those codebases compute them, instead of fp64: beta is off by 5e-4 near t = 4
-    eps_from      what DDIM's eps follows from: the clipped "x_0", or the "network"
-    ddim_clip     does DDIM clip x_0?
-    rounding      to 0 ... 255: "rounded to the nearest", "cut off" or "half rounded up"
-    erf           the decoder's normal distribution function: exact in fp64, or approximated by tanh
-    first_var     the variance of p(x_0 | x_1). No image depends on it, since no noise is added there; the likelihood does.
-                    "beta"       fixed_large: beta_0; fixed_small: the posterior's at t = 1, for at t = 0 it is 0
-                    "posterior"  both: the posterior's at t = 1, with which Ho et al. found better bits for images
-                    "floor"      fixed_large: beta_0; fixed_small: 1e-20
+    Args:
+        choose: (T, solver, number of steps) -> timesteps, decreasing, for a subset of the chain.
+        single_precision: Compute the tables in fp32 from alpha_bar, as those codebases do, instead
+            of in fp64. This changes beta by a relative error of 5e-4 near t = 4.
+        eps_from: What DDIM's eps is computed from: the clipped "x_0", or the "network".
+        ddim_clip: Clip x_0 under DDIM.
+        rounding: To 0 ... 255: "rounded to the nearest", "cut off" or "half rounded up".
+        erf: Normal distribution function of the decoder: exact in fp64, or approximated by tanh.
+        decoder_variance: Variance of the decoder p(x_0 | x_1). It changes the likelihood only: the
+            last step of sampling adds no noise.
+            "beta": beta_0 for fixed_large, the posterior's at t = 1 for fixed_small (at t = 0 it
+            is 0);
+            "posterior": the posterior's at t = 1 for both, as in the code of Ho et al.;
+            "floor": beta_0 for fixed_large, 1e-20 for fixed_small.
     """
 
     choose: Callable[[int, str, int], NDArray[np.int64]] = lambda total, solver, steps: (
         choose_timesteps(total, steps)
     )
-    single: bool = False
+    single_precision: bool = False
     eps_from: str = "x_0"
     ddim_clip: bool = True
     rounding: str = "rounded to the nearest"
     erf: bool = True
-    first_var: str = "beta"
+    decoder_variance: str = "beta"
 
     @property
     def level(self) -> Callable[[Tensor], Tensor]:
-        """Which of 0 ... 255 a value in [-1, 1] becomes."""
+        """Rounding function from [-1, 1] to 0 ... 255."""
         return {
             "rounded to the nearest": nearest,
             "cut off": _cut_off,
@@ -63,7 +65,17 @@ class Preset:
     def timesteps(
         self, total: int, solver: str, steps: Steps, spacing: str | None = None
     ) -> NDArray[np.int64]:
-        """The timesteps that `solver` visits, decreasing; a spacing that is asked for counts more than the preset's."""
+        """Returns the timesteps that a solver visits, decreasing.
+
+        Args:
+            total: T, the length of the training chain.
+            solver: Name of the solver; decides the default number of steps.
+            steps: As in `choose_timesteps`; None: `DEFAULT_STEPS`.
+            spacing: Overrides the preset's spacing.
+
+        Raises:
+            ValueError: As in `choose_timesteps`.
+        """
         if steps is None:
             steps = DEFAULT_STEPS.get(solver)
             steps = steps and min(steps, total)
@@ -81,9 +93,15 @@ class Preset:
         clip: float | None = 1.0,
         eta: float = 0.0,
     ) -> StepTable:
-        """The table of a solver by name: "ddpm" reads `variance`, "ddim" reads `eta`."""
+        """Returns the step table of a solver at the timesteps t; see `solvers`.
+
+        "ddpm" uses `variance`, "ddim" uses `eta`.
+
+        Raises:
+            ValueError: An option is unknown, out of range or of another solver.
+        """
         check_eta(solver, eta)
-        chain = SinglePrecision(schedule.beta) if self.single else schedule
+        chain = SinglePrecision(schedule.beta) if self.single_precision else schedule
         if solver == "ddpm":
             return ddpm_table(chain, t, prediction, variance, clip)
         if solver == "ddim":
@@ -94,7 +112,10 @@ class Preset:
 
 
 class SinglePrecision(NoiseSchedule):
-    """A schedule in fp32, in the order of operations of diffusers and ermongroup/ddim: all from alpha_bar, beta by a ratio."""
+    """Schedule in fp32 with the order of operations of diffusers and ermongroup/ddim.
+
+    Everything is computed from alpha_bar; beta is 1 minus a ratio of alpha_bar.
+    """
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -124,7 +145,7 @@ class SinglePrecision(NoiseSchedule):
 
 def _all(total: int, solver: str, steps: int) -> NDArray[np.int64]:
     raise ValueError(
-        f"{steps} steps: the preset ho visits all {total} timesteps; leave steps out, or name a spacing"
+        f"{steps} steps: the preset ho visits all {total} timesteps; omit steps, or give a spacing"
     )
 
 
@@ -133,15 +154,13 @@ def _sections(total: int, solver: str, steps: int) -> NDArray[np.int64]:
 
 
 def _leading(total: int, solver: str, steps: int) -> NDArray[np.int64]:
-    if solver.startswith(
-        "dpm++"
-    ):  # one more than asked for, and not the last: T-1 is visited, 0 is not
+    if solver.startswith("dpm++"):  # the first n of n + 1: T-1 is visited, 0 is not
         return np.round(np.linspace(0, total - 1, steps + 1)).astype(np.int64)[:0:-1]
     return choose_timesteps(total, steps, "leading")
 
 
 def _uniform(total: int, solver: str, steps: int) -> NDArray[np.int64]:
-    return np.arange(0, total, total // steps)[::-1]  # more than `steps` where it does not divide T
+    return np.arange(0, total, total // steps)[::-1]  # more than `steps` if it does not divide T
 
 
 def _cut_off(x: Tensor) -> Tensor:
@@ -155,37 +174,42 @@ def _half_up(x: Tensor) -> Tensor:
 EXACT = Preset()
 PRESETS: dict[str, Preset] = {
     "exact": EXACT,
-    "ho": Preset(_all, rounding="cut off", erf=False, first_var="posterior"),
-    "openai": Preset(_sections, rounding="cut off", erf=False, first_var="posterior"),
-    "diffusers": Preset(_leading, single=True, eps_from="network", first_var="floor"),
+    "ho": Preset(_all, rounding="cut off", erf=False, decoder_variance="posterior"),
+    "openai": Preset(_sections, rounding="cut off", erf=False, decoder_variance="posterior"),
+    "diffusers": Preset(
+        _leading, single_precision=True, eps_from="network", decoder_variance="floor"
+    ),
     "ddim": Preset(
         _uniform,
-        single=True,
+        single_precision=True,
         eps_from="network",
         ddim_clip=False,
         rounding="half rounded up",
-        first_var="posterior",
+        decoder_variance="posterior",
     ),
 }
 """
-exact      this package's own: fp64 tables, both ends of the chain visited, rounding to the nearest, exact decoder.
-ho         hojonathanho/diffusion (Ho et al. 2020): every timestep, nothing respaced. Its FID was taken from floats, which no file
-           holds (output="float"); files are cut off towards black, which darkens every pixel by half a level on average.
-openai     improved-diffusion, guided-diffusion (Nichol & Dhariwal 2021): respaced in sections, eps from the clipped x_0, cut
-           off; bits per dimension with a tanh for the normal distribution function, as Ho's.
-diffusers  DDPMScheduler, DDIMScheduler, DPMSolverMultistepScheduler by default: leading spacing, so that few steps never see
-           the noisiest timesteps (the start is treated as less noisy than it is, which costs FID: Lin et al. 2024, table 2);
-           DDIM's eps unclipped beside a clipped x_0; fp32 tables.
-ddim       ermongroup/ddim (Song et al. 2021): x_0 never clipped under DDIM; uniform steps by default, quadratic for the FID in
-           the paper (CIFAR-10: 4.16 against 5.68 with uniform ones, ermongroup/ddim#3); half rounds up.
+exact      Default: fp64 tables, both ends of the chain visited, rounding to the nearest, exact
+           decoder.
+ho         hojonathanho/diffusion (Ho et al. 2020): all timesteps. Files are rounded down, which
+           darkens every pixel by half a level on average. The FID was computed from floats
+           (output="float").
+openai     improved-diffusion, guided-diffusion (Nichol & Dhariwal 2021): sections of timesteps, eps
+           from the clipped x_0, rounded down; tanh in the decoder, as in the code of Ho et al.
+diffusers  Defaults of DDPMScheduler, DDIMScheduler and DPMSolverMultistepScheduler: leading
+           spacing, which omits the noisiest timesteps and increases the FID (Lin et al. 2024,
+           table 2); x_0 is clipped but DDIM's eps is not; fp32 tables.
+ddim       ermongroup/ddim (Song et al. 2021): no clipping under DDIM; half rounds up. Spacing is
+           uniform by default and quadratic for the FID of the paper (CIFAR-10: 4.16; uniform 5.68,
+           ermongroup/ddim#3).
 
-Rounding moves FID by what half a level is worth to the features, which is small but not nothing; spacing and clipping move
-it by whole points at 50 steps and hardly at 1000. Measured on the network that ships: docs/solvers.md.
+At 50 steps, spacing and clipping change the FID by whole points, at 1000 steps hardly at all;
+rounding changes it little. Measurements: docs/solvers.md.
 """
 
 
 def preset_of(name: str) -> Preset:
-    """ValueError for an unknown one."""
+    """Returns the preset of a name. ValueError for an unknown name."""
     if name not in PRESETS:
         raise ValueError(f"preset {name!r}; expected one of {', '.join(PRESETS)}")
     return PRESETS[name]

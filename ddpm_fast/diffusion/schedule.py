@@ -1,7 +1,8 @@
-"""The noise schedule: how fast the forward process q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I) destroys an image.
+"""Noise schedule of the forward process q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I).
 
-Everything is fp64 and exact at both ends. Index t = 0 ... T-1 here is t = 1 ... T in Ho et al. 2020; x_0 in a formula is
-always the clean image, so `alpha_bar[0]` belongs to the first noisy one and "alpha_bar before t = 0" is 1.
+All values are fp64 and exact at both ends. t = 0 ... T-1 in code is t = 1 ... T in Ho et al. 2020.
+In a formula x_0 is always the clean image, so `alpha_bar[0]` belongs to the first noisy image and
+alpha_bar_{t-1} at t = 0 is 1.
 """
 
 from __future__ import annotations
@@ -24,11 +25,17 @@ MIN_BETA = float(np.finfo(np.float32).tiny)  # below it, fp32 has no normal numb
 
 @dataclass(frozen=True, eq=False, repr=False)
 class NoiseSchedule:
-    """beta_t for t = 0 ... T-1 and every quantity the papers derive from it, as fp64 arrays [T].
+    """Noise schedule: beta_t for t = 0 ... T-1 and the quantities derived from it, fp64 arrays [T].
 
-    Make one with `linear`, `scaled_linear`, `cosine`, `sigmoid`, `from_betas` or `from_alpha_bar`. ValueError for a beta
-    outside [1.2e-38, 1), one that is not finite, none at all or more than 2^24 - 1. The last beta may be 1: no signal is
-    left then (`zero_terminal_snr`). Schedules with the same betas are equal and have the same hash.
+    Constructors: `linear`, `scaled_linear`, `cosine`, `sigmoid`, `from_betas` and `from_alpha_bar`.
+    Schedules with the same betas are equal and have the same hash.
+
+    Args:
+        beta: [T] with T from 1 to 2^24 - 1, each in [1.2e-38, 1). The last beta may be 1: x_T then
+            contains no signal (`zero_terminal_snr`).
+
+    Raises:
+        ValueError: A beta is out of range or not finite, or the shape is another.
     """
 
     beta: Array
@@ -39,13 +46,13 @@ class NoiseSchedule:
             raise ValueError(
                 f"beta has shape {beta.shape}; expected [T] with T from 1 to {MAX_TIMESTEPS}"
             )
-        right = (beta >= MIN_BETA) & (beta < 1)  # NaN fails both comparisons
-        right[-1] |= beta[-1] == 1
-        bad = np.flatnonzero(~right)
-        if bad.size:
+        valid = (beta >= MIN_BETA) & (beta < 1)  # NaN fails both comparisons
+        valid[-1] |= beta[-1] == 1
+        invalid = np.flatnonzero(~valid)
+        if invalid.size:
             raise ValueError(
-                f"beta[{bad[0]}] = {beta[bad[0]]}; every beta must lie strictly between 0 and 1, "
-                f"and at least at {MIN_BETA:.2g} ({bad.size} do not)"
+                f"beta[{invalid[0]}] = {beta[invalid[0]]}; expected at least {MIN_BETA:.2g} and "
+                f"less than 1 ({invalid.size} of {beta.size} are out of range)"
             )
         object.__setattr__(self, "beta", _frozen(beta))
 
@@ -64,9 +71,7 @@ class NoiseSchedule:
         return hash(self.beta.tobytes())
 
     def __reduce__(self) -> tuple[type[NoiseSchedule], tuple[Array]]:
-        return NoiseSchedule, (
-            self.beta,
-        )  # NumPy would copy the array without its write protection
+        return NoiseSchedule, (self.beta,)  # pickled arrays lose their write protection
 
     # ---- families
 
@@ -80,7 +85,7 @@ class NoiseSchedule:
     def scaled_linear(
         cls, start: float = 1e-4, end: float = 0.02, timesteps: int = 1000
     ) -> NoiseSchedule:
-        """sqrt(beta) in equal steps (Rombach et al. 2022, and "quad" in Ho et al.'s code)."""
+        """sqrt(beta) in equal steps (Rombach et al. 2022; "quad" in the code of Ho et al.)."""
         root_start, root_end = np.sqrt(_beta("start", start)), np.sqrt(_beta("end", end))
         return cls(np.linspace(root_start, root_end, _count(timesteps)) ** 2)
 
@@ -88,7 +93,10 @@ class NoiseSchedule:
     def cosine(
         cls, timesteps: int = 1000, offset: float = 0.008, max_beta: float = 0.999
     ) -> NoiseSchedule:
-        """alpha_bar = cos^2 of a quarter turn, beta at most `max_beta` (Nichol & Dhariwal 2021, eq. 17)."""
+        """alpha_bar(u) = cos^2((u + offset) / (1 + offset) pi/2) over its value at u = 0.
+
+        u = (t + 1) / T, and beta is at most `max_beta` (Nichol & Dhariwal 2021, eq. 17).
+        """
         offset = _number("offset", offset, 0, 1)
         return cls._from_alpha_bar(
             lambda u: np.cos((u + offset) / (1 + offset) * np.pi / 2) ** 2, timesteps, max_beta
@@ -103,7 +111,10 @@ class NoiseSchedule:
         tau: float = 1.0,
         max_beta: float = 0.999,
     ) -> NoiseSchedule:
-        """alpha_bar falls as a sigmoid from `start` to `end` at temperature `tau` (Jabri et al. 2022, algorithm 1)."""
+        """alpha_bar is a sigmoid from `start` to `end` (Jabri et al. 2022, algorithm 1).
+
+        `tau` is its temperature, and beta is at most `max_beta`.
+        """
         start, end = _number("start", start, -1e3, 1e3), _number("end", end, -1e3, 1e3)
         tau = _number("tau", tau, 1e-6, 1e6)
         sigmoid = lambda u: 1 / (1 + np.exp(-(u * (end - start) + start) / tau))
@@ -115,20 +126,20 @@ class NoiseSchedule:
 
     @classmethod
     def from_betas(cls, betas: Sequence[float] | Array) -> NoiseSchedule:
-        """Any beta [T], each in (0, 1)."""
+        """Schedule of given beta [T]."""
         return cls(_array("betas", betas))
 
     @classmethod
     def from_alpha_bar(cls, alpha_bar: Sequence[float] | Array) -> NoiseSchedule:
-        """The chain through any alpha_bar [T], decreasing within (0, 1); the last may be 0."""
+        """Schedule of given alpha_bar [T], decreasing in (0, 1); the last may be 0."""
         bar = np.concatenate([[1.0], _array("alpha_bar", alpha_bar)])
-        with np.errstate(all="ignore"):  # what follows a 0 is refused below
-            return cls((bar[:-1] - bar[1:]) / bar[:-1])  # not 1 - ratio, which loses the small ones
+        with np.errstate(all="ignore"):  # the constructor refuses what follows a 0
+            return cls((bar[:-1] - bar[1:]) / bar[:-1])  # 1 - ratio would cancel for a small beta
 
     def zero_terminal_snr(self) -> NoiseSchedule:
-        """This schedule with sqrt(alpha_bar) shifted and scaled to reach 0 at t = T-1 (Lin et al. 2024, algorithm 1).
+        """Rescales sqrt(alpha_bar) to reach 0 at t = T-1 (Lin et al. 2024, algorithm 1).
 
-        Then x_T is pure noise in training too, as it is in sampling. The network must predict x_0 or v.
+        x_T is then pure noise in training as in sampling. The network must predict x_0 or v.
         """
         root = np.sqrt(self.alpha_bar)
         if root[0] == root[-1]:
@@ -144,14 +155,14 @@ class NoiseSchedule:
     ) -> NoiseSchedule:
         """From a continuous alpha_bar(u), u = 0 (clean) ... 1."""
         count, max_beta = _count(timesteps), _number("max_beta", max_beta, MIN_BETA, 1)
-        with np.errstate(all="ignore"):  # a beta that is not finite is refused below
+        with np.errstate(all="ignore"):  # the constructor refuses a beta that is not finite
             bar = alpha_bar(np.arange(count + 1) / count)
             return cls(np.minimum(1 - bar[1:] / bar[:-1], max_beta))
 
-    # ---- what follows from beta
+    # ---- derived from beta
 
     def __len__(self) -> int:
-        """T"""
+        """T, the number of timesteps."""
         return len(self.beta)
 
     @cached_property
@@ -161,7 +172,7 @@ class NoiseSchedule:
 
     @cached_property
     def alpha_bar(self) -> Array:
-        """alpha_bar_t = prod of alpha up to t: x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps (Ho eq. 4)."""
+        """alpha_bar_t, the product of alpha up to t (Ho eq. 4)."""
         return _frozen(np.cumprod(self.alpha, dtype=np.float64))
 
     @cached_property
@@ -173,8 +184,8 @@ class NoiseSchedule:
     def noise_var(self) -> Array:
         """1 - alpha_bar_t, the variance of the noise in x_t.
 
-        Added up as beta_t + alpha_t (1 - alpha_bar_{t-1}), every term positive: subtracting alpha_bar from 1 would
-        lose four digits at t = 0.
+        Computed as beta_t + alpha_t (1 - alpha_bar_{t-1}), a sum of positive terms: subtracting
+        alpha_bar from 1 would lose four digits at t = 0.
         """
         noise, total = np.empty_like(self.beta), 0.0
         for t, (beta, alpha) in enumerate(zip(self.beta, self.alpha, strict=True)):
@@ -208,17 +219,20 @@ class NoiseSchedule:
         return _frozen(self.alpha_bar / self.noise_var)
 
     def q_sample_table(self, device: torch.device | str = "cpu") -> torch.Tensor:
-        """(sqrt(alpha_bar), sqrt(1 - alpha_bar)) as fp32 [T, 2]: what `kernels.q_sample` reads."""
-        return (
-            torch.from_numpy(np.sqrt(np.stack([self.alpha_bar, self.noise_var], axis=1)))
-            .float()
-            .to(device)
-        )
+        """(sqrt(alpha_bar), sqrt(1 - alpha_bar)) as fp32 [T, 2], for `kernels.q_sample`."""
+        columns = np.sqrt(np.stack([self.alpha_bar, self.noise_var], axis=1))
+        return torch.from_numpy(columns).float().to(device)
 
     def respaced(self, timesteps: Sequence[int] | NDArray[np.int64]) -> NoiseSchedule:
-        """The schedule of the chain that visits only `timesteps` (increasing), with the same alpha_bar there.
+        """Schedule that visits only some timesteps, with the same alpha_bar there.
 
-        Nichol & Dhariwal 2021, eq. 19. ValueError for a list that is empty, not increasing, or leaves 0..T-1.
+        Nichol & Dhariwal 2021, eq. 19.
+
+        Args:
+            timesteps: Increasing, in 0 ... T-1.
+
+        Raises:
+            ValueError: `timesteps` is empty, does not increase, or leaves 0 ... T-1.
         """
         visited = np.asarray(timesteps)
         if (
@@ -229,17 +243,16 @@ class NoiseSchedule:
             or (np.diff(visited) <= 0).any()
         ):
             raise ValueError(
-                f"timesteps {list(timesteps)[:8]} ...; expected an increasing list within 0..{len(self) - 1}"
+                f"timesteps = {list(timesteps)[:8]} ...; expected an increasing list "
+                f"in 0..{len(self) - 1}"
             )
         if len(visited) == len(self):
-            return self  # so that "all steps" is this schedule to the bit
-        betas, noise = [], 0.0
-        wanted = set(visited.tolist())
+            return self  # bit-exact
+        betas, noise, selected = [], 0.0, set(visited.tolist())
         for t, (beta, alpha) in enumerate(zip(self.beta, self.alpha, strict=True)):
-            noise = (
-                beta + alpha * noise
-            )  # 1 - product of alpha since the last visited step, as in noise_var
-            if t in wanted:
+            # 1 - product of alpha since the last visited timestep, summed as in noise_var
+            noise = beta + alpha * noise
+            if t in selected:
                 betas.append(noise)
                 noise = 0.0
         return NoiseSchedule(np.array(betas))

@@ -1,7 +1,7 @@
-"""Solvers as tables of coefficients: what `kernels.ddpm_step` does at each visited timestep.
+"""Solvers as tables of coefficients for `kernels.ddpm_step`, one row per step.
 
-One step makes x_{t-1} from x_t, the clipped x_0, the network's output, the x_0 of the step before and fresh noise, and it is
-linear in all of them. So one row of numbers says everything about a step, and one kernel and one loop serve every solver.
+A step of any solver is linear in x_t, the clipped x_0, the network's output, the x_0 of the
+previous step and the noise. One kernel and one loop therefore serve all solvers.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from .prediction import conversion
 from .schedule import Array, NoiseSchedule
 
 VARIANCES = ("fixed_small", "fixed_large", "learned", "learned_range")
-LEARNED = (
-    "learned",
-    "learned_range",
-)  # the network's second half of channels says what the variance is
+LEARNED = ("learned", "learned_range")  # predicted in the second half of the output channels
 SOLVERS = ("ddpm", "ddim", "dpm++2m", "dpm++2m-sde")
 ENDS = ("x_0", "t=0")
 
 
 @dataclass(frozen=True, eq=False)
 class StepTable:
-    """t [R] int64, the timestep the network sees at each step; coef [R, 10] fp64, columns `COLUMNS`.
+    """Coefficients of a solver.
 
-    `learned`: the network's second half of channels sets the variance.
+    Args:
+        t: Timestep of each step for the network, int64 [R].
+        coef: fp64 [R, 11], with the columns `kernels.ddpm_step.COLUMNS`.
+        learned: The variance is predicted in the second half of the network's output channels.
     """
 
     t: NDArray[np.int64]
@@ -46,30 +46,30 @@ class StepTable:
 
     @property
     def multistep(self) -> bool:
-        """Does any step look back at the x_0 of the step before?"""
+        """True if a step uses the x_0 of the previous step."""
         return bool(self.coef[:, COLUMNS.index("mean_old")].any())
 
     def padded(self, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """What a sampling loop reads: (t int64 [rows], coef fp32 [rows, 10]), on the CPU.
+        """Returns (t int64 [rows], coef fp32 [rows, 11]) on the CPU for a sampling loop.
 
-        After the last step follow rows that leave x_t as it is, where finished images rest.
+        The rows after the last step leave x_t unchanged; finished images stay there.
 
         Raises:
-            ValueError: `rows` leaves no place for such a row.
+            ValueError: There is no row after the last step.
         """
         if rows <= len(self):
             raise ValueError(
                 f"a table of {len(self)} steps in {rows} rows; expected at least {len(self) + 1}"
             )
-        rest = np.zeros((rows - len(self), len(COLUMNS)))
-        rest[:, COLUMNS.index("mean_x")] = 1
-        coef = torch.from_numpy(np.concatenate([self.coef, rest])).float()
+        identity = np.zeros((rows - len(self), len(COLUMNS)))
+        identity[:, COLUMNS.index("mean_x")] = 1
+        coef = torch.from_numpy(np.concatenate([self.coef, identity])).float()
         return torch.from_numpy(np.pad(self.t, (0, rows - len(self)))), coef
 
 
 @dataclass(frozen=True, eq=False)
 class _Steps:
-    """From signal x_0 + noise eps at every step to signal_to x_0 + noise_to eps: [R] each, in the order of sampling."""
+    """Steps from signal x_0 + noise eps to signal_to x_0 + noise_to eps: [R] each, in order."""
 
     t: NDArray[np.int64]
     signal: Array
@@ -79,7 +79,7 @@ class _Steps:
 
     @classmethod
     def down(cls, chain: NoiseSchedule, t: NDArray[np.int64], end: str) -> _Steps:
-        """Each step to the next visited timestep; the last to the clean image, or to timestep 0 of the chain."""
+        """Steps between visited timesteps; the last one leads to x_0, or to t = 0 (`end`)."""
         signal, noise, signal_to, noise_to = (
             np.sqrt(v[::-1])
             for v in (chain.alpha_bar, chain.noise_var, chain.alpha_bar_prev, chain.noise_var_prev)
@@ -89,7 +89,7 @@ class _Steps:
         if end == "t=0":
             if t[-1] != 0 or len(t) == 1:
                 raise ValueError(
-                    f'the steps end at t = {t[-1]}; with end="t=0" they must go on to timestep 0'
+                    f'the steps end at t = {t[-1]}; expected two or more, to t = 0, for end="t=0"'
                 )
             t, signal, noise, signal_to, noise_to = (
                 v[:-1] for v in (t, signal, noise, signal_to, noise_to)
@@ -97,18 +97,19 @@ class _Steps:
         return cls(t, signal, noise, signal_to, noise_to)
 
     def predicted_x_0(self, prediction: str, clip: float | None) -> dict[str, Array]:
-        """The columns of x_0 = clamp(x_0_x x_t + x_0_out out, -clip, clip)."""
+        """Columns of x_0 = clamp(x_0_x x_t + x_0_out out, -clip, clip)."""
         of_x, of_out = conversion(prediction, "x_0", self.signal, self.noise)
         if clip is not None and not clip > 0:
-            raise ValueError(f"clip = {clip}; expected a positive bound for |x_0|, or None")
+            raise ValueError(f"clip = {clip}; expected a positive bound on |x_0|, or None")
         return dict(
             x_0_x=of_x, x_0_out=of_out, clip=np.full(len(self.t), np.inf if clip is None else clip)
         )
 
     def table(self, columns: dict[str, Array], learned: bool = False) -> StepTable:
-        """Columns by name, absent ones zero."""
-        none = np.zeros(len(self.t))
-        coef = np.stack([columns.get(name, none) for name in COLUMNS], axis=1).astype(np.float64)
+        """Table of columns by name; missing columns are zero, noise rows count the steps."""
+        zeros = np.zeros(len(self.t))
+        columns = dict(noise_row=np.arange(len(self.t))) | columns
+        coef = np.stack([columns.get(name, zeros) for name in COLUMNS], axis=1).astype(np.float64)
         return StepTable(self.t.copy(), coef, learned)
 
 
@@ -119,14 +120,26 @@ def ddpm_table(
     variance: str = "fixed_large",
     clip: float | None = 1.0,
 ) -> StepTable:
-    """Ancestral sampling, x_{t-1} ~ N(mean of q(x_{t-1} | x_t, x_0), sigma^2) (Ho et al. 2020, eq. 7 and algorithm 2).
+    """Ancestral sampling (Ho et al. 2020, Algorithm 2).
 
-    On a subset of steps the chain is the respaced one (Nichol & Dhariwal 2021, eq. 19). variance:
-      fixed_small    sigma^2 = beta tilde, right when the data is one point (Ho, section 3.2)
-      fixed_large    sigma^2 = beta, right when the data is a standard normal
-      learned        the network says log sigma^2
-      learned_range  it interpolates log sigma^2 between beta tilde and beta (Nichol & Dhariwal 2021, eq. 15)
-    The last step adds no noise.
+    x_{t-1} ~ N(mu~_t(x_t, x_0), sigma^2) with the posterior mean mu~_t of eq. 7. A subset of the
+    timesteps uses the respaced chain (Nichol & Dhariwal 2021, eq. 19). The last step adds no noise.
+    `reverse_process` contains the same algorithm as a plain loop.
+
+    Args:
+        schedule: The noise schedule of training.
+        t: Visited timesteps, decreasing.
+        prediction: What the network predicts: "eps", "x_0" or "v".
+        variance: sigma^2.
+            "fixed_small": beta~_t, optimal if the data is one point (Ho et al., section 3.2);
+            "fixed_large": beta_t, optimal if the data is standard normal;
+            "learned": the network predicts log sigma^2;
+            "learned_range": the network interpolates log sigma^2 between beta~_t and beta_t
+            (Nichol & Dhariwal 2021, eq. 15).
+        clip: Bound on the predicted |x_0|; None: no clipping.
+
+    Raises:
+        ValueError: An option is unknown or out of range, or x_0 is undetermined.
     """
     if variance not in VARIANCES:
         raise ValueError(f"variance {variance!r}; expected one of {', '.join(VARIANCES)}")
@@ -139,9 +152,7 @@ def ddpm_table(
         if variance == "learned":  # v = -1 ... 1 interpolates -1/2 ... 1/2: log sigma = v / 2
             columns |= dict(log_sigma_min=_but_last(-sigma / 2), log_sigma_max=_but_last(sigma / 2))
         else:
-            with np.errstate(
-                divide="ignore"
-            ):  # the last step's posterior variance is 0; its logarithm is not used
+            with np.errstate(divide="ignore"):  # 0 at the last step, where it is not used
                 columns["log_sigma_min"] = _but_last(np.log(chain.posterior_var[::-1]) / 2)
             columns["log_sigma_max"] = _but_last(np.log(chain.beta[::-1]) / 2)
     else:
@@ -158,23 +169,30 @@ def ddim_table(
     eps_from: str = "x_0",
     end: str = "x_0",
 ) -> StepTable:
-    """DDIM, x_{t-1} = sqrt(abar') x_0 + sqrt(1 - abar' - sigma^2) eps + sigma z (Song et al. 2021, eqs. 12 and 16).
+    """DDIM (Song et al. 2021, eqs. 12 and 16).
 
-    eta in 0..1: 0 is deterministic, 1 is DDPM's fixed_small. eps is derived from x_t and the clipped x_0, so that the two
-    belong together (OpenAI), or, with eps_from="network", from the network's output as it came (diffusers' default).
-    end="t=0": the last step leads to the noise of timestep 0, not to the clean image.
+    x_{t-1} = sqrt(alpha_bar') x_0 + sqrt(1 - alpha_bar' - sigma^2) eps + sigma z, where alpha_bar'
+    belongs to the next visited timestep.
+
+    Args:
+        schedule, t, prediction, clip: As in `ddpm_table`.
+        eta: 0 (deterministic) to 1 (DDPM with fixed_small).
+        eps_from: "x_0": eps is computed from x_t and the clipped x_0 (OpenAI); "network": from the
+            network's output without clipping (diffusers' default).
+        end: "x_0": the last step leads to the clean image; "t=0": to timestep 0.
+
+    Raises:
+        ValueError: An option is unknown or out of range, or x_0 is undetermined.
     """
     if not 0 <= eta <= 1:
-        raise ValueError(f"eta = {eta}; expected 0 (deterministic) to 1 (as noisy as DDPM)")
+        raise ValueError(f"eta = {eta}; expected 0 (deterministic) to 1 (DDPM)")
     if eps_from not in ("x_0", "network"):
         raise ValueError(f'eps_from {eps_from!r}; expected "x_0" or "network"')
     chain = schedule.respaced(t[::-1])
     steps = _Steps.down(chain, t, end)
     sigma = eta * np.sqrt(chain.posterior_var[::-1])[: len(steps.t)]
-    toward_eps = np.sqrt(
-        np.maximum(steps.noise_to**2 - sigma**2, 0)
-    )  # rounding may pass 0 at eta = 1
-    return steps.table(_toward(steps, prediction, clip, toward_eps, eps_from) | dict(sigma=sigma))
+    of_eps = np.sqrt(np.maximum(steps.noise_to**2 - sigma**2, 0))  # may round below 0 at eta = 1
+    return steps.table(_ddim_mean(steps, prediction, clip, of_eps, eps_from) | dict(sigma=sigma))
 
 
 def ddim_inversion_table(
@@ -184,12 +202,18 @@ def ddim_inversion_table(
     clip: float | None = None,
     sees: str = "source",
 ) -> StepTable:
-    """DDIM backwards, from an image up to t[0], the noisiest of the visited timesteps (Song et al. 2021, section 4.3).
+    """DDIM inversion, from an image to x_t at the timestep t[0] (Song et al. 2021, section 4.3).
 
-    t is decreasing, as in sampling; the table's rows go up. sees="source": the image counts as one at the lowest timestep, and
-    every step shows the network x_t with its own t (OpenAI); one row fewer than t has. sees="target": the first step leads
-    from the clean image to the lowest timestep, and every step shows the network the t that it leads to (diffusers).
-    Clipping x_0 makes it impossible to go back, so there is none by default.
+    Args:
+        schedule, prediction: As in `ddpm_table`.
+        t: Visited timesteps, decreasing as in sampling; the rows of the table increase.
+        clip: As in `ddpm_table`; default: none, because clipping is not invertible.
+        sees: Timestep that the network receives. "source": that of x_t, where the image counts as
+            x_t at the lowest timestep; the table has one row fewer than t (OpenAI). "target": that
+            of the result; the first step leads from x_0 to the lowest timestep (diffusers).
+
+    Raises:
+        ValueError: An option is unknown, eps is undetermined, or t has one timestep with "source".
     """
     if sees not in ("source", "target"):
         raise ValueError(f'sees {sees!r}; expected "source" or "target"')
@@ -203,8 +227,8 @@ def ddim_inversion_table(
     (signal, signal_to), (noise, noise_to) = ((v[first:-1], v[first + 1 :]) for v in level)
     steps = _Steps(up[:-1] if sees == "source" else up, signal, noise, signal_to, noise_to)
     if not len(steps.t):
-        raise ValueError("one timestep leads nowhere; invert with at least two")
-    return steps.table(_toward(steps, prediction, clip, steps.noise_to, "network"))
+        raise ValueError(f"t = {t.tolist()}; expected at least two timesteps for an inversion")
+    return steps.table(_ddim_mean(steps, prediction, clip, steps.noise_to, "network"))
 
 
 def dpm_solver_table(
@@ -215,18 +239,28 @@ def dpm_solver_table(
     clip: float | None = 1.0,
     end: str = "x_0",
 ) -> StepTable:
-    """DPM-Solver++ 2M: second order from two evaluations in a row (Lu et al. 2022b, algorithm 2); `sde`: its stochastic form.
+    """DPM-Solver++ 2M, a second-order multistep solver (Lu et al. 2022b, algorithm 2).
 
-    With lambda = log(signal / noise), h its step and D = x_0 + h / (2 h_before) (x_0 - x_0 of the step before),
-      x_{t-1} = noise'/noise x_t - signal' (e^-h - 1) D
-      x_{t-1} = noise'/noise e^-h x_t - signal' (e^-2h - 1) D + noise' sqrt(1 - e^-2h) z      (sde: section A of the paper)
-    The first step is of first order, and so is one to the clean image, where h is infinite: DDIM's, or DDPM's with fixed_small
-    variance. x_0 is clipped, which pixels need at large t and which none of the baselines does. end as in `ddim_table`.
+    With lambda = log(signal / noise), its step h, the previous step h_old with x_0_old, and
+    D = x_0 + h / (2 h_old) (x_0 - x_0_old):
+
+        x_{t-1} = noise'/noise x_t - signal' (e^-h - 1) D
+        x_{t-1} = noise'/noise e^-h x_t - signal' (e^-2h - 1) D + noise' sqrt(1 - e^-2h) z     (sde)
+
+    The first step, and a step to the clean image, where h is infinite, are of first order: DDIM, or
+    DDPM with fixed_small if `sde`.
+
+    Args:
+        schedule, t, prediction: As in `ddpm_table`.
+        sde: The stochastic form (section A of the paper).
+        clip: Bound on the predicted |x_0|, which pixels need at large t; None: no clipping.
+        end: As in `ddim_table`.
+
+    Raises:
+        ValueError: An option is unknown or out of range, or x_0 is undetermined.
     """
     steps = _Steps.down(schedule.respaced(t[::-1]), t, end)
-    with np.errstate(
-        divide="ignore", invalid="ignore"
-    ):  # lambda is -inf without signal and inf without noise
+    with np.errstate(divide="ignore", invalid="ignore"):  # lambda may be -inf or inf at the ends
         h = np.log(steps.signal_to / steps.noise_to) - np.log(steps.signal / steps.noise)
         back = np.concatenate([[0.0], h[1:] / (2 * h[:-1])])
     back[np.isinf(h)] = 0
@@ -242,32 +276,32 @@ def dpm_solver_table(
 
 
 def check_eta(solver: str, eta: float) -> None:
-    """ValueError for an unknown solver, or one that has no eta."""
+    """Raises ValueError for an unknown solver, and for eta > 0 with a solver other than "ddim"."""
     if solver not in SOLVERS:
         raise ValueError(f"solver {solver!r}; expected one of {', '.join(SOLVERS)}")
     if eta and solver != "ddim":
         raise ValueError(
-            f'eta = {eta} belongs to solver="ddim"; "ddpm" takes its noise from variance, "dpm++2m-sde" has its own'
+            f'eta = {eta} with solver="{solver}"; expected 0: eta belongs to solver="ddim"'
         )
 
 
-def _toward(
-    steps: _Steps, prediction: str, clip: float | None, toward_eps: Array, eps_from: str
+def _ddim_mean(
+    steps: _Steps, prediction: str, clip: float | None, of_eps: Array, eps_from: str
 ) -> dict[str, Array]:
-    """The columns of signal_to x_0 + toward_eps eps."""
+    """Columns of signal_to x_0 + of_eps eps."""
     columns = steps.predicted_x_0(prediction, clip)
     if eps_from == "network":
         eps_x, eps_out = conversion(prediction, "eps", steps.signal, steps.noise)
         return columns | dict(
-            mean_x_0=steps.signal_to, mean_x=toward_eps * eps_x, mean_out=toward_eps * eps_out
+            mean_x_0=steps.signal_to, mean_x=of_eps * eps_x, mean_out=of_eps * eps_out
         )
     # eps = (x_t - signal x_0) / noise
     return columns | dict(
-        mean_x_0=steps.signal_to - toward_eps * steps.signal / steps.noise,
-        mean_x=toward_eps / steps.noise,
+        mean_x_0=steps.signal_to - of_eps * steps.signal / steps.noise,
+        mean_x=of_eps / steps.noise,
     )
 
 
 def _but_last(values: Array) -> Array:
-    """The same with 0 for the last step."""
+    """`values` with 0 for the last step, which adds no noise."""
     return np.append(values[:-1], 0.0)

@@ -1,4 +1,4 @@
-"""Timestep selection: the timesteps, among the chain's T, that a solver visits."""
+"""Timestep selection: which of the T timesteps a solver visits."""
 
 from __future__ import annotations
 
@@ -13,31 +13,37 @@ Steps = int | str | Sequence[int] | None
 
 
 def choose_timesteps(total: int, steps: Steps, spacing: str = "linspace") -> NDArray[np.int64]:
-    """The timesteps to visit, decreasing, each in 0..total-1.
+    """Returns the timesteps to visit, decreasing, each in 0 ... total-1.
 
-    steps: how many; or the timesteps themselves, decreasing; or None for all of them. With n of T steps
-      linspace   from T-1 to 0, both visited, rounded to the nearest; one step: T-1
-      leading    0, k, 2k, ... with k = T // n: starts below T-1 unless k = 1 (diffusers' default)
-      trailing   T-1, T-1 - T/n, ...: ends above 0 (Lin et al. 2024)
-      quadratic  squares of n even steps from 0 to sqrt(0.8 T), rounded down (Song et al. 2021, appendix D.2): dense near
-                   the image. Those that fall on one timestep are visited once, so there may be fewer than n.
-      openai     sections: "10,20,30" takes so many steps from each third of the chain, "250" is one section, "ddim50" an
-                   integer stride (Nichol & Dhariwal 2021). A string means this spacing whatever `spacing` says.
+    Args:
+        total: T, the length of the training chain.
+        steps: Number n of steps; or the timesteps, decreasing; or None: all of them. A string
+            selects the spacing "openai".
+        spacing: For n of T steps:
+            "linspace": from T-1 to 0, both visited, rounded to the nearest; T-1 if n = 1;
+            "leading": 0, k, 2k, ... with k = T // n; starts below T-1 unless k = 1 (diffusers);
+            "trailing": T-1, T-1 - T/n, ...; ends above 0 (Lin et al. 2024);
+            "quadratic": floor of the squares of n even steps from 0 to sqrt(0.8 T) (Song et al.
+            2021, appendix D.2). Equal timesteps are visited once, so fewer than n may result;
+            "openai": "10,20,30" takes that many steps from each third of the chain, "250" is one
+            section, "ddim50" has an integer stride (Nichol & Dhariwal 2021).
 
-    ValueError for a count outside 1..total, a list that does not decrease or leaves 0..total-1, sections that do not fit,
-    an unknown spacing.
+    Raises:
+        ValueError: The count is not in 1 ... total, the list does not decrease or leaves
+            0 ... total-1, the sections do not fit, or the spacing is unknown.
     """
     if spacing not in SPACINGS:
         raise ValueError(f"spacing {spacing!r}; expected one of {', '.join(SPACINGS)}")
     if isinstance(steps, str):
         return _sections(total, steps)
     if isinstance(steps, (Sequence, np.ndarray, torch.Tensor)):
-        return _given(total, np.asarray(steps))
+        return _check_list(total, np.asarray(steps))
     if steps is None:
         steps = total
     if not isinstance(steps, (int, np.integer)) or isinstance(steps, bool):
         raise ValueError(
-            f"steps = {steps!r}; expected a number of steps, a list of timesteps, or sections such as '10,20,30'"
+            f"steps = {steps!r}; expected a number of steps, a list of timesteps, or sections such "
+            "as '10,20,30'"
         )
     if not 1 <= steps <= total:
         raise ValueError(f"{steps} steps; expected 1 to {total}, the length of the training chain")
@@ -52,19 +58,19 @@ def choose_timesteps(total: int, steps: Steps, spacing: str = "linspace") -> NDA
     return np.round(np.linspace(total - 1, 0, steps)).astype(np.int64)
 
 
-def _given(total: int, chosen: NDArray[np.int64]) -> NDArray[np.int64]:
+def _check_list(total: int, chosen: NDArray[np.int64]) -> NDArray[np.int64]:
     within = (
         chosen.size and chosen.dtype.kind in "iu" and chosen.max() < total and chosen.min() >= 0
     )
     if not within or (np.diff(chosen) >= 0).any():
         raise ValueError(
-            f"steps {chosen.tolist()[:8]} ...; expected decreasing timesteps within 0..{total - 1}"
+            f"steps = {chosen.tolist()[:8]} ...; expected decreasing timesteps in 0..{total - 1}"
         )
     return chosen.astype(np.int64)
 
 
 def _sections(total: int, text: str) -> NDArray[np.int64]:
-    """Each section begins at its first timestep and ends at its last, with even, rounded steps between."""
+    """Even, rounded steps in each section, from its first to its last timestep."""
     stride_only = text.startswith("ddim")
     try:
         counts = [int(part) for part in text.removeprefix("ddim").split(",")]
@@ -78,16 +84,16 @@ def _sections(total: int, text: str) -> NDArray[np.int64]:
                 if -(-total // stride) == counts[0]:
                     return np.arange(0, total, stride)[::-1]
         raise ValueError(
-            f"steps {text!r}: no integer stride through {total} timesteps takes exactly that many"
+            f"steps {text!r}: no integer stride visits exactly that many of {total} timesteps"
         )
     sizes = [total // len(counts) + (i < total % len(counts)) for i in range(len(counts))]
     chosen, first = [], 0
     for size, count in zip(sizes, counts, strict=True):
         if not 1 <= count <= size:
             raise ValueError(
-                f"steps {text!r}: {count} steps of a section of {size}; expected 1 to {size}"
+                f"steps {text!r}: {count} steps in a section of {size}; expected 1 to {size}"
             )
-        # the stride is added up, not multiplied: its rounding errors decide ties, and with them which image comes out
+        # the stride is summed, not multiplied, as by OpenAI: its rounding errors decide ties
         step = (size - 1) / (count - 1) if count > 1 else 1.0
         chosen.append(first + np.round(np.cumsum([0.0] + [step] * (count - 1))).astype(np.int64))
         first += size

@@ -1,11 +1,11 @@
-"""The variational bound on the negative log-likelihood and its terms (Ho et al. 2020, sections 2 and 3).
+"""Variational bound on the negative log-likelihood (Ho et al. 2020, sections 2 and 3).
 
-    -log p(x_0) <= L_T + sum over t of L_{t-1} + L_0                                              (eq. 5)
-    L_T     = KL(q(x_T | x_0) || N(0, 1))                       what is left of the image at the end
-    L_{t-1} = KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t))     one reverse step against the posterior
-    L_0     = -log p(x_0 | x_1)                                 the last step, on the 256 levels of a pixel
+    -log p(x_0) <= L_T + sum over t of L_{t-1} + L_0                                       (eq. 5)
+    L_T     = KL(q(x_T | x_0) || N(0, 1))                     prior
+    L_{t-1} = KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t))   reverse step and posterior
+    L_0     = -log p(x_0 | x_1)                               decoder: 256 levels per pixel
 
-All terms are in bits per dimension: nats over log 2 and the number of pixels and channels, one value per image.
+Terms are in bits per dimension: nats over log 2 and over the number of values of an image.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _HALF_LEVEL = 1 / 255  # of pixels in [-1, 1]
 
 
 def gaussian_kl(mean_1: Tensor, log_var_1: Tensor, mean_2: Tensor, log_var_2: Tensor) -> Tensor:
-    """KL(N(mean_1, var_1) || N(mean_2, var_2)) of every element, in nats."""
+    """KL(N(mean_1, var_1) || N(mean_2, var_2)) of each element, in nats."""
     log_ratio = log_var_1 - log_var_2
     return 0.5 * (log_ratio.exp() - 1 - log_ratio + (mean_1 - mean_2).square() * (-log_var_2).exp())
 
@@ -33,10 +33,17 @@ def gaussian_kl(mean_1: Tensor, log_var_1: Tensor, mean_2: Tensor, log_var_2: Te
 def discretised_gaussian_log_likelihood(
     x_0: Tensor, mean: Tensor, log_sigma: Tensor, erf: bool = True
 ) -> Tensor:
-    """Log of the probability, in nats, that N(mean, sigma^2) gives the level of x_0 (Ho et al. 2020, eq. 13).
+    """Log-probability of the level of x_0 under N(mean, sigma^2), in nats (Ho et al. 2020, eq. 13).
 
-    x_0: multiples of 2/255 in [-1, 1]; its level reaches half a level down and up, and to infinity from the first and the last.
-    erf: the exact distribution function; else OpenAI's approximation by tanh, cut off at 1e-12 as there.
+    Args:
+        x_0: Pixels, multiples of 2/255 in [-1, 1]. A level is the interval within 1/255 of its
+            value; the first and the last level extend to infinity.
+        mean, log_sigma: Of the shape of x_0.
+        erf: Use the exact distribution function; False: OpenAI's tanh, with probabilities of at
+            least 1e-12.
+
+    Returns:
+        A tensor of the shape of x_0.
     """
     inverse = (-log_sigma).exp()
     lower, upper = inverse * (x_0 - mean - _HALF_LEVEL), inverse * (x_0 - mean + _HALF_LEVEL)
@@ -51,11 +58,11 @@ def discretised_gaussian_log_likelihood(
 
 
 def _log_normal_between(lower: Tensor, upper: Tensor) -> Tensor:
-    """log P(lower < z < upper), precise far out: both are moved to the left tail, where probabilities are small numbers."""
+    """log P(lower < z < upper), accurate in both tails: it is computed in the left one."""
     right = lower > 0
     lower, upper = torch.where(right, -upper, lower), torch.where(right, -lower, upper)
     high, low = torch.special.log_ndtr(upper), torch.special.log_ndtr(lower)
-    # what rounding has made equal is worth the density at least: the width times it
+    # a lower bound where rounding has made the two equal
     return high + (-torch.expm1((low - high).clamp(max=-1e-12))).log()
 
 
@@ -64,10 +71,18 @@ def _tanh_cdf(x: Tensor) -> Tensor:
 
 
 class Bound:
-    """The terms of the bound, for a network that predicts `prediction` with `variance`, in fp64 or the dtype given.
+    """Terms of the variational bound.
 
-    variance as `solvers.ddpm_table` takes it; clip as the sampler does; the preset says what the variance at t = 0 is and how
-    the decoder computes. The chain's own indices count: after `schedule.respaced`, those of the visited steps.
+    Args:
+        chain: The noise schedule, of T steps, or a respaced one; timesteps are indices of it.
+        prediction: What the network predicts: "eps", "x_0" or "v".
+        variance: As in `solvers.ddpm_table`.
+        clip: Bound on the predicted |x_0|; None: no clipping.
+        preset: Decides the decoder's variance and distribution function.
+        device, dtype: Of the tables; terms are computed in `dtype`.
+
+    Raises:
+        ValueError: The prediction or the variance is unknown, or x_0 is undetermined.
     """
 
     def __init__(
@@ -85,10 +100,10 @@ class Bound:
             raise ValueError(f"variance {variance!r}; expected one of {', '.join(VARIANCES)}")
         self.chain, self.variance, self.clip, self.erf = chain, variance, clip, preset.erf
         small, large = chain.posterior_var.copy(), chain.beta.copy()
-        small[0] = (
-            1e-20 if preset.first_var == "floor" else small[1] if len(chain) > 1 else large[0]
-        )
-        if preset.first_var == "posterior":
+        small[0] = small[1] if len(chain) > 1 else large[0]
+        if preset.decoder_variance == "floor":
+            small[0] = 1e-20
+        if preset.decoder_variance == "posterior":
             large[0] = small[0]
         fixed = large if variance == "fixed_large" else small
         of_x, of_out = conversion(
@@ -100,9 +115,13 @@ class Bound:
         self._end = math.sqrt(chain.alpha_bar[-1]), float(chain.noise_var[-1])
 
     def terms(self, out: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """L_{t-1}, or L_0 at t = 0, for every image at its own t: [B] bits per dimension.
+        """Returns L_{t-1} of each image, or L_0 where t = 0: [B] bits per dimension.
 
-        out [B, C or 2C, H, W], the network's output for x_t; x_0, x_t [B, C, H, W]; t [B] in 0 ... len(chain) - 1.
+        Args:
+            out: The network's output for x_t, [B, C, H, W]; [B, 2C, H, W] with a learned variance.
+            x_0: Images [B, C, H, W].
+            x_t: Noisy images [B, C, H, W].
+            t: Timesteps [B] in 0 ... T-1.
         """
         dtype, channels = self._table.dtype, x_0.shape[1]
         x_0, x_t, out = x_0.to(dtype), x_t.to(dtype), out.to(dtype)
@@ -116,22 +135,19 @@ class Bound:
         if self.variance not in LEARNED:
             log_var = log_fixed.expand_as(mean)
         else:
-            v = out[:, channels:]
-            log_var = (
-                v
-                if self.variance == "learned"
-                else log_small + (v + 1) / 2 * (log_beta - log_small)
-            )
+            log_var = out[:, channels:]
+            if self.variance == "learned_range":
+                log_var = log_small + (log_var + 1) / 2 * (log_beta - log_small)
         kl = gaussian_kl(true_mean, log_small, mean, log_var)
         first = (t == 0)[:, None, None, None]
-        # what is not chosen must not have a gradient that is not finite, so the decoder sees the image itself there
+        # where the decoder is not selected, it gets x_0 as the mean, so that its gradient is finite
         decoder = discretised_gaussian_log_likelihood(
             x_0, torch.where(first, mean, x_0), torch.where(first, log_var / 2, 0), self.erf
         )
         return torch.where(first, -decoder, kl).mean((1, 2, 3)) / math.log(2)
 
     def prior(self, x_0: Tensor) -> Tensor:
-        """L_T: [B] bits per dimension."""
+        """Returns L_T of images x_0 [B, C, H, W]: [B] bits per dimension."""
         signal, var = self._end
         mean = signal * x_0.double()
         log_var = torch.full_like(mean, math.log(var))

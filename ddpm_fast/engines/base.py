@@ -1,6 +1,4 @@
-"""What every engine is: the state of a batch, the interface that a sampler calls, the number
-formats by name, and the context that engines compute in.
-"""
+"""Interface of engines: batch state, protocol, number formats by name, and numerics context."""
 
 from __future__ import annotations
 
@@ -28,8 +26,6 @@ DTYPES = {
     "bf16": DType(torch.bfloat16, torch.bfloat16),
     "fp8": DType(torch.bfloat16, torch.float8_e4m3fn),
 }
-
-
 ALIASES = {
     "float32": "fp32",
     "float": "fp32",
@@ -45,8 +41,8 @@ def dtype_name(dtype: str | torch.dtype) -> str:
     """Returns the key in `DTYPES` of a dtype.
 
     Args:
-        dtype: A key of `DTYPES`, PyTorch's name of the dtype of activations with or without
-            "torch.", both in any case, or the torch dtype.
+        dtype: A key of `DTYPES`, or the dtype of activations in PyTorch or its name, with or
+            without "torch.". Case is ignored.
 
     Raises:
         ValueError: The dtype is not supported.
@@ -60,15 +56,15 @@ def dtype_name(dtype: str | torch.dtype) -> str:
 
 
 def check_device(device: torch.device | str) -> torch.device:
-    """Returns a device that can compute.
+    """Returns `device` as a torch.device, after a computation on it.
 
     Raises:
         ValueError: The name is unknown, or this machine or this build of PyTorch lacks the device.
     """
     try:
         checked = torch.device(device)
-        torch.zeros(1, device=checked).item()  # a build without CUDA fails only here
-    except Exception as error:  # the type of the error depends on the backend
+        torch.zeros(1, device=checked).item()  # builds without CUDA raise here
+    except Exception as error:  # its type depends on the backend
         available = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
         if torch.backends.mps.is_available():
             available.append("mps")
@@ -82,10 +78,10 @@ def check_device(device: torch.device | str) -> torch.device:
 
 @contextmanager
 def default_numerics(device: torch.device) -> Iterator[None]:
-    """Context in which the caller's defaults do not change what is computed.
+    """Context in which the caller's defaults do not affect results.
 
-    `torch.autocast` is off, the default dtype is float32, and a default device that is neither the
-    CPU nor `device` is replaced by `device`. Without such defaults nothing is changed.
+    Disables `torch.autocast`, sets the default dtype to float32, and replaces a default device that
+    is neither the CPU nor `device` by `device`.
     """
     with ExitStack() as stack:
         for kind in {device.type, "cpu"}:
@@ -100,14 +96,14 @@ def default_numerics(device: torch.device) -> Iterator[None]:
 
 
 def isolated(steps: Generator[int, None, None], device: torch.device) -> Generator[int, None, None]:
-    """The generator, with `default_numerics` in effect whenever it runs, not between its yields."""
+    """Runs a generator in `default_numerics`, which is not in effect between its yields."""
     try:
         while True:
             with default_numerics(device):
-                done = next(steps, None)
-            if done is None:
+                completed = next(steps, None)
+            if completed is None:
                 return
-            yield done
+            yield completed
     finally:
         with default_numerics(device):
             steps.close()
@@ -115,10 +111,10 @@ def isolated(steps: Generator[int, None, None], device: torch.device) -> Generat
 
 @dataclass
 class SamplingState:
-    """State of a batch during sampling: all that a reverse step reads and writes, on the device.
+    """State of a batch during sampling: the tensors that a reverse step reads and writes.
 
-    Its tensors may be buffers of the engine that made it (`Engine.new_state`). They are valid until
-    `release`, or the end of a `with` block, so copy what is needed longer.
+    The tensors may be buffers of the engine (`Engine.new_state`). They are valid until `release` or
+    the end of a `with` block; copy values that are needed longer.
     """
 
     x: Tensor  # [B, C, H, W] fp32, channels-last
@@ -126,22 +122,27 @@ class SamplingState:
     seed: Tensor  # [B] int64, the seed's 64 bits
     image: Tensor  # [B] int64, image indices
     labels: Tensor | None  # [B] int64
-    x_0: Tensor | None = (
-        None  # like x: the prediction of x_0 in the last step, if the solver reads it
-    )
-    release: Callable[[], None] = field(default=lambda: None, repr=False)  # hands buffers back
+    x_0: Tensor | None = None  # like x, the x_0 predicted in the previous step; multistep solvers
+    z: Tensor | None = None  # like x, the noise of the next step, if the caller gives it
+    release: Callable[[], None] = field(default=lambda: None, repr=False)  # returns the buffers
 
     @classmethod
     def empty(
-        cls, batch_size: int, shape: tuple[int, int, int], device: torch.device, labelled: bool
+        cls,
+        batch_size: int,
+        shape: tuple[int, int, int],
+        device: torch.device,
+        labelled: bool,
+        given_noise: bool = False,
     ) -> SamplingState:
-        """A state in memory that nothing else uses; values are uninitialized."""
+        """Allocates an uninitialized state for images of `shape` (C, H, W)."""
         c, h, w = shape
         pixels = torch.empty(batch_size, h, w, c, dtype=torch.float32, device=device)
         x = pixels.permute(0, 3, 1, 2)
         step_index = torch.empty(batch_size, dtype=torch.int32, device=device)
         seed, image, labels = (torch.empty_like(step_index, dtype=torch.int64) for _ in range(3))
-        return cls(x, step_index, seed, image, labels if labelled else None)
+        z = torch.zeros_like(x) if given_noise else None
+        return cls(x, step_index, seed, image, labels if labelled else None, z=z)
 
     def __enter__(self) -> SamplingState:
         return self
@@ -151,12 +152,12 @@ class SamplingState:
 
 
 class Engine(Protocol):
-    """Interface of engines, which compute reverse steps.
+    """Interface of engines, which compute reverse steps of a batch.
 
     Attributes:
         name: One of `select.ENGINES`.
         reason: Why this engine was chosen, in one line.
-        invariant: Whether an image has the same bits in every batch.
+        invariant: Whether it is batch-invariant: an image has the same bits in every batch.
     """
 
     name: str
@@ -170,29 +171,36 @@ class Engine(Protocol):
         ...
 
     def new_state(
-        self, batch_size: int, shape: tuple[int, int, int], device: torch.device, labelled: bool
+        self,
+        batch_size: int,
+        shape: tuple[int, int, int],
+        device: torch.device,
+        labelled: bool,
+        given_noise: bool = False,
     ) -> SamplingState:
-        """Returns an uninitialized state, which the caller fills in place and releases.
+        """Returns an uninitialized state. The caller fills it in place and releases it.
 
         Args:
             batch_size: Number of images.
             shape: (C, H, W).
-            device: Where the state lies.
+            device: Device of the state.
             labelled: Whether the images have classes.
+            given_noise: Whether the state has a buffer z, which the caller fills before each step.
         """
         ...
 
     def steps(
         self, state: SamplingState, table: StepTable, every_step: bool = True
     ) -> Generator[int, None, None]:
-        """Takes the state through the table in place and yields how many steps are done in total.
+        """Runs the steps of a table in place; yields the total number of completed steps.
 
-        An image at the table's end does not change. Nothing here waits for the device.
+        Images at the table's end do not change. The host does not wait for the device.
 
         Args:
-            state: From `new_state`.
+            state: A state from `new_state`.
             table: The step table.
-            every_step: Yield after every step; False allows several steps between two yields.
+            every_step: Yield after every step; False allows several steps between two yields,
+                unless the state has a buffer z.
         """
         ...
 
@@ -208,7 +216,7 @@ def engine_repr(engine: Engine, **details: Any) -> str:
 
 
 def mean_of(out: Tensor, channels: int, learned: bool) -> Tensor:
-    """The output [B, C, H, W] that predicts the mean. A network that also predicts its variance
-    gives 2C channels: a solver that sets the variance reads the first half.
+    """Returns the output channels that predict the mean: the first half of 2C channels if the
+    solver does not use the predicted variance.
     """
     return out[:, :channels] if not learned and out.shape[1] == 2 * channels else out

@@ -1,4 +1,4 @@
-"""Eager engine: any network, called step by step. The reference, or torch.compile of it."""
+"""Eager engine: calls any network step by step, as it is or compiled by torch.compile."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from ..kernels.ddpm_step import ddpm_step
 from ..utils.numerics import full_fp32, relative_error
 from .base import SamplingState, engine_repr, mean_of
 
-COMPILED_ERROR = 1e-5  # relative L2 difference to the network in fp32 that torch.compile may have
-VARIATIONS = 2  # or this many times the difference that the network has between batch sizes
-SMALL, LARGE = 4, 16  # images, for that difference: each alone, and in one batch
-COMPILED_ULPS = 64  # the same in half precision, in units in the last place
+COMPILED_ERROR = 1e-5  # allowed relative L2 difference of torch.compile from the network in fp32,
+VARIATIONS = 2  # or this multiple of the network's difference between batch sizes
+SMALL, LARGE = 4, 16  # images for that difference: each alone, and in one batch
+COMPILED_ULPS = 64  # allowed difference in half precision, in units in the last place
 
 
 class EagerEngine:
@@ -24,13 +24,13 @@ class EagerEngine:
 
     Args:
         model: The network.
-        dtype: The type of its input x_t.
+        dtype: The dtype of its input x_t.
         reason: Why this engine was chosen.
-        compile: Call torch.compile of the network, which is compared with the network at the first
-            batch of each shape.
+        compile: Call the network compiled by torch.compile. At the first batch of each shape, the
+            result is compared with that of the network.
     """
 
-    invariant = False  # libraries choose their order of summation by the batch
+    invariant = False  # libraries choose the order of summation by batch size
 
     def __init__(
         self,
@@ -50,10 +50,15 @@ class EagerEngine:
         """Does nothing: memory is allocated in every step."""
 
     def new_state(
-        self, batch_size: int, shape: tuple[int, int, int], device: torch.device, labelled: bool
+        self,
+        batch_size: int,
+        shape: tuple[int, int, int],
+        device: torch.device,
+        labelled: bool,
+        given_noise: bool = False,
     ) -> SamplingState:
-        """See `Engine.new_state`; the memory is the state's."""
-        return SamplingState.empty(batch_size, shape, device, labelled)
+        """See `Engine.new_state`; allocates new memory."""
+        return SamplingState.empty(batch_size, shape, device, labelled, given_noise)
 
     def steps(
         self, state: SamplingState, table: StepTable, every_step: bool = True
@@ -68,25 +73,24 @@ class EagerEngine:
             yield i + 1
 
     def step(self, state: SamplingState, t: Tensor, coef: Tensor, learned: bool) -> None:
-        """x_t -> x_{t-1} for every image, at its own row of the padded table. The host reads no
-        value of the device.
+        """Computes x_t -> x_{t-1} of every image, at its row of the padded table, in place.
 
         Raises:
-            ValueError: The model returns no tensor, or changes its input.
+            ValueError: The model does not return a tensor, or changes its input.
         """
         labels = () if state.labels is None else (state.labels,)
         version, channels = state.x._version, state.x.shape[1]
         out = self.call(state.x.to(self.dtype), t[state.step_index], *labels)
         if not isinstance(out, Tensor):
             raise ValueError(
-                f"the model returned {type(out).__name__}; expected a tensor: of diffusers' networks, return `.sample`"
+                f"the model returned {type(out).__name__}; expected a tensor: "
+                "of diffusers' networks, return `.sample`"
             )
         if state.x._version != version:
             raise ValueError("the model changed its input x_t in place; return a new tensor")
         mean = mean_of(out, channels, learned)
-        ddpm_step(
-            state.x, mean, coef, state.step_index, state.seed, state.image, learned, state.x_0
-        )
+        index = (state.step_index, state.seed, state.image)
+        ddpm_step(state.x, mean, coef, *index, learned, state.x_0, state.z)
         state.step_index.add_(1).clamp_(max=len(coef) - 1)
 
     def free(self) -> None:
@@ -94,13 +98,12 @@ class EagerEngine:
 
 
 def compiled(model: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """torch.compile of a network, compared with the network itself at the first batch of each
-    shape.
+    """Compiles a network; compares it with the network at the first batch of each shape.
 
     The returned function raises RuntimeError if the results differ by more than rounding. In fp32
-    that is a relative L2 difference of `COMPILED_ERROR`, or of `VARIATIONS` times
-    `batch_variation`: libraries choose their algorithm by the batch size, and for large batches
-    they may choose one whose error exceeds that of the compiled network.
+    this is a relative L2 difference of `COMPILED_ERROR`, or of `VARIATIONS` times
+    `batch_variation`: for large batches, libraries may choose an algorithm whose error exceeds that
+    of the compiled network.
     """
     on_gpu = isinstance(model, nn.Module) and any(p.is_cuda for p in model.parameters())
     fast = torch.compile(model, mode="reduce-overhead" if on_gpu else None)
@@ -120,7 +123,7 @@ def compiled(model: Callable[..., Tensor]) -> Callable[..., Tensor]:
                 allowed = max(allowed, VARIATIONS * batch_variation(model, x, *rest))
             if not error <= allowed:
                 raise RuntimeError(
-                    f"torch.compile gives another result, off by {error:.1e}; expected at most "
+                    f"the relative error of torch.compile is {error:.1e}; expected at most "
                     f"{allowed:.1e}: use another engine"
                 )
             checked.add(x.shape)
@@ -130,16 +133,15 @@ def compiled(model: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def batch_variation(model: Callable[..., Tensor], x: Tensor, *rest: Tensor) -> float:
-    """Relative L2 difference of a network between batch sizes, for the first images of a batch.
+    """Relative L2 difference of a network's results between batch sizes.
+
+    Compares the first images of a batch, up to `SMALL`, with batch size 1 and in the whole batch,
+    which is repeated if it has fewer than `LARGE` images.
 
     Args:
         model: The network.
         x: [B, C, H, W].
-        rest: Its further arguments, [B] each.
-
-    Returns:
-        The difference between up to `SMALL` images alone and in a batch of B, or of `LARGE` images
-        if B is less: the batch is then repeated.
+        rest: Further arguments of the network, [B] each.
     """
     count, arguments = min(len(x), SMALL), (x, *rest)
     alone = [model(*(v[i : i + 1] for v in arguments)) for i in range(count)]
@@ -151,7 +153,7 @@ def batch_variation(model: Callable[..., Tensor], x: Tensor, *rest: Tensor) -> f
 
 @contextmanager
 def inference(model: Callable[..., Tensor]) -> Iterator[None]:
-    """Context in which a module is in eval mode and fp32 is computed as fp32."""
+    """Context in which a module is in eval mode and TF32 is disabled."""
     training = model if isinstance(model, nn.Module) and model.training else None
     if training is not None:
         training.eval()

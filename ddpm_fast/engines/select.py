@@ -20,15 +20,15 @@ ENGINES = ("auto", "fused", "compile", "cpu", "reference")
 
 @dataclass(frozen=True)
 class EngineRequest:
-    """What an engine is chosen for.
+    """Requirements of an engine.
 
     Attributes:
         model: The network: a `UNet`, or any callable.
         shape: (C, H, W) of the images.
         precision: A key of `DTYPES`.
-        device: Where the state lies.
+        device: Device of the state.
         timesteps: Length of the noise schedule.
-        calibration: Of fp8 layers, or None.
+        calibration: Calibration of fp8 layers, or None.
     """
 
     model: Callable[..., Tensor]
@@ -40,13 +40,13 @@ class EngineRequest:
 
 
 def choose(name: str, request: EngineRequest) -> Engine:
-    """Returns the engine `name`; for "auto" the fastest that supports the request.
+    """Returns the engine `name`; "auto" selects the fastest that supports the request.
 
     Raises:
         ValueError: The engine is unknown or does not support the request.
     """
     if name not in ENGINES:
-        raise ValueError(f"engine {name!r}; expected one of {', '.join(ENGINES)}")
+        raise ValueError(f"engine is {name!r}; expected one of {', '.join(ENGINES)}")
     if name != "auto":
         return _MAKERS[name](request, "as requested")
     model, device, precision = request.model, request.device.type, request.precision
@@ -54,9 +54,7 @@ def choose(name: str, request: EngineRequest) -> Engine:
         return _reference(request, "the model is not a ddpm_fast UNet")
     if device == "cuda":
         if precision == "fp32":
-            return _reference(
-                request, "in fp32 cuDNN's convolutions are faster; use bf16, fp16 or fp8"
-            )
+            return _reference(request, "cuDNN is faster in fp32; use bf16, fp16 or fp8")
         if not _triton.PRESENT:
             return _reference(request, "Triton is not installed")
         return _or_reference(_fused, request, f"{precision} on a GPU")
@@ -80,7 +78,8 @@ def _reference(request: EngineRequest, reason: str, compile: bool = False) -> En
     if request.precision == "fp8":
         name = "compile" if compile else "reference"
         raise ValueError(
-            f"fp8 needs engine 'fused'; this is engine {name!r} ({reason}): use another dtype or engine"
+            f"fp8 needs engine 'fused'; this is engine {name!r} ({reason}): "
+            "use another dtype or engine"
         )
     if isinstance(model, UNet) and model.dtype != dtype and model.dtype != torch.float64:
         model = channels_last(copy.deepcopy(model).to(dtype))
@@ -92,12 +91,13 @@ def _compiled(request: EngineRequest, reason: str) -> Engine:
 
 
 def _fused(request: EngineRequest, reason: str) -> Engine:
-    from .fused.engine import FusedEngine  # not before it is needed: it imports every kernel
+    from .fused.engine import FusedEngine  # imports every kernel
 
     r = request
     if not isinstance(r.model, UNet):
         raise ValueError(
-            f"engine 'fused' takes a UNet; this model is {type(r.model).__name__}: use 'compile' or 'reference'"
+            f"engine 'fused' takes a UNet; this model is {type(r.model).__name__}: "
+            "use 'compile' or 'reference'"
         )
     return FusedEngine(
         r.model, r.shape, r.precision, r.device, r.timesteps, reason, calibration=r.calibration

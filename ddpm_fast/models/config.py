@@ -16,7 +16,7 @@ from .own_format import MODEL, arguments_from_own, to_own
 
 
 class LevelConfig(NamedTuple):
-    """One level of a `UNetConfig`, every choice spelled out."""
+    """One level of a `UNetConfig`."""
 
     channels: int
     layers: int
@@ -31,37 +31,45 @@ class LevelConfig(NamedTuple):
 class UNetConfig:
     """Configuration of a `UNet`. Defaults: the CIFAR-10 network of Ho et al. 2020.
 
-    Levels are counted from the finest (0). A scalar given for a per-level field means the same on every level.
+    Per-level fields are tuples, finest level (0) first; a scalar applies to all levels.
 
-    sample_size      training size in pixels, one number or (H, W); other sizes run too. None: not said.
-    channels         width of each level.
-    layers           residual blocks of each level on the way down; the way up has one more.
-    attention        self-attention after each residual block of the level, on the way down.
-    up_attention     the same on the way up; None: as on the way down.
-    mid_attention    self-attention at the bottom.
-    heads            attention heads of each level (the bottom uses the last). Give either this or
-    head_dim           channels per head of each level; constructor only, stored as `heads`.
-    down_resample    "conv" (strided 3x3) or "resnet" (average pooling inside a residual block, as in ADM), per level;
-                     the coarsest level has none
-    up_resample      "conv" (nearest 2x, 3x3) or "resnet", per level; the finest level has none
-    downsample_padding  1: symmetric (OpenAI); 0: right and bottom only (Ho, TensorFlow's SAME)
-    norm_groups, norm_eps   of every GroupNorm
-    mid_norm_groups  of the bottom's attention; None: norm_groups; 0: that attention has no norm
-    scale_shift      the time embedding scales and shifts the second norm instead of being added before it
-    time_dim         width of the time embedding; 0: 4 * channels[0]
-    cos_first        order of the sinusoid's halves; freq_shift: its frequencies are 1e4^(-i / (half - freq_shift))
-    time_scale       the sinusoid is that of time_scale * t: 1000 / T for OpenAI's rescale_timesteps
-    sinusoid_dim     width of the sinusoid; 0: channels[0]
-    num_classes      size of the class embedding, added to the time embedding; None: unconditional
-    mid_scale        outputs at the bottom are divided by this
-    center_input     the network sees 2 x - 1
+    Args:
+        sample_size: Training size in pixels, one number or (H, W), or None; other sizes run too.
+        in_channels, out_channels: Channels of the input and the output.
+        channels: Width of each level.
+        layers: Residual blocks per level on the way down; the way up has one more.
+        attention: Per level, self-attention after each residual block on the way down.
+        up_attention: Likewise on the way up; None: `attention`.
+        mid_attention: Self-attention at the bottom.
+        heads: Attention heads per level; the bottom uses the last. Give `heads` or `head_dim`.
+        head_dim: Channels per head and level; stored as `heads`.
+        down_resample: Per level, "conv" (strided 3x3) or "resnet" (average pooling in a residual
+            block, as in ADM); the coarsest level has none.
+        up_resample: Per level, "conv" (nearest 2x, 3x3) or "resnet"; the finest level has none.
+        downsample_padding: 1: symmetric (OpenAI); 0: right and bottom (Ho et al., SAME padding).
+        norm_groups, norm_eps: Of every GroupNorm.
+        mid_norm_groups: Of the attention at the bottom; None: `norm_groups`; 0: no norm there.
+        scale_shift: The time embedding scales and shifts the second norm, instead of an addition
+            before it.
+        time_dim: Width of the time embedding; 0: 4 * channels[0].
+        cos_first: The sinusoid starts with its cosines.
+        freq_shift: The frequencies of the sinusoid are 1e4^(-i / (half - freq_shift)).
+        time_scale: The sinusoid is that of time_scale * t: 1000 / T for OpenAI's
+            `rescale_timesteps`.
+        sinusoid_dim: Width of the sinusoid; 0: channels[0].
+        num_classes: Size of the class embedding, which is added to the time embedding; None:
+            unconditional.
+        dropout: Probability of dropout in the residual blocks.
+        mid_scale: Divisor of the outputs at the bottom.
+        center_input: The network receives 2 x - 1.
 
-    Bounds: sample_size 16,384 per side; in_channels and out_channels 4,096; 16 levels of up to 16,384 channels and
-    128 layers each; time_dim and sinusoid_dim 65,536; time_scale 1e-6 to 1e6; num_classes 1,000,000;
-    norm_eps 1e-12 to 1; freq_shift 0 to below sinusoid_dim / 2;
+    Bounds: sample_size 16,384 per side; in_channels and out_channels 4,096; 16 levels of up to
+    16,384 channels and 128 layers each; time_dim and sinusoid_dim 65,536; time_scale 1e-6
+    to 1e6; num_classes 1,000,000; norm_eps 1e-12 to 1; freq_shift 0 to below sinusoid_dim / 2;
     dropout 0 to below 1; mid_scale 1e-6 to 1e6.
 
-    Raises ValueError for a value of another type or out of these bounds, and for an invalid combination.
+    Raises:
+        ValueError: A value has another type or is out of bounds, or a combination is invalid.
     """
 
     sample_size: int | tuple[int, int] | None = 32
@@ -100,14 +108,7 @@ class UNetConfig:
             self._store("sample_size", tuple(self.sample_size))
         if self.up_attention is None:
             self._store("up_attention", self.attention)
-        for name in (
-            "layers",
-            "attention",
-            "up_attention",
-            "heads",
-            "down_resample",
-            "up_resample",
-        ):
+        for name in LevelConfig._fields[1:]:
             self._store(name, self._per_level(name, getattr(self, name)))
         if self.time_dim == 0:
             self._store("time_dim", 4 * self.channels[0])
@@ -118,16 +119,13 @@ class UNetConfig:
         if head_dim is not None:
             if any(heads != 1 for heads in self.levels_of("heads")):
                 raise ValueError(
-                    f"heads={shown(self.heads)} and head_dim={shown(head_dim)} were both given: give one of them"
+                    f"heads={shown(self.heads)} and head_dim={shown(head_dim)} were both given: "
+                    "give one of them"
                 )
             self._store("heads", tuple(self._split(head_dim)))
-        # what no layer reads is set to one value, so that equal networks have equal configurations
-        self._store(
-            "heads",
-            tuple(
-                h if a else 1 for h, a in zip(self.levels_of("heads"), self.attends, strict=True)
-            ),
-        )
+        # unused fields get one value, so that equal networks have equal configurations
+        heads = zip(self.levels_of("heads"), self.attends, strict=True)
+        self._store("heads", tuple(h if attends else 1 for h, attends in heads))
         self._store("down_resample", (*self.levels_of("down_resample")[:-1], "conv"))
         self._store("up_resample", ("conv", *self.levels_of("up_resample")[1:]))
         self._check()
@@ -140,7 +138,8 @@ class UNetConfig:
         value = tuple(value) if isinstance(value, (tuple, list)) else (value,) * levels
         if len(value) != levels:
             raise ValueError(
-                f"{name}={shown(value)} has {len(value)} entries, channels={self.channels} has {levels} levels"
+                f"{name}={shown(value)} has {len(value)} entries; expected {levels}, one per level "
+                f"of channels={self.channels}"
             )
         return value
 
@@ -161,11 +160,13 @@ class UNetConfig:
         for level, attends in zip(self.levels, self.attends, strict=True):
             if level.channels % self.norm_groups:
                 raise ValueError(
-                    f"a level of {level.channels} channels cannot be split into norm_groups={self.norm_groups} equal groups"
+                    f"a level of {level.channels} channels cannot be split into "
+                    f"norm_groups={self.norm_groups} equal groups"
                 )
             if attends and level.channels % level.heads:
                 raise ValueError(
-                    f"a level of {level.channels} channels cannot be split into {level.heads} attention heads"
+                    f"a level of {level.channels} channels cannot be split into {level.heads} "
+                    "attention heads"
                 )
         if self.mid_attention and self.mid_norm_groups and self.channels[-1] % self.mid_norm_groups:
             raise ValueError(
@@ -183,7 +184,7 @@ class UNetConfig:
             )
 
     def levels_of(self, name: str) -> tuple[Any, ...]:
-        """A per-level field as the tuple that it is once constructed."""
+        """A per-level field, typed as a tuple."""
         return getattr(self, name)
 
     @property
@@ -196,23 +197,16 @@ class UNetConfig:
 
     @property
     def attends(self) -> tuple[bool, ...]:
-        """Per level: does any attention run at its width (down, up, or at the bottom)?"""
-        both = [
-            down or up
-            for down, up in zip(
-                self.levels_of("attention"), self.levels_of("up_attention"), strict=True
-            )
-        ]
-        return (*both[:-1], both[-1] or self.mid_attention)
+        """Per level, True if it has attention on the way down, on the way up, or at the bottom."""
+        levels = zip(self.levels_of("attention"), self.levels_of("up_attention"), strict=True)
+        either = [down or up for down, up in levels]
+        return (*either[:-1], either[-1] or self.mid_attention)
 
     @property
     def size(self) -> tuple[int, int] | None:
         """`sample_size` as (H, W)."""
-        return (
-            (self.sample_size, self.sample_size)
-            if isinstance(self.sample_size, int)
-            else self.sample_size
-        )
+        size = self.sample_size
+        return (size, size) if isinstance(size, int) else size
 
     def check_call(
         self,
@@ -228,12 +222,13 @@ class UNetConfig:
             x_t: [B, C, H, W], with H and W divisible by 2^(levels - 1).
             labels: [B]; None if and only if the network is unconditional.
             t: integers [B]; checked if `timesteps` is given.
-            timesteps: T. If given, t must be in 0 ... T-1 and labels in 0 ... num_classes-1, which reads
-                their values and so waits for the device.
-            size: (H, W), for an engine that was built for one size.
+            timesteps: T. If given, t must be in 0 ... T-1 and labels in 0 ... num_classes-1. This
+                check reads their values, which synchronizes with the device.
+            size: (H, W) that an engine was built for; None: any.
 
         Raises:
-            ValueError: an argument has the wrong shape, type or range, or labels are missing or not expected.
+            ValueError: An argument has the wrong shape, type or range, or labels are missing or not
+                expected.
         """
         coarsest = 2 ** (len(self.channels) - 1)
         b, *shape = x_t.shape if x_t.ndim == 4 else (0, 0, 0, 0)
@@ -245,7 +240,8 @@ class UNetConfig:
         ):
             sides = f"H and W divisible by {coarsest}" if size is None else f"(H, W) = {size}"
             raise ValueError(
-                f"x_t has shape {tuple(x_t.shape)}; expected [B, {self.in_channels}, H, W] with {sides}"
+                f"x_t has shape {tuple(x_t.shape)}; expected [B, {self.in_channels}, H, W] "
+                f"with {sides}"
             )
         classes = self.num_classes
         if (labels is None) != (classes is None):
@@ -264,21 +260,27 @@ class UNetConfig:
         if timesteps is not None:
             for name, values, stop in (("t", t, timesteps), ("labels", labels, classes or 1)):
                 if values is not None:
-                    _check_integers(name, values, b, stop)
+                    check_integers(name, values, b, stop)
 
     @classmethod
     def from_diffusers(cls, config: Mapping[str, Any]) -> UNetConfig:
-        """From the dictionary in diffusers' `unet/config.json` (class `UNet2DModel`).
+        """Configuration from the dictionary in diffusers' `unet/config.json` (`UNet2DModel`).
 
-        A missing key takes diffusers' default, a key that starts with "_" is metadata. ValueError for an unknown
-        key and for a value that this network does not implement: neither is ever ignored.
+        A missing key takes diffusers' default; keys that start with "_" are metadata.
+
+        Raises:
+            ValueError: A key is unknown, or a value is invalid or not implemented by `UNet`.
         """
         return cls(**arguments_from_diffusers(config))
 
     def to_diffusers(self) -> dict[str, Any]:
-        """The dictionary for diffusers' `unet/config.json`. ValueError where `UNet2DModel` cannot express this network.
+        """Returns the dictionary for diffusers' `unet/config.json`.
 
-        Levels with different numbers of residual blocks give `layers_per_block` as a list, which only this package reads.
+        Different numbers of residual blocks per level make `layers_per_block` a list, which only
+        ddpm_fast reads.
+
+        Raises:
+            ValueError: `UNet2DModel` cannot express this network.
         """
         return to_diffusers(asdict(self), self.attends)
 
@@ -300,15 +302,18 @@ class UNetConfig:
             return to_own(asdict(self))
 
 
-def _check_integers(name: str, values: Tensor, count: int, stop: int) -> None:
+def check_integers(name: str, values: Tensor, count: int, stop: int) -> None:
+    """Raises ValueError unless `values` are integers [count] in 0..stop-1."""
     invalid = (
         values.shape != (count,)
         or values.is_floating_point()
         or values.is_complex()
         or values.dtype == torch.bool
     )
-    if invalid or bool(((values < 0) | (values >= stop)).any()):
+    # .long(): torch casts `stop` to the type of `values`, in which it may overflow
+    if invalid or bool(((values < 0) | (values.long() >= stop)).any()):
         seen = "" if invalid or not count else f" in {values.min()}..{values.max()}"
         raise ValueError(
-            f"{name}: {values.dtype} {tuple(values.shape)}{seen}; expected integers [{count}] in 0..{stop - 1}"
+            f"{name}: {values.dtype} {tuple(values.shape)}{seen}; expected integers [{count}] "
+            f"in 0..{stop - 1}"
         )

@@ -1,8 +1,8 @@
-"""Between the fields of `UNetConfig` and the `config.json` of diffusers' `UNet2DModel`, both as plain dictionaries.
+"""Translation between the fields of `UNetConfig` and diffusers' `config.json` of a `UNet2DModel`.
 
-A key is read, refused or metadata, never ignored. One extension: `layers_per_block` may be a list with one entry per level,
-finest first, as in diffusers' `UNet2DConditionModel`. `UNet2DModel` itself takes one integer and raises TypeError for the list, so
-that it never builds another network.
+Both are plain dictionaries. Unknown keys raise, except metadata. As an extension,
+`layers_per_block` may be a list with one entry per level, finest first, as in diffusers'
+`UNet2DConditionModel`; `UNet2DModel` raises TypeError for a list.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ..utils.validation import is_count, is_counts, shown
 from .limits import FIELDS, FLAG, MAX_LAYERS, MAX_WIDTH, Rule, count, optional
 
 MODEL = "UNet2DModel"
-# diffusers' own defaults: a key that a config.json leaves out means these.
+# diffusers' defaults, for the keys that a config.json omits
 _DIFFUSERS_DEFAULTS: dict[str, Any] = dict(
     sample_size=None,
     in_channels=3,
@@ -50,7 +50,7 @@ _NAMES: Rule = (
     "a list of names",
     lambda v: isinstance(v, (list, tuple)) and bool(v) and all(isinstance(n, str) for n in v),
 )
-# What each key that holds a number, a flag or a list must be: a damaged file is one clear line.
+# Valid values of each key that holds a number, a flag or a list
 _RULES: dict[str, Rule] = dict(
     sample_size=FIELDS["sample_size"],
     in_channels=FIELDS["in_channels"],
@@ -74,11 +74,11 @@ _RULES: dict[str, Rule] = dict(
     norm_eps=FIELDS["norm_eps"],
     add_attention=FLAG,
     num_class_embeds=FIELDS["num_classes"],
-    # checked, but without effect: diffusers reads it for time_embedding_type="learned" only
+    # validated but unused: diffusers reads it for time_embedding_type="learned" only
     num_train_timesteps=optional(count(2**24 - 1)),
 )
 
-# The values for which this network computes what diffusers computes; everything else is refused.
+# Values for which `UNet` computes the same as diffusers; others raise.
 _SUPPORTED: dict[str, tuple[Any, ...]] = dict(
     time_embedding_type=("positional",),
     mid_block_type=("UNetMidBlock2D",),
@@ -104,7 +104,7 @@ _UP_BLOCKS = {
 
 
 def arguments_from_diffusers(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of `UNetConfig` for a UNet2DModel configuration: see `UNetConfig.from_diffusers`."""
+    """Returns the arguments of `UNetConfig` for a UNet2DModel configuration."""
     if (model := config.get("_class_name", MODEL)) != MODEL:
         raise ValueError(f"this model class is unsupported: {shown(model)}; supported: {MODEL}")
     values = {k: v for k, v in config.items() if not k.startswith("_")}
@@ -118,7 +118,8 @@ def arguments_from_diffusers(config: Mapping[str, Any]) -> dict[str, Any]:
         # by type too: True == 1
         if not any(type(d[key]) is type(value) and d[key] == value for value in supported):
             raise ValueError(
-                f"{key}={shown(d[key])} is not supported; supported: {', '.join(map(repr, supported))}"
+                f"{key}={shown(d[key])} is not supported; "
+                f"supported: {', '.join(map(repr, supported))}"
             )
     for key, (expected, fits) in _RULES.items():
         if not fits(d[key]):
@@ -133,7 +134,7 @@ def arguments_from_diffusers(config: Mapping[str, Any]) -> dict[str, Any]:
         )
     mid_groups = d["attn_norm_num_groups"]
     if mid_groups is None and d["resnet_time_scale_shift"] == "scale_shift":
-        mid_groups = 0  # diffusers then leaves this norm out
+        mid_groups = 0  # diffusers then omits this norm
     return dict(
         sample_size=d["sample_size"],
         in_channels=d["in_channels"],
@@ -162,13 +163,13 @@ def arguments_from_diffusers(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def to_diffusers(c: Mapping[str, Any], attends: Sequence[bool]) -> dict[str, Any]:
-    """The UNet2DModel configuration for the fields of a `UNetConfig`: see `UNetConfig.to_diffusers`.
+    """Returns the UNet2DModel configuration for the fields of a `UNetConfig`.
 
     Args:
-        c: the fields; per-level ones as tuples, finest first.
-        attends: per level, whether any attention runs at its width.
+        c: The fields; per-level fields are tuples, finest level first.
+        attends: `UNetConfig.attends`.
     """
-    layers = list(c["layers"])
+    layers, size = list(c["layers"]), c["sample_size"]
     split = [
         (width, heads)
         for width, heads, a in zip(c["channels"], c["heads"], attends, strict=True)
@@ -178,22 +179,21 @@ def to_diffusers(c: Mapping[str, Any], attends: Sequence[bool]) -> dict[str, Any
     single = all(heads == 1 for _, heads in split)
     if len(head_dims) > 1 and not single:
         raise ValueError(
-            f"heads={c['heads']} at channels={c['channels']}: diffusers has one attention_head_dim for all levels"
+            f"heads={c['heads']} at channels={c['channels']}: diffusers has one attention_head_dim "
+            "for all levels"
         )
     for name, value in (("time_scale", 1), ("sinusoid_dim", c["channels"][0])):
         if c[name] != value:
             raise ValueError(f"{name}={c[name]}: diffusers has no such option, expected {value}")
     if c["mid_attention"] and not c["scale_shift"] and not c["mid_norm_groups"]:
-        raise ValueError("mid_norm_groups=0: diffusers leaves this norm out only under scale_shift")
+        raise ValueError("mid_norm_groups=0: diffusers omits this norm only with scale_shift")
     down, down_type = _names(
         list(zip(c["attention"], c["down_resample"], strict=True)), len(attends) - 1, _DOWN_BLOCKS
     )
     up, up_type = _names(list(zip(c["up_attention"], c["up_resample"], strict=True)), 0, _UP_BLOCKS)
     return dict(
         _class_name=MODEL,
-        sample_size=list(c["sample_size"])
-        if isinstance(c["sample_size"], tuple)
-        else c["sample_size"],
+        sample_size=list(size) if isinstance(size, tuple) else size,
         in_channels=c["in_channels"],
         out_channels=c["out_channels"],
         center_input_sample=c["center_input"],
@@ -205,9 +205,7 @@ def to_diffusers(c: Mapping[str, Any], attends: Sequence[bool]) -> dict[str, Any
         mid_block_type="UNetMidBlock2D",
         up_block_types=up[::-1],
         block_out_channels=list(c["channels"]),
-        layers_per_block=layers[0]
-        if len(set(layers)) == 1
-        else layers,  # a list: see the module's docstring
+        layers_per_block=layers[0] if len(set(layers)) == 1 else layers,
         mid_block_scale_factor=c["mid_scale"],
         downsample_padding=c["downsample_padding"],
         downsample_type=down_type,
@@ -242,7 +240,7 @@ def _block(
 def _names(
     levels: list[tuple[bool, str]], without: int, known: Mapping[str, tuple[bool, str | None]]
 ) -> tuple[list[str], str]:
-    """diffusers' block names for (attention, resampling) per level, and the one resampling that its attention blocks share.
+    """diffusers' block names for (attention, resampling) per level, and its attention's resampling.
 
     `without` is the level that does not resample.
     """
@@ -252,7 +250,8 @@ def _names(
     }
     if len(shared) > 1:
         raise ValueError(
-            f"(attention, resampling) {levels}: diffusers has one resampling for all its attention blocks"
+            f"(attention, resampling) {levels}: diffusers has one resampling for all attention "
+            "blocks"
         )
     names = [
         attending if attention else resnet if resample == "resnet" else plain

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 @torch.no_grad()
 def weights_fingerprint(model: nn.Module) -> bytes:
-    """One 64-bit sum per parameter over the bits of its elements; reads every weight once.
+    """Returns one 64-bit sum per parameter over the bits of its elements.
 
-    Version counters would not do: `.data` and fused optimizers write without incrementing them.
+    Version counters are not sufficient: `.data` and fused optimizers do not increment them.
     """
     sums = [_sum_of_bits(p) for p in model.parameters()]
     return torch.stack(sums).cpu().numpy().tobytes() if sums else b""

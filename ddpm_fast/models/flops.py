@@ -1,4 +1,4 @@
-"""Cost of a forward pass, counted on the meta device, without computing it."""
+"""Cost of a forward pass, counted on the meta device."""
 
 from __future__ import annotations
 
@@ -18,12 +18,19 @@ from .unet import UNet
 
 @dataclass(frozen=True)
 class Cost:
-    """Per image and forward pass; bytes in fp32. FLOP = 2 x multiply-add, of convolutions, products and attention."""
+    """Cost per image and forward pass, in fp32.
+
+    Attributes:
+        parameters: Number of parameters.
+        flops: FLOPs of convolutions, matrix products and attention; a multiply-add is 2.
+        weight_bytes: Size of the parameters.
+        activation_bytes: Peak of the eager forward pass.
+    """
 
     parameters: int
     flops: int
     weight_bytes: int
-    activation_bytes: int  # peak of the eager forward pass
+    activation_bytes: int
 
     def as_dict(self) -> dict[str, int]:
         return asdict(self)
@@ -62,7 +69,11 @@ class _PeakMemory(TorchDispatchMode):
 
 @torch.no_grad()
 def unet_cost(config: UNetConfig, size: tuple[int, int] | None = None) -> Cost:
-    """The cost of one image of `size` (H, W), by default the configuration's own."""
+    """Returns the cost of one image of `size` (H, W); default: the configuration's size.
+
+    Raises:
+        ValueError: There is no size.
+    """
     size = size or config.size
     if size is None:
         raise ValueError("the configuration names no sample_size; give size=(height, width)")

@@ -1,7 +1,7 @@
-"""Types and ranges of the values that describe a network.
+"""Types and ranges of the fields of `UNetConfig`.
 
-`UNetConfig` and the translation from diffusers' config.json check the same table, so that a damaged
-or hostile configuration is one clear line before any memory is taken.
+The translation from diffusers' config.json uses the same table, so a damaged or hostile
+configuration raises a one-line error before memory is allocated.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ MAX_LAYERS = 128  # residual blocks per level
 MAX_TIME_DIM = 65_536
 MAX_CLASSES = 1_000_000
 
-# (what is expected, whether a value is that)
+# (description, predicate)
 Rule = tuple[str, Callable[[Any], bool]]
 
 
@@ -53,7 +53,7 @@ RESAMPLING: Rule = (
     lambda v: all(isinstance(kind, str) and kind in ("conv", "resnet") for kind in v),
 )
 
-# Per-level fields are tuples with one entry per level by the time they are checked.
+# Per-level fields are checked as tuples with one entry per level.
 FIELDS: dict[str, Rule] = dict(
     sample_size=SIDES,
     in_channels=count(MAX_IMAGE_CHANNELS),

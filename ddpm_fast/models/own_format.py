@@ -18,11 +18,11 @@ def arguments_from_own(config: Mapping[str, Any], fields: Collection[str]) -> di
     """The arguments of `UNetConfig`.
 
     Args:
-        config: content of config.json.
-        fields: the names of the fields of `UNetConfig`.
+        config: Content of config.json.
+        fields: The names of the fields of `UNetConfig`.
 
     Raises:
-        ValueError: a field is missing or unknown.
+        ValueError: A field is missing or unknown.
     """
     values = {name: value for name, value in config.items() if not name.startswith("_")}
     for kind, names in (

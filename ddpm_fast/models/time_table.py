@@ -1,6 +1,6 @@
-"""Time-embedding table: the projections for every residual block, looked up instead of computed.
+"""Time-embedding table: precomputed projections of the time embedding for all residual blocks.
 
-`time_table` makes it for every engine; `TimeTable` gives the CPU engine its rows.
+All engines use `time_table`; the CPU engine uses `TimeTable`.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from torch import Tensor
 
 from .unet import UNet
 
-LARGEST = 256 * 2**20  # bytes that a table of all (t, class) may take
+LARGEST = 256 * 2**20  # bytes of a table of all (t, class)
 
 
 def time_table(time: Tensor, classes: Tensor, weight: Tensor, bias: Tensor) -> Tensor | None:
-    """Computes row t * K + class = weight SiLU(time[t] + classes[class]) + bias for every (t, class).
+    """Computes row t * K + class, weight SiLU(time[t] + classes[class]) + bias, for all (t, class).
 
     Args:
         time: Embeddings of the timesteps, [T, D].
@@ -28,7 +28,7 @@ def time_table(time: Tensor, classes: Tensor, weight: Tensor, bias: Tensor) -> T
         bias: [S].
 
     Returns:
-        [T * K, S] fp32; None if it takes more than `LARGEST` bytes.
+        [T * K, S] fp32; None if it is larger than `LARGEST`.
     """
     if len(time) * len(classes) * len(weight) * 4 > LARGEST:
         return None
@@ -37,7 +37,7 @@ def time_table(time: Tensor, classes: Tensor, weight: Tensor, bias: Tensor) -> T
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of some images: number `index` of `table` [R, S]."""
+    """Rows of a batch: row `index` [B] of `table` [R, S]."""
 
     table: Tensor
     index: NDArray[np.int64]
@@ -48,10 +48,15 @@ class Rows:
 
 
 class TimeTable:
-    """row(t, class) = weight SiLU(embedding of (t, class)) + bias, fp32.
+    """Rows weight SiLU(embedding of (t, class)) + bias, fp32.
 
-    One table of all rows, or, if that is too large, each row by itself on demand: never in a batch whose size
-    could change its last bit.
+    The rows are one table or, if it is too large, are computed on demand. Each is then computed
+    separately, because its last bit could depend on the size of a batch.
+
+    Args:
+        unet: The network.
+        weight, bias: Projections of all blocks, [S, D] and [S].
+        timesteps: T.
     """
 
     @torch.no_grad()
@@ -74,14 +79,14 @@ class TimeTable:
 
     @torch.no_grad()
     def rows(self, t: Tensor, labels: Tensor | None) -> Rows:
-        """t [B], labels [B] int64 -> the images' rows."""
+        """Returns the rows of t [B] and labels [B] or None, both int64."""
         labels = torch.zeros_like(t) if labels is None else labels
         if self._table is not None:
             return Rows(self._table, (t * self.classes + labels).numpy())
         pairs = list(zip(t.tolist(), labels.tolist(), strict=True))
-        number = {pair: k for k, pair in enumerate(dict.fromkeys(pairs))}
-        each = [
+        index = {pair: k for k, pair in enumerate(dict.fromkeys(pairs))}
+        rows = [
             F.linear(F.silu(self._time[a] + self._class[b])[None], self._weight, self._bias)
-            for a, b in number
+            for a, b in index
         ]
-        return Rows(torch.cat(each), np.array([number[pair] for pair in pairs]))
+        return Rows(torch.cat(rows), np.array([index[pair] for pair in pairs]))

@@ -1,7 +1,7 @@
-"""The DDPM network in plain PyTorch (Ho et al. 2020, appendix B; Nichol & Dhariwal 2021, section 3).
+"""DDPM network in plain PyTorch (Ho et al. 2020, appendix B; Nichol & Dhariwal 2021, section 3).
 
-This is the reference that the engines are compared with. Its parameters have the names of diffusers' `UNet2DModel`, so
-either loads the weights of the other strictly.
+It is the reference of the engines. Its parameters have the names of diffusers' `UNet2DModel`, so
+each of the two loads the other's weights with strict=True.
 """
 
 from __future__ import annotations
@@ -20,9 +20,17 @@ from .config import UNetConfig
 def timestep_embedding(
     t: Tensor, dim: int, *, cos_first: bool, freq_shift: float, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Sinusoids of the timestep at dim / 2 frequencies from 1 down to 1e-4 (Vaswani et al. 2017, section 3.5).
+    """Sinusoidal embedding with dim / 2 frequencies from 1 to 1e-4 (Vaswani et al. 2017, 3.5).
 
-    t [B], integer or floating;  returns [B, dim] in `dtype`.
+    Args:
+        t: Timesteps [B], integer or floating.
+        dim: Width of the embedding, even.
+        cos_first: Cosines first, then sines.
+        freq_shift: Frequency i is 1e4^(-i / (dim / 2 - freq_shift)).
+        dtype: Of the computation and the result.
+
+    Returns:
+        [B, dim].
     """
     half = dim // 2
     frequency = torch.exp(
@@ -34,7 +42,7 @@ def timestep_embedding(
 
 
 class TimeEmbedding(nn.Module):
-    """linear_2(SiLU(linear_1(sinusoid)))"""
+    """linear_2(SiLU(linear_1(sinusoid))): [B, channels] -> [B, dim]."""
 
     def __init__(self, channels: int, dim: int) -> None:
         super().__init__()
@@ -48,17 +56,18 @@ class TimeEmbedding(nn.Module):
 def norm_silu(
     norm: nn.GroupNorm, x: Tensor, time: Tensor | None = None, silu: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """(SiLU(norm(x + time)), x): time [B, C] or None, SiLU optional; x for the path around the norm, so that a fused form can add
-    the two gradients of x.
+    """Returns (SiLU(norm(x + time)), x) for time [B, C] or None; SiLU is optional.
+
+    x is returned for the residual path, so that a fused form can add both gradients of x.
     """
     y = norm(x if time is None else x + time[:, :, None, None])
     return F.silu(y) if silu else y, x
 
 
 class ResBlock(nn.Module):
-    """x + conv2(SiLU(norm2(conv1(SiLU(norm1(x))) + time))), its input resampled first where `resample` says so.
+    """x + conv2(SiLU(norm2(conv1(SiLU(norm1(x))) + time))), with optional resampling before conv1.
 
-    x [B, C_in, H, W], temb [B, time_dim] (SiLU already applied) -> [B, C_out, H', W']
+    x [B, C_in, H, W], temb [B, time_dim] after SiLU -> [B, C_out, H', W'].
     """
 
     def __init__(
@@ -96,7 +105,7 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over pixels: x + to_out(softmax(q k^T / sqrt(head dim)) v), q, k, v linear in norm(x)."""
+    """Self-attention over pixels, x + to_out(softmax(q k^T / sqrt(d)) v); q, k, v of norm(x)."""
 
     def __init__(
         self, channels: int, heads: int, groups: int | None, eps: float, scale: float = 1.0
@@ -136,7 +145,7 @@ def upsample_nearest(x: Tensor) -> Tensor:
 
 
 class Downsample(nn.Module):
-    """Strided 3x3 convolution: [B, C, H, W] -> [B, C, H / 2, W / 2]"""
+    """Strided 3x3 convolution: [B, C, H, W] -> [B, C, H / 2, W / 2]."""
 
     def __init__(self, channels: int, padding: int) -> None:
         super().__init__()
@@ -144,14 +153,12 @@ class Downsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.conv.padding == (0, 0):
-            x = F.pad(
-                x, (0, 1, 0, 1)
-            )  # right and bottom: TensorFlow's SAME, which Ho et al. trained with
+            x = F.pad(x, (0, 1, 0, 1))  # right and bottom: TensorFlow's SAME, as in Ho et al.
         return self.conv(x)
 
 
 class Upsample(nn.Module):
-    """Nearest 2x, then a 3x3 convolution: [B, C, H, W] -> [B, C, 2 H, 2 W]"""
+    """Nearest 2x, then a 3x3 convolution: [B, C, H, W] -> [B, C, 2 H, 2 W]."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -162,7 +169,7 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """The residual blocks of one level, each with attention where the level has it, then the resampling."""
+    """Residual blocks of one level, each followed by attention if the level has it; resampling."""
 
     def __init__(
         self, c: UNetConfig, inputs: list[int], c_out: int, attends: bool, heads: int
@@ -224,7 +231,11 @@ class Middle(nn.Module):
 
 
 class UNet(nn.Module):
-    """UNet: eps_theta(x_t, t), or what the network was trained to predict. See `UNetConfig` for its variants."""
+    """UNet: eps_theta(x_t, t), or another prediction; see `UNetConfig` for its variants.
+
+    Args:
+        config: The configuration.
+    """
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
@@ -237,7 +248,7 @@ class UNet(nn.Module):
 
         self.down_blocks, self.up_blocks = nn.ModuleList(), nn.ModuleList()
         levels, width = c.levels, c.channels[0]
-        skips = [width]  # channels of everything that the way down keeps
+        skips = [width]  # channels of the skip connections
         for i, at in enumerate(levels):
             level = Level(
                 c, [width] + [at.channels] * (at.layers - 1), at.channels, at.attention, at.heads
@@ -277,14 +288,23 @@ class UNet(nn.Module):
         return self.conv_in.weight.dtype
 
     def forward(self, x_t: Tensor, t: Tensor | int | float, labels: Tensor | None = None) -> Tensor:
-        """x_t [B, C, H, W] floating, t [B] integer or floating, labels [B] int64 -> [B, C_out, H, W] in the weights' dtype.
+        """Computes the prediction.
 
-        H and W must be divisible by 2^(levels - 1). ValueError for invalid arguments (`UNetConfig.check_call`).
+        Args:
+            x_t: Noisy images [B, C, H, W], floating, with H and W divisible by 2^(levels - 1).
+            t: Timesteps, [B] or one number, integer or floating.
+            labels: Classes int64 [B], if the network is class-conditional.
+
+        Returns:
+            [B, C_out, H, W] in the dtype of the weights.
+
+        Raises:
+            ValueError: An argument is invalid (`UNetConfig.check_call`).
         """
         self.config.check_call(x_t, labels)
         x = x_t.to(self.dtype)
         x = self.conv_in(2 * x - 1 if self.config.center_input else x)
-        temb = F.silu(self.embed(torch.as_tensor(t, device=x.device).expand(len(x)), labels))
+        temb = F.silu(self.embed(torch.as_tensor(t, device=x.device).expand(x.shape[0]), labels))
         skips = [x]
         for level in cast("list[Level]", self.down_blocks):
             x = level.down(x, temb, skips)
@@ -294,9 +314,9 @@ class UNet(nn.Module):
         return self.conv_out(self.norm_silu(self.conv_norm_out, x)[0])
 
     def embed(self, t: Tensor, labels: Tensor | None) -> Tensor:
-        """The embedding of (t, label), before the SiLU of every residual block: [B, time_dim]."""
+        """Embedding of (t, label) before the SiLU of the residual blocks: [B, time_dim]."""
         c = self.config
-        # Sinusoids in half precision would merge neighbouring timesteps, so they are computed in fp32 and rounded once.
+        # half precision does not resolve adjacent timesteps
         dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
         sinusoid = timestep_embedding(
             t.to(dtype) * c.time_scale,
@@ -310,7 +330,7 @@ class UNet(nn.Module):
 
 
 def channels_last(unet: UNet) -> UNet:
-    """The same network with its convolutions' weights channels-last, the layout in which the activations then flow."""
+    """Changes the weights of the convolutions to channels-last, in place; activations follow."""
     for p in unet.parameters():
         if p.ndim == 4:
             p.data = p.data.contiguous(memory_format=torch.channels_last)

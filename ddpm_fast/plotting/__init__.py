@@ -1,1 +1,1 @@
-"""Plots of training and of the diffusion process."""
+"""Plots of training runs and of diffusion processes."""

@@ -1,8 +1,8 @@
-"""Pictures of the processes themselves: schedules, an image on its way to noise, noise on its way to an image."""
+"""Plots of noise schedules, the forward process and the reverse process."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,52 +21,58 @@ from ..sampling.callbacks import progress_bar
 from ..sampling.request import Indices, Labels, check_indices, check_labels, indices_tensor
 from ..sampling.sampler import Sampler
 from ..utils.validation import seed_bits
-from .style import BLUE, GREEN, GREY, ORANGE, PINK, figure, save
+from .style import BLUE, GREEN, GREY, LIGHT, ORANGE, PINK, figure, rgb, save, show_image
 
 _COLOURS = (BLUE, ORANGE, GREEN, PINK, GREY)
-CAPTION = 20  # height of a film's lines of text, in pixels
-ZERO_SNR = ", zero terminal SNR"  # ends the name of a schedule that was rescaled
+CAPTION = 20  # height of a line of text in an animation, in pixels
+_BAR, _BAR_BACKGROUND = 6, 64  # height of the progress bar in pixels; its grey level
+ZERO_SNR = ", zero terminal SNR"  # suffix of the name of a rescaled schedule
 
 
 def plot_schedules(schedules: Mapping[str, NoiseSchedule], out: str | Path) -> None:
-    """beta, alpha_bar and the signal-to-noise ratio of several schedules over t; rescaled ones beside their own, dashed."""
-    picture, axes = figure(10, 3.6, columns=3)
-    plain = [name for name in schedules if not name.endswith(ZERO_SNR)]
+    """Plots beta, alpha_bar and the signal-to-noise ratio over t.
+
+    Args:
+        schedules: Schedules by name. A name that ends in `ZERO_SNR` is a rescaled schedule, drawn
+            dashed in the colour of the original one.
+        out: A .png, .svg or .pdf file.
+    """
+    plot, axes = figure(10, 3.6, columns=3)
+    originals = [name for name in schedules if not name.endswith(ZERO_SNR)]
     for name, schedule in schedules.items():
-        kind = plain.index(name.removesuffix(ZERO_SNR)) % len(_COLOURS)
-        how = dict(color=_COLOURS[kind], linestyle="-" if name in plain else "--", label=name)
+        colour = _COLOURS[originals.index(name.removesuffix(ZERO_SNR)) % len(_COLOURS)]
+        line = dict(color=colour, linestyle="-" if name in originals else "--", label=name)
         t = np.arange(len(schedule)) / len(schedule)
         for a, values in zip(
             axes.flat, (schedule.beta, schedule.alpha_bar, schedule.snr), strict=True
         ):
-            a.plot(
-                t, np.where(values > 0, values, np.nan), **how
-            )  # a ratio of 0 has no place on a logarithmic axis
-    for a, title, scale in zip(
-        axes.flat,
-        ("beta", "alpha_bar", "signal-to-noise ratio"),
-        ("log", "linear", "log"),
-        strict=True,
-    ):
+            a.plot(t, np.where(values > 0, values, np.nan), **line)  # no 0 on a logarithmic axis
+    titles = (r"$\beta_t$", r"$\bar\alpha_t$", "signal-to-noise ratio")
+    for a, title, scale in zip(axes.flat, titles, ("log", "linear", "log"), strict=True):
         a.set(title=title, yscale=scale, xlabel="t / T")
     axes[0, 2].set_ylim(1e-6, 3e4)
-    picture.legend(
-        *axes[0, 0].get_legend_handles_labels(),
-        loc="outside lower center",
-        ncols=5,
-        frameon=False,
-        fontsize=9,
-    )
-    save(picture, out)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    layout = dict(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    plot.legend(handles, labels, **layout)
+    save(plot, out)
 
 
-def forward_strip(
+def forward_trajectory(
     schedule: NoiseSchedule, images: Pixels, seed: int, steps: int
 ) -> tuple[list[int], Tensor]:
-    """(t, x): the chain from images uint8 [N, H, W, C] through all T steps, kept at `steps` of them: x fp32 [steps, N, C, H, W].
+    """Computes all T steps of the forward chain and records the states after `steps` of them.
 
-    Neighbours belong together: it is one trajectory for each image, with the noise of image 0, 1, ... at every step. The last
-    one kept is the end of the chain. Equal to `q_chain` without holding its T states and noises in memory.
+    Every image is one trajectory, with the noise of image indices 0, 1, ...; the last record is the
+    end of the chain. Equal to `q_chain`, without T states and noises in memory.
+
+    Args:
+        schedule: Noise schedule.
+        images: uint8 [N, H, W, C].
+        seed: Seed of the noise, 0 ... 2^64-1.
+        steps: Number of records, 1 ... T.
+
+    Returns:
+        (t, x): the recorded timesteps and states, fp32 [steps, N, C, H, W].
     """
     if not 1 <= steps <= len(schedule):
         raise ValueError(f"{steps} steps; expected 1 to {len(schedule)}")
@@ -74,44 +80,39 @@ def forward_strip(
     n, c, h, w = x.shape
     image = torch.arange(n)
     seeds = torch.full_like(image, seed_bits(seed))
-    kept, states = [round(t) for t in np.linspace(0, len(schedule), steps + 1)[1:] - 1], []
+    recorded, states = [round(t) for t in np.linspace(0, len(schedule), steps + 1)[1:] - 1], []
     for t in range(len(schedule)):
-        x = q_step(
-            schedule,
-            x,
-            t,
-            noise.noise(seeds, image, torch.full_like(image, t), noise.Q_SAMPLE, c, h, w),
-        )
-        if t in kept:
+        rows = torch.full_like(image, t)
+        x = q_step(schedule, x, t, noise.noise(seeds, image, rows, noise.Q_SAMPLE, c, h, w))
+        if t in recorded:
             states.append(x)
-    return kept, torch.stack(states)
+    return recorded, torch.stack(states)
 
 
 def plot_forward(
     schedule: NoiseSchedule, images: Pixels, out: str | Path, seed: int = 0, steps: int = 10
 ) -> None:
-    """Each image as a row: itself, then noised further and further by the chain."""
-    kept, x = forward_strip(schedule, images, seed, steps)
-    cells = [
-        [images[i], *(to_uint8(x[k, i : i + 1]).numpy()[0] for k in range(len(kept)))]
-        for i in range(len(images))
-    ]
-    words = (
-        f"t = {t}\n$\\bar\\alpha_t$ = {_short(schedule.alpha_bar[t])}\nSNR {_short(schedule.snr[t])}"
-        for t in kept
+    """Plots a row per image uint8 [N, H, W, C]: the image, then `steps` states of the chain."""
+    recorded, x = forward_trajectory(schedule, images, seed, steps)
+    rows = [[image, *to_uint8(x[:, i]).numpy()] for i, image in enumerate(images)]
+    titles = (
+        f"t = {t}\n$\\bar\\alpha_t$ = {_short(schedule.alpha_bar[t])}\n"
+        f"SNR {_short(schedule.snr[t])}"
+        for t in recorded
     )
-    picture = _cells(cells, ["x_0", *words], [""] * len(cells))
-    picture.suptitle(
-        "q(x_t | x_{t-1}) step by step: each row is one trajectory", fontsize=10, parse_math=False
-    )
-    save(picture, out)
+    plot = _image_table(rows, ["$x_0$", *titles], [""] * len(rows))
+    plot.suptitle("Forward process $q(x_t | x_{t-1})$, one trajectory per row", fontsize=10)
+    save(plot, out)
 
 
 @dataclass(frozen=True)
-class Reverse:
-    """A trajectory: `t` [K], the states `x` and the images `x_0` that the network saw, uint8 [K, N, H, W, C].
+class ReverseTrajectory:
+    """Records of the reverse process. Record 0 is the start, without a prediction (mid-grey).
 
-    Number 0 is the start, where nothing has been predicted yet (mid-grey).
+    Attributes:
+        t: Timestep of every record [K]; -1 for the final image.
+        x: States, uint8 [K, N, H, W, C].
+        x_0: Predictions of x_0 in the step that led to the state, uint8 [K, N, H, W, C].
     """
 
     t: list[int]
@@ -119,8 +120,8 @@ class Reverse:
     x_0: Pixels
 
     @property
-    def names(self) -> list[str]:
-        """What to call each moment."""
+    def titles(self) -> list[str]:
+        """Title of every record."""
         return ["noise", *("image" if t < 0 else f"t = {t}" for t in self.t[1:])]
 
 
@@ -129,18 +130,28 @@ def reverse_trajectory(
     indices: Indices,
     seed: int = 0,
     labels: Labels = None,
-    moments: int = 10,
+    records: int = 10,
     progress: bool = False,
-    **how: Any,
-) -> Reverse:
-    """The images that `sampler.sample(indices, seed=seed, labels=labels, **how)` draws, at `moments` steps; how: solver, steps, ...
-    With `progress`, a progress bar is shown.
+    **options: Any,
+) -> ReverseTrajectory:
+    """Records the states of `sampler.sample(indices, seed=seed, labels=labels, **options)`.
 
-    RuntimeError where they come out with values that are not finite.
+    Args:
+        sampler: The sampler.
+        indices: As in `Sampler.sample`.
+        seed: 0 ... 2^64-1.
+        labels: As in `Sampler.sample`.
+        records: Number of records after the start, evenly spaced; at most one per step.
+        progress: Show a progress bar.
+        **options: Solver, steps, spacing, eta and preset, as in `SamplingParams`.
+
+    Raises:
+        RuntimeError: An image contains NaN or Inf.
     """
-    table, level = sampler.table(**how), preset_of(how.get("preset", "exact")).level
+    table, level = sampler.table(**options), preset_of(options.get("preset", "exact")).level
     image = indices_tensor(check_indices(indices))
-    wanted = {round(i) for i in np.linspace(0, len(table), min(moments, len(table)) + 1)[1:] - 1}
+    count = min(records, len(table))
+    recorded = {round(i) for i in np.linspace(0, len(table), count + 1)[1:] - 1}
     classes = check_labels(labels, len(image), sampler.num_classes)
     sampler.refresh()
     with sampler.begin(image, seed_bits(seed), classes) as state:
@@ -148,51 +159,48 @@ def reverse_trajectory(
         t, x = [len(sampler.schedule)], [to_uint8(state.x, level)]
         x_0 = [to_uint8(state.x_0, level)]
 
-        def keep(step: int, at: int, now: Tensor) -> None:
+        def record(step: int, _: int, x_t: Tensor) -> None:
             bar.update(len(image))
-            if step in wanted:
+            if step in recorded:
                 t.append(int(table.t[step + 1]) if step + 1 < len(table) else -1)
-                x.append(to_uint8(now, level))
-                x_0.append(to_uint8(state.x_0 if state.x_0 is not None else now, level))
+                x.append(to_uint8(x_t, level))
+                x_0.append(to_uint8(state.x_0 if state.x_0 is not None else x_t, level))
 
         with progress_bar(progress, len(table) * len(image)) as bar:
-            sampler.run(state, table, callback=keep)
+            sampler.run(state, table, callback=record)
         if not state.x.isfinite().all():
             raise RuntimeError("the images contain NaN or Inf; check the weights")
-    return Reverse(t, *(torch.stack(v).cpu().numpy() for v in (x, x_0)))
+    return ReverseTrajectory(t, *(torch.stack(v).cpu().numpy() for v in (x, x_0)))
 
 
-def plot_reverse(trajectory: Reverse, out: str | Path) -> None:
-    """Two rows for each image: the state x_t, and the image that the network saw in it one step before."""
-    cells, names = [], []
+def plot_reverse(trajectory: ReverseTrajectory, out: str | Path) -> None:
+    """Plots two rows per image: the state x_t, and the prediction of x_0 one step before."""
+    rows: list[list[Any]] = []
     for i in range(trajectory.x.shape[1]):
-        cells += [list(trajectory.x[:, i]), [None, *trajectory.x_0[1:, i]]]
-        names += ["x_t", "x_0 seen"]
-    save(_cells(cells, trajectory.names, names), out)
+        rows += [[*trajectory.x[:, i]], [None, *trajectory.x_0[1:, i]]]
+    labels = ["$x_t$", r"predicted $x_0$"] * trajectory.x.shape[1]
+    save(_image_table(rows, trajectory.titles, labels), out)
 
 
-def frames_of(trajectory: Reverse, scale: int) -> list[Pixels]:
-    """One picture a moment, uint8 [H', W', 3]: the states above, with their t, the predicted images below, and a bar for how far
-    it is.
+def frames_of(trajectory: ReverseTrajectory, scale: int) -> list[Pixels]:
+    """Returns an animation frame per record, uint8 [H', W', 3], with even H' and W'.
+
+    A frame has the states with their t, the predictions of x_0, and a progress bar.
     """
     frames = []
-    for k in range(len(trajectory.t)):
-        above, below = (_row(v[k], scale) for v in (trajectory.x, trajectory.x_0))
-        words = (f"x_t, {trajectory.names[k]}", "x_0 seen")
-        both = np.concatenate(
-            [_caption(words[0], above.shape[1]), above, _caption(words[1], above.shape[1]), below]
-        )
-        bar = np.full((6, both.shape[1], 3), 64, np.uint8)
-        bar[:, : round(both.shape[1] * k / max(1, len(trajectory.t) - 1))] = (0, 158, 115)
-        frame = np.concatenate([both, bar])
-        frames.append(
-            frame[: len(frame) // 2 * 2, : frame.shape[1] // 2 * 2].copy()
-        )  # MP4 wants even sides
+    for k, title in enumerate(trajectory.titles):
+        states, predictions = (_side_by_side(v[k], scale) for v in (trajectory.x, trajectory.x_0))
+        width = states.shape[1]
+        bar = np.full((_BAR, width, 3), _BAR_BACKGROUND, np.uint8)
+        bar[:, : round(width * k / max(1, len(trajectory.t) - 1))] = rgb(GREEN)
+        captions = (_caption(text, width) for text in (f"x_t, {title}", "predicted x_0"))
+        frame = np.concatenate([next(captions), states, next(captions), predictions, bar])
+        frames.append(frame[: len(frame) // 2 * 2, : width // 2 * 2].copy())  # for MP4
     return frames
 
 
-def _row(images: Pixels, scale: int) -> Pixels:
-    """uint8 [N, H, W, C] side by side with borders, enlarged: [H', W', 3]."""
+def _side_by_side(images: Pixels, scale: int) -> Pixels:
+    """Images uint8 [N, H, W, C] in a row with borders, enlarged: [H', W', 3]."""
     row = np.concatenate(list(np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)))), axis=1)
     row = row.repeat(scale, axis=0).repeat(scale, axis=1)
     return np.broadcast_to(row, (*row.shape[:2], 3)) if row.shape[2] == 1 else row[..., :3]
@@ -202,33 +210,23 @@ def _caption(text: str, width: int) -> Pixels:
     """A line of light text on black, uint8 [CAPTION, width, 3]."""
     from PIL import Image, ImageDraw, ImageFont
 
-    line = Image.new("RGB", (width, CAPTION))
-    ImageDraw.Draw(line).text(
-        (4, CAPTION // 2), text, "#DDDDDD", ImageFont.load_default(14), anchor="lm"
-    )
+    line, font = Image.new("RGB", (width, CAPTION)), ImageFont.load_default(14)
+    ImageDraw.Draw(line).text((4, CAPTION // 2), text, LIGHT, font, anchor="lm")
     return np.asarray(line)
 
 
-def _cells(cells: list[list[Any]], titles: list[str], names: list[str]) -> Any:
-    """A grid of small images with a title over each column and a name before each row."""
-    rows, columns = len(cells), len(cells[0])
-    picture, axes = figure(0.95 * columns + 0.4, 0.95 * rows + 0.5, rows, columns)
-    for a, image in zip(
-        np.asarray(axes).reshape(rows, columns).flat,
-        (image for row in cells for image in row),
-        strict=True,
-    ):
-        a.set_xticks([]), a.set_yticks([])
-        for side in a.spines.values():
-            side.set_visible(False)
-        if image is not None:
-            a.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-    grid = np.asarray(axes).reshape(rows, columns)
-    for a, title in zip(grid[0], titles, strict=True):
+def _image_table(rows: list[list[Any]], titles: Iterable[str], labels: list[str]) -> Any:
+    """A figure with a table of small images, a title per column and a label per row."""
+    height, width = len(rows), len(rows[0])
+    plot, axes = figure(0.95 * width + 0.4, 0.95 * height + 0.5, height, width)
+    table = np.asarray(axes).reshape(height, width)
+    for a, image in zip(table.flat, (image for row in rows for image in row), strict=True):
+        show_image(a, image)
+    for a, title in zip(table[0], titles, strict=True):
         a.set_title(title, fontsize=8)
-    for a, name in zip(grid[:, 0], names, strict=True):
-        a.set_ylabel(name, fontsize=8)
-    return picture
+    for a, label in zip(table[:, 0], labels, strict=True):
+        a.set_ylabel(label, fontsize=8)
+    return plot
 
 
 def _short(value: float) -> str:

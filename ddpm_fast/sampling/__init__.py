@@ -1,1 +1,1 @@
-"""Sampling: the loop, its requests, its outputs."""
+"""Sampling: requests, the loop over batches and steps, outputs."""

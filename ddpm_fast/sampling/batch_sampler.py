@@ -1,8 +1,7 @@
-"""Batch sampler: the reverse process (Ho et al. 2020, algorithm 2) for one batch, any solver and any
-network.
+"""Batch sampler: the reverse process (Ho et al. 2020, algorithm 2) for one batch.
 
-The noise of an image is counted by (seed, image index, step, element), so an image does not depend
-on the batch size or on its position in the batch.
+Noise is a function of (seed, image index, step, element), so an image does not depend on the batch
+size or on its position in the batch.
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ if TYPE_CHECKING:
 
 
 class BatchSampler:
-    """A network, its schedule and its engine, for one batch at a time; arguments as for `Sampler`."""
+    """Network, schedule and engine for one batch at a time. Arguments as in `Sampler`."""
 
     def __init__(
         self,
@@ -69,17 +68,17 @@ class BatchSampler:
         calibration: Calibration | None = None,
     ) -> None:
         if len(shape) != 3 or min(integer("shape", n) for n in shape) < 1:
-            raise ValueError(f"shape {tuple(shape)}; expected (channels, height, width)")
+            raise ValueError(f"shape is {tuple(shape)}; expected (channels, height, width)")
         check_prediction(prediction)
         if variance not in VARIANCES:
-            raise ValueError(f"variance {variance!r}; expected one of {', '.join(VARIANCES)}")
+            raise ValueError(f"variance is {variance!r}; expected one of {', '.join(VARIANCES)}")
         if num_classes is not None and integer("num_classes", num_classes) < 1:
             raise ValueError(f"num_classes = {num_classes}; expected at least 1, or None")
         learned = variance in LEARNED
         if learned and isinstance(model, UNet) and model.config.out_channels != 2 * shape[0]:
             raise ValueError(
-                f"variance {variance!r} needs a network with {2 * shape[0]} output channels, mean and variance; "
-                f"this one has {model.config.out_channels}: use a fixed variance"
+                f"variance {variance!r} needs a network with {2 * shape[0]} output channels, mean "
+                f"and variance; this one has {model.config.out_channels}: use a fixed variance"
             )
         c, h, w = shape
         self.schedule, self.shape = schedule, (c, h, w)
@@ -92,13 +91,13 @@ class BatchSampler:
         self.precision = _precision(model, parameter, dtype)
         if not isinstance(model, UNet):
             check_model(model, num_classes, parameter, self.device)
-        self._engine_name, self._given, self._calibration = engine, model, calibration
-        self._choose()
+        self._engine_name, self._source_model, self._calibration = engine, model, calibration
+        self._choose_engine()
 
     def arguments(self) -> dict[str, Any]:
-        """Constructor arguments of an equal sampler."""
+        """Returns the constructor arguments of an equal sampler."""
         return dict(
-            model=self._given,
+            model=self._source_model,
             schedule=self.schedule,
             shape=self.shape,
             prediction=self.prediction,
@@ -112,15 +111,15 @@ class BatchSampler:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.arguments()  # an engine has threads, machine code or graphs: it is rebuilt
+        return self.arguments()  # the engine is rebuilt: it has threads, machine code or graphs
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         BatchSampler.__init__(self, **state)
 
     def __repr__(self) -> str:
-        model = type(self._given).__name__
-        if isinstance(self._given, nn.Module):
-            model += f" of {sum(p.numel() for p in self._given.parameters()):,} parameters"
+        model = type(self._source_model).__name__
+        if isinstance(self._source_model, nn.Module):
+            model += f" of {sum(p.numel() for p in self._source_model.parameters()):,} parameters"
         classes = "" if self.num_classes is None else f", {self.num_classes} classes"
         return (
             f"{type(self).__name__}({model}, shape {self.shape}{classes}, "
@@ -128,10 +127,10 @@ class BatchSampler:
             f"clip {self.clip}, {self.precision} on {self.device}, engine {self.engine.name!r})"
         )
 
-    def _choose(self) -> None:
+    def _choose_engine(self) -> None:
         fork.check()
         request = EngineRequest(
-            self._given,
+            self._source_model,
             self.shape,
             self.precision,
             self.device,
@@ -140,19 +139,17 @@ class BatchSampler:
         )
         with default_numerics(torch.device("cpu")):
             self.engine: Engine = choose(self._engine_name, request)
-        plain = self.engine if isinstance(self.engine, EagerEngine) else None
-        self.model = plain.model if plain is not None else self._given
-        self.dtype = plain.dtype if plain is not None else torch.float32
+        eager = self.engine if isinstance(self.engine, EagerEngine) else None
+        self.model = eager.model if eager is not None else self._source_model
+        self.dtype = eager.dtype if eager is not None else torch.float32
         self._weights = self._fingerprint()
 
     def _fingerprint(self) -> bytes:
-        """Of the model's weights, if the engine computes with a copy of them; otherwise empty."""
-        uncopied = isinstance(self.engine, EagerEngine) and self.model is self._given
-        return (
-            b""
-            if uncopied or not isinstance(self._given, nn.Module)
-            else weights_fingerprint(self._given)
-        )
+        """Fingerprint of the weights if the engine computes with a copy of them; else empty."""
+        shared = isinstance(self.engine, EagerEngine) and self.model is self._source_model
+        if shared or not isinstance(self._source_model, nn.Module):
+            return b""
+        return weights_fingerprint(self._source_model)
 
     def table(
         self,
@@ -161,7 +158,13 @@ class BatchSampler:
         start: int | None = None,
         **options: Unpack[SamplingOptions],
     ) -> StepTable:
-        """The step table of the parameters, or of the same keywords; `start` replaces the first t."""
+        """Returns the step table of `params` or of the same fields as keywords.
+
+        Args:
+            params: Sampling parameters.
+            start: First timestep; the table then has the timesteps from there to the end.
+            **options: Fields of `SamplingParams`, instead of `params`.
+        """
         p = as_params(params, options, "Sampler.table")
         preset = preset_of(p.preset)
         t = preset.timesteps(len(self.schedule), p.solver, p.steps, p.spacing)
@@ -174,15 +177,27 @@ class BatchSampler:
     @torch.inference_mode(False)
     @torch.no_grad()
     def begin(
-        self, image: Tensor, seed: int, labels: Tensor | None = None, x: Tensor | None = None
+        self,
+        image: Tensor,
+        seed: int,
+        labels: Tensor | None = None,
+        x: Tensor | None = None,
+        given_noise: bool = False,
     ) -> SamplingState:
-        """The state before the first step, from `x` or x_T, with `labels` or random classes.
+        """Returns the state before the first step; release it (`with sampler.begin(...) as state`).
 
-        It lies in memory of the engine: release it (`with sampler.begin(...) as state`).
+        Args:
+            image: Image indices, int64 [B].
+            seed: The seed's 64 bits as int64.
+            labels: Classes, int64 [B]; default: random classes.
+            x: State [B, C, H, W]; default: x_T.
+            given_noise: Give the state a buffer z, which `steps` fills by its argument `draw`.
         """
         (c, h, w), classes = self.shape, self.num_classes
         with default_numerics(self.device):
-            state = self.engine.new_state(len(image), self.shape, self.device, classes is not None)
+            state = self.engine.new_state(
+                len(image), self.shape, self.device, classes is not None, given_noise
+            )
         try:
             state.image.copy_(image)
             state.seed.fill_(seed)
@@ -200,7 +215,7 @@ class BatchSampler:
         return state
 
     def run(self, state: SamplingState, table: StepTable, callback: Callback | None = None) -> None:
-        """Advances the state through the whole table, in place."""
+        """Computes all steps of the table, in place."""
         for _ in self.steps(state, table, callback):
             pass
 
@@ -210,40 +225,57 @@ class BatchSampler:
         table: StepTable,
         callback: Callback | None = None,
         stop: Callable[[], bool] | None = None,
+        draw: Callable[[int, Tensor], object] | None = None,
     ) -> Iterator[int]:
-        """Yields the number of steps completed so far; ends early if `stop()` returns True."""
-        advance = self.engine.steps(state, table, every_step=callback is not None)
+        """Yields the number of steps completed so far; ends early if `stop()` returns True.
+
+        Args:
+            state: From `begin`.
+            table: The step table.
+            callback: Called after every step.
+            stop: Called between steps.
+            draw: Called before each step as draw(step, z), for a state with given noise; it fills
+                z [B, C, H, W] fp32 in place.
+        """
+        every_step = callback is not None or draw is not None
+        advance = self.engine.steps(state, table, every_step)
+        completed = 0
         with closing(isolated(advance, self.device)) as steps:
-            for done in steps:
+            while True:
+                if draw is not None and state.z is not None and completed < len(table):
+                    draw(completed, state.z)
+                completed = next(steps, -1)
+                if completed < 0:
+                    return
                 if callback is not None:
-                    callback(done - 1, int(table.t[done - 1]), state.x)
-                yield done
-                if stop is not None and done < len(table) and stop():
+                    callback(completed - 1, int(table.t[completed - 1]), state.x)
+                yield completed
+                if stop is not None and completed < len(table) and stop():
                     return
 
     def refresh(self) -> None:
         """Rebuilds the engine if the model's weights have changed since they were copied.
 
         Raises:
-            RuntimeError: This process was forked from one that has computed.
+            RuntimeError: This process was forked from one that has sampled.
         """
         fork.check()
         if self._fingerprint() != self._weights:
             self.engine.free()
-            self._choose()
+            self._choose_engine()
 
     def check_start(self, start: tuple[Tensor, int], count: int) -> tuple[Tensor, int]:
-        """Validates (x_t, t) for `count` images. ValueError for a wrong shape or timestep."""
+        """Returns (x_t, t) for `count` images. ValueError for a wrong shape or timestep."""
         return check_start(start, (count, *self.shape), len(self.schedule))
 
 
 def _precision(
     model: Callable[..., Tensor], parameter: Tensor, dtype: str | torch.dtype | None
 ) -> str:
-    """The key of `DTYPES` that a network computes in. ValueError if its weights have another type."""
+    """Key in `DTYPES` of the dtype that a network computes in. ValueError if its weights differ."""
     weights = parameter.dtype
     if weights == torch.float64 and isinstance(model, UNet):
-        weights = torch.float32  # for comparisons: it converts x_t itself
+        weights = torch.float32  # a fp64 UNet, for comparisons, converts x_t itself
     if weights not in {kind.activations for kind in DTYPES.values()}:
         raise ValueError(
             f"the model has weights of {weights}; expected float32, float16 or bfloat16: "

@@ -1,4 +1,4 @@
-"""Calibration of FP8 ranges: the reference network in fp32, with hooks, in real sampling runs."""
+"""Calibration of FP8 ranges: hooks on the fp32 reference network during sampling."""
 
 from __future__ import annotations
 
@@ -33,22 +33,23 @@ def calibrate(
 ) -> Calibration:
     """Measures activation ranges for e4m3 by sampling with the reference network.
 
-    Draws the images twice, by DDIM with random classes: once for the largest |input| of every 3x3 convolution that
-    can compute in e4m3, once for its error with the resulting scale. The error is that of the layer alone: relative L2
-    of its product (no bias, no residual) on its fp32 input, over all steps and images. The result is bit-exact on one
-    machine; another may differ in the last digit.
+    Draws the images twice, by DDIM with random classes. The first run measures the largest |input|
+    of every 3x3 convolution that can compute in e4m3, the second its error with the resulting
+    scale: the relative L2 error of the product (without bias and residual) on its fp32 input, over
+    all steps and images. Results are bit-exact on one machine; another machine may differ in the
+    last digit.
 
     Args:
-        checkpoint: the network and its process.
-        images: number of images, 0 ... images-1 of `seed`.
+        checkpoint: The network and its process.
+        images: Number of images, 0 ... images-1 of `seed`.
         steps: DDIM steps.
         seed: 0 ... 2^64-1.
-        device: default: that of the network.
-        progress: show a progress bar for each of the two runs.
+        device: Default: the device of the network.
+        progress: Show a progress bar for each of the two runs.
 
     Raises:
-        ValueError: no convolution of the network can compute in e4m3.
-        RuntimeError: an image contains NaN or Inf.
+        ValueError: No convolution of the network can compute in e4m3.
+        RuntimeError: An image contains NaN or Inf.
     """
     if not (is_count(images) and is_count(steps)):
         raise ValueError(f"images = {images!r}, steps = {steps!r}; expected integers of at least 1")
@@ -58,7 +59,7 @@ def calibrate(
             "no convolution of this network can compute in e4m3; expected multiples of 32 channels"
         )
 
-    def run(observe: Callable[[str, nn.Conv2d, Tensor], None]) -> None:
+    def sample(observe: Callable[[str, nn.Conv2d, Tensor], None]) -> None:
         def hook(name: str, conv: nn.Conv2d) -> Hook:
             return lambda module, inputs: observe(name, conv, inputs[0])
 
@@ -80,51 +81,41 @@ def calibrate(
     def largest(name: str, conv: nn.Conv2d, x: Tensor) -> None:
         amax[name] = max(amax[name], float(x.abs().max()))
 
-    run(largest)
+    sample(largest)
     amax = {name: float(f"{value:.6g}") for name, value in amax.items()}
     sums = {name: torch.zeros(2, dtype=torch.float64) for name in convolutions}
 
     def compare(name: str, conv: nn.Conv2d, x: Tensor) -> None:
         sums[name] += _squares(conv.weight, x, unit_of(amax[name])).cpu()
 
-    run(compare)
+    sample(compare)
     error = {
-        name: float(f"{float((off / exact).sqrt()):.4g}") if exact else 0.0
-        for name, (off, exact) in sums.items()
+        name: float(f"{float((difference / exact).sqrt()):.4g}") if exact else 0.0
+        for name, (difference, exact) in sums.items()
     }
-    made = dict(images=images, steps=steps, solver="ddim", seed=seed)
-    return Calibration.of(checkpoint.unet, made, amax, error)
+    settings = dict(images=images, steps=steps, solver="ddim", seed=seed)
+    return Calibration.of(checkpoint.unet, settings, amax, error)
 
 
 def _squares(weight: Tensor, x: Tensor, unit: float) -> Tensor:
-    """Sums of squares [2] fp64 of a product of e4m3 operands less the exact one, and of the exact one."""
+    """Sums of squares, fp64 [2]: of the error of the product in e4m3, and of the exact product."""
     exact = F.conv2d(x, weight, padding=1)
     packed, scale = quantise(pack(weight), E4M3, unit)
     assert scale is not None
     rounded = (x / unit).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3).float()
-    off = F.conv2d(rounded, unpack(packed.float(), 3), padding=1) * scale[:, None, None] - exact
-    return torch.stack([v.double().square().sum() for v in (off, exact)])
+    product = F.conv2d(rounded, unpack(packed.float(), 3), padding=1) * scale[:, None, None]
+    return torch.stack([v.double().square().sum() for v in (product - exact, exact)])
 
 
 def _sampler(c: Checkpoint, device: torch.device | str | None) -> Sampler:
-    """Sampler of the reference network itself, whose layers have the hooks."""
+    """Sampler of the reference network, not of a copy: its layers have the hooks."""
     unet, config = channels_last(c.unet.to(device).float().eval()), c.unet.config
     if config.size is None:
         raise ValueError("the configuration has no sample_size; expected the size of its images")
 
-    def model(*call: Any) -> Tensor:
-        return unet(*call)
+    def model(*arguments: Any) -> Tensor:
+        return unet(*arguments)
 
     shape = (config.in_channels, *config.size)
-    where = unet.conv_in.weight.device
-    return Sampler(
-        model,
-        c.schedule,
-        shape,
-        c.prediction,
-        c.variance,
-        c.clip,
-        config.num_classes,
-        where,
-        engine="reference",
-    )
+    process = (c.schedule, shape, c.prediction, c.variance, c.clip, config.num_classes)
+    return Sampler(model, *process, unet.conv_in.weight.device, engine="reference")

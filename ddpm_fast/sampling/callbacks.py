@@ -18,8 +18,8 @@ Callback = Callable[[int, int, Tensor], None]  # (step, t, x)
 class Trajectory:
     """Callback that records the state x_t after every `every`-th step.
 
-    It holds one run of `Sampler.sample` or `Sampler.stream`: the next run replaces it. A batch that
-    was stopped or repeated before its last step is left out.
+    Each run of `Sampler.sample` or `Sampler.stream` replaces the records of the previous one. A
+    batch that was stopped or repeated before its last step is left out.
 
     Args:
         every: Number of steps between two records, at least 1.
@@ -37,8 +37,8 @@ class Trajectory:
 
     def begin_run(self) -> None:
         """Removes all records."""
-        self._batches: list[dict[int, Tensor]] = []  # of each batch, the states by step
-        self._last: list[int] = []  # of each batch, its last step
+        self._batches: list[dict[int, Tensor]] = []  # per batch: states by step
+        self._last: list[int] = []  # per batch: the last step
         self._timesteps: dict[int, int] = {}
 
     def __call__(self, step: int, t: int, x: Tensor) -> None:
@@ -58,21 +58,18 @@ class Trajectory:
     def x(self) -> Tensor:
         if not self._timesteps:
             raise RuntimeError(
-                f"the trajectory has no records; pass it as callback= to Sampler.sample, with at "
+                "the trajectory has no records; pass it as callback= to Sampler.sample, with at "
                 f"least every = {self.every} steps"
             )
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()  # the copies are asynchronous
-        whole = [
-            batch
-            for batch, last in zip(self._batches, self._last, strict=True)
-            if last == max(self._last)
-        ]
-        return torch.stack([torch.cat([batch[step] for batch in whole]) for step in whole[0]])
+        steps = max(self._last)
+        finished = [b for b, last in zip(self._batches, self._last, strict=True) if last == steps]
+        return torch.stack([torch.cat([b[step] for b in finished]) for step in finished[0]])
 
 
 def without_padding(callback: Callback | None, count: int) -> Callback | None:
-    """The callback, called with the first `count` images of the batch; the rest are padding."""
+    """Returns a callback that passes the first `count` images on; the rest are padding."""
     return None if callback is None else lambda step, t, x: callback(step, t, x[:count])
 
 
@@ -82,9 +79,7 @@ class _NoBar:
 
 
 def progress_bar(progress: bool, total: int, unit: str = "image-step") -> Any:
-    """A tqdm bar over `total` units, as a context manager; without `progress`, an object that shows
-    nothing.
-    """
+    """Context manager of a tqdm bar over `total` units; of an invisible one without `progress`."""
     if not progress:
         return nullcontext(_NoBar())
     from tqdm import tqdm

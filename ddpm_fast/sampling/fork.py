@@ -1,7 +1,7 @@
-"""Detection of forks: the thread pools of PyTorch and of the CPU engine do not survive one.
+"""Fork detection: the thread pools of PyTorch and of the CPU engine do not survive a fork.
 
-A child that `os.fork()` starts after its parent has computed waits for threads that it does not
-have. It raises an error instead.
+After `os.fork()`, a child of a process that has computed would wait forever for threads that it
+does not have. `check` raises an error instead.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ import os
 
 import torch
 
-_computed_in: int | None = None  # the process that has computed
+_computed_in: int | None = None  # id of the process that has computed
 
 
 def check() -> None:
     """Records that this process computes.
 
     Raises:
-        RuntimeError: It was forked from a process that has computed with several threads.
+        RuntimeError: This process was forked from one that has computed with several threads.
     """
     global _computed_in
     process = os.getpid()

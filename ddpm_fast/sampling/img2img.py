@@ -1,4 +1,4 @@
-"""Partly noised images to start from: the forward process (SDEdit) and DDIM inversion."""
+"""Start images for sampling: the forward process (SDEdit) and DDIM inversion."""
 
 from __future__ import annotations
 
@@ -18,29 +18,26 @@ from .request import Indices, Labels, check_indices, check_labels, indices_tenso
 def diffuse(
     sampler: BatchSampler, x_0: Tensor, t: int, indices: Indices | None = None, seed: int = 0
 ) -> Tensor:
-    """Samples x_t of x_0 by the forward process, with the noise of the images' indices.
+    """Samples x_t of x_0 by the forward process.
 
-    With `sample(..., start=(x_t, t))` this varies given images (Meng et al. 2022).
+    `sample(..., start=(x_t, t))` then draws variations of the images (SDEdit, Meng et al. 2022).
 
     Args:
-        sampler: for its schedule, shape and device.
-        x_0: images [N, C, H, W] in [-1, 1].
-        t: timestep, 0 ... T-1.
-        indices: default: 0 ... N-1.
-        seed: 0 ... 2^64-1.
+        sampler: Determines schedule, shape and device.
+        x_0: Images [N, C, H, W] in [-1, 1].
+        t: Timestep, 0 ... T-1.
+        indices: Image indices of the noise; default: 0 ... N-1.
+        seed: Seed of the noise, 0 ... 2^64-1.
 
     Returns:
         fp32 [N, C, H, W] on the sampler's device.
     """
-    image = indices_tensor(check_indices(len(x_0) if indices is None else indices)).to(
-        sampler.device
-    )
+    device = sampler.device
+    image = indices_tensor(check_indices(len(x_0) if indices is None else indices)).to(device)
     x_0, t = sampler.check_start((x_0, t), len(image))
-    times = torch.full_like(image, t)
-    coef = sampler.schedule.q_sample_table(sampler.device)
-    return q_sample(
-        x_0.to(sampler.device), coef, times, times, torch.full_like(image, seed_bits(seed)), image
-    )
+    times, seeds = torch.full_like(image, t), torch.full_like(image, seed_bits(seed))
+    coef = sampler.schedule.q_sample_table(device)
+    return q_sample(x_0.to(device), coef, times, times, seeds, image)
 
 
 def invert(
@@ -52,19 +49,19 @@ def invert(
     batch_size: int = 64,
     progress: bool = False,
 ) -> tuple[Tensor, int]:
-    """DDIM inversion (Song et al. 2021, section 4.3): runs the probability-flow ODE from images to noise.
+    """DDIM inversion (Song et al. 2021, section 4.3): integrates the ODE from images to noise.
 
-    `sample(..., solver="ddim", steps=steps, start=(x_t, t))` leads back to x_0, up to the solver's error. The sampler should
-    not clip (clip=None), because clipping cannot be inverted.
+    `sample(..., solver="ddim", steps=steps, start=(x_t, t))` reconstructs x_0, up to the solver's
+    error. Clipping cannot be inverted: use a sampler with clip=None.
 
     Args:
-        sampler: an unclipped sampler.
-        x_0: images [N, C, H, W] in [-1, 1].
-        steps: as in `SamplingParams`.
-        labels: as in `Sampler.sample`; required with classes.
-        spacing: as in `SamplingParams`.
-        batch_size: images per batch.
-        progress: show a progress bar.
+        sampler: A sampler without clipping.
+        x_0: Images [N, C, H, W] in [-1, 1].
+        steps: As in `SamplingParams`.
+        labels: As in `Sampler.sample`; required if the network is class-conditional.
+        spacing: As in `SamplingParams`.
+        batch_size: Images per batch.
+        progress: Show a progress bar.
 
     Returns:
         (x_t fp32 [N, C, H, W], t).
@@ -74,7 +71,7 @@ def invert(
     x_0, _ = sampler.check_start((x_0, 0), len(x_0))
     if sampler.num_classes is not None and labels is None:
         raise ValueError(
-            "labels are missing, and the network is class-conditional; give the images' classes"
+            "labels is None; expected the images' classes, because the network is class-conditional"
         )
     t = choose_timesteps(len(sampler.schedule), steps, spacing)
     table = ddim_inversion_table(sampler.schedule, t, sampler.prediction)
@@ -84,7 +81,7 @@ def invert(
     with default_numerics(sampler.device):
         sampler.engine.prepare(min(batch_size, len(x_0)))
     with progress_bar(progress, len(x_0) * len(table)) as bar:
-        # without a callback an engine may take several steps at once
+        # without a callback, an engine may compute several steps per call
         callback = (lambda step, t, x: bar.update(len(x))) if progress else None
         for rows in torch.arange(len(x_0), device="cpu").split(batch_size):
             with sampler.begin(rows, 0, rows_of(classes, rows), rows_of(x_0, rows)) as state:

@@ -9,8 +9,7 @@ DIFFUSERS = {
     "num_inference_steps": "use steps=",
     "num_steps": "use steps=",
     "timesteps": "use steps=, with the timesteps in decreasing order",
-    "generator": "use seed=, an integer: noise is counted by (seed, image index), not drawn from a "
-    "generator",
+    "generator": "use seed=, an integer: noise is a function of (seed, image index)",
     "seeds": "use seed=, one per call; images of one seed differ by their indices",
     "guidance_scale": "classifier-free guidance is not supported; leave it out",
     "negative_prompt": "classifier-free guidance is not supported; leave it out",
@@ -35,19 +34,19 @@ DIFFUSERS = {
 }
 
 
-def check_keywords(method: str, given: Iterable[str], known: Iterable[str]) -> None:
+def check_keywords(method: str, names: Iterable[str], known: Iterable[str]) -> None:
     """Validates the names of keywords.
 
     Args:
         method: Name of the method that was called.
-        given: Names of the keywords that were given.
-        known: Names of the keywords that the method takes.
+        names: Keywords of the call.
+        known: Keywords that the method takes.
 
     Raises:
-        TypeError: A keyword is unknown. The message suggests what to use.
+        TypeError: A keyword is unknown. The message suggests a replacement.
     """
     known = list(known)
-    for name in given:
+    for name in names:
         if name in known:
             continue
         nearest = difflib.get_close_matches(name, known, 1)

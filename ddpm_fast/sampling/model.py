@@ -1,4 +1,4 @@
-"""Validation of the networks that a sampler is given."""
+"""Validation of a sampler's network."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def check_model(
         model: The network.
         num_classes: Number of classes, or None.
         parameter: A parameter of the network, or a tensor on the CPU if it has none.
-        device: Where the state lies.
+        device: Device of the state.
 
     Raises:
-        ValueError: The network cannot be called, takes other arguments than (x_t, t[, labels]), or
+        ValueError: The network is not callable, takes other arguments than (x_t, t[, labels]), or
             its weights are on another device.
     """
     if not callable(model):
@@ -47,7 +47,6 @@ def _check_arguments(model: Callable[..., Tensor], num_classes: int | None) -> N
     try:
         signature.bind(*expected)
     except TypeError:
-        takes = f"the model takes {signature}; expected ({', '.join(expected)})"
         try:
             signature.bind(*expected, "labels")
         except TypeError:
@@ -56,4 +55,6 @@ def _check_arguments(model: Callable[..., Tensor], num_classes: int | None) -> N
             fix = "if the third argument is the class, give num_classes="
         if num_classes is not None:
             fix = "leave num_classes out if the model has no classes"
-        raise ValueError(f"{takes}: {fix}") from None
+        raise ValueError(
+            f"the model takes {signature}; expected ({', '.join(expected)}): {fix}"
+        ) from None

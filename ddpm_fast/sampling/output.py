@@ -22,11 +22,11 @@ class _Pair(NamedTuple):
 
 
 class Batch(_Pair):
-    """A batch of finished images, the pair (first, images).
+    """Batch of finished images: the pair (first, images).
 
     Attributes:
         first: Index of the first image.
-        images: The images, as `output` requests them.
+        images: The images, in the format of `output`.
         indices: Index of every image, int64 [N] on the CPU.
     """
 
@@ -41,16 +41,15 @@ class Batch(_Pair):
 
 @dataclass(eq=False)
 class HostTransfer:
-    """A batch whose images are being copied to the host, or, for output "float", computed on the
-    device.
+    """Asynchronous transfer of a batch to the host; images of output "float" stay on the device.
 
     Attributes:
-        indices: image indices, int64 [N] on the CPU.
+        indices: Image indices, int64 [N] on the CPU.
         images: uint8 [N, H, W, C] on the CPU or fp32 [N, C, H, W] on the device.
-        output: one of `OUTPUTS`.
+        output: One of `OUTPUTS`.
         finite: bool [N], False for an image that contains NaN or Inf.
-        event: recorded after the last copy; None on the CPU.
-        precision: of the network, for the error message.
+        event: CUDA event recorded after the last copy; None on the CPU.
+        precision: The network's precision, for the error message.
     """
 
     indices: Tensor
@@ -64,8 +63,9 @@ class HostTransfer:
     def start(
         cls, x: Tensor, indices: Tensor, output: str, preset: str, precision: str
     ) -> HostTransfer:
-        """Starts the conversion of x [N, C, H, W] to `output` and its copy; returns without waiting
-        for either. Work enqueued later on the current stream may overwrite x.
+        """Enqueues the conversion of x [N, C, H, W] to `output` and the copy; does not wait.
+
+        Work enqueued later on the current stream may overwrite x.
         """
         finite = x.isfinite().flatten(1).all(1)
         if output == "float":
@@ -87,7 +87,7 @@ class HostTransfer:
         """Waits for the transfer; returns the batch.
 
         Raises:
-            RuntimeError: an image contains NaN or Inf.
+            RuntimeError: An image contains NaN or Inf.
         """
         if self.event is not None:
             self.event.synchronize()
@@ -102,14 +102,12 @@ class HostTransfer:
 
 
 def completed(transfers: list[HostTransfer], wait: bool = False) -> Iterator[Batch]:
-    """Removes finished transfers, or all if `wait`, from the front of the list and yields their
-    results.
-    """
+    """Removes finished transfers, or all if `wait`, from the front of the list; yields results."""
     while transfers and (wait or transfers[0].done()):
         yield transfers.pop(0).result()
 
 
 def copy_to_host(x: Tensor) -> Tensor:
-    """An asynchronous copy in pinned memory, to be read after a synchronization."""
+    """Copies asynchronously to pinned memory; synchronize before reading the copy."""
     host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
     return host.copy_(x, non_blocking=True)

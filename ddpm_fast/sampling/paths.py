@@ -1,4 +1,4 @@
-"""Output paths of sampling, checked before anything is computed. Imports neither torch nor numpy."""
+"""Output paths of sampling, validated before the run. Imports neither torch nor numpy."""
 
 from __future__ import annotations
 
@@ -9,27 +9,26 @@ from pathlib import Path
 
 GRIDS, ARRAYS = (".png",), (".npy", ".npz")
 KNOWN = GRIDS + ARRAYS
-# Longest file name in bytes: file systems allow 255, and a temporary name is up to 32 longer.
+# Longest file name in bytes: file systems allow 255, and a temporary name has up to 32 more.
 LONGEST = 220
-_IMAGE = re.compile(r"(\d{6,})\.png")  # a file of a `FolderSink`
+_IMAGE = re.compile(r"(\d{6,})\.png")  # a file that `FolderSink` writes
 
 
 def kind_of(path: Path) -> str:
-    """The suffix in lower case: x.PNG is a PNG file."""
+    """Returns the suffix in lower case: x.PNG is a PNG file."""
     return path.suffix.lower()
 
 
 def check_path(path: str | Path) -> Path:
-    """A path that `open_sink` can write to. ValueError for any other."""
+    """Returns a path that `open_sink` can write to. ValueError for any other."""
     text, path = str(path), Path(path)
     if not text or "\0" in text or (text.endswith("/") and path.suffix and not path.is_dir()):
         raise ValueError(f"path is {text!r}; expected the name of a file or of a directory")
     if text == "-":
         raise ValueError("-: cannot write images to stdout; expected the name of a file")
     if len(os.fsencode(path.name)) > LONGEST:
-        raise ValueError(
-            f"{text[:40]}...: a name of {len(os.fsencode(path.name))} bytes; expected at most {LONGEST}"
-        )
+        length = len(os.fsencode(path.name))
+        raise ValueError(f"{text[:40]}... is a name of {length} bytes; expected at most {LONGEST}")
     if path.suffix and kind_of(path) not in KNOWN and not path.is_dir():
         raise ValueError(
             f"{text}: unknown kind of file; expected {', '.join(KNOWN)}, or a directory"
@@ -55,7 +54,7 @@ def check_path(path: str | Path) -> Path:
 
 
 def images_in(directory: str | Path) -> Iterator[int]:
-    """Indices of the images that a directory holds as NNNNNN.png; none if there is no directory."""
+    """Yields the indices of images NNNNNN.png in a directory; none if it does not exist."""
     if not os.path.isdir(directory):
         return
     with os.scandir(directory) as entries:

@@ -25,21 +25,23 @@ Labels = int | Sequence[int] | Tensor | None
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """Parameters that, with the model and an image index, determine an image. Hashable; JSON-serializable.
+    """Sampling parameters. With the model and an image index, they determine an image.
+
+    Hashable and JSON-serializable.
 
     Args:
         seed: 0 ... 2^64-1.
         solver: "ddpm", "ddim", "dpm++2m" or "dpm++2m-sde".
-        steps: number of steps, the timesteps themselves (decreasing), or sections such as "10,20,30";
-            None: all for "ddpm", 50 for "ddim", else 20.
+        steps: Number of steps, the timesteps themselves (decreasing), or sections such as
+            "10,20,30"; None: all for "ddpm", 50 for "ddim", else 20.
         spacing: "linspace", "leading", "trailing", "quadratic" or "openai"; None: the preset's.
-        eta: noise of "ddim", from 0 (deterministic) to 1 (as much as "ddpm").
+        eta: Noise of "ddim", from 0 (deterministic) to 1 (as much as "ddpm").
         preset: "exact", or the conventions of another codebase: "ho", "openai", "diffusers", "ddim"
             (`diffusion.presets.PRESETS`).
 
     Raises:
-        ValueError: a value of the wrong type, out of range or unknown. Whether `steps` fits the length of
-            the training chain is checked by `Sampler.table`.
+        ValueError: A value has the wrong type, is out of range or unknown. `Sampler.table` checks
+            `steps` against the number of timesteps.
     """
 
     seed: int = 0
@@ -55,9 +57,9 @@ class SamplingParams:
         self._store("steps", _plain_steps(self.steps))
         for name in ("solver", "preset"):
             if not isinstance(getattr(self, name), str):
-                raise ValueError(f"{name} {getattr(self, name)!r}; expected a name")
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected a name")
         if self.spacing is not None and self.spacing not in SPACINGS:
-            raise ValueError(f"spacing {self.spacing!r}; expected one of {', '.join(SPACINGS)}")
+            raise ValueError(f"spacing is {self.spacing!r}; expected one of {', '.join(SPACINGS)}")
         if isinstance(self.eta, (np.floating, np.integer)):
             self._store("eta", self.eta.item())
         if not is_number(self.eta):
@@ -70,26 +72,27 @@ class SamplingParams:
         object.__setattr__(self, name, value)
 
     def to_json(self) -> str:
-        """One JSON object with every field."""
+        """Returns a JSON object with every field."""
         return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, text: str | bytes) -> SamplingParams:
-        """Parameters from a JSON object; missing fields take their defaults. ValueError for unknown fields."""
+        """Parses a JSON object; missing fields take their defaults.
+
+        Raises:
+            ValueError: The text is not a JSON object, a field is unknown, or a value is invalid.
+        """
         try:
             content = json.loads(text)
         except ValueError as error:
             raise ValueError(f"sampling parameters are not JSON: {error}") from None
         known = [field.name for field in fields(cls)]
-        if not isinstance(content, dict) or (unknown := sorted(set(content) - set(known))):
-            given = (
-                f"have unknown fields {', '.join(unknown)}"
-                if isinstance(content, dict)
-                else f"are {content!r:.60}"
-            )
-            raise ValueError(
-                f"sampling parameters {given}; expected a JSON object with some of {', '.join(known)}"
-            )
+        expected = f"expected a JSON object with some of {', '.join(known)}"
+        if not isinstance(content, dict):
+            raise ValueError(f"sampling parameters are {content!r:.60}; {expected}")
+        if unknown := sorted(set(content) - set(known)):
+            names = ", ".join(unknown)
+            raise ValueError(f"sampling parameters have unknown fields {names}; {expected}")
         return cls(**content)
 
 
@@ -119,7 +122,7 @@ class StreamOptions(SamplingOptions, total=False):
 def as_params(
     params: SamplingParams | None, options: Mapping[str, Any], method: str
 ) -> SamplingParams:
-    """`params`, or the parameters that keywords of `method` name.
+    """Returns `params`, or parameters from the keywords of a call of `method`.
 
     Raises:
         ValueError: Both are given, or `params` has another type.
@@ -130,7 +133,8 @@ def as_params(
         return SamplingParams(**options)
     if not isinstance(params, SamplingParams):
         raise ValueError(
-            f"params is {type(params).__name__}; expected SamplingParams, or keywords such as seed=0, steps=50"
+            f"params is {type(params).__name__}; expected SamplingParams, or keywords such as "
+            "seed=0, steps=50"
         )
     if options:
         raise ValueError(
@@ -156,7 +160,7 @@ def check_indices(indices: Indices) -> range | Tensor:
         A range, which is never expanded, or int64 [N] on the CPU.
 
     Raises:
-        ValueError: not integers, or outside 0 ... 2^63-1.
+        ValueError: The indices are not integers, or outside 0 ... 2^63-1.
     """
     if not isinstance(indices, (range, list, tuple, Tensor, np.ndarray)):
         indices = range(integer("indices", indices))
@@ -167,33 +171,28 @@ def check_indices(indices: Indices) -> range | Tensor:
     if isinstance(indices, range):
         if indices and (min(indices[0], indices[-1]) < 0 or max(indices[0], indices[-1]) >= 2**63):
             raise ValueError(
-                f"image indices from {indices[0]} to {indices[-1]}; expected 0 to 2^63 - 1"
+                f"image indices are {indices[0]} to {indices[-1]}; expected 0 to 2^63 - 1"
             )
         return indices
     if not len(indices):
         return torch.empty(0, dtype=torch.int64, device="cpu")
+    expected = "expected a count, or a range or list of integers"
     try:
         tensor = torch.as_tensor(indices, device="cpu")
     except (TypeError, ValueError, RuntimeError):
-        raise ValueError(
-            f"indices {str(indices)[:60]}; expected a count, or a range or list of integers"
-        ) from None
+        raise ValueError(f"indices are {str(indices)[:60]}; {expected}") from None
     if tensor.ndim != 1 or tensor.is_floating_point() or tensor.dtype == torch.bool:
-        raise ValueError(
-            f"indices are {tensor.dtype} {tuple(tensor.shape)}; expected a count, or a range or list of integers"
-        )
+        raise ValueError(f"indices are {tensor.dtype} {tuple(tensor.shape)}; {expected}")
     if tensor.min() < 0:
-        raise ValueError(f"image index {int(tensor.min())}; expected 0 or more")
+        raise ValueError(f"image index is {int(tensor.min())}; expected 0 or more")
     return tensor.long()
 
 
 def indices_tensor(indices: range | Tensor) -> Tensor:
-    """Validated image indices as int64 [N] on the CPU."""
-    return (
-        indices
-        if isinstance(indices, Tensor)
-        else torch.tensor(list(indices), dtype=torch.int64, device="cpu")
-    )
+    """Returns validated image indices as int64 [N] on the CPU."""
+    if isinstance(indices, Tensor):
+        return indices
+    return torch.tensor(list(indices), dtype=torch.int64, device="cpu")
 
 
 def check_labels(labels: Labels, count: int, num_classes: int | None) -> Tensor | None:
@@ -203,7 +202,8 @@ def check_labels(labels: Labels, count: int, num_classes: int | None) -> Tensor 
         int64 [count] on the CPU; None if `labels` is None.
 
     Raises:
-        ValueError: not integers in 0 ... num_classes-1, or the network is unconditional.
+        ValueError: The labels are not integers in 0 ... num_classes-1, or the network is
+            unconditional.
     """
     if labels is None:
         return None
@@ -220,40 +220,40 @@ def check_labels(labels: Labels, count: int, num_classes: int | None) -> Tensor 
         valid = False
     if not valid or tensor.shape not in ((), (count,)):
         raise ValueError(
-            f"labels {str(labels)[:60]}; expected one integer, or {count}, one per image"
+            f"labels are {str(labels)[:60]}; expected one integer, or {count}, one per image"
         )
     if count and (tensor.min() < 0 or tensor.max() >= num_classes):
         raise ValueError(
-            f"labels from {tensor.min()} to {tensor.max()}; expected 0..{num_classes - 1}"
+            f"labels are {tensor.min()} to {tensor.max()}; expected 0 to {num_classes - 1}"
         )
     return tensor.expand(count)
 
 
 def random_labels(seeds: Tensor, indices: Tensor, num_classes: int) -> Tensor:
-    """The classes int64 [N] that images of a class-conditional network draw from their noise, with equal shares of 2^32."""
+    """Random classes int64 [N] of images; each class has the same share of 2^32 random words."""
     words = noise.words(seeds, indices, torch.zeros_like(indices), noise.LABEL, 1)[:, 0]
     return (words * num_classes) >> 32
 
 
 def check_start(start: Any, shape: tuple[int, ...], timesteps: int) -> tuple[Tensor, int]:
-    """Validates (x_t, t): floating images of `shape` [N, C, H, W] and a timestep below `timesteps`."""
+    """Validates (x_t, t): floating-point images of `shape` and a timestep below `timesteps`."""
     if not isinstance(start, tuple) or len(start) != 2 or not isinstance(start[0], Tensor):
         raise ValueError(
             f"start is {type(start).__name__}; expected (x_t tensor [N, C, H, W], timestep)"
         )
     x, t = start
     if tuple(x.shape) != shape or not x.is_floating_point():
-        raise ValueError(f"images are {x.dtype} {tuple(x.shape)}; expected floating {shape}")
+        raise ValueError(f"images are {x.dtype} {tuple(x.shape)}; expected floating-point {shape}")
     return x, check_timestep(t, timesteps)
 
 
 def check_timestep(t: Any, timesteps: int) -> int:
-    """A timestep as an int. ValueError outside 0 ... timesteps-1."""
+    """Returns a timestep as an int. ValueError outside 0 ... timesteps-1."""
     if not 0 <= integer("timestep", t) < timesteps:
-        raise ValueError(f"timestep = {t}; expected 0..{timesteps - 1}")
+        raise ValueError(f"timestep = {t}; expected 0 to {timesteps - 1}")
     return int(t)
 
 
 def rows_of(values: Tensor | None, rows: Tensor) -> Tensor | None:
-    """values[rows] of per-image values, on their device; None for None."""
+    """Returns values[rows] of per-image values, on their device; None for None."""
     return None if values is None else values[rows.to(values.device)]

@@ -1,7 +1,7 @@
-"""Sinks: where sampled images are written. A PNG grid, an array file, or a folder of PNG files.
+"""Sinks: write sampled images to a PNG grid, an array file, or a folder of PNG files.
 
-A grid and an array file are written at the end, from images held in memory. A folder receives every
-image as it is finished and keeps it after a kill.
+A grid and an array file are written at the end, from images in memory. A folder contains every
+finished image, also if the process is killed.
 
 with open_sink("samples.npz", indices=range(100), shape=(3, 32, 32)) as sink:
     for first, images in sampler.stream(range(100), seed=0):
@@ -27,25 +27,23 @@ from ..utils.memory import check_fits
 from .paths import ARRAYS, GRIDS, KNOWN, check_path, kind_of
 from .request import Indices, check_indices, indices_tensor
 
-COPIES = 3  # of the images that a file of all images takes at its end: batches, joined, encoded
-INSTEAD = (
-    "write a directory, which holds one batch in memory and keeps finished images after a kill"
-)
+COPIES = 3  # of all images in memory while a file is written: batches, concatenated, encoded
+INSTEAD = "write a directory, which needs memory for one batch and keeps finished images"
 
 
 class SinkError(RuntimeError):
-    """Raised where images cannot be written, for example on a full disk."""
+    """Raised if images cannot be written, for example on a full disk."""
 
 
 class Sink:
-    """Receives batches of images, as `Sampler.stream` yields them; a context manager.
+    """Writer of batches that `Sampler.stream` yields; a context manager.
 
-    On a normal exit `close` writes what is still held. After an exception it is not called, so a file that
-    holds all images is then not written.
+    A normal exit calls `close`, which writes the images in memory. After an exception, `close` is
+    not called, so a grid or an array file is not written.
 
     Attributes:
-        path: the file or directory that is written.
-        count: number of images received.
+        path: The output file or directory.
+        count: Number of images received.
     """
 
     def __init__(self, path: str | Path, indices: Indices) -> None:
@@ -53,21 +51,21 @@ class Sink:
         self._indices = check_indices(indices)
 
     def write(self, first: int, images: Tensor) -> None:
-        """Adds uint8 [N, H, W, C] on the CPU, images of the next N indices.
+        """Adds the images of the next N indices.
 
         Args:
-            first: index of the first image, as `Sampler.stream` yields it.
-            images: a batch.
+            first: Index of the first image, as `Sampler.stream` yields it.
+            images: uint8 [N, H, W, C] on the CPU.
 
         Raises:
-            ValueError: the batch does not follow the previous one.
-            SinkError: an image cannot be written.
+            ValueError: The batch does not follow the previous one.
+            SinkError: An image cannot be written.
         """
         indices = indices_tensor(self._indices[self.count : self.count + len(images)])
         if len(indices) < len(images) or (len(images) and int(indices[0]) != first):
             expected = int(indices[0]) if len(indices) else "no more images"
             raise ValueError(
-                f"a batch of {len(images)} images from index {first}; expected {expected}"
+                f"the batch is {len(images)} images from index {first}; expected {expected}"
             )
         self._write(indices.numpy(), images.numpy())
         self.count += len(images)
@@ -76,11 +74,11 @@ class Sink:
         raise NotImplementedError
 
     def close(self) -> None:
-        """Writes what is still held; without any image, nothing. Raises SinkError if that fails."""
+        """Writes the images in memory, if any. SinkError if that fails."""
 
     @contextmanager
     def _writing(self, path: Path, complete: int) -> Iterator[None]:
-        """Converts an error of the file system to one that reports how many images are there."""
+        """Converts an OSError to a SinkError that reports how many images are complete."""
         try:
             yield
         except OSError as error:
@@ -97,8 +95,8 @@ class Sink:
             self.close()
 
 
-class _Held(Sink):
-    """Holds all images in memory until `close`."""
+class _BufferedSink(Sink):
+    """Stores all images in memory until `close`."""
 
     def __init__(self, path: str | Path, indices: Indices) -> None:
         super().__init__(path, indices)
@@ -117,15 +115,15 @@ class _Held(Sink):
         raise NotImplementedError
 
 
-class GridSink(_Held):
+class GridSink(_BufferedSink):
     """One PNG file with a grid of all images."""
 
     def _save(self, images: Pixels) -> None:
         save_grid(self.path, images)
 
 
-class ArraySink(_Held):
-    """One array file. .npy: uint8 [N, H, W, C]; .npz: "images", and their "indices" int64 [N]."""
+class ArraySink(_BufferedSink):
+    """One array file. .npy: uint8 [N, H, W, C]; .npz: "images" and their "indices", int64 [N]."""
 
     def _save(self, images: Pixels) -> None:
         buffer = io.BytesIO()
@@ -138,18 +136,16 @@ class ArraySink(_Held):
 
 
 class FolderSink(Sink):
-    """A folder with one PNG file per image, named by its index and written as it arrives."""
+    """A folder with one PNG file per image, named by its index and written immediately."""
 
     def __init__(self, path: str | Path, indices: Indices) -> None:
         super().__init__(path, indices)
-        last = (
-            max(self._indices[0], self._indices[-1])
-            if isinstance(self._indices, range) and self._indices
-            else 0
-        )
+        largest = 0
         if isinstance(self._indices, Tensor) and len(self._indices):
-            last = int(self._indices.max())
-        self._digits = max(6, len(str(last)))
+            largest = int(self._indices.max())
+        elif isinstance(self._indices, range) and self._indices:
+            largest = max(self._indices[0], self._indices[-1])
+        self._digits = max(6, len(str(largest)))
 
     def _write(self, indices: NDArray[np.int64], images: Pixels) -> None:
         with self._writing(self.path, self.count):
@@ -163,23 +159,23 @@ class FolderSink(Sink):
 def open_sink(
     path: str | Path, indices: Indices, shape: tuple[int, int, int] | None = None
 ) -> Sink:
-    """The sink for a path: .png a grid, .npy or .npz an array, a name without a suffix a folder of PNG files.
+    """Returns the sink for a path; validates the path now, not after sampling.
 
     Args:
-        path: checked now rather than after sampling.
-        indices: of the images that will be written, in this order.
-        shape: (C, H, W) of the images; checked if given.
+        path: .png: a grid; .npy or .npz: an array; no suffix: a folder of PNG files.
+        indices: Indices of the images that will be written, in this order.
+        shape: (C, H, W) of the images; validated if given.
 
     Raises:
-        ValueError: the path cannot be written, images of C channels cannot be written there, or all
-            images must be held in memory at once and do not fit.
+        ValueError: The path cannot be written, PNG does not support C channels, or a grid or array
+            needs more memory than is available.
     """
     target = check_path(path)
     kind, count = kind_of(target), len(check_indices(indices))
     if shape is not None:
         if kind not in ARRAYS and shape[0] not in PNG_CHANNELS:
             raise ValueError(
-                f"{path}: cannot write {shape[0]}-channel images as PNG; write {' or '.join(ARRAYS)}"
+                f"{path}: cannot write {shape[0]}-channel images as PNG; use {' or '.join(ARRAYS)}"
             )
         if kind in KNOWN:
             check_fits(count, COPIES * math.prod(shape), torch.device("cpu"), INSTEAD)

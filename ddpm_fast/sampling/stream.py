@@ -1,6 +1,4 @@
-"""The loop over batches: splits a request, draws batch by batch, transfers finished batches while
-the next one is drawn.
-"""
+"""Loop over the batches of a request; finished batches are transferred during the next one."""
 
 from __future__ import annotations
 
@@ -39,24 +37,24 @@ if TYPE_CHECKING:
 
 
 INSTEAD = (
-    "draw them batch by batch with Sampler.stream, or into a directory (ddpm-fast sample --out "
-    "DIRECTORY), which also keeps finished images if the run is killed"
+    "draw them batch by batch with Sampler.stream, or write them to a directory (ddpm-fast sample "
+    "--out DIRECTORY), which also keeps finished images if the run is killed"
 )
 
 
 @dataclass(eq=False)
 class BatchStream:
-    """A validated request; iteration yields a `Batch` (index of the first image, images) per batch.
+    """A validated request. Iteration yields a `Batch` (index of the first image, images) per batch.
 
     Attributes:
-        sampler: draws the batches.
-        table: step table.
-        indices: image indices, a range or int64 [N].
-        seed: the seed's 64 bits as int64.
+        sampler: Computes the batches.
+        table: Step table.
+        indices: Image indices, a range or int64 [N].
+        seed: The seed's 64 bits as int64.
         labels: int64 [N], or None.
-        x_start: [N, C, H, W] to start from, or None.
-        output, batch_size, pad, progress, callback, stop: as in `Sampler.sample`.
-        preset: decides the rounding to uint8.
+        x_start: Start images [N, C, H, W], or None.
+        output, batch_size, pad, progress, callback, stop: As in `Sampler.sample`.
+        preset: Determines the rounding to uint8.
     """
 
     sampler: BatchSampler
@@ -91,13 +89,13 @@ class BatchStream:
         stop: Callable[[], bool] | None = None,
         **options: Unpack[SamplingOptions],
     ) -> BatchStream:
-        """Validates the arguments of `Sampler.sample` or another method of this name."""
+        """Validates the arguments of `Sampler.sample` or of another `method`."""
         check_keywords(method, options, [*StreamOptions.__annotations__, "output"])
         params, checked = as_params(params, options, method), check_indices(indices)
         if integer("batch_size", batch_size) < 1:
             raise ValueError(f"batch_size = {batch_size}; expected at least 1")
         if output not in OUTPUTS:
-            raise ValueError(f"output {output!r}; expected one of {', '.join(OUTPUTS)}")
+            raise ValueError(f"output is {output!r}; expected one of {', '.join(OUTPUTS)}")
         if output == "pil":
             check_channels(sampler.shape[0])
         x, t = (None, None) if start is None else sampler.check_start(start, len(checked))
@@ -107,10 +105,10 @@ class BatchStream:
         return cls(sampler, table, *request, batch_size, pad, progress, callback, stop)
 
     def collect(self) -> Any:
-        """All images in one tensor, or, for output "pil", in one list.
+        """Returns all images in one tensor, or, for output "pil", in one list.
 
         Raises:
-            ValueError: They do not fit in memory.
+            ValueError: The images do not fit in memory.
         """
         c, h, w = self.sampler.shape
         shape, dtype, device = (h, w, c), torch.uint8, torch.device("cpu")
@@ -147,13 +145,13 @@ class BatchStream:
                         sampler.engine.prepare(size)
                     labels, x = rows_of(self.labels, rows), rows_of(self.x_start, rows)
                     with sampler.begin(image, self.seed, labels, x) as state:
-                        done = 0
+                        step = 0
                         callback = without_padding(self.callback, count)
                         for steps in sampler.steps(state, self.table, callback, self.stop):
-                            bar.update(count * (steps - done))
-                            done = steps
+                            bar.update(count * (steps - step))
+                            step = steps
                             yield from completed(transfers)
-                        if done == len(self.table):
+                        if step == len(self.table):
                             result = (state.x[:count], image[:count], self.output, self.preset)
                             transfers.append(HostTransfer.start(*result, sampler.precision))
                 except torch.OutOfMemoryError:
@@ -164,7 +162,7 @@ class BatchStream:
                 if out_of_memory:
                     size = self._halve(size)
                     continue
-                if done < len(self.table):  # stopped
+                if step < len(self.table):  # stopped
                     break
                 yield from completed(transfers)
                 first += count
@@ -173,8 +171,6 @@ class BatchStream:
     def _halve(self, size: int) -> int:
         """Frees the engine's memory and returns half the batch size."""
         self.sampler.engine.free()
-        warnings.warn(
-            f"out of memory with a batch of {size} images; continuing with {size // 2}",
-            stacklevel=3,
-        )
+        message = f"out of memory with a batch of {size} images; continuing with {size // 2}"
+        warnings.warn(message, stacklevel=3)
         return size // 2

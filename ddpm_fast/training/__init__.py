@@ -1,1 +1,1 @@
-"""Training: the trainer, its data loader, its runs."""
+"""Training: trainer, data loader and training runs."""

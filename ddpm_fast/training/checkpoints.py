@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -24,8 +24,20 @@ _PATTERN = "checkpoint-" + 8 * "[0-9]" + ".safetensors"
 _VERSION = "2"
 
 
+class TrainingCheckpoint(NamedTuple):
+    """Content of a checkpoint whose checksum was verified: tensors by name, and a JSON header."""
+
+    path: Path
+    state: dict[str, Tensor]
+    header: dict[str, Any]
+
+
 def lock(directory: Path) -> Any:
-    """A lock that lasts until it is closed or the process ends. ValueError if another process has it."""
+    """Locks a directory until the returned file is closed or the process ends.
+
+    Raises:
+        ValueError: Another process holds the lock.
+    """
     file = open(directory / ".lock", "w")  # noqa: SIM115  # open as long as the run
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -37,7 +49,7 @@ def lock(directory: Path) -> Any:
 
 
 def checkpoints(directory: Path) -> list[Path]:
-    """The checkpoints of a run's directory, oldest first."""
+    """Paths of a run's checkpoints, oldest first."""
     return sorted(directory.glob(_PATTERN))
 
 
@@ -46,19 +58,20 @@ def step_of(path: Path) -> int:
     return int(path.stem.rpartition("-")[2])
 
 
-def latest_checkpoint(directory: Path, log: Callable[[str], Any] = print) -> Path | None:
-    """The newest intact checkpoint; None if there is none. Damaged ones are skipped and reported."""
+def latest_checkpoint(
+    directory: Path, log: Callable[[str], Any] = print
+) -> TrainingCheckpoint | None:
+    """The newest intact checkpoint, or None. Damaged ones are reported to `log` and skipped."""
     for path in reversed(checkpoints(directory)):
         try:
-            read_checkpoint(path)
-            return path
+            return read_checkpoint(path)
         except ValueError as error:
-            log(f"{error}; trying the one before")
+            log(f"{error}; trying the previous checkpoint")
     return None
 
 
 def write_checkpoint(path: Path, state: dict[str, Tensor], header: dict[str, Any]) -> None:
-    """Tensors and a JSON header in one safetensors file, with a checksum of both."""
+    """Writes tensors and a JSON header to one safetensors file, with a checksum of both."""
     from safetensors.torch import save
 
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
@@ -68,27 +81,40 @@ def write_checkpoint(path: Path, state: dict[str, Tensor], header: dict[str, Any
         write_atomically(path, save(tensors, metadata))
 
 
-def read_header(path: Path) -> dict[str, Any]:
-    """The header of a checkpoint, without its tensors. ValueError as in `read_checkpoint`."""
-    metadata, _ = _read(path, with_tensors=False)
-    return json.loads(metadata["header"])
+def read_checkpoint(path: Path) -> TrainingCheckpoint:
+    """Reads a checkpoint and verifies its checksum.
 
+    Raises:
+        ValueError: The file is missing, damaged, or not a checkpoint of this format.
+    """
+    from safetensors import SafetensorError, safe_open
 
-def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """State and header as `write_checkpoint` wrote them. ValueError for a damaged or a different file."""
-    metadata, tensors = _read(path, with_tensors=True)
+    regular_file_size(path)
+    try:
+        with safe_open(path, "pt") as f:
+            metadata, names = f.metadata() or {}, f.keys()
+            tensors = {name: f.get_tensor(name) for name in names}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    if metadata.get("version") != _VERSION:
+        raise ValueError(
+            f"{path} is not a training checkpoint of format {_VERSION}; "
+            "resume with the version that wrote it"
+        )
+    if not {"header", "sha256"} <= set(metadata):
+        raise ValueError(f"{path} is damaged: its header is incomplete")
     if _checksum(tensors, metadata["header"]) != metadata["sha256"]:
-        raise ValueError(f"{path} is damaged: its checksum does not fit")
-    return tensors, json.loads(metadata["header"])
+        raise ValueError(f"{path} is damaged: its checksum does not match its content")
+    return TrainingCheckpoint(path, tensors, json.loads(metadata["header"]))
 
 
 def model_folder(average: str) -> str:
-    """The folder of an average's weights in a run's directory: "model", or "model-ema-0.9995"."""
+    """Folder name of an average's weights in a run's directory: "model", or "model-ema-0.9995"."""
     return MODEL if average == MAIN else f"{MODEL}-{average.replace('_', '-')}"
 
 
 def remove_partial_files(directory: Path, models: Iterable[Path]) -> None:
-    """Removes partly written files of a killed run. A hidden model stays if it is the only one."""
+    """Removes partly written files of a killed run, but no hidden model that is the only copy."""
     for path in [*directory.glob(".*.tmp"), *directory.glob("samples/.*.tmp")]:
         path.unlink()
     for model in models:
@@ -98,28 +124,9 @@ def remove_partial_files(directory: Path, models: Iterable[Path]) -> None:
                 shutil.rmtree(path)
 
 
-def _read(path: Path, with_tensors: bool) -> tuple[dict[str, str], dict[str, Tensor]]:
-    from safetensors import SafetensorError, safe_open
-
-    regular_file_size(path)
-    try:
-        with safe_open(path, "pt") as f:
-            names = f.keys() if with_tensors else ()
-            metadata, tensors = f.metadata() or {}, {name: f.get_tensor(name) for name in names}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
-    if metadata.get("version") != _VERSION:
-        raise ValueError(
-            f"{path} is no training checkpoint of format {_VERSION}; resume with the version that wrote it"
-        )
-    if not {"header", "sha256"} <= set(metadata):
-        raise ValueError(f"{path} is damaged: its header is incomplete")
-    return metadata, tensors
-
-
 @contextmanager
 def named_file(path: Path) -> Iterator[None]:
-    """Raises an OSError of its body with the file's name: a full disk reports none."""
+    """Adds the file's name to an OSError of the body: a full disk reports none."""
     try:
         yield
     except OSError as error:

@@ -1,11 +1,15 @@
-"""Forms of the network's parts that train faster on a CPU than the plain ones, installed in one instance of a `UNet`.
+"""Faster CPU operations for training, installed in one instance of a `UNet`.
 
-GroupNorm with its surroundings (the time row before it, SiLU behind it, the gradient of the path around it) is one operation of
-the native engine. Where llvmlite is missing, PyTorch computes the parts.
+GroupNorm, the time row added before it, SiLU after it and the gradient of the residual path are one
+operation of the CPU engine. Without llvmlite, PyTorch computes them separately.
 
-In half precision some of PyTorch's CPU kernels take five to ten times as long as in fp32, so these go through fp32 and come back:
-attention; GroupNorm (measured with torch 2.13 on [64, 32, 32, 32], channels-last: backward 7.4 ms in bf16, 1.3 ms in fp32); and
-convolutions and linear layers where the CPU has no instructions for the dtype. The rest stays as narrow as autocast makes it.
+In half precision some of PyTorch's CPU kernels take five to ten times as long as in fp32. These
+operations are computed in fp32 and their results are cast back:
+
+- attention;
+- the backward pass of GroupNorm (measured with torch 2.13 on [64, 32, 32, 32], channels-last:
+  7.4 ms in bf16, 1.3 ms in fp32);
+- convolutions and linear layers, if the CPU has no instructions for the dtype.
 """
 
 from __future__ import annotations
@@ -20,21 +24,21 @@ from torch import Tensor, nn
 from ..models.unet import Attention, ResBlock, UNet, norm_silu
 
 try:
-    from ..engines.cpu import group_norm_silu as native
+    from ..engines.cpu import group_norm_silu as cpu_norm
 except (ImportError, OSError):
-    native = None  # type: ignore[assignment]
+    cpu_norm = None  # type: ignore[assignment]
 
 
 def use_fused_norms(unet: UNet) -> str:
-    """Makes every GroupNorm of this instance one operation with its surroundings.
+    """Fuses every GroupNorm of this instance with the operations around it.
 
     Returns:
-        Why nothing has changed and PyTorch computes the parts; "" if they are fused.
+        The reason for the fallback to PyTorch; "" if the operations are fused.
     """
-    if native is None:
+    if cpu_norm is None:
         return "llvmlite is missing: pip install 'ddpm-fast[cpu]'"
     try:
-        native.prepare()
+        cpu_norm.prepare()
     except (OSError, RuntimeError) as error:
         return f"LLVM does not support this machine ({error})"
     for module in unet.modules():
@@ -46,13 +50,15 @@ def use_fused_norms(unet: UNet) -> str:
 def _norm_silu(
     norm: nn.GroupNorm, x: Tensor, time: Tensor | None = None, silu: bool = True
 ) -> tuple[Tensor, Tensor]:
-    if native is None or not native.fits(x, norm.weight):
+    if cpu_norm is None or not cpu_norm.fits(x, norm.weight):
         return norm_silu(norm, x, time, silu)
-    return native.group_norm_silu(x, time, norm.weight, norm.bias, norm.num_groups, norm.eps, silu)
+    return cpu_norm.group_norm_silu(
+        x, time, norm.weight, norm.bias, norm.num_groups, norm.eps, silu
+    )
 
 
-def use_wide_backward(unet: UNet, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Makes the slow operations of autocast to `dtype` go through fp32, in this instance alone."""
+def use_fp32_for_slow_ops(unet: UNet, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Computes the operations that are slow under autocast to `dtype` in fp32, in this instance."""
     slow_products = not is_native(dtype)
     for module in unet.modules():
         if isinstance(module, nn.GroupNorm):
@@ -64,7 +70,7 @@ def use_wide_backward(unet: UNet, dtype: torch.dtype = torch.bfloat16) -> None:
 
 
 class _GroupNorm(torch.autograd.Function):
-    """F.group_norm on a half-precision x [B, C, ...], its gradient computed in fp32 and rounded once."""
+    """F.group_norm of a half-precision x [B, C, ...]; the gradient is computed in fp32."""
 
     @staticmethod
     def forward(
@@ -81,30 +87,18 @@ class _GroupNorm(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, rstd = ctx.saved_tensors
         b, c, pixels = x.shape[0], x.shape[1], x[0, 0].numel()
-        gradient = gradient.float().contiguous(
-            memory_format=_layout(x)
-        )  # the kernel believes that it has x's layout
+        # the kernel assumes that the gradient has x's layout
+        gradient = gradient.float().contiguous(memory_format=_layout(x))
+        tensors = (v.float() for v in (x, mean, rstd, weight))
         dx, dweight, dbias = torch.ops.aten.native_group_norm_backward(
-            gradient,
-            x.float(),
-            mean.float(),
-            rstd.float(),
-            weight.float(),
-            b,
-            c,
-            pixels,
-            ctx.groups,
-            [True, True, True],
+            gradient, *tensors, b, c, pixels, ctx.groups, [True, True, True]
         )
         return dx.to(x.dtype), dweight, dbias, None, None
 
 
 def _layout(x: Tensor) -> torch.memory_format:
-    return (
-        torch.channels_last
-        if x.is_contiguous(memory_format=torch.channels_last)
-        else torch.contiguous_format
-    )
+    is_channels_last = x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if is_channels_last else torch.contiguous_format
 
 
 def _group_norm(norm: nn.GroupNorm, x: Tensor) -> Tensor:
@@ -119,19 +113,17 @@ def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _product(layer: nn.Conv2d | nn.Linear, x: Tensor) -> Tensor:
-    plain: Any = type(layer).forward
+    forward: Any = type(layer).forward
     if not torch.is_autocast_enabled("cpu"):
-        return plain(layer, x)
+        return forward(layer, x)
     dtype = torch.get_autocast_dtype("cpu")
     with torch.autocast("cpu", enabled=False):
-        return plain(layer, x.float()).to(dtype)
+        return forward(layer, x.float()).to(dtype)
 
 
 def is_native(dtype: torch.dtype) -> bool:
-    """Whether PyTorch's products of this dtype use the CPU's own instructions; without them they run up to ten times slower."""
+    """Whether the CPU has product instructions for this dtype; else they are up to 10x slower."""
     mkldnn = torch.ops.mkldnn
-    return (
-        mkldnn._is_mkldnn_bf16_supported()
-        if dtype == torch.bfloat16
-        else mkldnn._is_mkldnn_fp16_supported()
-    )
+    if dtype == torch.bfloat16:
+        return mkldnn._is_mkldnn_bf16_supported()
+    return mkldnn._is_mkldnn_fp16_supported()

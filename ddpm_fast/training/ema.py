@@ -1,9 +1,10 @@
 """Exponential moving averages of the weights, several in one run.
 
-    average <- d_n average + (1 - d_n) weights,   d_n = min(decay, 1 - (1 + n / inv_gamma)^-power)     at step n = 0, 1, ...
+    average <- d_n average + (1 - d_n) weights
+    d_n = min(decay, 1 - (1 + n / inv_gamma)^-power)     at step n = 0, 1, ...
 
-Each average has its own maximum decay. The first one is the main average, "ema"; another is named after its decay,
-such as "ema_0.9995".
+Each average has its own maximum decay. The first one is the main average, "ema"; each further one
+is named after its decay, such as "ema_0.9995".
 """
 
 from __future__ import annotations
@@ -22,18 +23,18 @@ MAIN = "ema"
 
 
 def names_of(config: TrainConfig) -> tuple[str, ...]:
-    """The names of the averages that a configuration maintains, the main one first; none without EMA."""
+    """Names of a configuration's averages, the main one first; empty without EMA."""
     if not config.use_ema:
         return ()
     return (MAIN, *(f"{MAIN}_{decay!r}" for decay in config.ema_decays[1:]))
 
 
 class Averages:
-    """The averages of one network: a `UNet` in eval mode and a flat vector for each, under its name.
+    """Averages of one network: for each name a `UNet` in eval mode and its flat vector.
 
     Args:
-        unet: the network; copied before its parameters become views of a vector.
-        config: use_ema, ema_decays, ema_inv_gamma and ema_power count.
+        unet: The network; copied before its parameters become views of a vector.
+        config: Source of use_ema, ema_decays, ema_inv_gamma and ema_power.
     """
 
     def __init__(self, unet: UNet, config: TrainConfig) -> None:
@@ -47,20 +48,19 @@ class Averages:
 
     @torch.no_grad()
     def update(self, weights: Tensor, step: int) -> None:
-        """Takes the flat `weights` after step 0, 1, ... into every average; does not wait for the device."""
+        """Updates every average with the flat `weights` after step 0, 1, ... without a sync."""
         decays = self._config.ema_decays_at(step)
-        for vector, decay in zip(
-            self.vectors.values(), decays, strict=False
-        ):  # no vector without EMA
+        for vector, decay in zip(self.vectors.values(), decays, strict=False):  # none without EMA
             vector.lerp_(weights, 1 - decay)
 
     def check_names(self, state: Mapping[str, Tensor]) -> None:
-        """ValueError where the checkpoint `state` holds other averages than these: none can be made up afterwards."""
+        """ValueError if the checkpoint `state` has other averages: none can start in mid-run."""
         saved = sorted(name for name in state if name == MAIN or name.startswith(f"{MAIN}_"))
         if saved != sorted(self.vectors):
             raise ValueError(
-                f"the averages are {_listed(sorted(self.vectors))}; expected {_listed(saved)}, as in the checkpoint: "
-                "resume with the same number and order of ema_decays (the first value may change)"
+                f"the averages are {_listed(sorted(self.vectors))}; expected {_listed(saved)}, as "
+                "in the checkpoint: resume with the same number and order of ema_decays "
+                "(the first value may change)"
             )
 
 

@@ -11,10 +11,10 @@ from ..models.unet import UNet
 
 
 def flatten(unet: UNet) -> Tensor:
-    """Moves the weights into one vector, of which the parameters are views from then on.
+    """Moves the weights into one vector and makes the parameters views of it.
 
     Returns:
-        The vector, in the parameters' dtype and order; convolutions channels-last.
+        The vector, in the parameters' dtype and order; convolutions are channels-last.
     """
     vector = torch.cat([as_vector(p.detach()) for p in unet.parameters()])
     parts = vector.split([p.numel() for p in unet.parameters()])
@@ -28,13 +28,13 @@ def flatten(unet: UNet) -> Tensor:
 
 
 def as_vector(x: Tensor) -> Tensor:
-    """One parameter or gradient as `flatten` stores it."""
+    """One parameter or gradient in the layout of `flatten`."""
     return x.permute(0, 2, 3, 1).reshape(-1) if x.ndim == 4 else x.reshape(-1)
 
 
 def sum_in_order(vectors: Sequence[Tensor]) -> Tensor:
-    """The first vector plus the others, in place."""
+    """The sum of the vectors, from first to last, in the first one's memory."""
     total = vectors[0]
-    for more in vectors[1:]:
-        total += more
+    for vector in vectors[1:]:
+        total += vector
     return total

@@ -1,4 +1,4 @@
-"""Parts of a gradient computation: its inputs, precision, repeatable dropout and the split over CPU cores."""
+"""Parts of a gradient computation: inputs, precision, repeatable dropout, split over CPU cores."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from ..models.unet import UNet
 from .config import TrainConfig
 
 AUTOCAST = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
-_SMALLEST_PART = 8  # images; below that, a separate thread costs more than it saves
+_SMALLEST_PART = 8  # images per thread; with fewer, a thread costs more than it saves
 
 
 class Noised(NamedTuple):
-    """A batch as the network and the loss see it: what `Objective.losses` takes, the labels, the weights of the losses."""
+    """A noised batch: the arguments of `Objective.losses`, the labels and the losses' weights."""
 
     x_0: Tensor
     x_t: Tensor
@@ -32,14 +32,14 @@ class Noised(NamedTuple):
 
 
 def autocast(config: TrainConfig, device: torch.device) -> Any:
-    """The context in which the network computes."""
+    """Autocast context of the network for a configuration; a null context for fp32."""
     dtype = AUTOCAST[config.mixed_precision]
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
 @contextmanager
 def dropout_rng(unet: UNet, seed: int, number: int) -> Iterator[None]:
-    """Seeds torch's generator for batch `number` and restores it: dropout alone draws from it."""
+    """Seeds torch's generator, which only dropout uses, for batch `number` and restores it."""
     if not unet.config.dropout:
         yield
         return
@@ -52,10 +52,10 @@ def dropout_rng(unet: UNet, seed: int, number: int) -> Iterator[None]:
 def split_over_cores(
     unet: UNet, config: TrainConfig, device: torch.device
 ) -> tuple[int, ThreadPoolExecutor | None]:
-    """Equal parts of a batch and the threads that compute them; (1, None) where a split does not pay."""
+    """Number of equal parts of a batch and the threads for them; (1, None) without a split."""
     threads, batch = torch.get_num_threads(), config.train_batch_size
-    fits = [n for n in range(1, threads + 1) if batch % n == 0 and batch // n >= _SMALLEST_PART]
-    parts = max(fits, default=1)
+    counts = [n for n in range(1, threads + 1) if batch % n == 0 and batch // n >= _SMALLEST_PART]
+    parts = max(counts, default=1)
     if device.type != "cpu" or parts == 1 or unet.config.dropout or config.compile:
         return 1, None
     return parts, ThreadPoolExecutor(
@@ -64,15 +64,15 @@ def split_over_cores(
 
 
 def keep_freed_memory() -> None:
-    """Makes glibc reuse freed memory: mapping and zeroing every activation costs a tenth of the time."""
+    """Makes glibc reuse freed memory.
+
+    Mapping and zeroing every activation again takes a tenth of the time.
+    """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError):
         return  # another C library
     m_trim_threshold, m_top_pad, m_mmap_threshold = -1, -2, -3
-    for parameter, value in (
-        (m_mmap_threshold, 2**30),
-        (m_trim_threshold, 2**31 - 1),
-        (m_top_pad, 2**26),
-    ):
-        mallopt(parameter, value)
+    mallopt(m_mmap_threshold, 2**30)
+    mallopt(m_trim_threshold, 2**31 - 1)
+    mallopt(m_top_pad, 2**26)

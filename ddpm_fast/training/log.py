@@ -14,18 +14,18 @@ LOG = "log.jsonl"
 
 
 class TrainingLog:
-    """Appends entries to the log of a run's directory. A number that is NaN or Inf is written as null."""
+    """Writer of the log in a run's directory; NaN and Inf are written as null."""
 
     def __init__(self, directory: Path) -> None:
         self.path = directory / LOG
 
     def append(self, entry: dict[str, Any]) -> None:
-        """Adds one line."""
+        """Appends one line."""
         with named_file(self.path), open(self.path, "a") as f:
             f.write(_json(entry) + "\n")
 
     def truncate(self, step: int) -> None:
-        """Removes the entries after `step`, and lines that are no entries."""
+        """Removes the entries after `step`, and invalid lines."""
         entries = [entry for entry in read_log(self.path) if entry["step"] <= step]
         with named_file(self.path):
             write_atomically(self.path, "".join(_json(e) + "\n" for e in entries).encode())
@@ -36,7 +36,7 @@ class TrainingLog:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """Entries of a log. Lines that are no entries are left out, such as a torn last line after a kill."""
+    """Entries of a log, without invalid lines such as a partial last line after a kill."""
     lines = path.read_text().splitlines() if path.exists() else []
     entries = []
     for line in lines:

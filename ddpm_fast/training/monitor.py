@@ -1,4 +1,4 @@
-"""Monitoring of a training run: validation loss, sample grids and KID, between the steps."""
+"""Monitoring of a training run between its steps: validation loss, sample grids and KID."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from .scores import ImageScore
 from .trainer import Trainer
 
 SAMPLES = "samples"
-_BATCH = 64  # images of a forward pass at most
+_BATCH = 64  # maximum images per forward pass
 
 
 class Monitor:
-    """Measures the averages of a `Trainer`, writes the results to the log and announces its work.
+    """Evaluation of a `Trainer`'s averages; results are logged.
 
     Args:
-        trainer: read, never changed.
-        directory: the run's; grids go to its folder samples/.
-        training_log: receives the results.
-        validation: held-out images; None: the training data.
-        log: called with one line of text per event.
-        eval_images: images drawn from every average for KID, at least 4; 0: KID is never computed.
+        trainer: Read, never changed.
+        directory: The run's directory; grids are written to its folder samples/.
+        training_log: Receives the results.
+        validation: Held-out images; None for the training data.
+        log: Called with one line of text per event.
+        eval_images: Images drawn from every average for KID, at least 4; 0 disables KID.
     """
 
     def __init__(
@@ -49,10 +49,10 @@ class Monitor:
         self._score = ImageScore(self._images, eval_images, trainer.device) if eval_images else None
 
     def validate(self) -> None:
-        """Logs the loss of every average and of the weights on fixed images."""
+        """Logs the losses of every average and of the weights on a fixed set of images."""
         trainer = self._trainer
-        which = "held-out" if self._validation else "training"
-        self._log(f"step {trainer.done}: computing the loss on {which} images")
+        kind = "held-out" if self._validation else "training"
+        self._log(f"step {trainer.done}: computing the loss on {kind} images")
         networks = {**trainer.averages, "raw": trainer.unet}
         losses = {
             f"{name}_loss": trainer.validation_loss(unet, self._images)
@@ -61,10 +61,10 @@ class Monitor:
         held_out = self._validation is not None
         self._training_log.append(dict(step=trainer.done, **losses, held_out=held_out))
         text = ", ".join(f"{name[:-5]} {value:.4f}" for name, value in losses.items())
-        self._log(f"step {trainer.done}: loss on {which} images: {text}")
+        self._log(f"step {trainer.done}: loss on {kind} images: {text}")
 
     def draw(self) -> None:
-        """Writes a grid of images 0, 1, ... of seed 0: a column per class and four rows, or 8 x 8."""
+        """Writes a grid of images of seed 0: 8 x 8, or four rows with a column per class."""
         trainer = self._trainer
         classes = min(trainer.unet.config.num_classes or 0, 16)
         count, columns = (4 * classes, classes) if classes else (64, 8)
@@ -80,7 +80,7 @@ class Monitor:
             save_grid(path, images.numpy(), columns)
 
     def evaluate(self, stop: Callable[[], bool]) -> None:
-        """Logs KID of every average over the same noise; nothing if `stop()` ends the drawing."""
+        """Logs KID of every average, for the same noise; nothing if `stop()` ends the sampling."""
         if self._score is None:
             return
         trainer, count = self._trainer, self._score.count

@@ -1,4 +1,4 @@
-"""Progress of a training run: a bar on a terminal, the estimated time, and what would shorten it."""
+"""Progress of a training run: a bar on a terminal, the estimated time, and hints to shorten it."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ import torch
 from .cpu_ops import is_native
 from .trainer import Trainer
 
-_LEAST_STEPS, _LEAST_SECONDS = 3, 5.0  # of training, before a time is estimated
-_WORTH_A_LINE, _LONG = 60.0, 3600.0  # seconds left: for an estimate, for a hint
+_LEAST_STEPS, _LEAST_SECONDS = 3, 5.0  # of training before the time left is estimated
+_ESTIMATE_FROM, _HINT_FROM = 60.0, 3600.0  # seconds left
 _REFRESH = 0.5  # seconds between two updates of the bar
-_SMALL = (32, 64, 96)  # the network that the hint recommends, with one residual block per level
+_SMALL = (32, 64, 96)  # channels of the network in the hint, with one residual block per level
 _FORMAT = "{percentage:3.0f}%|{bar:24}| {n_fmt}/{total_fmt} steps{postfix}"
 
 
 class Progress:
-    """Progress bar on a terminal; elsewhere one line with the estimated time.
+    """Progress bar on a terminal; otherwise one line with the estimated time.
 
-    Speed is that of the steps alone. The estimate includes grids, validation and evaluation as far as they have occurred.
+    The speed counts the time of the steps only. The estimate includes the grids, validations and
+    evaluations so far.
 
     Args:
-        trainer: its state when the run starts, or resumes.
-        log: called with one line of text per event.
-        stream: where the bar is drawn if that is a terminal; None: nowhere.
+        trainer: The trainer when the run starts or resumes.
+        log: Called with one line of text per event.
+        stream: Stream of the bar, which is drawn if it is a terminal; None draws no bar.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class Progress:
             )
 
     def write(self, line: str) -> None:
-        """Logs a line, above the bar."""
+        """Logs a line without damaging the bar."""
         with self._bar.external_write_mode() if self._bar is not None else nullcontext():
             self._log(line)
 
@@ -54,34 +55,31 @@ class Progress:
         """Records a finished step.
 
         Args:
-            training: seconds of this part of the run without grids, validation, evaluation and checkpoints.
-            elapsed: seconds of this part of the run.
+            training: Seconds of steps since the start or resume.
+            elapsed: Seconds since the start or resume, including grids, validation, evaluation and
+                checkpoints.
         """
         step = self._trainer.done
         if self._first is None:
             self._first = step, training, elapsed
         first, training_before, elapsed_before = self._first
         done, training = step - first, training - training_before
-        if (
-            done
-            and self._bar is not None
-            and (elapsed - self._refreshed >= _REFRESH or step == self._steps)
-        ):
+        is_due = elapsed - self._refreshed >= _REFRESH or step == self._steps
+        if done and self._bar is not None and is_due:
             self._refresh(done, training, elapsed - elapsed_before)
             self._refreshed = elapsed
         if not self._estimated and done >= _LEAST_STEPS and training >= _LEAST_SECONDS:
             self._estimated = True
-            self._estimate(
-                (self._steps - step) * (elapsed - elapsed_before) / done, done / training
-            )
+            left = (self._steps - step) * (elapsed - elapsed_before) / done
+            self._estimate(left, done / training)
 
     def close(self) -> None:
-        """Leaves the bar as it is and ends its line."""
+        """Ends the bar's line."""
         if self._bar is not None:
             self._bar.close()
 
     def _refresh(self, done: int, training: float, elapsed: float) -> None:
-        if self._trainer.device.type == "cpu":  # a GPU would have to be waited for
+        if self._trainer.device.type == "cpu":  # on a GPU this would wait for the device
             self.show_loss(self._trainer.means(reset=False)["loss"])
         left = (self._steps - self._trainer.done) * elapsed / done
         speed = done * self._images / training if training else 0.0
@@ -89,21 +87,21 @@ class Progress:
         self._bar.set_postfix_str(f"{self._loss}{speed:.0f} images/s, {duration(left)} left")
 
     def show_loss(self, loss: float) -> None:
-        """Sets the loss that the bar shows next; NaN leaves the one before."""
+        """Sets the loss that the bar shows; NaN changes nothing."""
         if loss == loss:
             self._loss = f"loss {loss:.4f}, "
 
     def _estimate(self, left: float, steps_per_second: float) -> None:
-        if left < _WORTH_A_LINE:
+        if left < _ESTIMATE_FROM:
             return
         count, speed = self._steps - self._trainer.done, steps_per_second * self._images
         self.write(f"about {duration(left)} for {count} more steps ({speed:.0f} images/s)")
-        if left > _LONG:
+        if left > _HINT_FROM:
             self.write(f"to train faster: {', '.join(faster_choices(self._trainer))}")
 
 
 def faster_choices(trainer: Trainer) -> list[str]:
-    """What shortens a run on this machine, as options of `ddpm-fast train`."""
+    """Options of `ddpm-fast train` that shorten a run on this machine."""
     network, choices = trainer.unet.config, []
     on_cpu = trainer.device.type == "cpu"
     is_small = sum(network.channels) <= sum(_SMALL) and max(network.levels_of("layers")) == 1
@@ -117,7 +115,7 @@ def faster_choices(trainer: Trainer) -> list[str]:
 
 
 def duration(seconds: float) -> str:
-    """A time in the unit that suits it: "40 s", "12 min", "3.5 h"."""
+    """A time as text in seconds, minutes or hours: "40 s", "12 min", "3.5 h"."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

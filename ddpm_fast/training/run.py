@@ -1,10 +1,10 @@
-"""A training run and its directory, from which it can resume at any time.
+"""Training runs: a resumable loop over a `Trainer`'s steps, and its directory.
 
-model/                            the averaged weights, a diffusers folder: what `Sampler.from_pretrained` reads
+model/                            averaged weights, a diffusers folder for `Sampler.from_pretrained`
 model-ema-0.9995/                 the same for every further average, named after its decay
-checkpoint-00001000.safetensors   everything that resuming bit-exactly needs
+checkpoint-00001000.safetensors   the state for a bit-exact resume
 log.jsonl                         one JSON object per line
-samples/00001000.png              a grid drawn from the averaged weights
+samples/00001000.png              a grid of images drawn with the averaged weights
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -22,11 +23,11 @@ from ..checkpoints.checkpoint import save_pretrained
 from ..data.datasets import ImageData
 from ..utils.signals import graceful_shutdown
 from .checkpoints import (
+    TrainingCheckpoint,
     checkpoints,
     lock,
     model_folder,
     named_file,
-    read_checkpoint,
     remove_partial_files,
     step_of,
     write_checkpoint,
@@ -37,14 +38,14 @@ from .monitor import SAMPLES, Monitor
 from .progress import Progress
 from .trainer import Trainer
 
-# Consecutive steps without a finite gradient after which a run has diverged. Loss scaling skips steps
-# until the scale fits: 50 halvings are more than any scale needs.
+# Consecutive skipped steps after which a run has diverged. Loss scaling skips steps while it halves
+# the scale; no scale needs 50 halvings.
 _SKIPS_WITH_SCALING, _SKIPS = 50, 5
 
 
 @dataclass(frozen=True)
 class Every:
-    """How often, in steps; 0: never."""
+    """Intervals of a run, in steps; 0 means never."""
 
     log: int = 50
     checkpoint: int = 500
@@ -56,32 +57,33 @@ class Every:
 
 @dataclass(frozen=True)
 class RunEnd:
-    """Why a run ended: a reason for the log, and whether a signal interrupted it."""
+    """Reason for the end of a run, and the exit code of its process."""
 
     reason: str
-    interrupted: bool = False
+    exit_code: int = 0  # 128 + the number of the signal that ended the run
 
 
 class TrainingRun:
-    """A `Trainer`, its directory and its files: `with TrainingRun(...) as run: run.train()`.
+    """Training run with a directory: `with TrainingRun(...) as run: run.train()`.
 
     Args:
-        directory: created if it is missing; locked until the run is closed.
-        trainer: trained in place.
-        every: intervals of the log, checkpoints, grids and evaluations.
-        checkpoints_total_limit: older checkpoints are deleted.
-        validation: images for validation loss and KID; None: the training data.
-        log: called with one line of text per event.
-        eval_images: images drawn from every average for KID; at least 4.
-        options: stored in checkpoints, for the program that resumes the run; JSON.
-        progress: stream for a progress bar, which is drawn on a terminal only.
+        directory: The run's directory, created if it is missing; locked until the run is closed.
+        trainer: Trained in place.
+        every: Intervals of the log, checkpoints, grids and evaluations.
+        checkpoints_total_limit: Number of checkpoints; older ones are deleted.
+        validation: Images for validation loss and KID; None for the training data.
+        log: Called with one line of text per event.
+        eval_images: Images drawn from every average for KID, at least 4.
+        options: Stored in checkpoints for the program that resumes the run; JSON.
+        progress: Stream of a progress bar, which is drawn only on a terminal.
 
     Attributes:
-        spent: seconds of training, all parts of the run together.
+        spent: Seconds of training since the start of the run, including previous processes.
 
     Raises:
-        ValueError: the directory's parent is missing, or another process trains there.
-        OSError: the directory cannot be written to.
+        ValueError: The directory's parent is missing, a file of the run is invalid, the validation
+            images do not fit the network, or another process trains in the directory.
+        OSError: The directory is not writable.
     """
 
     def __init__(
@@ -102,20 +104,16 @@ class TrainingRun:
         self._log, self._terminal, self._progress = log, progress, Progress(trainer, log)
         if not self.directory.absolute().parent.is_dir():
             raise ValueError(f"{self.directory.absolute().parent} does not exist; create it first")
-        self._paused = 0.0  # seconds of this part of the run that were no training
+        self._paused = 0.0  # seconds outside of steps since the start or resume
         self._saved = trainer.done  # step of the last checkpoint
         self._pending: set[str] = set()  # work that waits for a finite gradient
         self._stop: Callable[[], bool] = lambda: False
         self._identity = trainer.identity()
         self._training_log = TrainingLog(self.directory)
         self._check()
+        count = eval_images if every.evaluation else 0
         self._monitor = Monitor(
-            trainer,
-            self.directory,
-            self._training_log,
-            validation,
-            self._write,
-            eval_images if every.evaluation else 0,
+            trainer, self.directory, self._training_log, validation, self._write, count
         )
         self.directory.mkdir(exist_ok=True)
         self._lock = lock(self.directory)
@@ -128,7 +126,7 @@ class TrainingRun:
         self._lock.close()
 
     def _check(self) -> None:
-        """ValueError for what would stop the run later."""
+        """ValueError for errors that would otherwise occur during the run."""
         if self.validation is not None:
             try:
                 check_fit(self.trainer.unet, self.validation, self.trainer.config.learned_variance)
@@ -139,18 +137,27 @@ class TrainingRun:
                 raise ValueError(
                     f"{model} exists and is not a checkpoint; choose another directory"
                 )
-        for path, is_right in (
-            (self.directory / LOG, Path.is_file),
-            (self.directory / SAMPLES, Path.is_dir),
+        log, samples = self.directory / LOG, self.directory / SAMPLES
+        for path, is_valid, kind in (
+            (log, log.is_file(), "file"),
+            (samples, samples.is_dir(), "directory"),
         ):
-            if path.exists() and not is_right(path):
-                raise ValueError(f"{path} is in the way; move it, or choose another directory")
+            if path.exists() and not is_valid:
+                raise ValueError(
+                    f"{path} is not a {kind}; move it, or choose another directory for the run"
+                )
 
     # ---- resume
 
-    def resume(self, path: Path) -> None:
-        """Restores a checkpoint. ValueError if it is damaged or from a run with other settings, which it names."""
-        state, header = read_checkpoint(path)
+    def resume(self, checkpoint: TrainingCheckpoint) -> None:
+        """Restores a checkpoint as read by `read_checkpoint` or `latest_checkpoint`.
+
+        Later checkpoints in the directory are renamed, and later entries of the log removed.
+
+        Raises:
+            ValueError: The run's identity differs from the checkpoint's; the message says where.
+        """
+        path, state, header = checkpoint
         settings = header["settings"]
         if changed := [
             f"{k} {settings.get(k)} -> {v}"
@@ -158,27 +165,29 @@ class TrainingRun:
             if settings.get(k) != v
         ]:
             self._write(f"changed since {path.name}: {', '.join(changed)}")
-        changed = differences(
-            header["identity"], self._identity, header.get("options"), self.options
-        )
-        if changed:
+        saved, options = header["identity"], header.get("options")
+        if changed := differences(saved, self._identity, options, self.options):
             raise ValueError(f"{path} belongs to another run: {'; '.join(changed)}")
         self.trainer.load_state(state, header["step"])
-        if header["scaler"]:  # empty where there was no loss scaling
+        if header["scaler"]:  # empty without loss scaling
             self.trainer.scaler.load_state_dict(header["scaler"])
         self.spent = header["seconds"]
         self._training_log.truncate(header["step"])
         for later in checkpoints(self.directory):
-            if step_of(later) > header["step"]:  # of a course that is abandoned now, or damaged
+            if step_of(later) > header["step"]:  # abandoned by this resume, or damaged
                 later.rename(later.with_name(f"abandoned-{later.name}"))
 
     # ---- the loop
 
     def train(self, max_seconds: float = math.inf) -> RunEnd:
-        """Trains until the last step, the time limit or a signal, then writes a checkpoint and the model.
+        """Trains to the last step, the time limit or a signal; writes a checkpoint and the model.
+
+        Args:
+            max_seconds: Time limit of this call.
 
         Raises:
-            RuntimeError: training diverged, or a file cannot be written. The last checkpoint and model stay as they are.
+            RuntimeError: Training diverged, or a file cannot be written. The last checkpoint and
+                model are unchanged.
         """
         self._progress = Progress(self.trainer, self._log, self._terminal)
         try:
@@ -191,7 +200,7 @@ class TrainingRun:
     def _train(self, max_seconds: float) -> RunEnd:
         trainer, every, last = self.trainer, self.every, self.trainer.config.max_train_steps
         start, before, self._saved = time.perf_counter(), self.spent, trainer.done
-        if not trainer.done:  # lines of a run that was killed before its first checkpoint
+        if not trainer.done:  # entries of a run that was killed before its first checkpoint
             self._training_log.clear()
         logged, logged_at, self._paused = trainer.done, 0.0, 0.0  # step; seconds of training
         end = RunEnd("all steps done")
@@ -199,13 +208,13 @@ class TrainingRun:
             self._stop = lambda: shutdown() or time.perf_counter() - start >= max_seconds
             while trainer.done < last:
                 if self._stop():
-                    reason = shutdown.name or f"{max_seconds:g} seconds are over"
-                    end = RunEnd(reason, interrupted=shutdown())
+                    reason = shutdown.name or f"time limit of {max_seconds:g} s reached"
+                    end = RunEnd(reason, shutdown.exit_code if shutdown else 0)
                     break
                 trainer.step()
                 step, self.spent = trainer.done, before + time.perf_counter() - start
                 is_logged = _due(step, every.log) or step == last
-                if is_logged or trainer.device.type == "cpu":  # else the device would be waited for
+                if is_logged or trainer.device.type == "cpu":  # the check waits for a GPU
                     self._check_divergence()
                 if is_logged:
                     means = trainer.means()
@@ -215,7 +224,7 @@ class TrainingRun:
                 self._work_between_steps(step, step == last)
                 elapsed = time.perf_counter() - start
                 self._progress.update(elapsed - self._paused, elapsed)
-        self._finish(end.interrupted)
+        self._finish(end.exit_code > 0)
         return end
 
     def _finish(self, interrupted: bool) -> None:
@@ -224,24 +233,27 @@ class TrainingRun:
         if not trainer.is_finite():
             if not interrupted:
                 raise self._divergence(max(1, trainer.consecutive_skips))
-            self._write(f"the loss is NaN or Inf, so nothing is written; {self._last_checkpoint()}")
+            self._write(f"the loss is NaN or Inf: nothing is written; {self._last_checkpoint()}")
             return
         if trainer.done > self._saved or not checkpoints(self.directory):
             self.save_checkpoint()
         self.save_model()
 
     def _work_between_steps(self, step: int, at_end: bool) -> None:
-        """What is due after a step and is no training; its time counts in no images_per_second.
+        """Does the work that is due after a step; images_per_second does not count its time.
 
-        It waits for a step with a finite gradient: until then nothing replaces a file of a finite state.
+        Work is postponed to a step with a finite gradient, so no file of a finite state is replaced
+        by one of a state that is not.
         """
-        every = self.every
-        work = dict(  # the checkpoint before anything that is not needed, what takes longest at the end
-            checkpoint=(self.save_checkpoint, _due(step, every.checkpoint) or at_end),
-            validation=(self._monitor.validate, _due(step, every.validation, at_end)),
-            samples=(self._monitor.draw, _due(step, every.samples, at_end)),
-            model=(self.save_model, _due(step, every.model)),
-            evaluation=(self._evaluate, _due(step, every.evaluation, at_end)),
+        every, evaluate = self.every, partial(self._monitor.evaluate, self._stop)
+        work: dict[str, tuple[Callable[[], object], bool]] = (
+            dict(  # the checkpoint first, the slowest last
+                checkpoint=(self.save_checkpoint, _due(step, every.checkpoint) or at_end),
+                validation=(self._monitor.validate, _due(step, every.validation, at_end)),
+                samples=(self._monitor.draw, _due(step, every.samples, at_end)),
+                model=(self.save_model, _due(step, every.model)),
+                evaluation=(evaluate, _due(step, every.evaluation, at_end)),
+            )
         )
         self._pending |= {name for name, (_, is_due) in work.items() if is_due}
         if not self._pending:
@@ -256,9 +268,6 @@ class TrainingRun:
             self._pending.clear()
         self._paused += time.perf_counter() - start
 
-    def _evaluate(self) -> None:
-        self._monitor.evaluate(self._stop)
-
     def _check_divergence(self) -> None:
         skips, scaling = self.trainer.consecutive_skips, self.trainer.scaler.is_enabled()
         if skips >= (_SKIPS_WITH_SCALING if scaling else _SKIPS):
@@ -267,15 +276,16 @@ class TrainingRun:
     def _divergence(self, skips: int) -> RuntimeError:
         step = self.trainer.done
         return RuntimeError(
-            f"training diverged: no gradient is finite since step {step - skips + 1} (now step {step}); "
-            f"{self._last_checkpoint()}; use a lower --learning_rate, or a higher precision"
+            f"training diverged: gradients are NaN or Inf since step {step - skips + 1} "
+            f"(now step {step}); {self._last_checkpoint()}; use a lower --learning_rate, or a "
+            "higher precision"
         )
 
     def _last_checkpoint(self) -> str:
-        """How to go on after a failure."""
+        """Instruction for the user after a failure."""
         if not (paths := checkpoints(self.directory)):
-            return "no checkpoint was written, so start again"
-        return f"{paths[-1]} is kept: go on from it with --resume_from_checkpoint latest"
+            return "no checkpoint was written; start again"
+        return f"the last checkpoint is {paths[-1]}; resume with --resume_from_checkpoint latest"
 
     def _log_means(self, means: dict[str, float], steps: int, seconds: float) -> None:
         trainer, step = self.trainer, self.trainer.done
@@ -303,7 +313,7 @@ class TrainingRun:
     # ---- files
 
     def save_model(self) -> None:
-        """Every average as a diffusers folder."""
+        """Writes every average as a diffusers folder."""
         trainer = self.trainer
         prediction, variance = trainer.config.prediction_type, trainer.objective.variance
         for name, folder in self._folders().items():
@@ -313,7 +323,7 @@ class TrainingRun:
                 )
 
     def _folders(self) -> dict[str, Path]:
-        """Name of an average -> its folder."""
+        """Folder of each average, by name."""
         return {name: self.directory / model_folder(name) for name in self.trainer.averages}
 
     def save_checkpoint(self) -> None:
@@ -325,21 +335,16 @@ class TrainingRun:
         write_checkpoint(
             self.directory / f"checkpoint-{trainer.done:08d}.safetensors", trainer.state(), header
         )
-        for old in [path for path in checkpoints(self.directory) if step_of(path) <= trainer.done][
-            : -self.limit
-        ]:
+        paths = [path for path in checkpoints(self.directory) if step_of(path) <= trainer.done]
+        for old in paths[: -self.limit]:
             old.unlink()
         self._saved = trainer.done
 
     def _settings(self) -> dict[str, Any]:
-        """What may change between the parts of a run, and is then reported."""
-        threads = torch.get_num_threads()
-        config = dict(
-            asdict(self.trainer.config), ema_decays=list(self.trainer.config.ema_decays)
-        )  # as JSON has it
-        return dict(
-            **config, device=str(self.trainer.device), threads=threads, torch=torch.__version__
-        )
+        """Settings whose changes are reported when a run resumes, as JSON values."""
+        trainer, threads = self.trainer, torch.get_num_threads()
+        config = asdict(trainer.config) | dict(ema_decays=list(trainer.config.ema_decays))
+        return dict(**config, device=str(trainer.device), threads=threads, torch=torch.__version__)
 
 
 def _due(step: int, every: int, at_end: bool = False) -> bool:

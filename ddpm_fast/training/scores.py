@@ -1,4 +1,4 @@
-"""KID of images drawn during training."""
+"""KID of images sampled during training."""
 
 from __future__ import annotations
 
@@ -11,27 +11,28 @@ from ..data.datasets import ImageData
 from ..evaluation.metrics import Features, kid
 from ..sampling.sampler import Sampler
 
-FEWEST = 4  # images that KID can be estimated from
+FEWEST = 4  # images; KID has no estimate from fewer
 STEPS = 50  # of DDIM
 
 
 class ImageScore:
-    """Kernel distance (KID) of drawn images from fixed real ones, as `ddpm-fast eval` computes it.
+    """Kernel distance (KID) between sampled and real images, as `ddpm-fast eval` computes it.
 
     Args:
-        real: the real images, uint8 with 1 or 3 channels; `count` of them, spread evenly, or all if there are fewer.
-        count: how many images to draw, at least 4.
-        device: where features are computed.
+        real: Real images, uint8 with 1 or 3 channels; at most `count` evenly spaced ones are used.
+        count: Number of images to sample, at least 4.
+        device: Device for the features.
 
     Raises:
-        ValueError: without the extra `metrics`, for too few images, or for images that are neither grey nor RGB.
+        ValueError: The extra `metrics` is missing, or the images are too few or not grey or RGB.
     """
 
     def __init__(self, real: ImageData, count: int, device: torch.device | str = "cpu") -> None:
         if min(count, len(real)) < FEWEST or real.images.shape[3] not in (1, 3):
             raise ValueError(
-                f"eval_images is {count}, with {len(real)} real images of {real.images.shape[3]} channels; expected at least "
-                f"{FEWEST} of each, with 1 or 3 channels: give more images, or do not evaluate"
+                f"eval_images is {count}, with {len(real)} real images of {real.images.shape[3]} "
+                f"channels; expected at least {FEWEST} of each, with 1 or 3 channels: use more "
+                "images, or set --eval_images_every to 0"
             )
         self.count = count
         self._features = Features(device)
@@ -43,10 +44,10 @@ class ImageScore:
     def of(
         self, sampler: Sampler, batch_size: int, stop: Callable[[], bool]
     ) -> tuple[float, float] | None:
-        """Draws images 0 ... count-1 of seed 0 with DDIM in 50 steps, or T if that is less.
+        """Samples images 0 to count - 1 of seed 0 with DDIM in min(50, T) steps.
 
         Returns:
-            KID and its standard deviation over subsets; None if `stop()` ended the drawing.
+            KID and its standard deviation over subsets; None if `stop()` ended the sampling.
         """
         steps = min(STEPS, len(sampler.schedule))
         drawn = sampler.sample(

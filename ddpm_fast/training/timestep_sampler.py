@@ -1,4 +1,4 @@
-"""Timestep samplers: how t is drawn in training, and the losses by quarter of the timesteps."""
+"""Loss-aware timestep sampling, and sums of the losses by quarter of the timesteps."""
 
 from __future__ import annotations
 
@@ -6,16 +6,20 @@ import torch
 from torch import Tensor
 
 QUARTILES = 4  # of the timesteps, for the log
-HISTORY = 10  # losses kept for each timestep
+HISTORY = 10  # latest losses per timestep
 UNIFORM_SHARE = 0.001
 
 
 class LossAware:
-    """Draws timesteps in proportion to sqrt(E[L_t^2]), where the loss is large and uneven (Nichol & Dhariwal 2021, eq. 18).
+    """Importance sampling of t in proportion to sqrt(E[L_t^2]) (Nichol & Dhariwal 2021, eq. 18).
 
-    The last ten losses of every timestep are kept, and all are drawn alike until every one has ten. Weighted by 1 / (T p_t), the
-    losses have the expectation that they have under uniform t. Nothing here waits for the device, and all of it is integers
-    and sums in a fixed order, so that a resumed run draws the same.
+    E is the mean of a timestep's last ten losses; until every timestep has ten, t is uniform.
+    Weighted by 1 / (T p_t), the losses have the same expectation as under uniform t. No method
+    waits for the device. Integers and a fixed order of sums make resumed runs bit-exact.
+
+    Args:
+        timesteps: T.
+        device: Device of the history.
     """
 
     def __init__(self, timesteps: int, device: torch.device | str = "cpu") -> None:
@@ -26,46 +30,50 @@ class LossAware:
         """p_t in units of about 2^-30: int64 [T], at least 1."""
         root = self.squares.mean(1).sqrt()
         uniform = torch.full_like(root, 1 / len(root))
-        aware = (1 - UNIFORM_SHARE) * root / root.sum().clamp(min=1e-300) + UNIFORM_SHARE / len(
-            root
-        )
+        proportional = (1 - UNIFORM_SHARE) * root / root.sum().clamp(min=1e-300)
+        aware = proportional + UNIFORM_SHARE / len(root)
         chosen = torch.where((self.count >= HISTORY).all() & (root.sum() > 0), aware, uniform)
         return (chosen * 2**30).long().clamp(min=1)
 
     def draw(self, word: Tensor) -> tuple[Tensor, Tensor]:
-        """Random words int64 [B] in 0 ... 2^32-1 -> t int64 [B] and the weights fp32 [B] of their losses."""
+        """Draws timesteps.
+
+        Args:
+            word: Random words, int64 [B] in 0 to 2^32 - 1.
+
+        Returns:
+            t, int64 [B], and the weights of their losses, fp32 [B].
+        """
         shares = self.shares()
         until = shares.cumsum(0)
         t = torch.searchsorted(until, (word * until[-1]) >> 32, right=True)
         return t, (until[-1] / (len(shares) * shares[t])).float()
 
     def update(self, t: Tensor, losses: Tensor) -> None:
-        """Keeps the losses [B], as they are without weights, of timesteps t [B]. Those that are not finite are left out."""
+        """Records the unweighted losses [B] of timesteps t [B]; NaN and Inf are left out."""
         is_finite = losses.isfinite()
         same = (t[:, None] == t[None, :]) & is_finite[None, :]
-        before, after = (
-            (torch.ones_like(same).tril(-1) & same).sum(1),
-            (torch.ones_like(same).triu(1) & same).sum(1),
-        )
-        place = t * HISTORY + (self.count[t] + before) % HISTORY
-        # of more than ten at once the last ten stay; the others go to a place after the end
-        place = torch.where(is_finite & (after < HISTORY), place, self.squares.numel())
+        before = (torch.ones_like(same).tril(-1) & same).sum(1)
+        after = (torch.ones_like(same).triu(1) & same).sum(1)
+        index = t * HISTORY + (self.count[t] + before) % HISTORY
+        # of more than ten at once only the last ten are recorded; the extra element takes the rest
+        index = torch.where(is_finite & (after < HISTORY), index, self.squares.numel())
         flat = torch.cat([self.squares.flatten(), self.squares.new_zeros(1)])
-        flat[place] = losses.double().square()
+        flat[index] = losses.double().square()
         self.squares.copy_(flat[:-1].view_as(self.squares))
         self.count += torch.zeros_like(self.count).scatter_add_(0, t, is_finite.long())
 
 
 def quartile_sums(t: Tensor, losses: Tensor, timesteps: int) -> Tensor:
-    """Sums of the losses, then numbers of images, in each quarter of the timesteps. Does not wait for the device.
+    """Sums of the losses and numbers of images in each quarter of the timesteps, without a sync.
 
     Args:
-        t: int64 [B] in 0 ... timesteps - 1.
+        t: Timesteps, int64 [B] in 0 to timesteps - 1.
         losses: fp32 [B].
         timesteps: T.
 
     Returns:
-        fp32 [8]: four sums and four counts, lowest t first; added in the order of the batch, so that they repeat to the bit.
+        fp32 [8]: four sums, then four counts, lowest t first; bit-exact for the same batch.
     """
     quartile = (t * QUARTILES // timesteps)[:, None] == torch.arange(QUARTILES, device=t.device)
     return torch.cat(

@@ -1,11 +1,11 @@
 """Trainer: a bit-exactly repeatable training step (Ho et al. 2020, algorithm 1).
 
-    x_0 ~ data;  t ~ uniform;  eps ~ N(0, 1);  descend the gradient of || eps - eps_theta(x_t, t) ||^2
+    x_0 ~ data;  t ~ uniform;  eps ~ N(0, 1)
+    gradient step on || eps - eps_theta(x_t, t) ||^2, or on another loss of `losses.Objective`
 
-or of another loss of `losses.Objective`. eps is drawn by `q_sample` and again by the loss, and never stored.
-
-Nothing is drawn from a generator with a state. The order of the images, each one's timestep, flip and noise are functions of
-(seed, image, epoch), so a run that was killed resumes bit-exactly from its step number and tensors.
+`q_sample` and the loss both compute eps from counters; it is never stored. Timesteps, flips and
+noise are functions of (seed, image, epoch), and the order of the images of (seed, epoch). No
+generator has a state, so a killed run resumes bit-exactly from its step number and tensors.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ..kernels.q_sample import q_sample
 from ..models.unet import UNet
 from ..utils.validation import seed_bits
 from .config import TrainConfig
-from .cpu_ops import use_fused_norms, use_wide_backward
+from .cpu_ops import use_fp32_for_slow_ops, use_fused_norms
 from .data_loader import Batch, BatchLoader
 from .ema import MAIN, Averages
 from .flat_weights import as_vector, flatten, sum_in_order
@@ -40,19 +40,29 @@ from .gradient import (
 from .identity import check_batch, check_fit, run_identity
 from .timestep_sampler import QUARTILES, LossAware, quartile_sums
 
-VALIDATION_ROW = 2**24 - 1  # the noise of validation: a row that no epoch reaches
+VALIDATION_ROW = 2**24 - 1  # noise counter of validation, which no epoch reaches
 
 
 class Trainer:
-    """A UNet in training, its averages and its optimizer, on one device.
-
-    unet      changed in place, to be read at any time; fp32
-    ema       a `UNet` with the main running average of the weights (the weights themselves where use_ema is off)
-    averages  name -> `UNet` of every average: "ema", then such as "ema_0.9995" for further decays (see `ema.Averages`)
-    done      steps taken
+    """Trainer of a UNet on one device, with the optimizer and the averages of the weights.
 
     On a CPU every thread computes a part of the batch if each part has at least 8 images.
-    ValueError where network, data and configuration do not fit together.
+
+    Args:
+        unet: The network; converted to fp32 and trained in place.
+        schedule: Noise schedule.
+        data: Training images and labels.
+        config: Training configuration.
+        device: Device of the network; default: the GPU if there is one.
+
+    Attributes:
+        unet: The network in training.
+        ema: A `UNet` with the main average of the weights; `unet` itself if use_ema is off.
+        averages: A `UNet` per average by name: "ema", "ema_0.9995", ... (see `ema.Averages`).
+        done: Number of completed steps.
+
+    Raises:
+        ValueError: Network, data and configuration do not fit together.
     """
 
     def __init__(
@@ -67,15 +77,12 @@ class Trainer:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         check_fit(unet, data, config.learned_variance)
         check_batch(config, len(data))
-        epochs = (
-            config.max_train_steps
-            * config.train_batch_size
-            * config.gradient_accumulation_steps
-            // len(data)
-        )
+        per_step = config.train_batch_size * config.gradient_accumulation_steps
+        epochs = config.max_train_steps * per_step // len(data)
         if epochs >= VALIDATION_ROW:
             raise ValueError(
-                f"{epochs} epochs of {len(data)} images; expected fewer than {VALIDATION_ROW}"
+                f"max_train_steps is {config.max_train_steps}, {epochs} epochs of {len(data)} "
+                f"images; expected fewer than {VALIDATION_ROW} epochs"
             )
         self.unet = unet.to(self.device, torch.float32).train()
         self._averages = Averages(self.unet, config)
@@ -102,9 +109,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(
             self.device.type, enabled=config.mixed_precision == "fp16"
         )
-        self.scaler.scale(
-            torch.zeros((), device=self.device)
-        )  # made here, not by whichever thread comes first
+        self.scaler.scale(torch.zeros((), device=self.device))  # initializes it before any thread
         self.done = 0
         self.objective = Objective(
             schedule, config.prediction_type, config.loss_type, config.snr_gamma, self.device
@@ -115,23 +120,24 @@ class Trainer:
             else None
         )
         self._coef = schedule.q_sample_table(self.device)
-        # since the last `means`: loss, gradient norm, steps kept and skipped; then losses and images by quartile of t
+        # since the last `means`: loss, gradient norm, steps taken, steps skipped; then losses and
+        # numbers of images by quartile of t
         self._sums = torch.zeros(4 + 2 * QUARTILES, device=self.device)
         self._skips = torch.zeros((), dtype=torch.int64, device=self.device)
         self._model: Callable[..., Tensor] = (
             torch.compile(self.unet) if config.compile else self.unet
         )
         self._parts, self._pool = split_over_cores(self.unet, config, self.device)
-        self.norm_fallback = ""  # why PyTorch computes GroupNorm on a CPU, if it does
+        self.norm_fallback = ""  # reason for the fallback to PyTorch's GroupNorm on a CPU
         if self.device.type == "cpu":
             keep_freed_memory()
             if (dtype := AUTOCAST[config.mixed_precision]) is not None:
-                use_wide_backward(self.unet, dtype)
-            if not config.compile:  # the compiler fuses by itself and cannot look into machine code
+                use_fp32_for_slow_ops(self.unet, dtype)
+            if not config.compile:  # torch.compile fuses, and cannot trace native code
                 self.norm_fallback = use_fused_norms(self.unet)
 
     def step(self) -> None:
-        """One optimizer step. Nothing here waits for the device. A step whose gradient is not finite changes no weight."""
+        """One optimizer step, without a sync. A gradient with NaN or Inf changes no weight."""
         config = self.config
         accumulate = config.gradient_accumulation_steps
         loss, self.weights.grad, quartiles = self._gradient(self.done * accumulate)
@@ -146,7 +152,8 @@ class Trainer:
         is_finite = norm.isfinite() & loss.isfinite()
         skipped = (~is_finite).float()
         if not self.scaler.is_enabled():
-            self.optimizer.found_inf = skipped  # type: ignore[attr-defined]  # the fused kernel then leaves all as it is
+            # the fused kernel changes nothing if this is 1
+            self.optimizer.found_inf = skipped  # type: ignore[attr-defined]
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self._averages.update(self.weights.detach(), self.done)
@@ -159,11 +166,11 @@ class Trainer:
 
     @property
     def consecutive_skips(self) -> int:
-        """The latest steps in a row whose gradient was not finite. Waits for the device."""
+        """Number of consecutive skipped steps up to the last one. Waits for the device."""
         return int(self._skips)
 
     def is_finite(self) -> bool:
-        """Whether weights and averages give a finite loss on up to 64 images. Waits for the device."""
+        """Whether weights and averages have finite losses on 64 images. Waits for the device."""
         networks = {id(unet): unet for unet in (self.unet, *self.averages.values())}
         count = min(64, self.config.train_batch_size)
         return all(
@@ -172,46 +179,49 @@ class Trainer:
         )
 
     def means(self, reset: bool = True) -> dict[str, float]:
-        """Loss and gradient norm, averaged since the last reset over the steps that were not skipped, and how many were.
+        """Means over the steps since the last reset. Waits for the device.
 
-        loss_q0 ... loss_q3 are the mean losses of the images whose t was in [0, T/4), ... [3T/4, T), unweighted by how t was
-        drawn. NaN for a mean over nothing. Waits for the device.
+        Args:
+            reset: Starts new sums.
+
+        Returns:
+            loss and grad_norm, over the steps that were not skipped; skipped, the number of those
+            that were; loss_q0, ..., loss_q3, the unweighted mean losses of the images with t in
+            [0, T/4), ..., [3T/4, T). A mean of no values is NaN.
         """
-        (loss, norm, steps, skipped), losses, images = self._sums.cpu().split(
-            [4, QUARTILES, QUARTILES]
-        )
-        by_quartile = {f"loss_q{i}": mean for i, mean in enumerate((losses / images).tolist())}
-        means = dict(
-            loss=float(loss / steps),
-            grad_norm=float(norm / steps),
-            skipped=int(skipped),
-            **by_quartile,
-        )
+        totals, losses, images = self._sums.cpu().split([4, QUARTILES, QUARTILES])
+        loss, norm, steps, skipped = totals
+        means = dict(loss=float(loss / steps), grad_norm=float(norm / steps), skipped=int(skipped))
+        means |= {f"loss_q{i}": mean for i, mean in enumerate((losses / images).tolist())}
         if reset:
             self._sums.zero_()
         return means
 
     @torch.no_grad()
     def validation_loss(self, unet: UNet, data: ImageData, count: int = 512) -> float:
-        """The loss of a network on `count` images of `data`, spread over it and over t; noise and choice never change."""
+        """Mean loss of a network on fixed images, timesteps and noise.
+
+        Args:
+            unet: The network.
+            data: Images, of which evenly spaced ones are used, with evenly spaced timesteps.
+            count: Number of images, at most all.
+        """
         count = min(count, len(data))
-        place = torch.arange(count)
-        chosen = place * len(data) // count
-        # multiples of the golden ratio: as even as a grid, and no class of sorted data is limited to certain timesteps
-        times = ((place * 0.6180339887498949) % 1 * len(self.schedule)).long()
+        number = torch.arange(count)
+        chosen = number * len(data) // count
+        # Multiples of the golden ratio are as even as a grid, and give every class of sorted data
+        # all timesteps.
+        times = ((number * 0.6180339887498949) % 1 * len(self.schedule)).long()
         total, training = 0.0, unet.training
         unet.eval()
-        for some in place.split(min(64, self.config.train_batch_size)):
-            image, t = chosen[some], times[some].to(self.device)
+        for part in number.split(min(64, self.config.train_batch_size)):
+            image, t = chosen[part], times[part].to(self.device)
             x_0 = from_uint8(torch.from_numpy(data.images[image.numpy()]).to(self.device))
-            labels = (
-                None
-                if data.labels is None
-                else torch.from_numpy(data.labels)[image].to(self.device)
-            )
-            batch = Batch(
-                image.to(self.device), torch.full_like(t, VALIDATION_ROW), t, t, x_0, labels
-            )
+            labels = None
+            if data.labels is not None:
+                labels = torch.from_numpy(data.labels)[image].to(self.device)
+            row = torch.full_like(t, VALIDATION_ROW)
+            batch = Batch(image.to(self.device), row, t, t, x_0, labels)
             total += float(self._losses(unet, self._noised(batch)).sum())
         unet.train(training)
         return total / count
@@ -219,7 +229,7 @@ class Trainer:
     # ---- the gradient
 
     def _gradient(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss and flat gradient of batch `number`, scaled so that the step's batches add up to their mean; `quartile_sums`."""
+        """Loss and gradient of batch `number`, divided by the batches per step; quartile sums."""
         batch, weight = self.loader.batch(number), None
         if self.timesteps is not None:
             t, weight = self.timesteps.draw(batch.word)
@@ -259,19 +269,20 @@ class Trainer:
             out = model(inputs.x_t, inputs.t, inputs.labels)
         return self.objective.losses(out, *inputs[:6])
 
-    # ---- everything that a resumed run needs
+    # ---- state and identity
 
     def state(self) -> dict[str, Tensor]:
-        """Weights, averages, Adam's moments, the sums since the last `means`, and the losses of the timesteps where those count.
+        """Tensors that, with `done`, determine the rest of the run.
 
-        Beside the number `done`, that is everything.
+        Returns:
+            By name: weights, averages, Adam's moments, the sums since the last reset of `means` and
+            the history of loss-aware sampling; not copied.
         """
         moments = self.optimizer.state[self.weights]
         if not moments:  # as Adam itself initializes them
-            moments.update(
-                step=torch.zeros((), device=self.device), exp_avg=torch.zeros_like(self.weights)
-            )
-            moments.update(exp_avg_sq=torch.zeros_like(self.weights))
+            moments["step"] = torch.zeros((), device=self.device)
+            moments["exp_avg"] = torch.zeros_like(self.weights)
+            moments["exp_avg_sq"] = torch.zeros_like(self.weights)
         state = dict(weights=self.weights.detach(), sums=self._sums, **moments)
         if self.timesteps is not None:
             state.update(loss_squares=self.timesteps.squares, loss_count=self.timesteps.count)
@@ -279,22 +290,24 @@ class Trainer:
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Tensor], done: int) -> None:
-        """Goes on from `state` after `done` steps. ValueError for vectors that are missing, too many or of another length.
+        """Copies a `state` after `done` steps into this trainer.
 
-        Averages can be neither added nor removed on the way.
+        Raises:
+            ValueError: The state's names or shapes differ from this trainer's.
         """
         self._averages.check_names(state)
         current = self.state()
-        if wrong := sorted(current.keys() ^ state.keys()) or [
-            k for k in current if current[k].shape != state[k].shape
-        ]:
+        different = sorted(current.keys() ^ state.keys())
+        different = different or [k for k in current if current[k].shape != state[k].shape]
+        if different:
             raise ValueError(
-                f"the state belongs to another network or configuration: {', '.join(wrong)} differ"
+                f"the state differs in {', '.join(different)}; expected a state of the same "
+                "network and configuration"
             )
         for name, tensor in current.items():
             tensor.copy_(state[name])
         self.done = done
 
     def identity(self) -> dict[str, Any]:
-        """What must not change between the parts of a run: see `identity.run_identity`."""
+        """Settings that must not change when a run resumes; see `identity.run_identity`."""
         return run_identity(self.unet.config, self.schedule, self.data, self.config)

@@ -1,1 +1,1 @@
-"""Utilities independent of diffusion."""
+"""Utilities that are independent of diffusion."""

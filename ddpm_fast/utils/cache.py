@@ -1,6 +1,6 @@
-"""Cache directory: results of kernel verification and compiled CPU code.
+"""Cache directory for results of kernel verification and compiled CPU code.
 
-`DDPM_FAST_CACHE`, by default ~/.cache/ddpm_fast. Triton caches compiled kernels in a directory of its own.
+It is `DDPM_FAST_CACHE`, by default ~/.cache/ddpm_fast. Triton has a separate cache.
 """
 
 from __future__ import annotations
@@ -11,14 +11,13 @@ from pathlib import Path
 
 CHECKS = "checks"  # results of kernel verification
 CPU = "cpu"  # machine code of the CPU engine
-FOLDERS = (CHECKS, CPU)  # no other file is removed: the directory may be shared
+FOLDERS = (CHECKS, CPU)  # other files are never removed: the directory may be shared
 
 
 def cache_dir() -> Path:
-    """The cache directory, which may not exist yet."""
-    named = os.environ.get("DDPM_FAST_CACHE")
-    if named:
-        return Path(named)
+    """Returns the cache directory, which may not exist yet."""
+    if path := os.environ.get("DDPM_FAST_CACHE"):
+        return Path(path)
     try:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     except RuntimeError:  # no home directory
@@ -27,7 +26,7 @@ def cache_dir() -> Path:
 
 
 def cached_files() -> list[Path]:
-    """All cached files, sorted."""
+    """Returns all cached files, sorted."""
     return sorted(p for folder in FOLDERS for p in (cache_dir() / folder).rglob("*") if p.is_file())
 
 

@@ -25,21 +25,23 @@ _PACKAGES = (
 
 
 def environment() -> dict[str, Any]:
-    """Versions and hardware, as plain JSON."""
+    """Returns versions and hardware as a JSON-serializable dictionary."""
     return {
         "ddpm_fast": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": _cpu_name(),
-        "cores": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
+        "cores": _cores(),
         "torch": torch.__version__,
         "torch_threads": torch.get_num_threads(),
         "cuda": torch.version.cuda,
         "gpus": [_gpu(i) for i in range(torch.cuda.device_count())],
         **{name: _version(name) for name in _PACKAGES},
     }
+
+
+def _cores() -> int | None:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def _gpu(index: int) -> dict[str, Any]:
@@ -70,7 +72,7 @@ def _version(package: str) -> str | None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Peak memory in bytes: of torch's allocator on a GPU, else of this process."""
+    """Returns the peak memory in bytes: of torch's allocator on a GPU, else of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:

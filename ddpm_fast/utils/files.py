@@ -1,4 +1,4 @@
-"""Atomic file writes: a file or a directory appears whole or not at all."""
+"""Atomic writes of files and directories."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Writes `content` to a temporary file next to `path`, flushes it to the disk and renames it."""
+    """Writes a temporary file in the same directory, flushes it to the disk and renames it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
         with open(temporary, "wb") as f:
@@ -27,16 +27,16 @@ def write_atomically(path: Path, content: bytes) -> None:
 def write_directory_atomically(directory: Path, files: Mapping[str, bytes]) -> None:
     """Writes a directory, replacing an existing one.
 
-    On Linux the old and the new directory are exchanged in one system call. Where the file system does
-    not support that, two renames replace it: a kill exactly between them leaves both, whole, next to
-    `directory` under hidden names.
+    On Linux, one system call exchanges the old and the new directory. If the file system does not
+    support it, two renames replace the directory; a kill between them leaves both, complete, in the
+    parent directory under hidden names.
 
     Args:
-        directory: its parent must exist.
-        files: contents by relative path, at most one folder deep.
+        directory: Its parent must exist.
+        files: Contents by relative path, at most one folder deep.
 
     Raises:
-        OSError: a file cannot be written; `directory` is then unchanged.
+        OSError: A file cannot be written; `directory` is then unchanged.
     """
     staging = Path(tempfile.mkdtemp(dir=directory.absolute().parent, prefix=f".{directory.name}-"))
     try:
@@ -53,7 +53,7 @@ def write_directory_atomically(directory: Path, files: Mapping[str, bytes]) -> N
 
 
 def _exchange(a: Path, b: Path) -> bool:
-    """Exchanges the names of two directories in one system call; False where that is unsupported."""
+    """Exchanges the names of two directories in one system call; False if it is unsupported."""
     at_fdcwd, rename_exchange = -100, 2
     try:
         renameat2 = ctypes.CDLL(None).renameat2

@@ -1,4 +1,4 @@
-"""Input files that may be damaged or hostile: regular files only, of bounded size."""
+"""Reading of input files that may be damaged or hostile: regular files of bounded size only."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ JSON_LIMIT = MIB  # bytes of a configuration file; real ones have about 1 KB
 
 
 def regular_file_size(path: Path) -> int:
-    """Size in bytes of a regular file.
+    """Returns the size in bytes of a regular file.
 
-    A FIFO blocks its reader and a device may never end, so neither is opened.
+    FIFOs and devices are not opened: a read could block or never end.
 
     Raises:
         ValueError: `path` is missing, cannot be accessed, or is not a regular file.
@@ -28,7 +28,7 @@ def regular_file_size(path: Path) -> int:
         status = os.stat(path)
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist; check the path") from None
-    except (OSError, ValueError) as error:  # a loop of links, a name that is too long or has a null
+    except (OSError, ValueError) as error:  # a loop of links, a long name, or one with a null
         raise ValueError(f"{path} cannot be read: {_reason(error)}") from None
     if not stat.S_ISREG(status.st_mode):
         kind = "a directory" if stat.S_ISDIR(status.st_mode) else "a FIFO, device or socket"
@@ -37,7 +37,7 @@ def regular_file_size(path: Path) -> int:
 
 
 def read_regular_file(path: Path, limit: int) -> bytes:
-    """Content of a regular file of at most `limit` bytes. ValueError for any other."""
+    """Returns the content of a regular file of at most `limit` bytes. ValueError otherwise."""
     size = regular_file_size(path)
     try:
         with open(path, "rb") as file:
@@ -50,13 +50,13 @@ def read_regular_file(path: Path, limit: int) -> bytes:
 
 
 def read_json_object(path: Path, limit: int = JSON_LIMIT) -> dict[str, Any]:
-    """The object in a JSON file in UTF-8, with or without a byte order mark.
+    """Returns the object in a JSON file in UTF-8, with or without a byte order mark.
 
-    NaN and Infinity are read, because diffusers writes them; the values' own rules refuse them.
+    NaN and Infinity are accepted, because diffusers writes them; callers validate the values.
 
     Raises:
-        ValueError: the file is not a regular file of at most `limit` bytes, not JSON, not an object,
-            nested too deeply, has an integer of more than 309 digits, or has a key twice.
+        ValueError: The file is not a regular file of at most `limit` bytes, not JSON, not an
+            object, nested too deeply, has an integer of more than 309 digits, or has a key twice.
     """
     content = read_regular_file(path, limit)
     try:
@@ -80,7 +80,7 @@ def read_json_object(path: Path, limit: int = JSON_LIMIT) -> dict[str, Any]:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Prefixes the message of a ValueError with the file that caused it."""
+    """Prefixes the message of a ValueError with the path of the file."""
     try:
         yield
     except ValueError as error:
@@ -101,7 +101,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _integer(text: str) -> int:
-    # Python refuses to parse more than 4300 digits.
+    # Python raises for more than 4300 digits
     if len(text) > 309:
         raise ValueError(f"a number of {len(text)} digits; expected one in the range of fp64")
     return int(text)

@@ -14,10 +14,11 @@ LIMITS = (  # of cgroup v2 and v1: limit, usage, and the page cache within it, w
 
 
 def available_memory(device: torch.device) -> int | None:
-    """Bytes that can be allocated on a device; None if unknown.
+    """Returns the bytes that can be allocated on a device; None if unknown.
 
-    On the CPU, the least of MemAvailable in /proc/meminfo and what the control groups of this
-    process leave; swap is not counted. On a GPU, free memory and PyTorch's unused blocks.
+    On the CPU, this is the least of MemAvailable in /proc/meminfo and the remaining memory of this
+    process's control groups, without swap. On a GPU, it is the free memory plus PyTorch's unused
+    blocks.
     """
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -29,16 +30,16 @@ def available_memory(device: torch.device) -> int | None:
 
 
 def check_fits(images: int, size: int, device: torch.device, instead: str) -> None:
-    """Refuses images that memory cannot hold.
+    """Raises if images do not fit in memory.
 
     Args:
         images: Number of images.
         size: Bytes per image.
-        device: Where they would be held.
-        instead: What to do otherwise.
+        device: Device of the images.
+        instead: End of the message: what to do instead.
 
     Raises:
-        ValueError: They take more than `available_memory`.
+        ValueError: The images need more than `available_memory`.
     """
     available = available_memory(device)
     if available is not None and images * size > available:
@@ -57,7 +58,7 @@ def _of_system(meminfo: Path) -> list[int]:
 
 
 def _of_groups(membership: Path, root: Path) -> list[int]:
-    """What the process's control groups and the groups around them leave."""
+    """Remaining memory of the process's control groups and of their parents."""
     try:
         lines = [line.split(":", 2) for line in membership.read_text().splitlines()]
     except OSError:

@@ -1,4 +1,4 @@
-"""Numerics: fp32 that is computed as fp32, and the error of a result."""
+"""Numerics: fp32 without TF32, and relative errors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 @contextmanager
 def full_fp32() -> Iterator[None]:
-    """Disables TF32, which cuDNN uses by default. Supports both of torch's interfaces for it."""
+    """Disables TF32, which cuDNN uses by default, by either of torch's interfaces."""
     cudnn: Any = torch.backends.cudnn
     matmul: Any = torch.backends.cuda.matmul
     backends: tuple[Any, ...]
@@ -20,9 +20,7 @@ def full_fp32() -> Iterator[None]:
     try:
         backends, name, value = (cudnn, matmul), "allow_tf32", False
         previous = [getattr(backend, name) for backend in backends]
-    except (
-        RuntimeError
-    ):  # the program has used the newer interface, and torch does not allow mixing them
+    except RuntimeError:  # the newer interface is in use, and torch does not allow mixing them
         backends, name, value = (cudnn.conv, matmul), "fp32_precision", "ieee"
         previous = [getattr(backend, name) for backend in backends]
     for backend in backends:
@@ -35,6 +33,6 @@ def full_fp32() -> Iterator[None]:
 
 
 def relative_error(x: Tensor, exact: Tensor) -> float:
-    """||x - exact|| / ||exact|| in fp64."""
+    """Returns ||x - exact|| / ||exact||, computed in fp64."""
     x, exact = x.detach().double(), exact.detach().double()
     return float((x - exact).norm() / exact.norm())

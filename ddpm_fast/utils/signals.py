@@ -1,4 +1,4 @@
-"""Graceful shutdown on SIGINT and SIGTERM: the running step ends, then results are written."""
+"""Graceful shutdown on SIGINT and SIGTERM, polled between steps."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class ShutdownRequest:
-    """Whether a signal has requested a shutdown: call it, or test its truth value.
+    """True, as a call or as a truth value, after a signal has requested a shutdown.
 
     Attributes:
-        signal: the signal that was received, or None.
+        signal: The signal that was received, or None.
     """
 
     signal: signal.Signals | None = None
@@ -28,23 +28,23 @@ class ShutdownRequest:
 
     @property
     def name(self) -> str:
-        """The signal's name, such as "SIGTERM"; "" before one is received."""
+        """Name of the signal, such as "SIGTERM"; "" before a signal is received."""
         return "" if self.signal is None else self.signal.name
 
     @property
     def exit_code(self) -> int:
-        """128 + the signal's number, as shells report it."""
+        """128 + the number of the signal, as in shells."""
         return 128 + (self.signal or 0)
 
 
 @contextmanager
 def graceful_shutdown() -> Iterator[ShutdownRequest]:
-    """Records the first SIGINT or SIGTERM; the second has its previous effect.
+    """Records the first SIGINT or SIGTERM; for the second, the previous handlers are restored.
 
-    Outside the main thread, where Python cannot install signal handlers, nothing is recorded.
+    Outside the main thread, Python cannot install signal handlers, and no signal is recorded.
 
     Yields:
-        The request, to be polled between steps.
+        The request.
     """
     request = ShutdownRequest()
     if threading.current_thread() is not threading.main_thread():

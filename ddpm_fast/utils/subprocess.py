@@ -1,7 +1,6 @@
-"""Worker processes that exchange lines of JSON with the process that started them.
+"""Worker processes that exchange lines of JSON with their parent process.
 
-The parent holds a `JsonWorker`. The worker module calls `json_stdio` first, reads requests and
-writes messages.
+The parent uses `JsonWorker`; the worker module calls `json_stdio` first.
 """
 
 from __future__ import annotations
@@ -19,20 +18,20 @@ from queue import Empty, Queue
 from typing import Any
 
 Message = dict[str, Any]
-HOME = str(Path(__file__).parents[2])  # the folder that this package is imported from
-_TAIL = 4096  # bytes at the end of stderr in which its last line is searched
+HOME = str(Path(__file__).parents[2])  # the folder that contains this package
+_TAIL = 4096  # bytes at the end of stderr that are searched for its last line
 
 
 class WorkerTimeout(RuntimeError):
-    """A worker sent no message in time. It may still run: kill it or wait again."""
+    """A worker sent no message in time. It may still be running: kill it or wait again."""
 
 
 class WorkerEnded(RuntimeError):
     """A worker process ended before it sent another message.
 
     Attributes:
-        code: The exit code; the negative number of the signal that ended the process.
-        last_line: The last line of its stderr, or "".
+        code: Exit code; negative: the number of the signal that ended the process.
+        last_line: Last line of its stderr, or "".
     """
 
     def __init__(self, code: int, last_line: str) -> None:
@@ -43,10 +42,11 @@ class WorkerEnded(RuntimeError):
 
 
 def module_command(module: str) -> list[str]:
-    """The command that runs `python -m module` with this very package, whatever the current folder
-    and the installed packages.
+    """Returns the command of `python -m module` with this package.
+
+    It does not depend on the current directory or on installed versions of the package.
     """
-    # last in sys.path, so that the folder's other modules hide none of the standard library
+    # last in sys.path, so that other modules of the folder do not shadow the standard library
     package = f"import sys; sys.path.insert(0, {HOME!r}); import ddpm_fast"
     last = "sys.path.append(sys.path.pop(0))"
     start = f"import runpy; runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
@@ -54,28 +54,27 @@ def module_command(module: str) -> list[str]:
 
 
 def worker_environment(variables: Mapping[str, str] | None = None) -> dict[str, str]:
-    """This process's environment with `variables`. From Python 3.11 on, no module is imported from
-    the current folder.
+    """Returns this process's environment with `variables` added.
+
+    From Python 3.11, the worker imports no module from the current directory.
     """
     return {**os.environ, "PYTHONSAFEPATH": "1", **(variables or {})}
 
 
 class JsonWorker:
-    """A Python process that receives requests as lines of JSON on stdin and sends messages as lines
-    of JSON on stdout.
+    """Python process with requests on stdin and messages on stdout, as lines of JSON.
 
-    Every message is an object; lines of stdout that do not begin with "{" are dropped. A worker
-    serves one request or many: it should end when its stdin is closed. Leaving the `with` block
-    kills a worker that still runs.
+    A message is an object; lines of stdout that do not start with "{" are ignored. The worker
+    serves requests until its stdin is closed. Leaving the `with` block kills a running worker.
 
     Args:
-        module: The module that the worker runs as `__main__`.
+        module: Module that the worker runs as `__main__`.
         arguments: Its command line, sys.argv[1:].
-        environment: Variables set in addition to this process's environment.
+        environment: Variables added to this process's environment.
         command: Replaces `python -m module` and its arguments.
 
     Attributes:
-        name: The module, or the command's first word.
+        name: The module.
     """
 
     def __init__(
@@ -86,7 +85,7 @@ class JsonWorker:
         command: Sequence[str] | None = None,
     ) -> None:
         self.name = module
-        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - a file, since a full pipe would stop the worker
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - a full pipe would block the worker
         self._process = subprocess.Popen(
             [*(command or [*module_command(module), *arguments])],
             stdin=subprocess.PIPE,
@@ -109,18 +108,18 @@ class JsonWorker:
 
     @property
     def exit_code(self) -> int | None:
-        """The exit code, or None while the worker runs."""
+        """Exit code; None while the worker runs."""
         return self._process.poll()
 
     def send(self, request: Mapping[str, Any]) -> None:
-        """Writes a request. Does not raise if the worker has ended: `receive` reports how."""
+        """Sends a request. If the worker has ended, `receive` raises, not `send`."""
         assert self._process.stdin is not None
         with suppress(BrokenPipeError):
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
 
     def finish(self) -> None:
-        """Closes the worker's stdin: there are no more requests."""
+        """Closes the worker's stdin: no more requests follow."""
         assert self._process.stdin is not None
         with suppress(BrokenPipeError):
             self._process.stdin.close()
@@ -129,11 +128,11 @@ class JsonWorker:
         """Returns the next message.
 
         Args:
-            timeout: Seconds to wait; None waits without limit.
+            timeout: Seconds to wait; None: no limit.
 
         Raises:
-            WorkerTimeout: No message came in time.
-            WorkerEnded: The process ended, and all its messages were received.
+            WorkerTimeout: There was no message in time.
+            WorkerEnded: The process has ended, and all its messages have been received.
         """
         if self._ended is None:
             try:
@@ -151,8 +150,10 @@ class JsonWorker:
         return self.receive(timeout)
 
     def wait(self, timeout: float | None = None) -> int:
-        """Waits until the worker ends and returns its exit code. Raises WorkerTimeout if it does
-        not end in time.
+        """Waits for the end of the worker and returns its exit code.
+
+        Raises:
+            WorkerTimeout: The worker did not end in time.
         """
         try:
             return self._process.wait(timeout)
@@ -160,8 +161,10 @@ class JsonWorker:
             raise WorkerTimeout(f"the process did not end within {timeout:g} s") from None
 
     def close(self, timeout: float = 10.0) -> int:
-        """Closes the worker's stdin, waits `timeout` seconds for its end, then kills it. Returns
-        the exit code.
+        """Closes the worker's stdin, waits up to `timeout` seconds, and kills it.
+
+        Returns:
+            The exit code.
         """
         self.finish()
         with suppress(WorkerTimeout):
@@ -169,11 +172,11 @@ class JsonWorker:
         return self.kill()
 
     def kill(self) -> int:
-        """Kills the worker if it runs, and releases its pipes. Returns the exit code."""
+        """Kills the worker if it is running, closes its pipes and returns the exit code."""
         self._process.kill()
         code = self._process.wait()
         self.finish()
-        self._reader.join(timeout=1.0)  # a process that the worker started may keep its stdout open
+        self._reader.join(timeout=1.0)  # a child of the worker may keep stdout open
         self._stderr.close()
         return code
 
@@ -187,30 +190,28 @@ class JsonWorker:
         assert self._process.stdout is not None
         with self._process.stdout as lines:
             for line in lines:
-                with suppress(ValueError):  # a line that is no message, or that a kill has torn
+                with suppress(ValueError):  # not a message, or truncated by a kill
                     if line.startswith("{"):
                         self._messages.put(json.loads(line))
         code, last_line = self._process.wait(), ""
-        with suppress(OSError, ValueError):  # `kill` may close the file meanwhile
+        with suppress(OSError, ValueError):  # `kill` may close the file concurrently
             last_line = self._last_line()
         self._messages.put(WorkerEnded(code, last_line))
 
     def _last_line(self) -> str:
         if self._stderr.closed:
             return ""
-        file = (
-            self._stderr.fileno()
-        )  # pread: the worker's children may still write, at an offset that is shared
+        file = self._stderr.fileno()  # pread: the file offset is shared with children that write
         end = os.pread(file, _TAIL, max(0, os.fstat(file).st_size - _TAIL))
         lines = end.decode(errors="replace").strip().splitlines()
         return lines[-1].strip() if lines else ""
 
 
 def json_stdio() -> tuple[Iterator[Message], Callable[[Mapping[str, Any]], None]]:
-    """The worker's side: the requests of its parent, and the function that sends a message.
+    """Returns, in the worker, an iterator over requests and a function that sends a message.
 
-    From here on stdout goes to stderr, so what libraries print is not taken for a message.
-    Processes that the worker starts do not inherit the messages' pipe.
+    It redirects stdout to stderr, so output of libraries is not mistaken for messages. Child
+    processes do not inherit the pipe of the messages.
     """
     sys.stdout.flush()
     messages = os.fdopen(os.dup(1), "w")

@@ -1,6 +1,4 @@
-"""Tools around Triton's compiler: recording launches, and compiling them for a GPU that is not
-here.
-"""
+"""Tools for Triton's compiler: recording launches and compiling them without a GPU."""
 
 from __future__ import annotations
 
@@ -20,7 +18,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class RecordedLaunch:
-    """Arguments of one Triton launch, recorded instead of run."""
+    """Arguments of a Triton launch that was recorded instead of run."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -30,8 +28,9 @@ class RecordedLaunch:
 
 @contextmanager
 def record_launches() -> Iterator[list[RecordedLaunch]]:
-    """Context that records Triton launches instead of running them. Launchers need no GPU then:
-    meta tensors do.
+    """Context that records Triton launches instead of running them.
+
+    Meta tensors suffice as arguments; no GPU is needed.
     """
     from triton.runtime.jit import JITFunction
 
@@ -51,7 +50,7 @@ def record_launches() -> Iterator[list[RecordedLaunch]]:
 
 
 def launch_key(launch: RecordedLaunch) -> tuple[Any, ...]:
-    """Key of a compilation: launches with equal keys run the same binary, as Triton specialises."""
+    """Returns the key of a compilation: launches with equal keys run the same binary."""
     key: list[Any] = [launch.kernel.fn.__name__]
     for p in launch.kernel.params:
         value = launch.args[p.name]
@@ -74,10 +73,11 @@ class Compiled:
     spills: int  # local-memory instructions
     shared: int  # bytes
     ptx: str
-    sass: list[str]  # instructions in order, without the idle loop after EXIT
-    step: int  # instructions of the shortest loop around a matrix product; 0: it is unrolled
+    sass: list[str]  # instructions in order, without the padding after the last EXIT
+    step: int  # instructions of the shortest loop with a matrix product; 0: unrolled
 
     def count(self, opcode: str) -> int:
+        """Number of SASS instructions that start with `opcode`."""
         return sum(line.startswith(opcode) for line in self.sass)
 
 
@@ -93,8 +93,11 @@ _POINTERS = {
 
 
 def compile_launch(launch: RecordedLaunch, sm: int) -> Compiled:
-    """Compiles a recorded launch for compute capability `sm` (80, 90, 100) as Triton would at run
-    time. Needs no GPU.
+    """Compiles a recorded launch as Triton would at run time. Needs no GPU.
+
+    Args:
+        launch: From `record_launches`.
+        sm: Compute capability: 80, 90 or 100.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -152,8 +155,7 @@ def compile_launch(launch: RecordedLaunch, sm: int) -> Compiled:
 
 
 def _shortest_loop(numbered: list[tuple[str, str, str]]) -> int:
-    """Instructions of the shortest loop around a matrix product; an epilogue that is jumped over
-    does not count.
+    """Instructions of the shortest loop with a matrix product, without code that is branched over.
 
     numbered: (address, predicate, instruction)
     """
@@ -167,11 +169,11 @@ def _shortest_loop(numbered: list[tuple[str, str, str]]) -> int:
     products = [
         i for i, (_, _, line) in enumerate(numbered) if re.match(r"[HQ]G?MMA|UTC\w*MMA", line)
     ]
-    return min((way for way in (_way_back(after, i) for i in products) if way), default=0)
+    return min((length for i in products if (length := _cycle_length(after, i))), default=0)
 
 
-def _way_back(after: list[list[int]], start: int) -> int:
-    """The fewest steps from `start` to `start`; 0 where none lead there."""
+def _cycle_length(after: list[list[int]], start: int) -> int:
+    """Length of the shortest cycle through `start`; 0 if there is none."""
     reached, steps, edge = {start}, 0, [start]
     while edge:
         steps += 1

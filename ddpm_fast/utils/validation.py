@@ -9,7 +9,7 @@ from typing import Any
 
 
 def integer(name: str, value: Any) -> int:
-    """Returns `value`, of any integer type, as an int. ValueError for anything else, including bool."""
+    """Returns a value of any integer type as an int. ValueError for other types and for bool."""
     try:
         if isinstance(value, bool):
             raise TypeError
@@ -19,7 +19,7 @@ def integer(name: str, value: Any) -> int:
 
 
 def seed_bits(seed: int) -> int:
-    """The int64 with the same bits as a seed in 0..2^64-1. ValueError for any other seed."""
+    """Returns the int64 with the bits of a seed in 0 ... 2^64-1. ValueError for other seeds."""
     seed = integer("seed", seed)
     if not 0 <= seed < 2**64:
         raise ValueError(f"seed = {seed}; expected 0 to 2^64 - 1")
@@ -27,12 +27,12 @@ def seed_bits(seed: int) -> int:
 
 
 def is_count(value: Any, limit: float = math.inf) -> bool:
-    """True for an int from 1 to `limit`."""
+    """Returns True for an int from 1 to `limit`."""
     return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= limit
 
 
 def is_counts(value: Any, length: int | None = None, limit: float = math.inf) -> bool:
-    """True for a non-empty list or tuple of counts up to `limit`, of `length` if that is given."""
+    """Returns True for a non-empty list or tuple of counts up to `limit`, of `length` if given."""
     return (
         isinstance(value, (list, tuple))
         and bool(value)
@@ -42,7 +42,7 @@ def is_counts(value: Any, length: int | None = None, limit: float = math.inf) ->
 
 
 def is_number(value: Any) -> bool:
-    """True for an int or float in the range of fp64."""
+    """Returns True for a finite int or float in the range of fp64."""
     try:
         return (
             isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
@@ -52,12 +52,12 @@ def is_number(value: Any) -> bool:
 
 
 def is_number_in(value: Any, low: float, high: float) -> bool:
-    """True for an int or float from `low` to `high`, both included."""
+    """Returns True for an int or float from `low` to `high`, both included."""
     return is_number(value) and low <= value <= high
 
 
 def shown(value: Any) -> str:
-    """`repr` of a value for an error message: one line, cut where it is long."""
+    """Returns `repr` of a value for an error message: one line, truncated."""
     return " ".join(_Shown().repr(value).split())
 
 
@@ -69,5 +69,5 @@ class _Shown(reprlib.Repr):
         self.maxlevel = 3
 
     def repr_int(self, x: int, level: int) -> str:
-        # Python refuses to print ints of more than 4300 digits.
+        # Python raises for ints of more than 4300 digits
         return repr(x) if x.bit_length() <= 128 else f"an integer of {x.bit_length()} bits"

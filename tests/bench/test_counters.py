@@ -1,4 +1,4 @@
-"""The gate against slowdowns: what is counted did not grow, and a planted slowdown is found."""
+"""bench.tools.counters: no counter grew, and planted slowdowns are detected."""
 
 import json
 from dataclasses import replace
@@ -16,12 +16,12 @@ def pinned():
     return json.loads(counters.PINNED.read_text())
 
 
-@pytest.mark.skipif(not _triton.PRESENT, reason="compilations are counted with Triton's help")
-def test_nothing_got_worse(pinned):
+@pytest.mark.skipif(not _triton.PRESENT, reason="counting compilations needs Triton")
+def test_no_counter_grew(pinned):
     assert not counters.worse(counters.counters(), pinned)
 
 
-def test_a_doubled_launch_is_found(pinned, monkeypatch):
+def test_a_doubled_launch_is_detected(pinned, monkeypatch):
     build = PlanBuilder._build
 
     def doubled(self, unet):
@@ -38,7 +38,7 @@ def test_a_doubled_launch_is_found(pinned, monkeypatch):
     }
 
 
-def test_an_extra_copy_a_step_is_found(pinned, monkeypatch):
+def test_an_extra_copy_per_step_is_detected(pinned, monkeypatch):
     steps = fused_engine.FusedEngine.steps
 
     def copying(self, state, table, every_step=True):
@@ -52,7 +52,7 @@ def test_an_extra_copy_a_step_is_found(pinned, monkeypatch):
     assert lines == ["a step, fused: host calls 0 -> 1", "a step, fused: new tensors 0 -> 1"]
 
 
-def test_what_is_not_pinned_is_said():
+def test_counters_that_are_not_pinned_are_reported():
     assert counters.worse({"new": {}}, {"old": {}}) == [
         "new: not pinned",
         "old: pinned, but not counted any more",

@@ -1,4 +1,4 @@
-"""bench imports ddpm_fast, never the reverse, and no file of bench imports itself through others."""
+"""Import direction: ddpm_fast does not import bench, and the files of bench have no cycle."""
 
 import ast
 from graphlib import TopologicalSorter
@@ -8,7 +8,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def imports_of(path):
-    """All modules that a file names, in functions and under TYPE_CHECKING too."""
+    """All modules that a file imports, also in functions and under TYPE_CHECKING."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)

@@ -1,4 +1,4 @@
-"""The project's own measurements run, block what is wrong, and fit what they should."""
+"""Benchmark suites, bench.run_all and bench.report: values, accuracy checks, committed results."""
 
 import json
 import os
@@ -36,38 +36,27 @@ def pytest_benchmark(*arguments, path=None):
 
 
 @pytest.mark.full
-def test_every_suite_runs_and_says_what_it_found(tmp_path):
-    files = [
-        "bench/bench_kernels.py",
-        "bench/bench_unet.py",
-        "bench/bench_train.py",
-        "bench/bench_sample.py",
-    ]
-    which = "(test_elementwise and 2048x and channels_last) or test_network or test_forward or test_step or (cifar10 and ddpm_fast)"
+def test_every_suite_runs(tmp_path):
+    files = ["bench/bench_kernels.py", "bench/bench_unet.py"]
+    which = "(test_elementwise and 2048x and channels_last) or test_network or test_forward"
     done = pytest_benchmark(*files, "-k", which, f"--benchmark-json={tmp_path / 'r.json'}")
     assert done.returncode == 0, done.stdout + done.stderr
-    found = {
-        b["name"]: b["extra_info"]
-        for b in json.loads((tmp_path / "r.json").read_text())["benchmarks"]
-    }
-    q_sample = next(v for k, v in found.items() if "q_sample-kernel-fp32" in k)
+    benchmarks = json.loads((tmp_path / "r.json").read_text())["benchmarks"]
+    info = {b["name"]: b["extra_info"] for b in benchmarks}
+    q_sample = next(v for k, v in info.items() if "q_sample-kernel-fp32" in k)
     assert q_sample["error"] <= 1e-6 and q_sample["gb_per_s"] > 0 and q_sample["share_of_copy"] > 0
-    (loop,) = [v for k, v in found.items() if k.startswith("test_loop")]
-    assert (
-        loop["images_per_s"] == pytest.approx(loop["image_steps_per_s"] / 1000)
-        and loop["peak_bytes"] > 5e7
-    )
-    for test in ("test_forward", "test_step", "test_network", "test_first_image"):
-        assert any(k.startswith(test) for k in found), test
-    assert (
-        "runs on a GPU" in done.stdout or "run on a GPU" in done.stdout
-    )  # what is skipped, and why
+    forward = [v for k, v in info.items() if k.startswith("test_forward")]
+    assert forward and all(v["error"] < 1e-5 and v["images_per_s"] > 0 for v in forward)
+    assert any(k.startswith("test_network") for k in info)
+    assert "run on a GPU" in done.stdout  # the reason of skipped tests
 
 
 @pytest.mark.full
 def test_a_planted_wrong_kernel_is_not_timed(tmp_path):
     (tmp_path / "planted.py").write_text(
-        "import bench.elementwise as e\nright = e.q_sample\ne.q_sample = lambda *a: right(*a) * 1.00001\n"
+        "import bench.elementwise as e\n"
+        "right = e.q_sample\n"
+        "e.q_sample = lambda *a: right(*a) * 1.00001\n"
     )
     arguments = (
         "bench/bench_kernels.py",
@@ -82,12 +71,12 @@ def test_a_planted_wrong_kernel_is_not_timed(tmp_path):
         done.returncode == 1
         and "kernels differ from their references by 1.0e-05: nothing timed" in done.stdout
     )
-    left = (tmp_path / "r.json").read_text() if (tmp_path / "r.json").exists() else ""
-    assert not left or not json.loads(left)["benchmarks"]
+    text = (tmp_path / "r.json").read_text() if (tmp_path / "r.json").exists() else ""
+    assert not text or not json.loads(text)["benchmarks"]
 
 
 @pytest.mark.full
-def test_run_all_writes_a_result_and_a_picture(tmp_path, monkeypatch, capsys):
+def test_run_all_writes_a_result_and_a_figure(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
 
     def tiny(name, folder):
@@ -141,7 +130,7 @@ def test_ddpm_fast_is_fastest_in_every_committed_row(machine, name):
         ("channels", {0: 1.0, 1: 2.0, 2: 0.5}),
     ],
 )
-def test_fits_find_what_was_put_in(name, factors):
+def test_fits_recover_the_factors(name, factors):
     rows = [dict(x=n, ms=sum(f * n**p for p, f in factors.items())) for n in (1, 2, 4, 8, 16, 32)]
     fit = fits.Fit.of(name, rows)
     fitted = dict(zip(fit.powers, fit.factors, strict=True))
@@ -153,15 +142,15 @@ def test_fits_find_what_was_put_in(name, factors):
     )
 
 
-def test_predictions_grow_as_they_must():
-    """Time per image falls with the batch to a floor; a step is a forward pass and an update of 20 bytes per element."""
+def test_predictions_are_consistent():
+    """Time per image falls with the batch; a step is a forward pass and 20 bytes per element."""
     for dtype in ("bf16", "fp8"):
         series = predictions.series(dtype)
         per_image = [r["ms"] / r["x"] for r in series["batch"]]
         assert per_image == sorted(per_image, reverse=True) and per_image[-2] < 1.02 * per_image[-1]
         p = predictions.predict("cifar10", 256, dtype)
         assert series["batch"][8]["ms"] == p.step == pytest.approx(sum(p.parts.values()))
-        update = 256 * 3 * 32 * 32 * 20 / predictions.H100.copy + 2 * predictions.GAP
+        update = 256 * 3 * 32 * 32 * 20 / predictions.H100.copy + 2 * predictions.roofline.GAP
         assert p.step == pytest.approx(p.forward + 1e3 * update)
         assert all(fits.Fit.of(k, rows).max_error < 0.2 for k, rows in series.items())
 
@@ -178,23 +167,21 @@ def test_results_are_committed_per_cpu(tmp_path, monkeypatch):
     monkeypatch.setattr("bench.report.committed.RESULTS", tmp_path / "committed")
     new = tmp_path / "new"
     new.mkdir()
-    with pytest.raises(ValueError, match="holds no results; run `make bench` first"):
-        commit(new, "cpu-abacus")
+    with pytest.raises(ValueError, match="has no results; run `make bench` first"):
+        commit(new, "cpu-new")
     for name in ("cifar10", "fashion-mnist-32", "precision"):
-        (new / f"{name}.json").write_text(
-            json.dumps(dict(environment=dict(cpu="Abacus"), cases=[]))
-        )
+        (new / f"{name}.json").write_text(json.dumps(dict(environment=dict(cpu="New"), cases=[])))
     with pytest.raises(ValueError, match="expected the name of a CPU"):
         commit(new, "results")
     written = {
-        path.relative_to(tmp_path / "committed").as_posix() for path in commit(new, "cpu-abacus")
+        path.relative_to(tmp_path / "committed").as_posix() for path in commit(new, "cpu-new")
     }
     assert written == {
-        "cpu-abacus/cifar10.json",
-        "cpu-abacus/fashion-mnist-32.json",
+        "cpu-new/cifar10.json",
+        "cpu-new/fashion-mnist-32.json",
         "accuracy/precision.json",
     }
-    assert [machine.title for machine in cpus(*NETWORKS)] == ["abacus"]
+    assert [machine.title for machine in cpus(*NETWORKS)] == ["new"]
     (new / "cifar10.json").write_text(json.dumps(dict(environment=dict(cpu="Another"))))
-    with pytest.raises(ValueError, match="is of Another; expected Abacus"):
-        commit(new, "cpu-abacus")
+    with pytest.raises(ValueError, match="is of Another; expected New"):
+        commit(new, "cpu-new")

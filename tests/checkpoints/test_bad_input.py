@@ -1,4 +1,4 @@
-"""Damaged and hostile checkpoint folders: one ValueError line that names the file, at once."""
+"""Damaged and hostile checkpoint folders raise a one-line ValueError that names the file."""
 
 import json
 import math
@@ -16,8 +16,8 @@ from ddpm_fast import NoiseSchedule, Sampler, UNet, UNetConfig, load_pretrained,
 safetensors = pytest.importorskip("safetensors.torch")
 
 CONFIG = UNetConfig(
-    sample_size=8, channels=(8, 16), layers=1, attention=(False, True), norm_groups=4, num_classes=16,
-    time_dim=16,
+    sample_size=8, channels=(8, 16), layers=1, attention=(False, True), norm_groups=4,
+    num_classes=16, time_dim=16,
 )  # fmt: skip
 UNET, SCHEDULER = "unet/config.json", "scheduler/scheduler_config.json"
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -48,7 +48,7 @@ def change_weights(folder, change):
 
 
 def refusal(load, seconds=5.0):
-    """The one line of the ValueError that `load` raises within `seconds` of CPU time."""
+    """The message of the one-line ValueError that `load` raises within `seconds` of CPU time."""
     start = time.process_time()
     with pytest.raises(ValueError) as caught:  # noqa: PT011  # the callers match the message
         load()
@@ -61,9 +61,9 @@ def refusal(load, seconds=5.0):
 
 
 @pytest.mark.parametrize(
-    ("name", "change", "given"),
+    ("name", "change", "shape"),
     [
-        # square, so that the shape alone cannot show the fault where the count is equal
+        # square: where the element count is equal, the shape alone does not show the fault
         ("conv_in.weight", lambda w: w.permute(2, 3, 1, 0), "(3, 3, 3, 8)"),
         ("conv_in.weight", lambda w: w.flatten(1), "(8, 27)"),
         ("down_blocks.0.resnets.0.time_emb_proj.weight", lambda w: w.t(), "(16, 8)"),
@@ -73,12 +73,12 @@ def refusal(load, seconds=5.0):
         ("time_embedding.linear_2.weight", lambda w: w[:, :, None, None], "(16, 16, 1, 1)"),
     ],
 )
-def test_weights_of_another_shape_are_refused(folder, name, change, given):
+def test_weights_of_another_shape_are_refused(folder, name, change, shape):
     before = safetensors.load_file(folder / WEIGHTS)[name]
     change_weights(folder, lambda w: w.update({name: change(w[name])}))
     text = refusal(lambda: load_pretrained(folder))
     assert WEIGHTS in text and name in text
-    assert f"has shape {given}; expected {tuple(before.shape)}" in text
+    assert f"has shape {shape}; expected {tuple(before.shape)}" in text
 
 
 def test_attention_stored_as_1x1_convolutions_is_read(folder):
@@ -160,7 +160,7 @@ def test_a_header_that_lies_is_refused(folder):
     ("change", "message"),
     [
         ({"layers_per_block": 10_000_000}, "layers_per_block=10000000"),
-        ({"layers_per_block": 128}, "residual blocks"),  # allowed, but not what the file holds
+        ({"layers_per_block": 128}, "residual blocks"),  # valid, but not the network of the file
         ({"block_out_channels": [32, 64, 10**30]}, "block_out_channels="),
         ({"block_out_channels": [8] * 17}, "block_out_channels="),
         ({"in_channels": 10**9}, "in_channels=1000000000"),

@@ -58,11 +58,11 @@ def test_round_trip(tmp_path, schedule, prediction, variance, clip):
     )
     assert np.array_equal(back.schedule.beta, schedule.beta)
     assert (back.prediction, back.variance, back.clip) == (prediction, variance, clip)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["m"]  # nothing left beside it
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m"]  # no temporary directory remains
 
 
 @torch.no_grad()
-def test_diffusers_reads_what_we_write(folder):
+def test_diffusers_loads_saved_checkpoints(folder):
     pipeline = diffusers.DDPMPipeline.from_pretrained(folder)
     x = torch.randn(2, 3, 16, 16)
     assert relative_error(pipeline.unet(x, 7).sample, unet()(x, 7)) < 1e-5
@@ -71,24 +71,20 @@ def test_diffusers_reads_what_we_write(folder):
 
 
 @torch.no_grad()
-def test_we_read_what_diffusers_writes(tmp_path):
+def test_checkpoints_of_diffusers_are_loaded(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        theirs = diffusers.UNet2DModel(block_out_channels=(32, 64, 64, 64), sample_size=16).eval()
+        baseline = diffusers.UNet2DModel(block_out_channels=(32, 64, 64, 64), sample_size=16).eval()
         scheduler = diffusers.DDIMScheduler(
             beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", clip_sample=False
         )
-        diffusers.DDIMPipeline(theirs, scheduler).save_pretrained(tmp_path / "theirs")
-    ours = load_pretrained(tmp_path / "theirs")
-    assert (ours.prediction, ours.clip) == ("v", None)
+        diffusers.DDIMPipeline(baseline, scheduler).save_pretrained(tmp_path / "m")
+    loaded = load_pretrained(tmp_path / "m")
+    assert (loaded.prediction, loaded.clip) == ("v", None)
     x = torch.randn(2, 3, 16, 16)
-    assert relative_error(ours.unet(x, 7), theirs(x, 7).sample) < 1e-5
-    assert Sampler.from_pretrained(tmp_path / "theirs").sample(1, steps=2, solver="ddim").shape == (
-        1,
-        16,
-        16,
-        3,
-    )
+    assert relative_error(loaded.unet(x, 7), baseline(x, 7).sample) < 1e-5
+    images = Sampler.from_pretrained(tmp_path / "m").sample(1, steps=2, solver="ddim")
+    assert images.shape == (1, 16, 16, 3)
 
 
 def test_reads_attention_names_from_before_2023(folder):
@@ -111,8 +107,8 @@ def test_reads_every_schedule_of_diffusers(folder, schedule):
         beta_end=0.03,
         num_train_timesteps=500,
     )
-    theirs = diffusers.DDPMScheduler(500, 2e-4, 0.03, schedule).betas
-    np.testing.assert_allclose(load_pretrained(folder).schedule.beta, theirs, rtol=2e-4, atol=1e-7)
+    betas = diffusers.DDPMScheduler(500, 2e-4, 0.03, schedule).betas
+    np.testing.assert_allclose(load_pretrained(folder).schedule.beta, betas, rtol=2e-4, atol=1e-7)
 
 
 def test_a_failed_write_keeps_the_old_checkpoint(folder, monkeypatch):
@@ -129,7 +125,7 @@ def test_a_failed_write_keeps_the_old_checkpoint(folder, monkeypatch):
     assert torch.equal(load_pretrained(folder).unet.conv_in.weight, unet(1).conv_in.weight)
 
 
-def test_replaces_a_checkpoint_in_one_move_or_in_two(folder, monkeypatch):
+def test_replaces_a_checkpoint_by_an_exchange_or_two_renames(folder, monkeypatch):
     for seed, exchange in ((1, None), (2, lambda a, b: False)):
         if exchange:
             monkeypatch.setattr("ddpm_fast.utils.files._exchange", exchange)
@@ -138,7 +134,7 @@ def test_replaces_a_checkpoint_in_one_move_or_in_two(folder, monkeypatch):
         assert [p.name for p in folder.parent.iterdir()] == ["model"]
 
 
-def test_a_failed_swap_puts_the_old_checkpoint_back(folder, monkeypatch):
+def test_a_failed_rename_restores_the_old_checkpoint(folder, monkeypatch):
     rename = Path.rename
 
     def once(self, target):
@@ -146,9 +142,7 @@ def test_a_failed_swap_puts_the_old_checkpoint_back(folder, monkeypatch):
             raise OSError(5, "Input/output error")
         return rename(self, target)
 
-    monkeypatch.setattr(
-        "ddpm_fast.utils.files._exchange", lambda a, b: False
-    )  # a file system that cannot
+    monkeypatch.setattr("ddpm_fast.utils.files._exchange", lambda a, b: False)  # unsupported
     monkeypatch.setattr(Path, "rename", once)
     with pytest.raises(OSError, match="Input/output error"):
         save_pretrained(folder, unet(1), NoiseSchedule.linear())
@@ -159,7 +153,7 @@ def test_a_failed_swap_puts_the_old_checkpoint_back(folder, monkeypatch):
 @pytest.mark.parametrize(
     "options", [dict(prediction="foo"), dict(variance="foo"), dict(clip=-1.0)], ids=str
 )
-def test_does_not_write_what_it_would_not_read(tmp_path, options):
+def test_refuses_to_save_what_cannot_be_loaded(tmp_path, options):
     with pytest.raises(ValueError, match=next(iter(options))):
         save_pretrained(tmp_path / "m", unet(), NoiseSchedule.linear(), **options)
     assert not list(tmp_path.iterdir())

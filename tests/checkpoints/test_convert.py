@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from ddpm_fast import FusedUNet, NoiseSchedule, Sampler, UNet, UNetConfig, load_pretrained, save_pretrained
+from ddpm_fast import (
+    FusedUNet,
+    NoiseSchedule,
+    Sampler,
+    UNet,
+    UNetConfig,
+    load_pretrained,
+    save_pretrained,
+)
 from ddpm_fast.checkpoints.conversion import Process
 from ddpm_fast.checkpoints.convert import convert_checkpoint
 from ddpm_fast.checkpoints.published import PUBLISHED

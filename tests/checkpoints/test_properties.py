@@ -41,7 +41,7 @@ VALUES = st.recursive(
 
 
 def outcome(compute):
-    """The result of `compute`, or None after a ValueError of one line; both within 5 seconds of CPU time."""
+    """The result of `compute`, or None after a one-line ValueError, within 5 s of CPU time."""
     start = time.process_time()
     try:
         result = compute()
@@ -63,7 +63,7 @@ def folder(tmp_path_factory):
 
 
 def changed(folder, name, changes):
-    """The folder with some keys of one file replaced, the other files as they were."""
+    """The folder with some keys of one file replaced and the other files restored."""
     original = folder.with_name("original")
     for file in (UNET, SCHEDULER):
         shutil.copy(original / file, folder / file)
@@ -84,7 +84,7 @@ def keys_of(file):
 
 
 def check_checkpoint(checkpoint):
-    """A folder that loads has the network of its weights, and a schedule without NaN or Inf."""
+    """A loaded checkpoint has the network of its weights and a schedule without NaN or Inf."""
     assert checkpoint.unet.config.channels == CONFIG.channels
     schedule = checkpoint.schedule
     for name in ("alpha_bar", "noise_var", "posterior_mean_x_0", "posterior_var"):

@@ -1,4 +1,4 @@
-"""The networks that ship."""
+"""The included networks in weights/."""
 
 from pathlib import Path
 
@@ -14,27 +14,26 @@ DIRECTORIES = sorted(
 )
 
 
-def test_some_ship():
+def test_included_networks():
     assert [d.name for d in DIRECTORIES] == ["fashion-mnist-32"]
 
 
 @pytest.mark.parametrize("directory", DIRECTORIES, ids=lambda d: d.name)
 @torch.no_grad()
-def test_they_are_what_diffusers_reads(directory):
+def test_diffusers_computes_the_same_function(directory):
     diffusers = pytest.importorskip("diffusers")
     assert sum(f.stat().st_size for f in directory.rglob("*")) < 16e6
-    ours, theirs = load_pretrained(directory), diffusers.DDPMPipeline.from_pretrained(directory)
-    c, (h, w) = ours.unet.config.in_channels, ours.unet.config.size
+    unet = load_pretrained(directory).unet
+    baseline = diffusers.DDPMPipeline.from_pretrained(directory).unet
+    c, (h, w) = unet.config.in_channels, unet.config.size
     x, t, labels = torch.randn(3, c, h, w), torch.tensor([0, 400, 999]), torch.tensor([0, 5, 9])
-    assert (
-        relative_error(ours.unet(x, t, labels), theirs.unet(x, t, class_labels=labels).sample)
-        < 1e-5
-    )
+    exact = baseline(x, t, class_labels=labels).sample
+    assert relative_error(unet(x, t, labels), exact) < 1e-5
 
 
 @pytest.mark.parametrize("directory", DIRECTORIES, ids=lambda d: d.name)
-def test_they_denoise(directory):
-    """Images drawn from them are smooth as clothes are and noise is not: neighbours resemble one another."""
+def test_samples_are_smooth(directory):
+    """Adjacent pixels are correlated, unlike those of noise."""
     x = Sampler.from_pretrained(directory, "cpu").sample(
         16, solver="ddim", steps=20, output="float"
     )

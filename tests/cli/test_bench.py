@@ -1,74 +1,49 @@
-"""ddpm-fast bench: what is logged while it runs, and what is missing."""
+"""ddpm-fast bench: messages while it runs, and the hint for baselines that are not installed."""
 
+import json
 from importlib import import_module
-from types import SimpleNamespace
 
 import pytest
-import torch
-
-from ddpm_fast import NoiseSchedule, UNet, UNetConfig, save_pretrained
 
 pytest.importorskip("click")
-pytest.importorskip("safetensors")
+from ddpm_fast.benchmark.runner import Progress, Stage
+from ddpm_fast.benchmark.workload import Cause
+
 main = import_module("ddpm_fast.cli.main").main
-ACTIONS = "ddpm_fast.cli.actions.bench"
+ACTION = "ddpm_fast.cli.actions.bench"
 
 
-@pytest.fixture
-def weights(tmp_path):
-    torch.manual_seed(0)
-    options = dict(sample_size=8, in_channels=1, out_channels=1, channels=(8, 16), layers=1)
-    unet = UNet(UNetConfig(**options, attention=(False, True), norm_groups=4))
-    save_pretrained(tmp_path / "model", unet, NoiseSchedule.linear(timesteps=20))
-    return tmp_path / "model"
+def fake_compare(weights, batches, dtypes, engines, effort, *, progress, **options):
+    """Reports progress as `compare` does, with two baselines that cannot be started."""
+    result = dict(cases=[], ceilings=[], kernels=[], network=dict(name="model"))
+    causes = {"ONNX Runtime": Cause.NOT_INSTALLED, "diffusers": Cause.UNSUPPORTED}
+    for engine in engines:
+        progress(Progress(Stage.STARTING, f"fp32: starting {engine}", result, engine))
+        if engine in causes:
+            progress(Progress(Stage.LEFT_OUT, "left out", result, engine, causes[engine]))
+    progress(Progress(Stage.TIMING, f"batch {batches[0]}, {effort.seconds:g} s", result))
+    result["cases"].append(dict(batch=batches[0]))
+    progress(Progress(Stage.CASE, "TABLE", result))
+    progress(Progress(Stage.ROOFLINE, "measuring the roofline", result))
+    return result
 
 
-class Comparison:
-    """Comparison in which two baselines cannot be started."""
-
-    def __init__(self, setting, engines, batch, effort, log):
-        self.processes = [SimpleNamespace(name=engine) for engine in engines]
-        self.left_out = {}
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        pass
-
-    def start(self, engine, batch):
-        reasons = {
-            "ONNX Runtime": "cannot be exported to: No module named 'onnxscript'",
-            "diffusers": "has one layers_per_block for all levels",
-        }
-        if engine in reasons:
-            self.left_out[engine] = reasons[engine]
-        else:
-            self.processes.append(SimpleNamespace(name=engine))
-
-    def case(self, batch, steps):
-        return dict(batch=batch, rows=[dict(warm_first_image_s=1.0)], left_out=self.left_out)
-
-
-def test_progress_and_the_hint_at_missing_baselines(weights, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(f"{ACTIONS}.comparison", Comparison)
-    monkeypatch.setattr(f"{ACTIONS}.results.table_of", lambda case, network: "TABLE")
-    monkeypatch.setattr(f"{ACTIONS}.ceilings", lambda *_: {})
-    monkeypatch.setattr(f"{ACTIONS}.kernel_times", lambda *_: [])
-    monkeypatch.setattr(f"{ACTIONS}.draw", lambda *_: None)
-    line = f"bench latency --weights {weights} --device cpu --out {tmp_path / 'a.json'}"
-    names = ["plain PyTorch,diffusers,ONNX Runtime"]
+def test_progress_and_the_hint_for_missing_baselines(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(f"{ACTION}.compare", fake_compare)
+    monkeypatch.setattr(f"{ACTION}.draw", lambda *_: None)
+    out_file = tmp_path / "a.json"
+    line = f"bench latency --weights model --device cpu --out {out_file} --seconds 3 --baselines"
     with pytest.raises(SystemExit) as end:
-        main([*line.split(), "--seconds", "3", "--baselines", *names])
+        main([*line.split(), "plain PyTorch,diffusers,ONNX Runtime"])
     out, err = capsys.readouterr()
-    assert end.value.code == 0 and "TABLE" in out
-    assert "first image: from the start of a process, with empty caches, then with filled" in out
+    assert end.value.code == 0 and out.startswith("TABLE\n\n-> ")
+    assert json.loads(out_file.read_text())["cases"] == [dict(batch=1)]
     assert err.splitlines() == [
         "fp32: starting ddpm_fast",
         "fp32: starting plain PyTorch",
         "fp32: starting diffusers",
         "fp32: starting ONNX Runtime",
-        "batch 1: ddpm_fast, plain PyTorch in turns, 3 s or more",
+        "batch 1, 3 s",
+        "measuring the roofline",
         "not installed: ONNX Runtime; pip install 'ddpm-fast[baselines]'",
-        "measuring the roofline and every kernel",
     ]

@@ -1,4 +1,4 @@
-"""ddpm-fast info --plan and --cache: what is printed is what the plan says."""
+"""ddpm-fast info --plan and --cache."""
 
 import json
 from importlib import import_module
@@ -40,21 +40,13 @@ def test_plan(run):
     with torch.device("meta"):
         unet = UNet(config)
     plan = FusedUNet(unet, 16, "bf16", "meta", target=H100).plan()
-    assert code == 0 and [row["launch"] for row in report["plan"]] == [
-        launch.name for launch in plan
-    ]
-    assert [(row["flops"], row["bytes"]) for row in report["plan"]] == [
-        launch.cost() for launch in plan
-    ]
+    rows = report["plan"]
+    assert code == 0 and [row["launch"] for row in rows] == [launch.name for launch in plan]
+    assert [(row["flops"], row["bytes"]) for row in rows] == [launch.cost() for launch in plan]
     assert report["launches"] == len(plan) and report["arena_bytes"] == plan.arena.size
-    assert abs(report["floor_ms"] - sum(row["floor_us"] for row in report["plan"]) / 1e3) < 1e-3
-    assert report["predicted_ms"] > report["floor_ms"] and {
-        row["bound"] for row in report["plan"]
-    } <= {
-        "launch",
-        "memory",
-        "arithmetic",
-    }
+    assert abs(report["floor_ms"] - sum(row["floor_us"] for row in rows) / 1e3) < 1e-3
+    assert report["predicted_ms"] > report["floor_ms"]
+    assert {row["bound"] for row in rows} <= {"launch", "memory", "arithmetic"}
 
     code, out, _ = run("info", WEIGHTS, "--plan", "--batch-size", 16)
     lines = out.splitlines()
@@ -62,12 +54,11 @@ def test_plan(run):
     table = lines[1 : lines.index("")]
     headings = [line for line in table if len(line.split()) == 1]
     assert len(table) - len(headings) == len(plan) and "down_blocks.0" in headings
-    assert (
-        "not checked on this machine" in out and "H100 SXM, batch 16, bf16: no faster than" in out
-    )
+    assert "not checked on this machine" in out
+    assert "H100 SXM, batch 16, bf16: lower bound" in out
     block = lines.index("up_blocks.2")
-    joined = next(line for line in lines[block:] if line.startswith("  resnets.0.norm1 "))
-    assert "32x32x64+32" in joined and "32x32x96" in joined  # two maps read as one
+    skip = next(line for line in lines[block:] if line.startswith("  resnets.0.norm1 "))
+    assert "32x32x64+32" in skip and "32x32x96" in skip  # with a skip connection
 
 
 @pytest.mark.parametrize(
@@ -78,15 +69,11 @@ def test_plan_fits_120_columns(run, options):
     assert code == 0 and max(map(len, out.splitlines())) <= 120
 
 
-def test_the_two_figures_of_flop_differ_by_upsampling_and_the_time_embedding(run):
-    """As PyTorch computes the network, less 5/9 of its upsampling convolutions and its time embedding."""
-    unet = load_pretrained(WEIGHTS).unet.eval()
+def test_flops_of_the_plan_and_of_pytorch(run):
+    """The plan saves 5/9 of the upsampling convolutions and the time embedding."""
+    unet, zero = load_pretrained(WEIGHTS).unet.eval(), torch.zeros(1, dtype=torch.long)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        unet(
-            torch.zeros(1, 1, 32, 32),
-            torch.zeros(1, dtype=torch.long),
-            torch.zeros(1, dtype=torch.long),
-        )
+        unet(torch.zeros(1, 1, 32, 32), zero, zero)
     flops = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
     upsampling = sum(n for name, n in flops.items() if name.endswith("upsamplers.0.conv"))
     time = sum(n for name, n in flops.items() if "time_emb" in name and ".linear" not in name)
@@ -101,9 +88,8 @@ def test_the_two_figures_of_flop_differ_by_upsampling_and_the_time_embedding(run
 
 
 def test_plan_of_another_gpu_type_and_size(run):
-    code, out, _ = run(
-        "info", WEIGHTS, "--plan", "--gpu", "a100", "--size", "64x32", "--batch-size", 4, "--json"
-    )
+    options = "--plan --gpu a100 --size 64x32 --batch-size 4 --json"
+    code, out, _ = run("info", WEIGHTS, *options.split())
     report = json.loads(out)
     assert code == 0 and report["gpu"] == "A100 SXM 80 GB" and report["size"] == [64, 32]
     for arguments, message in (
@@ -126,7 +112,7 @@ def test_cache(run, tmp_path, monkeypatch):
     for arguments, message in (
         (("--clear",), "--cache"),
         ((), "--cache"),
-        ((WEIGHTS, "--gpu", "h100"), "--gpu goes with --plan"),
+        ((WEIGHTS, "--gpu", "h100"), "--gpu requires --plan"),
     ):
         code, _, err = run("info", *arguments)
         assert code == 2 and message in err

@@ -1,4 +1,4 @@
-"""make sample installs what sampling needs, and nothing else."""
+"""`make sample` installs the requirements of sampling only."""
 
 import re
 import shutil
@@ -12,39 +12,39 @@ ROOT = Path(__file__).parents[2]
 
 
 def plan(target):
-    """The commands that make would run in an empty environment."""
+    """Returns the commands that make would run in an empty environment."""
     make = shutil.which("make") or pytest.skip("no make")
     command = [make, "-n", "-C", ROOT, "VENV=absent", target]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def test_sample_installs_no_tests_and_no_further_triton():
+def test_make_sample_installs_neither_triton_nor_test_requirements():
     commands = plan("sample")
     assert "-m ddpm_fast sample" in commands and "llvmlite" in commands
     assert not re.search(r"triton|\[dev\]|pytest", commands)
-    announced = [line for line in commands.splitlines() if line.startswith('echo "')]
-    assert len(announced) == 3 and "installing torch" in commands
+    messages = [line for line in commands.splitlines() if line.startswith('echo "')]
+    assert len(messages) == 3 and "installing torch" in commands
 
 
-def test_the_other_targets_add_the_rest():
+def test_other_targets_install_test_requirements():
     commands = plan("check")
     assert "-e '.[dev]'" in commands and "--target" not in commands
-    assert plan("test-all").count("--target") == 2  # two further releases of Triton
+    assert plan("test-all").count("--target") == 2  # two other releases of Triton
     assert commands.index("llvmlite") < commands.index("[dev]")
 
 
-def test_what_is_installed_is_what_pyproject_names():
+def test_the_makefile_installs_the_requirements_in_pyproject():
     tomllib = pytest.importorskip("tomllib")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    named = {*project["dependencies"], *project["optional-dependencies"]["cpu"]}
-    named = {requirement for requirement in named if not re.match("torch|triton", requirement)}
+    required = {*project["dependencies"], *project["optional-dependencies"]["cpu"]}
+    required = {name for name in required if not re.match("torch|triton", name)}
     line = re.search(r"^NEEDED := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1]
-    needed = set(re.findall(r'"([^"]+)"', line))
-    assert needed - {"setuptools>=77"} == named
+    installed = set(re.findall(r'"([^"]+)"', line))
+    assert installed - {"setuptools>=77"} == required
 
 
-def test_sampling_imports_no_more(tmp_path):
-    """With triton and everything of the extras hidden, except llvmlite."""
+def test_sampling_imports_no_optional_package(tmp_path):
+    """Triton and the packages of extras are hidden, except llvmlite."""
     hidden = ("triton", "pytest", "matplotlib", "diffusers", "scipy", "av", "onnx", "torchmetrics")
     code = f"""
 import sys

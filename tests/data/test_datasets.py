@@ -1,4 +1,4 @@
-"""Every source gives the pixels that were put in."""
+"""Sources of training data: pixels, labels and hostile files."""
 
 import gzip
 import io
@@ -115,7 +115,7 @@ def test_transparency_is_white_and_orientation_is_kept(tmp_path):
 
 
 def test_dataset_of_the_hub(monkeypatch):
-    """The library is asked as it is; a stand-in answers where it is not installed."""
+    """With a fake `datasets` library."""
     import sys
     import types
 
@@ -136,7 +136,7 @@ def test_dataset_of_the_hub(monkeypatch):
         for image, label in zip(COLOUR, LABELS, strict=True)
     )
     monkeypatch.setitem(sys.modules, "datasets", library)
-    data = load_dataset("somebody/pets", 8)
+    data = load_dataset("user/pets", 8)
     assert (
         np.array_equal(data.images, COLOUR)
         and np.array_equal(data.labels, LABELS)
@@ -144,10 +144,10 @@ def test_dataset_of_the_hub(monkeypatch):
     )
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ValueError, match="needs the extra train"):
-        load_dataset("somebody/pets", 8)
+        load_dataset("user/pets", 8)
 
 
-def test_digest_tells_data_apart():
+def test_digest_depends_on_pixels_and_labels():
     same = ImageData(COLOUR.copy(), LABELS).digest
     assert same == ImageData(COLOUR, LABELS).digest
     changed = COLOUR.copy()
@@ -189,22 +189,22 @@ def test_refuses_what_it_cannot_read(tmp_path):
     refused("images-idx3", "as its header states")
     (tmp_path / "images-idx3").write_bytes(b"PK")
     refused("images-idx3", "not an IDX file")
-    refused("floats.npy", "expected pixels", resolution=0)
+    refused("floats.npy", "expected 1 to 16384 pixels", resolution=0)
     refused("floats.npy", "crop or pad", fit="stretch")
     (tmp_path / "pictures").mkdir()
     Image.fromarray(COLOUR[0]).save(tmp_path / "pictures" / "whole.png")
-    (tmp_path / "pictures" / "torn.png").write_bytes(
+    (tmp_path / "pictures" / "truncated.png").write_bytes(
         (tmp_path / "pictures" / "whole.png").read_bytes()[:80]
     )
-    refused("pictures", "torn.png")
-    (tmp_path / "pictures" / "torn.png").write_bytes(b"")
-    refused("pictures", "torn.png cannot be read")
+    refused("pictures", "truncated.png")
+    (tmp_path / "pictures" / "truncated.png").write_bytes(b"")
+    refused("pictures", "truncated.png cannot be read")
     write_idx(tmp_path / "pictures" / "train-images-idx3-ubyte", GREY)
     refused("pictures", "no files of images for the test split", split="test")
 
 
 def test_idx_files_of_other_names(tmp_path):
-    """EMNIST's: the split stands inside the name; labels may be gzipped where the images are not."""
+    """As EMNIST: the split is inside the name, and only the labels are gzipped."""
     for split, shift in (("train", 0), ("test", 1)):
         write_idx(tmp_path / f"emnist-letters-{split}-images-idx3-ubyte", GREY + np.uint8(shift))
         write_idx(tmp_path / f"emnist-letters-{split}-labels-idx1-ubyte.gz", LABELS)
@@ -217,11 +217,11 @@ def test_idx_files_of_other_names(tmp_path):
 
 
 def test_a_few_images_may_have_high_labels():
-    """As a sample of a larger set has: `eval --images 4` on ten classes."""
+    """A subset of a larger data set, as in `eval --images 4` on ten classes."""
     assert ImageData(COLOUR[:2], np.array([3, 9])).num_classes == 10
 
 
-def test_hidden_folders_are_no_classes(tmp_path):
+def test_hidden_folders_are_not_classes(tmp_path):
     for i, name in enumerate([".ipynb_checkpoints", "__MACOSX", "cat", "dog"]):
         (tmp_path / name).mkdir()
         Image.fromarray(COLOUR[i]).save(tmp_path / name / "a.png")
@@ -248,10 +248,10 @@ def test_sixteen_bits_keep_their_range_and_unknown_ranges_are_refused(tmp_path):
 
 
 def refusal(source, seconds=5.0, resolution=8, **options):
-    """The one line of the ValueError that loading raises within `seconds` of CPU time."""
+    """The message of the one-line ValueError raised within `seconds` of CPU time."""
     start = time.process_time()
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # nothing is printed besides the error
+        warnings.simplefilter("error")  # there is no warning besides the error
         with pytest.raises(ValueError) as caught:  # noqa: PT011  # the callers match the message
             load_images(source, resolution, **options)
     assert time.process_time() - start < seconds and "\n" not in str(caught.value)
@@ -284,7 +284,7 @@ def test_links_in_a_loop_and_impossible_names_do_not_exist(tmp_path):
 
 
 def write_npz(path, size, content, name="images.npy"):
-    """An .npz whose array starts with `content` and goes on with zeros up to `size` bytes."""
+    """Writes an .npz whose array is `content` padded with zeros to `size` bytes."""
     with (
         zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive,
         archive.open(name, "w") as member,
@@ -306,7 +306,7 @@ def test_zip_bombs_are_refused_before_they_are_unpacked(tmp_path, monkeypatch):
     monkeypatch.setattr("ddpm_fast.data.archives.SMALL", 2**20)
     header = npy_header((2048, 32, 32))
     write_npz(tmp_path / "bomb.npz", len(header) + 2**21, header)
-    # what the archive holds is zeros of the right number: only the ratio shows the bomb
+    # the number of zeros agrees with the header: only the ratio reveals the bomb
     monkeypatch.setattr(np.lib.format, "read_array", lambda *a, **k: pytest.fail("unpacked"))
     text = refusal(tmp_path / "bomb.npz")
     assert "bomb.npz cannot be read: images unpacks from" in text
@@ -343,10 +343,10 @@ def idx_header(*shape):
 def test_gzip_bombs_are_refused_before_they_are_unpacked(tmp_path, monkeypatch):
     monkeypatch.setattr("ddpm_fast.data.archives.SMALL", 2**20)
     path = tmp_path / "images-idx3.gz"
-    # the header states what the file holds: only the ratio shows the bomb
+    # the size agrees with the header: only the ratio reveals the bomb
     path.write_bytes(gzip.compress(idx_header(2048, 32, 32) + bytes(2**21), 1))
     assert "100 times the packed size" in refusal(path)
-    # the header states little, and the file goes on: no more than stated is unpacked
+    # the file is longer than its header states: no more than stated is unpacked
     path.write_bytes(gzip.compress(idx_header(2, 8, 8) + bytes(2**26), 1))
     tracemalloc.start()
     try:
@@ -378,7 +378,7 @@ def test_idx_files_hold_what_their_header_states(tmp_path, suffix, content, mess
 
 
 def write_png_bomb(path, side):
-    """A PNG of side x side black pixels, one bit each, in a few kilobytes."""
+    """Writes a PNG of side x side black pixels, one bit each, in a few kilobytes."""
     chunk = lambda kind, data: (
         struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
     )

@@ -31,7 +31,7 @@ def test_the_chain_arrives_where_the_jump_does_with_the_noises_merged(name):
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_the_chain_and_the_jump_have_one_distribution(name):
-    """Mean and variance of the chain, carried through step by step, are those of the closed form."""
+    """Mean and variance of the chain, computed step by step, are those of the closed form."""
     schedule = SCHEDULES[name]
     mean, variance = 1.0, 0.0
     for t in range(len(schedule)):
@@ -73,16 +73,16 @@ def test_the_exploding_chain_explodes_and_the_other_does_not():
     generator = torch.Generator().manual_seed(2)
     x_0 = torch.randn(20_000, generator=generator, dtype=torch.float64)
     eps = torch.randn(1000, 20_000, generator=generator, dtype=torch.float64)
-    kept, exploded = (
+    preserved, exploded = (
         float(q_chain(schedule, x_0, eps, exploding)[-1].var()) for exploding in (False, True)
     )
-    assert kept == pytest.approx(1, rel=0.05)
+    assert preserved == pytest.approx(1, rel=0.05)
     assert exploded == pytest.approx(1 + schedule.beta.sum(), rel=0.05)  # 11.05
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_posterior_is_bayes_rule(name):
-    """q(x_{t-1} | x_t, x_0) from prior q(x_{t-1} | x_0) and likelihood q(x_t | x_{t-1}), by completing the square in fp64."""
+    """Prior q(x_{t-1} | x_0) times likelihood q(x_t | x_{t-1}), by completing the square."""
     schedule = SCHEDULES[name]
     x_0, x_t = (
         torch.tensor([0.3, -0.9], dtype=torch.float64),
@@ -101,7 +101,7 @@ def test_posterior_is_bayes_rule(name):
 
 
 def test_posterior_by_numerical_integration():
-    """The same without any algebra: prior times likelihood on a grid."""
+    """Prior times likelihood on a grid."""
     schedule, t, x_0, x_t = NoiseSchedule.linear(), 300, 0.4, -0.3
     grid = np.linspace(-6, 6, 200_001)
     log = -((grid - np.sqrt(schedule.alpha_bar[t - 1]) * x_0) ** 2) / (

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from ddpm_fast import NoiseSchedule
+from ddpm_fast import NoiseSchedule, training_loss
 from ddpm_fast.diffusion.losses import Objective, min_snr_weights
 from ddpm_fast.diffusion.prediction import conversion, convert
 from ddpm_fast.diffusion.presets import PRESETS
@@ -45,7 +45,7 @@ def test_the_decoder_is_a_distribution_over_256_levels(mean, sigma, erf):
 
 
 def test_the_decoder_is_exact_far_out():
-    """Against 60 digits: a level fifty deviations away is as improbable as it is, not zero and not 1e-12."""
+    """Against 60 digits, for levels up to fifty deviations away."""
     mpmath = pytest.importorskip("mpmath")
     mpmath.mp.dps = 60
     x_0, sigma = 57 / 127.5 - 1, 0.01
@@ -60,7 +60,7 @@ def test_the_decoder_is_exact_far_out():
 
 
 def test_tanh_is_openais_approximation():
-    """Close where it matters, 1e-12 where it has nothing left."""
+    """Close to the exact value near the mean, and 1e-12 far away."""
     x_0, log_sigma = (
         torch.zeros(2, dtype=torch.float64),
         torch.full((2,), math.log(0.01), dtype=torch.float64),
@@ -73,7 +73,7 @@ def test_tanh_is_openais_approximation():
     assert float(tanh[1]) == pytest.approx(math.log(1e-12)) and float(exact[1]) < -3900
 
 
-# ---- the bound on Gaussian data, where every term has a closed form
+# ---- the bound on Gaussian data, in closed form
 
 
 def denoiser(schedule, x_t, t, prediction="eps"):
@@ -87,7 +87,7 @@ def denoiser(schedule, x_t, t, prediction="eps"):
     return of_x * x_t + of_out * eps
 
 
-def first_variance(schedule, variance, preset):
+def decoder_variance(schedule, variance, preset):
     small = schedule.posterior_var[1]
     return schedule.beta[0] if variance == "fixed_large" and preset == "exact" else small
 
@@ -96,16 +96,15 @@ def closed_form(schedule, variance, preset):
     """E[L_{t-1}] for every t >= 1 in bits, and E[L_0] of the continuous Gaussian."""
     small = schedule.posterior_var[1:]
     var = small if variance == "fixed_small" else schedule.beta[1:]
-    left = (
-        STD**2 * schedule.noise_var / (schedule.alpha_bar * STD**2 + schedule.noise_var)
-    )  # variance of x_0 given x_t
+    # variance of x_0 given x_t
+    left = STD**2 * schedule.noise_var / (schedule.alpha_bar * STD**2 + schedule.noise_var)
     kl = 0.5 * (
         small / var
         - 1
         - np.log(small / var)
         + schedule.posterior_mean_x_0[1:] ** 2 * left[1:] / var
     )
-    first = first_variance(schedule, variance, preset)
+    first = decoder_variance(schedule, variance, preset)
     l_0 = 0.5 * (np.log(2 * np.pi * first) + left[0] / first)
     a, n = schedule.alpha_bar[-1], schedule.noise_var[-1]
     prior = 0.5 * (n + a * (STD**2 + MEAN**2) - 1 - np.log(n))
@@ -121,14 +120,15 @@ def closed_form(schedule, variance, preset):
     ],
 )
 def test_the_bound_lies_above_the_likelihood_by_this(variance, preset, gap, figure):
-    """For N(0.3, 0.25^2) and the exact denoiser: what fixing the variance costs."""
+    """For N(0.3, 0.25^2) and the exact denoiser: the cost of a fixed variance."""
     kl, l_0, prior = closed_form(LINEAR, variance, preset)
     entropy = 0.5 * np.log2(2 * np.pi * np.e * STD**2)
-    found = kl.sum() + l_0 + prior - entropy
+    difference = kl.sum() + l_0 + prior - entropy
     figure(
-        f"bound above likelihood, N(0.3, 0.25^2), {variance}, preset {preset}: bits", f"{found:.4f}"
+        f"bound above likelihood, N(0.3, 0.25^2), {variance}, preset {preset}: bits",
+        f"{difference:.4f}",
     )
-    assert found == pytest.approx(gap, abs=1e-4)
+    assert difference == pytest.approx(gap, abs=1e-4)
 
 
 @pytest.mark.parametrize("prediction", ["eps", "x_0", "v"])
@@ -137,7 +137,7 @@ def test_the_bound_lies_above_the_likelihood_by_this(variance, preset, gap, figu
     [("fixed_small", "exact"), ("fixed_large", "exact"), ("fixed_large", "openai")],
 )
 def test_terms_on_gaussian_data_are_the_closed_form(variance, preset, prediction):
-    """Monte Carlo over 4,000 pixels a timestep, all timesteps at once; z-scores of 999 terms and of their sum."""
+    """Monte Carlo over 4,000 pixels per timestep: z-scores of 999 terms and of their sum."""
     schedule = LINEAR
     bound = Bound(schedule, prediction, variance, clip=None, preset=PRESETS[preset])
     kl, _, prior = closed_form(schedule, variance, preset)
@@ -151,7 +151,8 @@ def test_terms_on_gaussian_data_are_the_closed_form(variance, preset, prediction
     )
     x_t = a * x_0 + n * eps
     got = bound.terms(denoiser(schedule, x_t, t, prediction), x_0, x_t, t).numpy()
-    # each KL is a constant plus a squared Gaussian: the standard error of its mean is the latter's mean times sqrt(2 / 4000)
+    # a KL is a constant plus a squared Gaussian; the mean of 4000 squares has a relative standard
+    # error of sqrt(2 / 4000)
     small = schedule.posterior_var[1:]
     var = small if variance == "fixed_small" else schedule.beta[1:]
     random = kl - 0.5 * (small / var - 1 - np.log(small / var)) / np.log(2)
@@ -166,10 +167,10 @@ def test_terms_on_gaussian_data_are_the_closed_form(variance, preset, prediction
     ("variance", "preset"), [("fixed_small", "exact"), ("fixed_large", "exact")]
 )
 def test_l_0_on_gaussian_data_is_the_integral(variance, preset):
-    """E[L_0] with its 256 levels, by integrating over x_0 and what the denoiser does not know of it."""
+    """E[L_0] with 256 levels, by integration over x_0 and over the error of the denoiser."""
     stats = pytest.importorskip("scipy.stats")
     bound = Bound(LINEAR, "eps", variance, clip=None, preset=PRESETS[preset])
-    sigma = np.sqrt(first_variance(LINEAR, variance, preset))
+    sigma = np.sqrt(decoder_variance(LINEAR, variance, preset))
     a, n = np.sqrt(LINEAR.alpha_bar[0]), np.sqrt(LINEAR.noise_var[0])
     shrink = a * STD**2 / (a * a * STD**2 + n * n)
     x, e = np.linspace(-6, 6, 1201), np.linspace(-6, 6, 401)
@@ -240,8 +241,33 @@ def test_simple_loss_of_the_truth_is_zero_and_of_an_error_its_square(prediction)
     )
 
 
+def test_simple_loss_is_that_of_algorithm_1():
+    """The fused loss against `training_loss` in fp64, at the same t and noise."""
+    x_0, x_t, t, row, seed, image, eps = training_case("eps")
+    out = []
+
+    def model(x, t):
+        out.append(torch.sin(x + t.view(-1, 1, 1, 1)))
+        return out[-1]
+
+    exact = training_loss(model, LINEAR, x_0.double(), t, eps.double())
+    got = Objective(LINEAR).losses(out[0].float(), x_0, x_t, t, row, seed, image).mean()
+    assert float(got) == pytest.approx(float(exact), rel=1e-6)
+
+
+def test_algorithm_1_draws_t_and_noise():
+    torch.manual_seed(0)
+    seen = []
+    loss = training_loss(lambda x, t: seen.append(t) or 0 * x, LINEAR, torch.zeros(500, 1, 4, 4))
+    assert float(loss) == pytest.approx(1, abs=0.1)  # the variance of eps
+    assert 0 <= seen[0].min() < 20 and 980 < seen[0].max() < 1000
+
+
 def test_min_snr_weighs_the_same_error_of_x_0_alike_whatever_is_predicted():
-    """One wrong x_0, said as eps, x_0 or v, has one loss: min(SNR, 5) times its square (Hang et al. 2023, eq. 8)."""
+    """An error of x_0, expressed as eps, x_0 or v, has the loss min(SNR, 5) times its square.
+
+    Hang et al. 2023, eq. 8.
+    """
     x_0, x_t, t, row, seed, image, _ = training_case("x_0")
     wrong = x_0 + 0.1
     want = torch.from_numpy(np.minimum(LINEAR.snr, 5))[t] * 0.01
@@ -250,14 +276,16 @@ def test_min_snr_weighs_the_same_error_of_x_0_alike_whatever_is_predicted():
         got = Objective(LINEAR, prediction, "min_snr").losses(
             out.float(), x_0, x_t, t, row, seed, image
         )
-        torch.testing.assert_close(
-            got.double(), want, rtol=2e-3, atol=1e-6
-        )  # eps at t = 0 is rounded at 1e-7 of 100 times x_0
+        # eps at t = 0 has a rounding error of 1e-7 times 100 x_0
+        torch.testing.assert_close(got.double(), want, rtol=2e-3, atol=1e-6)
     assert min_snr_weights(LINEAR.zero_terminal_snr(), "v", 5.0)[-1] == 0
 
 
 def test_hybrid_teaches_the_variance_alone():
-    """The gradient of the mean is the simple loss's own; that of the variance the bound's (Nichol & Dhariwal 2021, 3.1)."""
+    """The mean has the gradient of the simple loss, the variance that of the bound.
+
+    Nichol & Dhariwal 2021, section 3.1.
+    """
     x_0, x_t, t, row, seed, image, _ = training_case("eps")
     out = torch.randn(6, 4, 4, 4).mul_(0.3).requires_grad_()
     rest = x_0, x_t, t, row, seed, image
@@ -274,7 +302,7 @@ def test_hybrid_teaches_the_variance_alone():
 
 
 def test_vlb_gradient_by_differences():
-    """In fp64, at t = 0 (the decoder) and beyond."""
+    """In fp64, at t = 0 (the decoder) and later timesteps."""
     x_0, x_t, t, *_ = training_case("eps")
     x_0, x_t = (x_0 * 127.5).round().double() / 127.5, x_t.double()
     bound = Bound(LINEAR, variance="learned_range", clip=None)
@@ -283,7 +311,7 @@ def test_vlb_gradient_by_differences():
 
 
 def test_vlb_losses_add_up_to_the_bound():
-    """Their mean over all t is the whole bound without its prior."""
+    """Their mean over all t is the bound without its prior."""
     chain = NoiseSchedule.linear(0.01, 0.3, 8)
     x_0 = torch.rand(1, 1, 4, 4).expand(8, -1, -1, -1)
     t, seed, image = (
@@ -304,7 +332,7 @@ def test_refuses():
     with pytest.raises(ValueError, match="snr_gamma = 0"):
         Objective(LINEAR, loss="min_snr", snr_gamma=0)
     x_0, x_t, *rest, truth = training_case("eps")
-    with pytest.raises(ValueError, match="gives 2 channels for 2; the loss hybrid needs 4"):
+    with pytest.raises(ValueError, match="has 2 channels; expected 4 for the loss hybrid"):
         Objective(LINEAR, loss="hybrid").losses(truth, x_0, x_t, *rest)
     with pytest.raises(ValueError, match="variance 'huge'"):
         Bound(LINEAR, variance="huge")
@@ -312,7 +340,7 @@ def test_refuses():
         Bound(LINEAR.zero_terminal_snr())
 
 
-# ---- which timesteps
+# ---- sampling of timesteps
 
 
 def filled(losses):
@@ -323,7 +351,7 @@ def filled(losses):
     return sampler
 
 
-def test_loss_aware_draws_alike_until_every_timestep_has_ten_losses():
+def test_loss_aware_draws_uniformly_until_every_timestep_has_ten_losses():
     sampler = LossAware(4)
     for i in range(HISTORY * 4 - 1):
         sampler.update(torch.tensor([i % 4]), torch.tensor([float(i % 4)]))
@@ -343,14 +371,13 @@ def test_loss_aware_draws_in_proportion_and_weighs_back():
     torch.testing.assert_close(
         share, 0.999 * losses.double() / losses.double().sum() + 0.0002, rtol=0, atol=1e-4
     )
-    assert float((weight * losses[t]).mean()) == pytest.approx(
-        float(losses.mean()), rel=1e-3
-    )  # as under uniform t
+    weighted = float((weight * losses[t]).mean())
+    assert weighted == pytest.approx(float(losses.mean()), rel=1e-3)  # as for uniform t
     assert t[0] == 0 and sampler.draw(torch.tensor([2**32 - 1]))[0] == 4
 
 
-def test_loss_aware_keeps_the_last_ten_whatever_the_batch():
-    """One at a time or many at once, with repeats: the same history."""
+def test_loss_aware_stores_the_last_ten_losses_for_any_batch_size():
+    """Single updates and one batched update with repeated timesteps give the same history."""
     generator = torch.Generator().manual_seed(0)
     t, losses = torch.randint(0, 3, (64,), generator=generator), torch.rand(64, generator=generator)
     losses[5] = float("nan")

@@ -1,4 +1,4 @@
-"""Every solver against diffusers, against the papers in fp64, and against the order it is said to have."""
+"""Solvers against diffusers and the papers in fp64, and their orders of convergence."""
 
 from itertools import pairwise
 
@@ -17,7 +17,7 @@ diffusers = pytest.importorskip("diffusers")
 
 
 def test_every_solver_prediction_and_variance_is_the_papers_and_diffusers(figure):
-    """A loop of twenty steps in fp32. diffusers' own distance from fp64 is its tables', which ours in its preset repeats."""
+    """Twenty steps in fp32. The preset diffusers reproduces the errors of its fp32 tables."""
     rows = [*parity.rows(), *parity.inversion_rows()]
     assert len(rows) == (8 + 6 + 4) * 3 + 2
     for r in rows:
@@ -28,28 +28,30 @@ def test_every_solver_prediction_and_variance_is_the_papers_and_diffusers(figure
         if r["preset"] is not None:
             assert r["preset"] < 2e-6, name
     figure(
-        "56 loops of 20 steps against the papers in fp64: largest error, ours",
+        "56 loops of 20 steps against the papers in fp64: largest error of ddpm_fast",
         f"{max(r['ddpm_fast'] for r in rows):.1e}",
     )
-    figure("the same, diffusers'", f"{max(r['diffusers'] or 0 for r in rows):.1e}")
+    figure("largest error of diffusers", f"{max(r['diffusers'] or 0 for r in rows):.1e}")
     figure(
-        "ours in the preset diffusers against diffusers",
+        "ddpm_fast with the preset diffusers against diffusers",
         f"{max(r['preset'] or 0 for r in rows):.1e}",
     )
 
 
-@pytest.mark.parametrize(("solver", "wanted", "slack"), [("ddim", 1, 0.1), ("dpm++2m", 2, 0.15)])
-def test_converges_to_the_probability_flow_at_its_order(solver, wanted, slack, figure):
+@pytest.mark.parametrize(
+    ("solver", "expected", "tolerance"), [("ddim", 1, 0.1), ("dpm++2m", 2, 0.15)]
+)
+def test_converges_to_the_probability_flow_at_its_order(solver, expected, tolerance, figure):
     slope, errors = parity.order(solver)
     figure(
         f"order of {solver}, N = 20 ... 320; errors {errors[0]:.1e} ... {errors[-1]:.1e}",
         f"{slope:.3f}",
     )
-    assert slope == pytest.approx(wanted, abs=slack)
+    assert slope == pytest.approx(expected, abs=tolerance)
     assert (np.diff(errors) < 0).all()
 
 
-# ---- diffusers' published loops: tests/schedulers of its repository
+# ---- published loops of diffusers (tests/schedulers of its repository)
 
 
 def sample_deter():
@@ -67,7 +69,7 @@ def model(x, t):
 
 
 def loop(table, x, z=lambda: 0.0):
-    """Our table in fp32. `z` draws the noise of a step that has some, as diffusers' scheduler would at that moment."""
+    """Runs a table in fp32. `z` draws the noise of the steps that have some, in order."""
     coef, old = torch.from_numpy(table.coef).float(), torch.zeros_like(x)
     for i, t in enumerate(table.t):
         row, out = torch.full((len(x),), i), model(x, int(t))
@@ -80,7 +82,7 @@ def loop(table, x, z=lambda: 0.0):
 
 
 def with_noise(t):
-    """scheduler.add_noise of the two deterministic tensors."""
+    """Result of `scheduler.add_noise` for the two deterministic tensors."""
     bar = NoiseSchedule.linear().alpha_bar[t]
     return np.sqrt(bar) * sample_deter() + np.sqrt(1 - bar) * noise_deter()
 
@@ -130,7 +132,7 @@ def test_published_ddim_loops(prediction, beta_start, start, total, mean):
     ids=["no_noise", "v_prediction", "with_noise"],
 )
 def test_published_dpm_solver_loops(prediction, start, total, mean):
-    """Their configuration there: nothing clipped, and the last step leads to the noise of timestep 0 (sigma_min)."""
+    """As configured there: no clipping, and the last step leads to timestep 0 (sigma_min)."""
     t = PRESETS["diffusers"].timesteps(1000, "dpm++2m", 10)
     assert t[0] == 999 and t[-1] == 100
     x = sample_deter() if start is None else with_noise(t[start]).float()
@@ -159,11 +161,11 @@ def test_published_ddim_inverse_loops(prediction, beta_start, total, mean):
     assert got[0] == pytest.approx(total, abs=1e-2) and got[1] == pytest.approx(mean, abs=1e-3)
 
 
-# ---- what follows from the mathematics
+# ---- mathematical properties
 
 
 def test_the_first_order_sde_step_is_ddpm_with_the_small_variance():
-    """Between two levels without a step before, "dpm++2m-sde" and DDPM are one distribution (Lu et al. 2022b, section A)."""
+    """A first step of "dpm++2m-sde" has the distribution of DDPM (Lu et al. 2022b, section A)."""
     schedule = NoiseSchedule.linear()
     for t in ([999, 500], [700, 10], [30, 29]):
         sde = PRESETS["exact"].table(schedule, "dpm++2m-sde", np.array(t))
@@ -176,8 +178,8 @@ def test_the_first_order_sde_step_is_ddpm_with_the_small_variance():
 
 
 @pytest.mark.parametrize("solver", ["dpm++2m", "dpm++2m-sde"])
-def test_multistep_through_the_sampler_is_the_loop(solver):
-    """The history of `Sampler` is the one of the bare loop, for every image by itself."""
+def test_multistep_sampler_equals_the_loop(solver):
+    """`Sampler` has the history of the loop, separately for each image."""
     net = parity_loops.network("eps", "")
     sampler = Sampler(lambda x, t: net(x, int(t[0])), parity_loops.SCHEDULE, parity_loops.SHAPE[1:])
     got = sampler.sample(
@@ -195,22 +197,22 @@ def test_multistep_through_the_sampler_is_the_loop(solver):
 
 @pytest.mark.parametrize("solver", ["ddpm", "ddim", "dpm++2m", "dpm++2m-sde"])
 @pytest.mark.parametrize("prediction", ["x_0", "v"])
-def test_zero_terminal_snr_needs_no_special_care(solver, prediction):
-    """At alpha_bar = 0 lambda is minus infinity; every coefficient stays finite and the first step forgets x_T."""
+def test_tables_of_zero_terminal_snr_are_finite(solver, prediction):
+    """At alpha_bar = 0, lambda is -inf, but every coefficient is finite."""
     schedule = NoiseSchedule.linear().zero_terminal_snr()
     table = PRESETS["exact"].table(schedule, solver, choose_timesteps(1000, 10), prediction)
     finite = np.delete(table.coef, [2], axis=1)
     assert np.isfinite(finite).all()
-    theirs = diffusers.DDIMScheduler(rescale_betas_zero_snr=True)
+    scheduler = diffusers.DDIMScheduler(rescale_betas_zero_snr=True)
     np.testing.assert_allclose(
-        schedule.alpha_bar, theirs.alphas_cumprod.double().numpy(), rtol=2e-4, atol=1e-9
+        schedule.alpha_bar, scheduler.alphas_cumprod.double().numpy(), rtol=2e-4, atol=1e-9
     )
     with pytest.raises(ValueError, match="let the network predict x_0 or v"):
         PRESETS["exact"].table(schedule, solver, choose_timesteps(1000, 10), "eps")
 
 
 def test_inversion_leads_back(figure):
-    """Image -> x_T -> image with the exact denoiser of a Gaussian: first order in the step."""
+    """Image -> x_T -> image with the exact denoiser of a Gaussian: an error of first order."""
     schedule = NoiseSchedule.linear()
 
     def net(x, t):
@@ -242,14 +244,14 @@ def test_refuses():
     for call, message in (
         (
             lambda: ddim_table(schedule, t, end="t=0"),
-            r"the steps end at t = 99; with end=.t=0. they must go on",
+            "the steps end at t = 99; expected two or more, to t = 0",
         ),
         (lambda: ddim_table(schedule, t, end="never"), "end 'never'"),
         (lambda: ddim_table(schedule, t, eps_from="nowhere"), "eps_from 'nowhere'"),
         (lambda: ddim_inversion_table(schedule, t, sees="both"), "sees 'both'"),
         (
             lambda: ddim_inversion_table(schedule, t, "x_0", sees="target"),
-            "x_0 alone does not say what eps is",
+            "x_0 does not determine eps",
         ),
         (lambda: PRESETS["ho"].timesteps(1000, "ddpm", 50), "visits all 1000 timesteps"),
         (

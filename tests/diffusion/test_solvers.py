@@ -29,12 +29,12 @@ def take(table, i, x, out, z):
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned_range"])
 @pytest.mark.parametrize("prediction", NAMES)
 def test_ddpm_is_diffusers_ddpm(prediction, variance, clip, steps, monkeypatch):
-    theirs = diffusers.DDPMScheduler(
+    scheduler = diffusers.DDPMScheduler(
         prediction_type=NAMES[prediction], variance_type=variance, clip_sample=clip is not None
     )
-    theirs.set_timesteps(steps)
+    scheduler.set_timesteps(steps)
     t = choose_timesteps(1000, steps, "leading")
-    assert theirs.timesteps.tolist() == t.tolist()
+    assert scheduler.timesteps.tolist() == t.tolist()
     table = ddpm_table(SCHEDULE, t, prediction, variance, clip)
     torch.manual_seed(0)
     worst = 0.0
@@ -44,10 +44,10 @@ def test_ddpm_is_diffusers_ddpm(prediction, variance, clip, steps, monkeypatch):
             "diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *a, z=z, **k: z
         )
         out = torch.cat([out, v], dim=1) if table.learned else out
-        want = theirs.step(out, int(t[i]), x).prev_sample
+        want = scheduler.step(out, int(t[i]), x).prev_sample
         got = take(table, i, x, out, z)
         worst = max(worst, float((got - want).abs().max() / want.abs().max()))
-    assert worst < 5e-4  # their tables are fp32: beta from a ratio is off by 4.9e-4 near t = 4
+    assert worst < 5e-4  # diffusers' tables are fp32: beta from a ratio is off by 4.9e-4 near t = 4
 
 
 @pytest.mark.parametrize(
@@ -56,17 +56,17 @@ def test_ddpm_is_diffusers_ddpm(prediction, variance, clip, steps, monkeypatch):
 )
 @pytest.mark.parametrize("prediction", NAMES)
 def test_ddim_is_diffusers_ddim(prediction, eps_from, clip, eta):
-    theirs = diffusers.DDIMScheduler(
+    scheduler = diffusers.DDIMScheduler(
         prediction_type=NAMES[prediction], clip_sample=clip is not None
     )
-    theirs.set_timesteps(50)
+    scheduler.set_timesteps(50)
     t = choose_timesteps(1000, 50, "leading")
     table = ddim_table(SCHEDULE, t, prediction, eta, clip, eps_from)
     torch.manual_seed(0)
     for i in (0, 25, 48, 49):
         x, out, z = torch.randn(3, 2, 3, 8, 8)
         options = dict(eta=eta, use_clipped_model_output=eps_from == "x_0", variance_noise=z)
-        want = theirs.step(out, int(t[i]), x, **options).prev_sample
+        want = scheduler.step(out, int(t[i]), x, **options).prev_sample
         got = take(table, i, x, out, z)
         assert float((got - want).abs().max() / want.abs().max()) < 5e-4
 
@@ -111,7 +111,7 @@ def test_spacings(steps, spacing):
     assert len(t) == steps and (np.diff(t) < 0).all() and t[0] <= 999 and t[-1] >= 0
     scheduler = diffusers.DDIMScheduler(timestep_spacing=spacing)
     scheduler.set_timesteps(steps)
-    if spacing != "linspace" or steps > 1:  # one step: theirs is t = 0, which no noise is like
+    if spacing != "linspace" or steps > 1:  # one step: diffusers visits t = 0, not T - 1
         assert t.tolist() == scheduler.timesteps.tolist()
 
 
@@ -158,13 +158,13 @@ def test_openai_sections():
 
 
 def test_openai_rounds_as_python_adding_its_stride_up():
-    """Ties depend on the rounding errors of a running sum, so it is summed the same way; 283 counts differ from linspace."""
+    """Rounding errors of a running sum decide ties; 283 counts differ from linspace."""
     differ = 0
     for count in range(2, 1001):
-        place, want = 0.0, []
+        position, want = 0.0, []
         for _ in range(count):
-            want.append(round(place))
-            place += 999 / (count - 1)
+            want.append(round(position))
+            position += 999 / (count - 1)
         got = choose_timesteps(1000, str(count))[::-1].tolist()
         assert got == want
         differ += got != choose_timesteps(1000, count)[::-1].tolist()
@@ -180,46 +180,44 @@ def test_openai_ddim_stride():
 
 @pytest.mark.parametrize("steps", [1, 10, 50, 1000])
 def test_quadratic_is_ermongroups_without_its_repetitions(steps):
-    theirs = [int(s) for s in np.linspace(0, np.sqrt(1000 * 0.8), steps) ** 2]
-    assert choose_timesteps(1000, steps, "quadratic")[::-1].tolist() == sorted(set(theirs))
+    expected = [int(s) for s in np.linspace(0, np.sqrt(1000 * 0.8), steps) ** 2]
+    assert choose_timesteps(1000, steps, "quadratic")[::-1].tolist() == sorted(set(expected))
 
 
-def test_preset_visit_what_their_codebases_do():
+def test_presets_visit_the_timesteps_of_their_codebases():
     uniform = PRESETS["ddim"].timesteps(1000, "ddim", 300)
-    assert uniform[::-1].tolist() == list(
-        range(0, 1000, 3)
-    )  # 334 steps: what skip = 1000 // 300 comes to
+    assert uniform[::-1].tolist() == list(range(0, 1000, 3))  # 334: the stride is 1000 // 300
     assert (
         PRESETS["openai"].timesteps(1000, "ddpm", 250).tolist()
         == choose_timesteps(1000, "250").tolist()
     )
     for steps in (20, 37):
-        theirs = diffusers.DPMSolverMultistepScheduler()
-        theirs.set_timesteps(steps)
+        scheduler = diffusers.DPMSolverMultistepScheduler()
+        scheduler.set_timesteps(steps)
         assert (
             PRESETS["diffusers"].timesteps(1000, "dpm++2m", steps).tolist()
-            == theirs.timesteps.tolist()
+            == scheduler.timesteps.tolist()
         )
-        theirs = diffusers.DDPMScheduler()
-        theirs.set_timesteps(steps)
+        scheduler = diffusers.DDPMScheduler()
+        scheduler.set_timesteps(steps)
         assert (
             PRESETS["diffusers"].timesteps(1000, "ddpm", steps).tolist()
-            == theirs.timesteps.tolist()
+            == scheduler.timesteps.tolist()
         )
     assert len(PRESETS["ho"].timesteps(1000, "ddpm", None)) == 1000
     assert len(PRESETS["exact"].timesteps(1000, "dpm++2m", None)) == 20
 
 
-def test_preset_round_as_their_codebases_do():
+def test_presets_round_as_their_codebases_do():
     x = torch.linspace(-1.1, 1.1, 2001).view(1, 1, 1, -1)
-    theirs = {
+    expected = {
         "ho": ((x + 1) * 127.5).clamp(0, 255).to(torch.uint8),
         "openai": ((x + 1) * 127.5).clamp(0, 255).to(torch.uint8),
         "diffusers": (((x / 2 + 0.5).clamp(0, 1)) * 255).round().to(torch.uint8),
         "ddim": ((x + 1) / 2).clamp(0, 1).mul(255).add(0.5).clamp(0, 255).to(torch.uint8),
         "exact": ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8),
     }
-    for name, want in theirs.items():
+    for name, want in expected.items():
         got = to_uint8(x, PRESETS[name].level)
         assert (got.flatten().int() - want.flatten().int()).abs().max() <= (name == "diffusers"), (
             name
@@ -251,7 +249,6 @@ def test_conversions_are_exact_both_ways(schedule):
     truth = {"eps": eps, "x_0": x_0, "v": a * eps - n * x_0}
     for source, target in itertools.product(truth, truth):
         got = convert(truth[source], x_t, t, schedule, source, target)
-        worst = (
-            1e-9 if schedule.alpha_bar[998] > 1e-6 else 1e-7
-        )  # x_0 from eps is a difference over a small signal
-        torch.testing.assert_close(got, truth[target], rtol=worst, atol=worst)
+        # x_0 from eps is a difference over a small signal
+        tolerance = 1e-9 if schedule.alpha_bar[998] > 1e-6 else 1e-7
+        torch.testing.assert_close(got, truth[target], rtol=tolerance, atol=tolerance)

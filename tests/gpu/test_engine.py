@@ -1,4 +1,4 @@
-"""The captured step on a GPU: the uncaptured one's images, no waiting, the same bits in every batch, memory that comes back."""
+"""Fused engine on a GPU: captured steps, synchronization, batch invariance and memory."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def unet():
 
 
 def sampler(dtype="bf16", graph=None, model=None):
-    """Without the self-check, which has tests of its own."""
+    """A sampler without the self-check."""
     s = Sampler(model or unet(), SCHEDULE, (3, 32, 32), engine="fused", dtype=dtype)
     s.engine = FusedEngine(
         s.model, s.shape, dtype, s.device, len(SCHEDULE), graph=graph, check=False
@@ -45,20 +45,19 @@ class Uncaptured:
 
 
 @pytest.mark.parametrize("loop", LOOPS, ids=lambda v: v["solver"])
-def test_captured_steps_are_the_steps(loop):
+def test_captured_steps_equal_uncaptured_steps(loop):
     options = dict(seed=3, output="float") | loop
     captured, free = sampler(), sampler(graph=Uncaptured)
-    want = free.sample(5, **options)
-    assert torch.equal(captured.sample(5, **options), want)
+    expected = free.sample(5, **options)
+    assert torch.equal(captured.sample(5, **options), expected)
     seen = Trajectory()
-    assert torch.equal(
-        captured.sample(5, **options, callback=seen), want
-    )  # one step a graph; before, several
-    assert torch.equal(seen.x[-1], want.cpu())
+    # with a callback: one step per graph instead of several
+    assert torch.equal(captured.sample(5, **options, callback=seen), expected)
+    assert torch.equal(seen.x[-1], expected.cpu())
 
 
 @pytest.mark.parametrize("loop", LOOPS, ids=lambda v: v["solver"])
-def test_images_are_the_reference_images(loop, figure):
+def test_images_equal_those_of_the_reference(loop, figure):
     model = unet()
     options = dict(seed=3, output="float") | loop
     exact, plain = (
@@ -73,7 +72,7 @@ def test_images_are_the_reference_images(loop, figure):
     assert error <= 2 * other
 
 
-def test_an_image_has_the_same_bits_in_every_batch():
+def test_bits_do_not_depend_on_the_batch():
     s = sampler()
     options = dict(seed=2, steps=10, output="float")
     whole = s.sample(256, batch_size=256, **options)
@@ -95,9 +94,9 @@ def test_the_captured_loop_never_waits_for_the_device():
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_memory_comes_back():
+def test_memory_is_released():
     s = sampler()
-    s.sample(1, steps=1)  # libraries take memory at their first call
+    s.sample(1, steps=1)  # libraries allocate memory at their first call
     s.engine.free()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
@@ -107,18 +106,20 @@ def test_memory_comes_back():
     assert torch.cuda.memory_allocated() <= before + 2**20
 
 
-def test_a_batch_too_large_is_halved():
+def test_a_batch_that_is_too_large_is_halved():
     s = sampler()
     free, _ = torch.cuda.mem_get_info()
-    taken = torch.empty(free - 2**30, dtype=torch.uint8, device="cuda")  # a gibibyte is left
-    with pytest.warns(UserWarning, match="out of memory with 1024 images at once"):
-        got = s.sample(range(1024), batch_size=1024, steps=2, output="float")
+    taken = torch.empty(free - 2**30, dtype=torch.uint8, device="cuda")  # leaves 1 GiB
+    with pytest.warns(UserWarning, match="out of memory with a batch of 1024 images"):
+        result = s.sample(range(1024), batch_size=1024, steps=2, output="float")
     del taken
     torch.cuda.empty_cache()
-    assert torch.equal(got, sampler().sample(range(1024), batch_size=256, steps=2, output="float"))
+    assert torch.equal(
+        result, sampler().sample(range(1024), batch_size=256, steps=2, output="float")
+    )
 
 
-def test_a_step_that_waits_is_named():
+def test_a_step_that_waits_raises():
     x = torch.ones(3, device="cuda")
     with pytest.raises(
         RuntimeError,
@@ -127,7 +128,7 @@ def test_a_step_that_waits_is_named():
         Graphed(lambda: x.sum().item())
 
 
-def test_a_graph_replays_what_lies_in_its_buffers():
+def test_a_replay_reads_the_current_values():
     x, y = torch.ones(3, device="cuda"), torch.zeros(3, device="cuda")
     graph = Graphed(lambda: y.add_(x), repeats=4)
     y.zero_()
@@ -139,7 +140,7 @@ def test_a_graph_replays_what_lies_in_its_buffers():
         graph()
 
 
-def test_auto_takes_the_fused_engine(tmp_path, monkeypatch):
+def test_auto_selects_the_fused_engine(tmp_path, monkeypatch):
     monkeypatch.setenv("DDPM_FAST_CACHE", str(tmp_path))
     s = Sampler(unet(), SCHEDULE, (3, 32, 32), dtype="bf16")
     assert (s.engine.name, s.engine.reason) == ("fused", "bf16 on a GPU")

@@ -1,4 +1,4 @@
-"""What only a GPU can show. The kernels' own tests run there too: pytest -m "gpu or kernel"."""
+"""Tests that need a GPU. Kernel tests also run on a GPU: pytest -m "gpu or kernel"."""
 
 import numpy as np
 import pytest
@@ -32,11 +32,11 @@ def cifar():
 
 
 @torch.no_grad()
-def test_unet_on_the_gpu_is_the_unet_on_the_cpu(figure):
+def test_unet_on_the_gpu_equals_the_unet_on_the_cpu(figure):
     unet, x, t = cifar(), torch.randn(4, 3, 32, 32), torch.tensor([0, 3, 500, 999])
     exact = unet.double()(x.double(), t)
-    got = unet.float().cuda()(x.cuda(), t.cuda()).cpu()
-    error = relative_error(got, exact)
+    result = unet.float().cuda()(x.cuda(), t.cuda()).cpu()
+    error = relative_error(result, exact)
     half = relative_error(
         unet.bfloat16().to(memory_format=torch.channels_last)(x.cuda(), t.cuda()).cpu(), exact
     )
@@ -44,18 +44,18 @@ def test_unet_on_the_gpu_is_the_unet_on_the_cpu(figure):
     assert error < 1e-5 and half < 0.05
 
 
-def test_noise_of_the_gpu_is_the_noise_of_the_cpu():
+def test_noise_is_bit_exact_on_the_gpu():
     args = (torch.tensor([-1, 5]), torch.tensor([2**40, 0]), torch.tensor([0, 999]))
-    got = N.noise(*(v.cuda() for v in args), N.X_T, 3, 129, 65)
-    want = N.noise_reference(*args, N.X_T, (3, 129, 65))
-    assert torch.equal(got.cpu().view(torch.int32), want.view(torch.int32))
+    result = N.noise(*(v.cuda() for v in args), N.X_T, 3, 129, 65)
+    expected = N.noise_reference(*args, N.X_T, (3, 129, 65))
+    assert torch.equal(result.cpu().view(torch.int32), expected.view(torch.int32))
 
 
-def test_images_of_the_gpu_are_the_images_of_the_cpu():
+def test_images_on_the_gpu_equal_those_on_the_cpu():
     options = dict(steps=10, output="float", seed=3)
-    want = Sampler(cifar(), SCHEDULE, (3, 32, 32)).sample(2, **options)
-    got = Sampler(cifar().cuda(), SCHEDULE, (3, 32, 32)).sample(2, **options)
-    torch.testing.assert_close(got.cpu(), want, rtol=0, atol=1e-3)
+    expected = Sampler(cifar(), SCHEDULE, (3, 32, 32)).sample(2, **options)
+    result = Sampler(cifar().cuda(), SCHEDULE, (3, 32, 32)).sample(2, **options)
+    torch.testing.assert_close(result.cpu(), expected, rtol=0, atol=1e-3)
 
 
 def test_the_loop_never_waits_for_the_device():
@@ -71,7 +71,7 @@ def test_the_loop_never_waits_for_the_device():
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_more_elements_than_32_bits_count():
+def test_more_than_2_31_elements():
     batch, shape = 1400, (3, 720, 720)
     if torch.cuda.mem_get_info()[0] < 16 * 2**30:
         pytest.skip("needs 16 GiB of free memory")
@@ -114,18 +114,18 @@ def trainer(device, **options):
     )
 
 
-def test_training_on_the_gpu_is_training_on_the_cpu():
-    """Order, timesteps, flips and noise to the bit; the weights after some steps to rounding."""
-    here, there = (trainer(device, random_flip=True) for device in ("cpu", "cuda"))
+def test_training_on_the_gpu_equals_training_on_the_cpu():
+    """Order, timesteps, flips and noise are bit-exact; weights are equal up to rounding errors."""
+    on_cpu, on_gpu = (trainer(device, random_flip=True) for device in ("cpu", "cuda"))
     for number in (0, 5):
-        want, got = (t._noised(t.loader.batch(number)) for t in (here, there))
+        expected, result = (t._noised(t.loader.batch(number)) for t in (on_cpu, on_gpu))
         for name in ("x_0", "t", "row", "image", "labels"):
-            assert torch.equal(getattr(want, name), getattr(got, name).cpu())
-        assert relative_error(got.x_t.cpu(), want.x_t) < 1e-6
+            assert torch.equal(getattr(expected, name), getattr(result, name).cpu())
+        assert relative_error(result.x_t.cpu(), expected.x_t) < 1e-6
     for _ in range(3):
-        here.step()
-        there.step()
-    assert relative_error(there.weights.detach().cpu(), here.weights.detach()) < 1e-3
+        on_cpu.step()
+        on_gpu.step()
+    assert relative_error(on_gpu.weights.detach().cpu(), on_cpu.weights.detach()) < 1e-3
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
@@ -141,13 +141,13 @@ def test_a_training_step_never_waits_for_the_device(precision):
     assert t.means()["skipped"] <= 1
 
 
-def test_a_resumed_training_on_the_gpu_goes_on():
+def test_resumed_training_on_the_gpu_is_bit_exact():
     straight = trainer("cuda", mixed_precision="bf16")
     for _ in range(4):
         straight.step()
-    held = {k: v.clone() for k, v in straight.state().items()}
+    saved = {k: v.clone() for k, v in straight.state().items()}
     resumed = trainer("cuda", mixed_precision="bf16")
-    resumed.load_state(held, 4)
+    resumed.load_state(saved, 4)
     for t in (straight, resumed):
         for _ in range(4):
             t.step()

@@ -1,4 +1,4 @@
-"""The network's kernels where they belong. Their own tests run there too: pytest -m kernel."""
+"""Fused UNet on a GPU. Kernel tests also run on a GPU: pytest -m kernel."""
 
 import warnings
 
@@ -48,18 +48,18 @@ def test_every_launch_passes_its_self_check(dtype, batch, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp8"])
-def test_an_image_is_the_same_to_the_bit_in_every_batch(dtype):
+def test_bits_do_not_depend_on_the_batch(dtype):
     if dtype not in types():
         pytest.skip("this GPU has no e4m3")
     unet = cifar()
     x, t = inputs(256)
-    want = FusedUNet(unet, 256, dtype, check=False)(x, t)
+    expected = FusedUNet(unet, 256, dtype, check=False)(x, t)
     for batch in (1, 3, 64):
         fused = FusedUNet(unet, batch, dtype, check=False)
         for first in (0, 101, 256 - batch):
             assert torch.equal(
                 fused(x[first : first + batch], t[first : first + batch]),
-                want[first : first + batch],
+                expected[first : first + batch],
             )
 
 
@@ -87,11 +87,11 @@ def test_accuracy_by_type(figure):
 def test_a_plan_can_be_captured():
     fused = FusedUNet(cifar(), 4, "bf16", check=False)
     x, t = inputs(4)
-    want = fused(x, t)
+    expected = fused(x, t)
     plan = fused.plan()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         plan.run()
     plan.poison()
     graph.replay()
-    assert torch.equal(plan.maps[plan.out].pixels, want)
+    assert torch.equal(plan.maps[plan.out].pixels, expected)

@@ -1,4 +1,4 @@
-"""Attention over pixels, folded into one head and with heads: `kernels.attention`."""
+"""Folded and multi-head attention over pixels: `kernels.attention`."""
 
 from dataclasses import replace
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ddpm_fast.kernels._gemm import Target, cut, divisor
+from ddpm_fast.kernels._gemm import Target, choose_tiles, divisor
 from ddpm_fast.kernels.attention import (
     FoldedAttention,
     MultiHeadAttention,
@@ -41,17 +41,14 @@ def pixels_first(x):
 
 
 class Heads:
-    """Attention in heads: of qkv [N, 3 C, H, W]."""
+    """Case of multi-head attention: qkv [N, 3 C, H, W]."""
 
     def __init__(self, n, heads, dim, h, w, dtype, device, sharpness=1.0):
         self.c = c = heads * dim
         qkv = normal(n, 3 * c, h, w)
         qkv[:, : 2 * c] *= sharpness**0.5
-        self.qkv, self.heads, self.op = (
-            qkv.to(device, dtype),
-            heads,
-            MultiHeadAttention(heads, Target.of(torch.device(device))),
-        )
+        self.qkv, self.heads = qkv.to(device, dtype), heads
+        self.op = MultiHeadAttention(heads, Target.of(torch.device(device)))
 
     def arguments(self, images=slice(None)):
         return dict(qkv=map_of(self.qkv[images], bordered=False))
@@ -70,7 +67,7 @@ class Heads:
 
 
 class Folded(Heads):
-    """One head, keys and values the features themselves, the projection and the residual behind it."""
+    """Case of folded attention: one head, with output projection and residual."""
 
     def __init__(self, n, heads, dim, h, w, dtype, device, sharpness=1.0):
         assert heads == 1
@@ -78,13 +75,8 @@ class Folded(Heads):
         make = lambda scale, *shape, seed: normal(*shape, seed=seed, scale=scale).to(device, dtype)
         self.q, self.x = (make(sharpness**0.5, n, c, h, w, seed=s) for s in (0, 1))
         self.residual, self.weight = make(1, n, c, h, w, seed=2), make(c**-0.5, c, c, seed=3)
-        self.op = FoldedAttention.of(
-            self.weight,
-            make(1, c, seed=4),
-            dtype,
-            Target.of(torch.device(device)),
-            residual_scale=SCALE,
-        )
+        target, bias = Target.of(torch.device(device)), make(1, c, seed=4)
+        self.op = FoldedAttention.of(self.weight, bias, dtype, target, residual_scale=SCALE)
 
     def arguments(self, images=slice(None)):
         dense = {name: map_of(getattr(self, name)[images], bordered=False) for name in ("q", "x")}
@@ -96,69 +88,40 @@ class Folded(Heads):
 
     def reference(self, dtype):
         q, x = (pixels_first(v.to(dtype)) for v in (self.q, self.x))
-        y = F.linear(
-            attention_reference(q, x, x, 1, self.c**-0.5),
-            self.weight.to(dtype),
-            self.op.bias.to(dtype),
-        )
+        y = attention_reference(q, x, x, 1, self.c**-0.5)
+        y = F.linear(y, self.weight.to(dtype), self.op.bias.to(dtype))
         return y.transpose(1, 2).unflatten(2, self.x.shape[2:]) + SCALE * self.residual.to(dtype)
 
 
-SMALL = [
-    (2, 1, 16, 4, 4),
-    (1, 1, 24, 5, 7),
-    (3, 1, 48, 7, 7),
-    (2, 1, 64, 5, 7),
-]  # images, heads, their channels, size
-MANY = [(2, 2, 16, 5, 7), (1, 4, 24, 4, 4), (3, 2, 48, 7, 7), (2, 3, 64, 5, 7)]
+# (images, heads, channels per head, height, width)
+FOLDED = [(2, 1, 16, 4, 4), (1, 1, 24, 5, 7), (3, 1, 48, 7, 7), (2, 1, 64, 5, 7)]
+HEADS = [(2, 2, 16, 5, 7), (1, 4, 24, 4, 4), (3, 2, 48, 7, 7), (2, 3, 64, 5, 7)]
+LARGE_FOLDED = [(1, 1, 256, 7, 7), (1, 1, 256, 16, 16), (1, 1, 512, 4, 4), (1, 1, 512, 5, 7)]
+LARGE_HEADS = [(1, 1, 256, 5, 7), (1, 2, 64, 16, 16), (1, 1, 16, 16, 16), (1, 1, 512, 4, 4)]
 
 
 @pytest.mark.kernel
 @pytest.mark.parametrize("dtype", operand_types(), ids=str)
-@pytest.mark.parametrize("case", SMALL, ids=str)
+@pytest.mark.parametrize("case", FOLDED, ids=str)
 def test_folded(case, dtype, device):
     Folded(*case, dtype, device).check()
 
 
 @pytest.mark.kernel
 @pytest.mark.parametrize("dtype", operand_types(), ids=str)
-@pytest.mark.parametrize("case", MANY, ids=str)
+@pytest.mark.parametrize("case", HEADS, ids=str)
 def test_heads(case, dtype, device):
     Heads(*case, dtype, device).check()
 
 
 @pytest.mark.kernel
-@pytest.mark.parametrize(
-    ("case", "dtype"),
-    spread(
-        [
-            (1, 1, 256, 7, 7),
-            (1, 1, 256, 16, 16),
-            (1, 1, 512, 4, 4),
-            (1, 1, 512, 5, 7),
-            (1, 1, 16, 1, 40),
-        ]
-    ),
-    ids=str,
-)
+@pytest.mark.parametrize(("case", "dtype"), spread([*LARGE_FOLDED, (1, 1, 16, 1, 40)]), ids=str)
 def test_large_folded(case, dtype, device):
     Folded(*case, dtype, device).check()
 
 
 @pytest.mark.kernel
-@pytest.mark.parametrize(
-    ("case", "dtype"),
-    spread(
-        [
-            (1, 1, 256, 5, 7),
-            (1, 2, 64, 16, 16),
-            (1, 1, 16, 16, 16),
-            (1, 1, 512, 4, 4),
-            (2, 1, 64, 1, 1),
-        ]
-    ),
-    ids=str,
-)
+@pytest.mark.parametrize(("case", "dtype"), spread([*LARGE_HEADS, (2, 1, 64, 1, 1)]), ids=str)
 def test_large_heads(case, dtype, device):
     Heads(*case, dtype, device).check()
 
@@ -167,8 +130,9 @@ def test_large_heads(case, dtype, device):
 @pytest.mark.parametrize("dtype", operand_types(), ids=str)
 @pytest.mark.parametrize("kind", [Folded, Heads])
 def test_very_large_logits(kind, dtype, device):
-    """Beyond what fp32 can hold the exponential of: the softmax chooses, and stays finite. Operands are whole numbers, so that
-    logits are exact.
+    """exp of the logits overflows fp32, but the softmax is finite: it selects one key.
+
+    The operands are integers, so the logits are exact.
     """
     case = kind(2, 1, 64, 5, 7, dtype, device)
     names = ("q", "x") if kind is Folded else ("qkv",)
@@ -184,20 +148,20 @@ def test_very_large_logits(kind, dtype, device):
     assert logits.float().exp().isinf().any()
     out, exact = case.out(), case.reference(torch.float64)
     run_twice(case.op, out, **case.arguments())
-    # PyTorch in half precision rounds the logits to whole steps of 4 and may choose another key, so the truth is the yardstick
+    # compared with fp64: PyTorch in half precision rounds the logits and may select another key
     step = torch.finfo(dtype).eps if dtype != torch.float32 else 1e-4
     assert (out.pixels.double() - exact).abs().max() <= 4 * step * exact.abs().max()
 
 
-# ---- with what stands around it
+# ---- the whole layer
 
 
 def layer(c, heads, scale=1.0):
     torch.manual_seed(0)
-    made = unet.Attention(c, heads, None, 1e-6, scale).double()
-    for p in made.parameters():  # so that neither softmax nor biases are nearly nothing
+    module = unet.Attention(c, heads, None, 1e-6, scale).double()
+    for p in module.parameters():  # large enough for an uneven softmax and visible biases
         torch.nn.init.normal_(p, std=1.0 if p.ndim == 1 else 1.5 * c**-0.5)
-    return made.requires_grad_(False)
+    return module.requires_grad_(False)
 
 
 def projections(layer):
@@ -206,54 +170,46 @@ def projections(layer):
 
 @pytest.mark.parametrize(("c", "scale"), [(16, 1.0), (48, 2**0.5), (96, 1.0)])
 def test_fold_is_the_four_projections(c, scale):
-    made, x = layer(c, 1, scale), normal(2, c, 5, 7).double()
-    (m, m_bias), (v, v_bias) = fold(*projections(made))
+    module, x = layer(c, 1, scale), normal(2, c, 5, 7).double()
+    (m, m_bias), (v, v_bias) = fold(*projections(module))
     q = torch.einsum("kc,nchw->nkhw", m, x) + m_bias[:, None, None]
     out = poisoned(2, 5, 7, c, torch.float64, "cpu")
     op = FoldedAttention(v / scale, v_bias / scale, residual_scale=1 / scale)
     op.fallback(
         map_of(q, bordered=False), map_of(x, bordered=False), out, map_of(x), compute=torch.float64
     )
-    torch.testing.assert_close(out.pixels, made(x), rtol=0, atol=1e-10)
-    # each of the eight matters, but the keys' bias: it adds the same to all logits of a query
-    for i, (weight, bias) in enumerate(projections(made)):
+    torch.testing.assert_close(out.pixels, module(x), rtol=0, atol=1e-10)
+    # each parameter matters, except the keys' bias, which adds a constant to all logits of a query
+    for i, (weight, bias) in enumerate(projections(module)):
         for j, p in enumerate((weight, bias)):
             p.mul_(1.01)
-            off = (out.pixels - made(x)).abs().max()
+            off = (out.pixels - module(x)).abs().max()
             assert off < 1e-10 if (i, j) == (1, 1) else off > 1e-4
             p.div_(1.01)
 
 
 def test_fallback_of_heads_is_the_layer():
     c, heads = 48, 3
-    made, x = layer(c, heads), normal(2, c, 5, 7).double()
-    qkv = (
-        torch.cat([F.linear(pixels_first(x), *p) for p in projections(made)[:3]], dim=2)
-        .transpose(1, 2)
-        .unflatten(2, (5, 7))
-    )
+    module, x = layer(c, heads), normal(2, c, 5, 7).double()
+    qkv = torch.cat([F.linear(pixels_first(x), *p) for p in projections(module)[:3]], dim=2)
+    qkv = qkv.transpose(1, 2).unflatten(2, (5, 7))
     out = poisoned(2, 5, 7, c, torch.float64, "cpu")
     MultiHeadAttention(heads).fallback(map_of(qkv, bordered=False), out, compute=torch.float64)
-    projected = (
-        F.linear(pixels_first(out.pixels), *projections(made)[3])
-        .transpose(1, 2)
-        .unflatten(2, (5, 7))
-    )
-    torch.testing.assert_close(x + projected, made(x), rtol=0, atol=1e-10)
+    projected = F.linear(pixels_first(out.pixels), *projections(module)[3])
+    projected = projected.transpose(1, 2).unflatten(2, (5, 7))
+    torch.testing.assert_close(x + projected, module(x), rtol=0, atol=1e-10)
 
 
 @pytest.mark.kernel
 @pytest.mark.parametrize("dtype", operand_types(), ids=str)
 @pytest.mark.parametrize(("c", "heads"), [(48, 1), (64, 2)])
 def test_whole_layer(c, heads, dtype, device):
-    """The kernels in a row, everything between them rounded, against the layer in the same precision. Folded or not, its error
-    is no larger.
-    """
+    """All kernels of a layer, with rounded intermediate maps, are as accurate as plain PyTorch."""
     n, h, w, target = 2, 5, 7, Target.of(torch.device(device))
-    made, x = layer(c, heads).to(device), normal(n, c, h, w).to(device, dtype)
-    exact = made(x.double())
-    q, k, v, o = projections(made)
-    tiles = lambda outputs: cut(
+    module, x = layer(c, heads).to(device), normal(n, c, h, w).to(device, dtype)
+    exact = module(x.double())
+    q, k, v, o = projections(module)
+    tiles = lambda outputs: choose_tiles(
         target, dtype, divisor(c, 64), outputs, n * h * w, tma=False, warps=8
     )
     dense, bordered = map_of(x, bordered=False), map_of(x)
@@ -270,10 +226,10 @@ def test_whole_layer(c, heads, dtype, device):
         Conv1x1.of(weight, bias, dtype, tiles(3 * c)).run(dense, qkv)
         MultiHeadAttention(heads, target).run(qkv, mixed)
         Conv1x1.of(*o, dtype, tiles(c)).run(mixed, out, residual=bordered)
-    assert_as_accurate(out.pixels, made.to(dtype)(x), exact)
+    assert_as_accurate(out.pixels, module.to(dtype)(x), exact)
 
 
-# ---- batches, faults
+# ---- batches and planted faults
 
 
 @pytest.mark.kernel
@@ -304,25 +260,20 @@ FAULTS = {
 
 @pytest.mark.kernel
 @pytest.mark.parametrize(("fault", "dtype"), spread(FAULTS), ids=str)
-def test_fault_is_seen(fault, dtype, device):
-    case = (
-        Heads(2, 2, 32, 5, 7, dtype, device)
-        if "heads" in fault
-        else Folded(2, 1, 32, 5, 7, dtype, device)
-    )
+def test_fault_is_detected(fault, dtype, device):
+    kind, heads = (Heads, 2) if "heads" in fault else (Folded, 1)
+    case = kind(2, heads, 32, 5, 7, dtype, device)
     with pytest.raises(AssertionError, match="max error"):
         case.check(FAULTS[fault](case.op))
 
 
 @pytest.mark.kernel
-@pytest.mark.parametrize(
-    "fault", ["keys and values exchanged", "keys of another image", "the last key"]
-)
-def test_wrong_argument_is_seen(fault, device):
+@pytest.mark.parametrize("fault", ["keys and values swapped", "keys of another image", "last key"])
+def test_wrong_argument_is_detected(fault, device):
     case = Heads(2, 2, 32, 5, 7, operand_types()[-1], device)
     qkv = case.qkv.clone()
     q, k, v = qkv.chunk(3, dim=1)
-    if fault == "keys and values exchanged":
+    if fault == "keys and values swapped":
         qkv = torch.cat([q, v, k], dim=1)
     elif fault == "keys of another image":
         qkv = torch.cat([q, k.flip(0), v], dim=1)
@@ -335,8 +286,8 @@ def test_wrong_argument_is_seen(fault, device):
 @pytest.mark.kernel
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("kind", [Folded, Heads])
-def test_damage_is_seen(kind, damage, device):
-    leave, says = DAMAGES[damage]
+def test_damage_is_detected(kind, damage, device):
+    change, message = DAMAGES[damage]
     case = kind(2, 1, 16, 4, 4, operand_types()[-1], device)
-    with pytest.raises(AssertionError, match=says):
-        case.check(Damaged(case.op, leave))
+    with pytest.raises(AssertionError, match=message):
+        case.check(Damaged(case.op, change))

@@ -1,3 +1,5 @@
+"""Reverse step of every solver: `kernels.ddpm_step`."""
+
 import itertools
 
 import pytest
@@ -12,6 +14,7 @@ from ddpm_fast.kernels.ddpm_step import COLUMNS, ddpm_step, ddpm_step_reference,
 from ddpm_fast.testing import assert_as_accurate
 
 LAYOUTS = {"channels-first": torch.contiguous_format, "channels-last": torch.channels_last}
+SHAPES = [(1, 3, 32, 32), (2, 1, 1, 1), (3, 4, 9, 1), (4, 1, 28, 28), (2, 5, 3, 17)]
 T = choose_timesteps(1000, 20)
 
 
@@ -31,7 +34,7 @@ def case(
     x_t = torch.randn(shape).to(device).contiguous(memory_format=LAYOUTS[layout])
     out = torch.randn(b, 2 * c if table.learned else c, h, w).to(device, dtype)
     out = out.contiguous(memory_format=LAYOUTS[out_layout or layout])
-    row = torch.tensor([0, len(T) - 1, 7, 11])[:b]  # the first step, the last, and two between
+    row = torch.tensor([0, len(T) - 1, 7, 11])[:b]  # the first, the last and two other steps
     seed, image = torch.tensor([5, -1, 2**62, 0])[:b], torch.arange(b) + 2**35
     coef = table.padded(len(table) + 1)[1]
     vectors = (v.to(device) for v in (coef, row, seed, image))
@@ -41,15 +44,14 @@ def case(
 def check(args, exactly=True):
     x_t, out, table, row, seed, image, learned = args
     z = N.noise_reference(seed, image, row, N.REVERSE, x_t.shape[1:])
-    exact = ddpm_step_reference(
-        x_t.double(), out.double(), z.double(), table.double(), row, learned
-    )
-    plain = ddpm_step_reference(x_t, out, z, table, row, learned)
+    tensors = (x_t, out, z, table)
+    exact = ddpm_step_reference(*(v.double() for v in tensors), row, learned)
+    plain = ddpm_step_reference(*tensors, row, learned)
     got = x_t.clone(memory_format=torch.preserve_format)
     ddpm_step(got, out, table, row, seed, image, learned)
     assert_as_accurate(got, plain, exact)
     if exactly:
-        assert torch.equal(got, plain)  # the same operations in the same order, none of them fused
+        assert torch.equal(got, plain)  # the same operations in the same order, without fusion
 
 
 OPTIONS = [
@@ -61,20 +63,14 @@ OPTIONS = [
 @pytest.mark.kernel
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(map(str, o.values())))
 def test_kernel_every_form(options, device):
-    check(
-        case((4, 3, 7, 5), device=device, **options),
-        exactly=not options["variance"].startswith("learned"),
-    )  # exp differs by a bit
+    exactly = not options["variance"].startswith("learned")  # exp differs by a bit
+    check(case((4, 3, 7, 5), device=device, **options), exactly)
 
 
 @pytest.mark.kernel
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(
-    "shape", [(1, 3, 32, 32), (2, 1, 1, 1), (3, 4, 9, 1), (4, 1, 28, 28), (2, 5, 3, 17)], ids=str
-)
-@pytest.mark.parametrize(
-    "layouts", list(itertools.product(LAYOUTS, LAYOUTS)), ids=lambda v: " and ".join(v)
-)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("layouts", list(itertools.product(LAYOUTS, LAYOUTS)), ids=" and ".join)
 @pytest.mark.each_value
 def test_kernel_shapes_and_layouts(shape, dtype, layouts, device):
     check(case(shape, dtype=dtype, layout=layouts[0], out_layout=layouts[1], device=device))
@@ -86,30 +82,79 @@ def test_kernel_learned_layouts(layout, device):
     check(case((3, 3, 8, 8), layout=layout, device=device, variance="learned_range"), exactly=False)
 
 
+@pytest.mark.kernel
+@pytest.mark.parametrize("variance", ["fixed_large", "learned_range"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_kernel_given_noise(layout, variance, device):
+    check_given(case((4, 3, 7, 5), layout=layout, device=device, variance=variance))
+
+
+@pytest.mark.parametrize("variance", ["fixed_large", "learned_range"])
+def test_reference_op_given_noise(variance):
+    check_given(case((4, 3, 7, 5), variance=variance))
+
+
+def check_given(args):
+    """Noise of another generator; seed and image must have no effect."""
+    x_t, out, table, row, seed, image, learned = args
+    z = torch.empty_like(x_t).copy_(torch.randn(x_t.shape))
+    wide = [v.double() for v in (x_t, out, z, table)]
+    exact = ddpm_step_reference(*wide, row, learned)
+    plain = ddpm_step_reference(x_t, out, z, table, row, learned)
+    result = x_t.clone(memory_format=torch.preserve_format)
+    ddpm_step(result, out, table, row, seed + 1, image + 1, learned, z=z)
+    assert_as_accurate(result, plain, exact)
+
+
+@pytest.mark.kernel
+def test_opcheck_given_noise(device):
+    args = case((2, 3, 5, 7), device=device)
+    torch.library.opcheck(ddpm_step, args, dict(z=torch.zeros_like(args[0])))
+
+
+@pytest.mark.kernel
+def test_kernel_tables_of_several_requests_share_a_batch(device):
+    check_shared(device)
+
+
+def test_reference_op_tables_of_several_requests_share_a_batch():
+    check_shared("cpu")
+
+
+def check_shared(device):
+    """Images with tables of their solvers, one after the other in one tensor, are bit-exact."""
+    ddpm, ddim = (
+        case((4, 3, 7, 5), device=device, **options)
+        for options in (dict(), dict(solver="ddim", eta=0.5))
+    )
+    x_t, out, table, row, *names, learned = ddpm
+    expected = [x_t.clone(memory_format=torch.preserve_format) for _ in range(2)]
+    ddpm_step(expected[0], out, table, row, *names, learned)
+    ddpm_step(expected[1], out, ddim[2], row, *names, learned)
+    both = torch.cat([table, ddim[2]])
+    second = torch.tensor([False, True, False, True], device=x_t.device)
+    ddpm_step(x_t, out, both, row + len(table) * second, *names, learned)
+    for i in range(4):
+        assert torch.equal(x_t[i], expected[i % 2][i])
+
+
 def with_history(args):
-    """x_{t-1} and the new history, by the operation; and as two references in fp32 and fp64 have them."""
+    """Returns (x_{t-1}, new history) of the operation and of its reference in fp32 and fp64."""
     x_t, out, table, row, seed, image, learned = args
     torch.manual_seed(1)
     old = torch.randn_like(x_t)
-    old[table[row.long(), COLUMNS.index("mean_old")] == 0] = float(
-        "nan"
-    )  # what no step has written is not read
+    # the history is unused in the first step
+    old[table[row.long(), COLUMNS.index("mean_old")] == 0] = float("nan")
     z = N.noise_reference(seed, image, row, N.REVERSE, x_t.shape[1:])
-    got, x_0 = (
-        x_t.clone(memory_format=torch.preserve_format),
-        old.clone(memory_format=torch.preserve_format),
-    )
+    got, x_0 = (v.clone(memory_format=torch.preserve_format) for v in (x_t, old))
     ddpm_step(got, out, table, row, seed, image, learned, x_0)
-    plain, exact = (
-        (
-            ddpm_step_reference(
-                x_t.to(d), out.to(d), z.to(d), table.to(d), row, learned, old.to(d)
-            ),
-            x_0_reference(x_t.to(d), out.to(d), table.to(d), row),
-        )
-        for d in (torch.float32, torch.float64)
-    )
-    return (got, x_0), plain, exact
+
+    def reference(dtype):
+        x, o, noise, coef, history = (v.to(dtype) for v in (x_t, out, z, table, old))
+        x_prev = ddpm_step_reference(x, o, noise, coef, row, learned, history)
+        return x_prev, x_0_reference(x, o, coef, row)
+
+    return (got, x_0), reference(torch.float32), reference(torch.float64)
 
 
 @pytest.mark.kernel
@@ -145,15 +190,14 @@ def test_opcheck_history_of_the_reference():
 @pytest.mark.kernel
 def test_kernel_reads_half_of_a_wider_output(device):
     x_t, out, *rest = case((2, 3, 8, 8), device=device)
-    wide = torch.cat([out, torch.full_like(out, float("nan"))], dim=1).contiguous(
-        memory_format=torch.channels_last
-    )
-    check((x_t, wide[:, :3], *rest))
+    with_variance = torch.cat([out, torch.full_like(out, float("nan"))], dim=1)
+    with_variance = with_variance.contiguous(memory_format=torch.channels_last)
+    check((x_t, with_variance[:, :3], *rest))
 
 
 @pytest.mark.kernel
 def test_kernel_keeps_nan(device):
-    """A broken pixel must not be clipped into a good one."""
+    """NaN is not clipped to a valid pixel."""
     x_t, out, *rest = case((1, 1, 8, 8), device=device)
     out[0, 0, 3, 4] = float("nan")
     ddpm_step(x_t, out, *rest)
@@ -161,19 +205,20 @@ def test_kernel_keeps_nan(device):
 
 
 @pytest.mark.kernel
-def test_kernel_catches_a_planted_fault(device):
-    """One per cent more sigma, the neighbour's row, the next image's noise: each must fail the check above."""
+def test_planted_fault_is_detected(device):
+    """Each fails: 1 % more sigma, the next row of the table, the noise of the next image."""
     x_t, out, table, row, seed, image, learned = case((2, 3, 8, 8), device=device)
     wrong = table.clone()
     wrong[:, COLUMNS.index("sigma")] *= 1.01
     z = N.noise_reference(seed, image, row, N.REVERSE, (3, 8, 8))
     exact = ddpm_step_reference(x_t.double(), out.double(), z.double(), table.double(), row)
-    plain = ddpm_step_reference(x_t, out, z, table, row)
-    for args in (
+    plain, next_row = ddpm_step_reference(x_t, out, z, table, row), (row + 1) % 20
+    faults = (
         (wrong, row, seed, image),
-        (table, (row + 1) % 20, seed, image),
+        (table, next_row, seed, image),
         (table, row, seed, image + 1),
-    ):
+    )
+    for args in faults:
         got = x_t.clone(memory_format=torch.preserve_format)
         ddpm_step(got, out, *args, learned)
         with pytest.raises(AssertionError, match="max error"):
@@ -198,9 +243,9 @@ def test_reference_op(options):
     check(case((4, 3, 7, 5), **options))
 
 
-def test_last_step_adds_no_noise_however_large_the_learned_variance():
+def test_last_step_adds_no_noise_for_any_learned_variance():
     x_t, out, table, row, seed, image, learned = case((4, 1, 4, 4), variance="learned_range")
-    out[:, 1:] = 1e4  # exp overflows: the last step must still be the mean
+    out[:, 1:] = 1e4  # exp overflows, but the last step is the mean
     ddpm_step(x_t, out, table, row, seed, image, learned)
     assert x_t[1].isfinite().all()
 
@@ -208,16 +253,21 @@ def test_last_step_adds_no_noise_however_large_the_learned_variance():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(x_t=torch.zeros(2, 3, 4, 4, dtype=torch.float16)), "the state is never kept in less"),
+        (
+            dict(x_t=torch.zeros(2, 3, 4, 4, dtype=torch.float16)),
+            r"expected float32 \[B, C, H, W\]",
+        ),
         (dict(out=torch.zeros(2, 6, 4, 4)), r"expected floating \(2, 3, 4, 4\)"),
         (dict(learned=True), r"expected floating \(2, 6, 4, 4\) on cpu \(mean and variance\)"),
         (dict(table=torch.zeros(20, 5)), "table is"),
         (dict(step=torch.zeros(1, dtype=torch.int32)), r"step is .*\[2\]"),
         (dict(image=torch.zeros(2)), "image is"),
+        # channels-first, while x_t is channels-last
         (
             dict(old=torch.zeros(2, 3, 4, 4)),
-            "old is .*expected a tensor like x_t",
-        ),  # channels-first beside channels-last
+            "old is .*expected the dtype, shape, strides and device",
+        ),
+        (dict(z=torch.zeros(2, 3, 4, 4)), "z is .*expected the dtype, shape, strides and device"),
     ],
 )
 def test_refuses(change, message):
@@ -228,7 +278,7 @@ def test_refuses(change, message):
 
 
 @pytest.mark.kernel
-def test_refuses_rows_that_do_not_follow_one_another(device):
+def test_refuses_rows_that_are_not_adjacent(device):
     x_t, _, *rest = case((2, 3, 8, 8), device=device)
     with pytest.raises(ValueError, match="expected whole images"):
         ddpm_step(x_t, torch.randn(2, 3, 8, 16, device=device)[..., ::2].transpose(2, 3), *rest)

@@ -1,15 +1,20 @@
-"""GroupNorm with what stands around it: `kernels.group_norm_silu`."""
+"""GroupNorm with SiLU, time embedding and skip connection: `kernels.group_norm_silu`."""
 
 import itertools
 from dataclasses import replace
-from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from ddpm_fast.kernels._gemm import E4M3_MAX, Target
-from ddpm_fast.kernels._group_norm_kernels import HELD, TILE, WIDEST, Blocks
+from ddpm_fast.kernels._group_norm_kernels import (
+    MAX_LANES,
+    MAX_ONE_PASS_ELEMENTS,
+    TILE_ELEMENTS,
+    Blocks,
+)
 from ddpm_fast.kernels._triton import INTERPRETED
 from ddpm_fast.kernels.group_norm_silu import GroupNormSiLU, group_norm_silu_reference
 from ddpm_fast.testing import (
@@ -27,7 +32,7 @@ from ddpm_fast.testing import (
 
 E4M3 = torch.float8_e4m3fn
 EPS = 1e-6
-COLUMN = 3  # where the layer's entries begin in a row of the table
+COLUMN = 3  # first column of the layer's entries in the table
 FORMS = {
     "norm, dense": dict(silu=False, bordered=False),
     "silu": {},
@@ -37,7 +42,7 @@ FORMS = {
 
 
 class Case:
-    """A layer, and all that it reads: images whose channels differ in mean and deviation, every image with a row of its own."""
+    """A layer and its inputs: channels differ in mean and deviation, images in their time rows."""
 
     def __init__(
         self,
@@ -57,17 +62,14 @@ class Case:
     ):
         rng, c = torch.Generator().manual_seed(0), c1 + c2
         normal = lambda *shape: torch.randn(*shape, generator=rng)
-        x = normal(n, c, h, w) * torch.linspace(0.5, 2, c)[:, None, None] + mean * (
-            1 + 0.3 * normal(n, c, 1, 1)
-        )
-        self.x = x.to(device, dtype)
-        gamma, beta = (
-            v.to(dtype).float().to(device) for v in (1 + 0.3 * normal(c), 0.3 * normal(c))
-        )
+        x = normal(n, c, h, w) * torch.linspace(0.5, 2, c)[:, None, None]
+        self.x = (x + mean * (1 + 0.3 * normal(n, c, 1, 1))).to(device, dtype)
+        gamma, beta = 1 + 0.3 * normal(c), 0.3 * normal(c)
+        gamma, beta = (v.to(dtype).float().to(device) for v in (gamma, beta))
         self.op = GroupNormSiLU(gamma, beta, groups, EPS, silu, time, COLUMN)
         self.split, self.bordered, self.table, self.row = c1, bordered, None, None
         if time is not None:
-            # only what the images are to read is a number
+            # NaN except in the rows and columns that the layer reads
             self.row = torch.arange(n) * 2 + 1
             self.table = torch.full((2 * n + 1, 2 * c + COLUMN + 2), float("nan"))
             entries = normal(n, 2 * c if time == "scale_shift" else c).to(dtype).float()
@@ -78,21 +80,16 @@ class Case:
         x = self.x[images]
         parts = [x] if self.split == x.shape[1] else x.tensor_split([self.split], dim=1)
         maps = dict(zip(("x", "x2"), map(map_of, parts), strict=False))
-        count = self.op.scratch_elements(maps["x"])
-        scratch = (
-            poisoned(1, 1, 1, count, torch.float32, x.device, bordered=False) if count else None
-        )
-        return maps | dict(
-            table=self.table,
-            time_row=None if self.row is None else self.row[images],
-            scratch=scratch,
-        )
+        count, scratch = self.op.scratch_elements(maps["x"]), None
+        if count:
+            scratch = poisoned(1, 1, 1, count, torch.float32, x.device, bordered=False)
+        time_row = None if self.row is None else self.row[images]
+        return maps | dict(table=self.table, time_row=time_row, scratch=scratch)
 
     def out(self, images=5, dtype=None):
         n, c, h, w = self.x.shape
-        return poisoned(
-            min(n, images), h, w, c, dtype or self.x.dtype, self.x.device, self.bordered
-        )
+        dtype = dtype or self.x.dtype
+        return poisoned(min(n, images), h, w, c, dtype, self.x.device, self.bordered)
 
     def reference(self, dtype):
         op, more = self.op, {}
@@ -101,21 +98,14 @@ class Case:
             names = ("scale", "offset") if op.time == "scale_shift" else ("shift",)
             entries = self.table[self.row.long(), COLUMN:].to(dtype)
             more = {name: entries[:, i * c : (i + 1) * c] for i, name in enumerate(names)}
-        return group_norm_silu_reference(
-            self.x.to(dtype),
-            op.gamma.to(dtype),
-            op.beta.to(dtype),
-            op.groups,
-            op.eps,
-            op.silu,
-            **more,
-        )
+        x, gamma, beta = (v.to(dtype) for v in (self.x, op.gamma, op.beta))
+        return group_norm_silu_reference(x, gamma, beta, op.groups, op.eps, op.silu, **more)
 
     def check(self, op=None, **options):
         assert_operation(op or self.op, self.out(), self.reference, **self.arguments(), **options)
 
 
-# (images, channels, channels of a second map, groups, height, width)
+# (images, channels, channels of the second map, groups, height, width)
 ONE_PASS = {
     "width 1": (2, 16, 0, 16, 5, 7),
     "width 2": (1, 64, 0, 32, 7, 7),
@@ -123,19 +113,25 @@ ONE_PASS = {
     "width 4": (1, 32, 0, 8, 28, 28),
     "width 6": (3, 48, 0, 8, 3, 5),
     "width 8": (2, 128, 0, 16, 7, 7),
-    "width 12, the last block not full": (2, 48, 24, 6, 4, 4),
-    "width 12, a group of both maps": (2, 64, 32, 8, 4, 4),
-    "width 24, a group of both maps": (2, 64, 32, 4, 2, 3),
+    "width 12, partial last block": (2, 48, 24, 6, 4, 4),
+    "width 12, a group in both maps": (2, 64, 32, 8, 4, 4),
+    "width 24, a group in both maps": (2, 64, 32, 4, 2, 3),
     "width 48": (2, 96, 48, 3, 5, 7),
-    "width 48, a group of both maps": (2, 64, 80, 3, 7, 5),
+    "width 48, a group in both maps": (2, 64, 80, 3, 7, 5),
     "one group": (2, 64, 0, 1, 8, 8),
     "one pixel": (2, 32, 16, 4, 1, 1),
 }
 TWO_PASS = {
-    "width 12, a group of both maps": (1, 32, 16, 4, 96, 64),
+    "width 12, a group in both maps": (1, 32, 16, 4, 96, 64),
     "width 128": (1, 256, 0, 2, 40, 40),
     "one group of 96": (1, 96, 0, 1, 40, 40),
 }
+TWO_PASS_FORMS = [
+    ("width 12, a group in both maps", "add"),
+    ("width 128", "scale_shift"),
+    ("one group of 96", "norm, dense"),
+    ("one group of 96", "add"),
+]
 
 
 @pytest.mark.kernel
@@ -148,18 +144,7 @@ def test_one_pass(shape, form, dtype, device):
 
 
 @pytest.mark.kernel
-@pytest.mark.parametrize(
-    ("case", "dtype"),
-    spread(
-        [
-            ("width 12, a group of both maps", "add"),
-            ("width 128", "scale_shift"),
-            ("one group of 96", "norm, dense"),
-            ("one group of 96", "add"),
-        ]
-    ),
-    ids=str,
-)
+@pytest.mark.parametrize(("case", "dtype"), spread(TWO_PASS_FORMS), ids=str)
 def test_two_passes(case, dtype, device):
     shape, form = case
     case = Case(*TWO_PASS[shape], dtype, device, **FORMS[form])
@@ -172,30 +157,23 @@ def test_two_passes(case, dtype, device):
     "shape", [ONE_PASS["width 4"], TWO_PASS["one group of 96"]], ids=["one pass", "two passes"]
 )
 def test_mean_far_from_zero(shape, device):
-    """Values about 100 that deviate by 1: the mean of the squares less the square of the mean would lose the variance."""
+    """Mean 100 and deviation 1: E[x^2] - E[x]^2 would lose the variance."""
     case = Case(*shape, torch.float32, device, silu=False, mean=0.0)
     case.x = case.x / 1.3 + 100
     case.check()
 
-    def by_squares(out, **_):
+    def by_difference_of_squares(out, **_):
         x = case.x.unflatten(1, (case.op.groups, -1))
         mean, square = (v.mean((2, 3, 4), keepdim=True) for v in (x, x * x))
         y = ((x - mean) / (square - mean * mean + EPS).sqrt()).flatten(1, 2)
         out.write(y * case.op.gamma[:, None, None] + case.op.beta[:, None, None])
 
     naive = case.out()
-    by_squares(naive)
-    exact = case.reference(torch.float64)
-    assert relative_error(naive.pixels, exact) > 10 * relative_error(
-        case.reference(torch.float32), exact
-    )
+    by_difference_of_squares(naive)
+    exact, plain = case.reference(torch.float64), case.reference(torch.float32)
+    assert relative_error(naive.pixels, exact) > 10 * relative_error(plain, exact)
     with pytest.raises(AssertionError, match="error"):
-        case.check(Kernel(by_squares))
-
-
-class Kernel:
-    def __init__(self, run):
-        self.run = run
+        case.check(SimpleNamespace(run=by_difference_of_squares))
 
 
 @pytest.mark.kernel
@@ -207,7 +185,7 @@ def test_rows_of_32_bits(time, device):
 @pytest.mark.kernel
 @pytest.mark.parametrize("value", [0.0, 3.0, -1e4])
 def test_constant_image_is_beta(value, device):
-    """No variance, so only eps stands below the root: no NaN, no deviations out of nothing."""
+    """The variance is 0, so the divisor is sqrt(eps): no NaN, and the output is exactly beta."""
     case = Case(1, 32, 0, 8, 4, 5, torch.float32, device, silu=False)
     case.x.fill_(value)
     case.check()
@@ -220,26 +198,29 @@ def test_constant_image_is_beta(value, device):
 
 
 def nearest(v):
-    """v fp64 as e4m3, by torch's cast, clamped first."""
+    """Returns v, fp64, clamped and rounded to e4m3 by torch's cast."""
     return v.clamp(-E4M3_MAX, E4M3_MAX).float().to(E4M3).double()
 
 
-def interpreter_can(v):
-    """Where Triton's interpreter casts fp32 to e4m3 as hardware does. It forgets the carry of a value that rounds up to the next
-    power of two, and cuts subnormals (below 2^-6) off.
+def cast_is_exact(v):
+    """Mask of values that are cast to e4m3 as on a GPU.
+
+    Triton's interpreter loses the carry of a value that rounds up to the next power of two, and
+    truncates subnormals (below 2^-6).
     """
-    carries = torch.frexp(nearest(v)).mantissa.abs().eq(0.5) & (
-        nearest(v).abs() > v.abs() * (1 - 1e-5)
-    )
-    return (v.abs() >= 2**-6) & ~carries if INTERPRETED else torch.ones_like(v, dtype=torch.bool)
+    if not INTERPRETED:
+        return torch.ones_like(v, dtype=torch.bool)
+    rounded = nearest(v)
+    carries = torch.frexp(rounded).mantissa.abs().eq(0.5) & (rounded.abs() > v.abs() * (1 - 1e-5))
+    return (v.abs() >= 2**-6) & ~carries
 
 
 def assert_e4m3(stored, v):
-    """stored is v to the nearest e4m3, but for fp32's error in v, which may decide between two that are equally near."""
-    stored, can = stored.double(), interpreter_can(v)
-    assert can.double().mean() > 0.8
-    near = (nearest(v) - v.clamp(-E4M3_MAX, E4M3_MAX)).abs() + 1e-5 * v.abs().clamp(1, E4M3_MAX)
-    far = ((stored - v.clamp(-E4M3_MAX, E4M3_MAX)).abs() > near) & can
+    """Asserts that stored is v rounded to the nearest e4m3, up to the fp32 error of v."""
+    stored, exact, clamped = stored.double(), cast_is_exact(v), v.clamp(-E4M3_MAX, E4M3_MAX)
+    assert exact.double().mean() > 0.8
+    allowed = (nearest(v) - clamped).abs() + 1e-5 * v.abs().clamp(1, E4M3_MAX)
+    far = ((stored - clamped).abs() > allowed) & exact
     assert not far.any(), (
         f"{int(far.sum())} of {far.numel()} are not the nearest: {stored[far][:4]} for {v[far][:4]}"
     )
@@ -255,14 +236,14 @@ def needs_e4m3(device):
     ("shape", "form"),
     [
         (ONE_PASS["width 3"], "silu"),
-        (ONE_PASS["width 12, a group of both maps"], "add"),
-        (ONE_PASS["width 12, a group of both maps"], "scale_shift"),
+        (ONE_PASS["width 12, a group in both maps"], "add"),
+        (ONE_PASS["width 12, a group in both maps"], "scale_shift"),
         ((1, 64, 0, 2, 40, 40), "add"),  # two passes
     ],
     ids=str,
 )
 def test_e4m3_output(shape, form, device):
-    """Also saturated, where gamma is huge: 448 and not NaN."""
+    """Values that saturate, because gamma is huge, become 448 and not NaN."""
     needs_e4m3(device)
     case = Case(*shape, torch.float32, device, **FORMS[form])
     gamma = case.op.gamma.clone()
@@ -290,75 +271,56 @@ def test_e4m3_saturates_below_too(device):
     out, exact = case.out(dtype=E4M3), case.reference(torch.float64)
     run_twice(case.op, out, **case.arguments())
     sure = exact.abs() > 2 * E4M3_MAX
-    assert sure.double().mean() > 0.9 and torch.equal(
-        out.pixels.double()[sure], exact.sign()[sure] * E4M3_MAX
-    )
+    assert sure.double().mean() > 0.9
+    assert torch.equal(out.pixels.double()[sure], exact.sign()[sure] * E4M3_MAX)
+
+
+SATURATED = [ONE_PASS["width 3"], ONE_PASS["width 12, partial last block"]]
 
 
 @pytest.mark.kernel
-@pytest.mark.parametrize(
-    "shape",
-    [
-        ONE_PASS["width 3"],
-        ONE_PASS["width 12, the last block not full"],
-        TWO_PASS["one group of 96"],
-    ],
-    ids=str,
-)
-def test_what_saturates_is_counted(shape, device):
-    """Exactly, in the pixels alone, by kernel and fallback; NaN among it, which is not clamped away."""
+@pytest.mark.parametrize("shape", [*SATURATED, TWO_PASS["one group of 96"]], ids=str)
+def test_saturated_values_are_counted(shape, device):
+    """Kernel and fallback count exactly the clamped and NaN pixels, and NaN stays NaN."""
     needs_e4m3(device)
     case = Case(*shape, torch.float32, device, silu=False)
 
     def counted(op, by):
-        out, saturated = (
-            case.out(dtype=E4M3),
-            torch.full((1, 1), 7, dtype=torch.int64, device=device),
-        )
-        getattr(op, by)(
-            out=out,
-            saturated=saturated,
-            **case.arguments(),
-            **(dict(compute=torch.float32) if by == "fallback" else {}),
-        )
+        out, saturated = case.out(dtype=E4M3), torch.full((1, 1), 7, device=device)
+        compute = dict(compute=torch.float32) if by == "fallback" else {}
+        getattr(op, by)(out=out, saturated=saturated, **case.arguments(), **compute)
         return out, int(saturated) - 7
 
     beta = case.op.beta.clone()
     beta[[3, 10]] = torch.tensor([1e4, -1e4], device=device)  # every pixel of two channels
     fits, over = replace(case.op, unit=0.5), replace(case.op, beta=beta)
-    pixels = case.x[:, 0].numel()
+    pixels, image_pixels, width = case.x[:, 0].numel(), case.x[0, 0].numel(), case.op.width
     for by in ("run", "fallback"):
         assert counted(fits, by)[1] == 0, by
         assert counted(over, by)[1] == 2 * pixels, by
         case.x[-1, 3, 1, 2] = float("nan")  # a group of one image
         out, count = counted(over, by)
-        nan = len(case.op.gamma) // case.op.groups * case.x[0, 0].numel()
-        others = (
-            2 * pixels
-            - sum(i // case.op.width == 3 // case.op.width for i in (3, 10)) * case.x[0, 0].numel()
-        )
+        nan = width * image_pixels
+        others = 2 * pixels - sum(i // width == 3 // width for i in (3, 10)) * image_pixels
         assert count == others + nan, by
         assert int(out.pixels.float().isnan().sum()) == nan or (INTERPRETED and by == "run"), by
         case.x[-1, 3, 1, 2] = 0.0
 
 
-# ---- batches, faults
+# ---- batches and planted faults
+
+
+BATCHES = [
+    ((5, 64, 32, 8, 5, 7), "norm, dense"),
+    ((5, 64, 32, 8, 5, 7), "add"),
+    ((5, 48, 0, 16, 3, 5), "scale_shift"),
+    ((5, 48, 0, 16, 3, 5), "silu"),
+    ((5, 64, 0, 1, 24, 24), "add"),  # two passes
+]
 
 
 @pytest.mark.kernel
-@pytest.mark.parametrize(
-    ("case", "dtype"),
-    spread(
-        [
-            ((5, 64, 32, 8, 5, 7), "norm, dense"),
-            ((5, 64, 32, 8, 5, 7), "add"),
-            ((5, 48, 0, 16, 3, 5), "scale_shift"),
-            ((5, 48, 0, 16, 3, 5), "silu"),
-            ((5, 64, 0, 1, 24, 24), "add"),  # two passes
-        ]
-    ),
-    ids=str,
-)
+@pytest.mark.parametrize(("case", "dtype"), spread(BATCHES), ids=str)
 def test_same_bits_in_any_batch(case, dtype, device):
     shape, form = case
     case = Case(*shape, dtype, device, **FORMS[form])
@@ -379,7 +341,7 @@ FAULTS = {
     "eps": (lambda op: replace(op, eps=1e-1), {}),
     "no SiLU": (lambda op: replace(op, silu=False), {}),
     "the next column": (lambda op: replace(op, column=op.column - 1), dict(time="add")),
-    "added behind the norm": (
+    "added after the norm": (
         lambda op: replace(op, time=None, beta=op.beta + 0.5),
         dict(time="add"),
     ),
@@ -389,7 +351,7 @@ FAULTS = {
 
 @pytest.mark.kernel
 @pytest.mark.parametrize(("fault", "dtype"), spread(FAULTS), ids=str)
-def test_fault_is_seen(fault, dtype, device):
+def test_fault_is_detected(fault, dtype, device):
     change, form = FAULTS[fault]
     case = Case(2, 32, 16, 4, 5, 7, dtype, device, **form)
     if case.table is not None:
@@ -399,26 +361,25 @@ def test_fault_is_seen(fault, dtype, device):
 
 
 @pytest.mark.kernel
-@pytest.mark.parametrize("fault", ["rows of other images", "maps exchanged"])
-def test_wrong_argument_is_seen(fault, device):
+@pytest.mark.parametrize("fault", ["rows of other images", "maps swapped"])
+def test_wrong_argument_is_detected(fault, device):
     case = Case(2, 24, 24, 4, 5, 7, torch.float32, device, time="add")
     arguments = case.arguments()
-    arguments |= (
-        dict(time_row=arguments["time_row"].flip(0))
-        if fault == "rows of other images"
-        else dict(x=arguments["x2"], x2=arguments["x"])
-    )
+    if fault == "maps swapped":
+        arguments |= dict(x=arguments["x2"], x2=arguments["x"])
+    else:
+        arguments |= dict(time_row=arguments["time_row"].flip(0))
     with pytest.raises(AssertionError, match="max error"):
         assert_operation(case.op, case.out(), case.reference, **arguments)
 
 
 @pytest.mark.kernel
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damage_is_seen(damage, device):
-    leave, says = DAMAGES[damage]
+def test_damage_is_detected(damage, device):
+    change, message = DAMAGES[damage]
     case = Case(2, 32, 0, 8, 5, 7, operand_types()[-1], device)
-    with pytest.raises(AssertionError, match=says):
-        case.check(Damaged(case.op, leave))
+    with pytest.raises(AssertionError, match=message):
+        case.check(Damaged(case.op, change))
 
 
 # ---- blocks and reference: plain PyTorch
@@ -430,44 +391,26 @@ def is_power_of_two(n):
 
 @pytest.mark.parametrize("channels", [16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024])
 def test_blocks(channels):
-    sizes = [
-        h * w
-        for h, w in [
-            (1, 1),
-            (2, 2),
-            (4, 4),
-            (5, 7),
-            (7, 7),
-            (8, 8),
-            (16, 16),
-            (28, 28),
-            (32, 32),
-            (40, 40),
-            (64, 64),
-        ]
-    ]
-    for size, width in itertools.product(
-        [*sizes, 96 * 64, 128**2, 256**2, 512**2], range(1, channels + 1)
-    ):
-        if channels % width:
-            continue
+    sides = (1, 2, 4, 7, 8, 16, 28, 32, 40, 64, 128, 256, 512)
+    sizes = [5 * 7, 96 * 64, *(side**2 for side in sides)]
+    widths = [width for width in range(1, channels + 1) if channels % width == 0]
+    for size, width in itertools.product(sizes, widths):
         b = Blocks.of(size, channels, width)
         about = f"{size} pixels, {channels} channels, groups of {width}: {b}"
         assert b.used % width == 0 and width <= b.used <= b.lanes, about  # whole groups
-        assert is_power_of_two(b.pixels) and is_power_of_two(b.lanes) and b.warps in (4, 8, 16), (
-            about
-        )
+        assert is_power_of_two(b.pixels) and is_power_of_two(b.lanes), about
+        assert b.warps in (4, 8, 16), about
         assert b.used % 8 == 0 or b.used + 8 > b.lanes or width % 8 or width > b.lanes, about
         if b.one_pass:
             assert size <= b.pixels < 2 * size or size == b.pixels, about
-            assert b.pixels * b.lanes <= HELD, about
+            assert b.pixels * b.lanes <= MAX_ONE_PASS_ELEMENTS, about
         else:
-            assert b.pixels * b.lanes <= max(TILE, b.lanes) and b.pixels < 2 * size, about
-            assert b.lanes <= max(WIDEST, 2 * width), about
+            assert b.pixels * b.lanes <= max(TILE_ELEMENTS, b.lanes) and b.pixels < 2 * size, about
+            assert b.lanes <= max(MAX_LANES, 2 * width), about
 
 
-def test_blocks_of_the_largest_that_one_pass_holds():
-    """A CIFAR-sized image is read once; one of 64x64 twice, unless its groups are narrow."""
+def test_largest_blocks_of_one_pass():
+    """One pass holds 32x32 pixels, unless groups are wide, and does not hold 64x64."""
     assert Blocks.of(32 * 32, 128, 4).one_pass and Blocks.of(32 * 32, 256, 32).one_pass
     assert not Blocks.of(32 * 32, 128, 64).one_pass and not Blocks.of(64 * 64, 128, 4).one_pass
 
@@ -475,7 +418,7 @@ def test_blocks_of_the_largest_that_one_pass_holds():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("form", FORMS)
 def test_fallback_and_reference(form, dtype):
-    """Against the layers of the network, one by one."""
+    """Compared with the separate layers of the network."""
     case = Case(2, 32, 16, 4, 5, 7, torch.float32, "cpu", **FORMS[form])
     op, out, x = case.op, case.out(dtype=torch.float64), case.x.double()
     norm = torch.nn.GroupNorm(op.groups, 48, op.eps).double()
@@ -484,14 +427,11 @@ def test_fallback_and_reference(form, dtype):
         x = x + case.table[case.row, COLUMN : COLUMN + 48].double()[:, :, None, None]
     x = norm(x)
     if op.time == "scale_shift":
-        scale, shift = (
-            case.table[case.row, COLUMN : COLUMN + 96].double()[:, :, None, None].chunk(2, dim=1)
-        )
+        entries = case.table[case.row, COLUMN : COLUMN + 96].double()[:, :, None, None]
+        scale, shift = entries.chunk(2, dim=1)
         x = x * (1 + scale) + shift
-    want = (F.silu(x) if op.silu else x).detach()
+    expected = (F.silu(x) if op.silu else x).detach()
     op.fallback(out=out, compute=dtype, **case.arguments())
-    tolerance = partial(
-        torch.testing.assert_close, rtol=0, atol=1e-12 if dtype == torch.float64 else 1e-5
-    )
-    tolerance(out.pixels, want)
-    tolerance(case.reference(dtype).double(), want)
+    atol = 1e-12 if dtype == torch.float64 else 1e-5
+    for y in (out.pixels, case.reference(dtype).double()):
+        torch.testing.assert_close(y, expected, rtol=0, atol=atol)

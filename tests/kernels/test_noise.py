@@ -1,3 +1,5 @@
+"""Counter-based noise: `kernels.noise`."""
+
 import numpy as np
 import pytest
 import torch
@@ -21,7 +23,7 @@ def bits(x):
     return x.contiguous().view(torch.int32)
 
 
-# The known answers published with Random123: counter, key -> words
+# Known answers published with Random123: counter, key -> words
 KNOWN = [
     ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
     ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
@@ -40,44 +42,33 @@ def test_philox_known_answers(counter, key, words):
 
 
 def test_layout_of_the_counter():
-    """Key low and high word, block, tag above row, image low and high word: against the bare function."""
+    """Compares with Philox: key low and high, block, tag and row, image low and high."""
     seed, image, row, tag = 0xFEDCBA9876543210, 0x123456789, 0xABCDEF, N.REVERSE
     got = N.words_reference(*stream(1, seed, image, row), tag, 7)[0].tolist()
     key = (torch.tensor(0x76543210), torch.tensor(0xFEDCBA98))
-    want = []
+    expected = []
     for block in (0, 1):
         counter = (block, tag << 24 | row, 0x23456789, 0x1)
-        want += [int(w) for w in N.philox_reference(tuple(map(torch.tensor, counter)), key)]
-    assert got == want[:7]
+        expected += [int(w) for w in N.philox_reference(tuple(map(torch.tensor, counter)), key)]
+    assert got == expected[:7]
 
 
 def test_golden_layout():
-    """Frozen: what image i of seed s means must never change."""
+    """Frozen: image i of seed s must never change."""
     tags = dict(X_T=0, REVERSE=1, Q_SAMPLE=2, TRAIN_T=3, LABEL=4, DEQUANTISE=5)
     assert {name: getattr(N, name) for name in tags} == tags
     words = N.words_reference(*stream(1), N.X_T, 5)[0].tolist()
     assert [f"{w:08x}" for w in words] == GOLDEN_WORDS
     normals = N.noise_reference(*stream(2), N.REVERSE, (3, 2, 1))
-    assert [
-        f"{b & 0xFFFFFFFF:08x}" for b in bits(normals.permute(0, 2, 3, 1)).flatten().tolist()
-    ] == GOLDEN_NORMALS
+    words_of_normals = bits(normals.permute(0, 2, 3, 1)).flatten().tolist()
+    assert " ".join(f"{b & 0xFFFFFFFF:08x}" for b in words_of_normals) == GOLDEN_NORMALS
 
 
 GOLDEN_WORDS = ["948ef781", "39c40e91", "3b63b2c9", "284b7d22", "6d7da0da"]
-GOLDEN_NORMALS = [
-    "3fba8e9c",
-    "3f003c5d",
-    "3f013e01",
-    "be5bee5f",
-    "3fc469cd",
-    "bfa94f3d",
-    "3fb46654",
-    "3f2af79c",
-    "3f8469fd",
-    "be32ecaa",
-    "bf3cd04c",
-    "be2fdeee",
-]
+GOLDEN_NORMALS = (
+    "3fba8e9c 3f003c5d 3f013e01 be5bee5f 3fc469cd bfa94f3d "
+    "3fb46654 3f2af79c 3f8469fd be32ecaa bf3cd04c be2fdeee"
+)
 
 
 def test_normals_against_fp64():
@@ -94,37 +85,27 @@ def test_normals_against_fp64():
 
 
 @pytest.mark.kernel
-def test_million_words_and_normals_to_the_bit(device, figure, monkeypatch):
+def test_a_million_words_and_normals_are_bit_exact(device, figure, monkeypatch):
     batch, count = 4, 250_000
     if INTERPRETED:
-        monkeypatch.setattr(
-            N, "BLOCK", 2**15
-        )  # the interpreter's time is by operation, not by element
+        monkeypatch.setattr(N, "BLOCK", 2**15)  # the interpreter takes time per operation
     args = stream(batch, device=device)
     words = N.words(*args, N.X_T, count)
     assert torch.equal(words.cpu(), N.words_reference(*stream(batch), N.X_T, count))
     normals = N.noise(*args, N.REVERSE, 2, 250, 500)
-    assert torch.equal(
-        bits(normals.cpu()), bits(N.noise_reference(*stream(batch), N.REVERSE, (2, 250, 500)))
-    )
-    figure("words and normals equal to the bit, kernel and reference", f"{batch * count:,} of each")
+    expected = N.noise_reference(*stream(batch), N.REVERSE, (2, 250, 500))
+    assert torch.equal(bits(normals.cpu()), bits(expected))
+    figure("words and normals, bit-exact in kernel and reference", f"{batch * count:,} of each")
 
 
 @triton.jit
-def _philox_kernel(words_ptr, given_ptr):
-    """inputs: four counter words and two key words for each program."""
+def _philox_kernel(words_ptr, inputs_ptr):
+    """inputs: four counter words and two key words per program."""
     n = tl.program_id(0)
-    p = given_ptr + 6 * n
-    c0, c1, c2 = (
-        tl.load(p).to(tl.uint32),
-        tl.load(p + 1).to(tl.uint32),
-        tl.load(p + 2).to(tl.uint32),
-    )
-    c3, k0, k1 = (
-        tl.load(p + 3).to(tl.uint32),
-        tl.load(p + 4).to(tl.uint32),
-        tl.load(p + 5).to(tl.uint32),
-    )
+    p = inputs_ptr + 6 * n
+    c0, c1 = tl.load(p).to(tl.uint32), tl.load(p + 1).to(tl.uint32)
+    c2, c3 = tl.load(p + 2).to(tl.uint32), tl.load(p + 3).to(tl.uint32)
+    k0, k1 = tl.load(p + 4).to(tl.uint32), tl.load(p + 5).to(tl.uint32)
     w0, w1, w2, w3 = N.philox(c0, c1, c2, c3, k0, k1)
     tl.store(words_ptr + 4 * n, w0.to(tl.int64))
     tl.store(words_ptr + 4 * n + 1, w1.to(tl.int64))
@@ -148,10 +129,8 @@ def test_kernel_known_answers(device):
 def test_noise_of_any_shape(shape, seed, device):
     got = N.noise(*stream(3, seed, 2**40, 2**24 - 1, device), N.REVERSE, *shape)
     assert got.is_contiguous(memory_format=torch.channels_last) and got.shape[1:] == shape
-    assert torch.equal(
-        bits(got.cpu()),
-        bits(N.noise_reference(*stream(3, seed, 2**40, 2**24 - 1), N.REVERSE, shape)),
-    )
+    expected = N.noise_reference(*stream(3, seed, 2**40, 2**24 - 1), N.REVERSE, shape)
+    assert torch.equal(bits(got.cpu()), bits(expected))
 
 
 @pytest.mark.kernel
@@ -180,7 +159,7 @@ def test_refuses(bad):
 
 
 def test_statistics(figure):
-    """Fixed streams, so the p-values are constants: the bound is for whoever changes the generator."""
+    """The streams are fixed, so the p-values are constants; a changed generator changes them."""
     from scipy import stats
 
     n, (c, h, w) = 1000, (1, 32, 32)
@@ -197,62 +176,51 @@ def test_statistics(figure):
         "correlation of cosine and sine": _correlation(flat[:, 0::4], flat[:, 1::4]),
         "correlation of neighbouring images": _correlation(flat[:-1], flat[1:]),
     }
-    other = {
-        "steps": N.noise(*stream(n, seed=0, image=0, row=1), N.X_T, c, h, w),
-        "seeds": N.noise(*stream(n, seed=1, image=0, row=0), N.X_T, c, h, w),
-        "streams": N.noise(*stream(n, seed=0, image=0, row=0), N.REVERSE, c, h, w),
-        "seeds 2^32 apart": N.noise(*stream(n, seed=2**32, image=0, row=0), N.X_T, c, h, w),
-        "images 2^32 apart": N.noise(*stream(n, seed=0, image=2**32, row=0), N.X_T, c, h, w),
+    neighbours = {  # seed, image, row, tag
+        "steps": (0, 0, 1, N.X_T),
+        "seeds": (1, 0, 0, N.X_T),
+        "streams": (0, 0, 0, N.REVERSE),
+        "seeds 2^32 apart": (2**32, 0, 0, N.X_T),
+        "images 2^32 apart": (0, 2**32, 0, N.X_T),
     }
-    z |= {
-        f"correlation of neighbouring {name}": _correlation(flat, y.double().flatten(1).numpy())
-        for name, y in other.items()
-    }
+    for name, (seed, image, row, tag) in neighbours.items():
+        y = N.noise(*stream(n, seed, image, row), tag, c, h, w).double().flatten(1).numpy()
+        z[f"correlation of neighbouring {name}"] = _correlation(flat, y)
     p = {name: 2 * stats.norm.sf(abs(v)) for name, v in z.items()}
     p["Kolmogorov-Smirnov"] = stats.kstest(values, "norm").pvalue
-    p["Kolmogorov-Smirnov, tails (|x| > 3)"] = stats.kstest(
-        2 * stats.norm.sf(np.abs(values[np.abs(values) > 3])) / (2 * stats.norm.sf(3)), "uniform"
-    ).pvalue
-    words = N.words(*stream(n, seed=0, image=0, row=0), N.X_T, 1024).numpy()
-    p["chi-squared of the words' top byte"] = stats.chisquare(
-        np.bincount(words.ravel() >> 24, minlength=256)
-    ).pvalue
-    p["chi-squared of the words' low byte"] = stats.chisquare(
-        np.bincount(words.ravel() & 255, minlength=256)
-    ).pvalue
+    tails = 2 * stats.norm.sf(np.abs(values[np.abs(values) > 3])) / (2 * stats.norm.sf(3))
+    p["Kolmogorov-Smirnov, tails (|x| > 3)"] = stats.kstest(tails, "uniform").pvalue
+    words = N.words(*stream(n, seed=0, image=0, row=0), N.X_T, 1024).numpy().ravel()
+    for name, byte in (("top", words >> 24), ("low", words & 255)):
+        counts = np.bincount(byte, minlength=256)
+        p[f"chi-squared of the words' {name} byte"] = stats.chisquare(counts).pvalue
     for name, value in p.items():
         figure(f"p, {name} ({size:,} normals)", f"{value:.3f}")
     assert min(p.values()) > 0.001, min(p, key=p.get)
 
 
 def _correlation(a, b):
-    """The correlation in standard errors."""
+    """Returns the correlation in standard errors."""
     return np.corrcoef(a.ravel(), b.ravel())[0, 1] * np.sqrt(a.size)
 
 
 @pytest.mark.acceptance
 def test_statistics_of_sixty_million(figure):
-    """60 seeds, 1,024,000 normals each: the moments of all, and whether the 60 p-values are uniform."""
+    """60 seeds of 1,024,000 normals: the moments of all, and the uniformity of the 60 p-values."""
     from scipy import stats
 
     sums, size, p = np.zeros(4), 0, []
     for seed in range(60):
-        x = (
-            N.normals_reference(*stream(1000, seed=7919 * seed + 1, image=0, row=0), N.X_T, 1024)
-            .double()
-            .numpy()
-            .ravel()
-        )
+        vectors = stream(1000, seed=7919 * seed + 1, image=0, row=0)
+        x = N.normals_reference(*vectors, N.X_T, 1024).double().numpy().ravel()
         sums += [(x**k).sum() for k in (1, 2, 3, 4)]
         size += x.size
         p.append(stats.kstest(x, "norm").pvalue)
     m = sums / size
     z = np.array([m[0], (m[1] - 1) / 2**0.5, m[2] / 15**0.5, (m[3] - 3) / 96**0.5]) * size**0.5
-    figure(
-        f"{size:,} normals: first four moments, standard errors off",
-        " ".join(f"{v:+.2f}" for v in z),
-    )
+    deviations = " ".join(f"{v:+.2f}" for v in z)
+    figure(f"{size:,} normals: deviation of four moments in standard errors", deviations)
     uniform = stats.kstest(p, "uniform").pvalue
-    figure("60 Kolmogorov-Smirnov p-values: p that they are uniform", f"{uniform:.2f}")
+    figure("p-value of the uniformity of 60 Kolmogorov-Smirnov p-values", f"{uniform:.2f}")
     assert abs(z).max() < 4
     assert uniform > 0.001

@@ -1,3 +1,5 @@
+"""Training loss and its gradient: `kernels.noise_mse`."""
+
 import pytest
 import torch
 
@@ -15,26 +17,17 @@ SCHEDULE = NoiseSchedule.linear()
 
 def case(shape, dtype=torch.float32, layout="channels-last", prediction="eps", device="cpu"):
     torch.manual_seed(0)
-    out, x_0 = (
-        v.to(device).contiguous(memory_format=LAYOUTS[layout]) for v in torch.randn(2, *shape)
-    )
-    t = torch.randint(0, 1000, shape[:1])
-    seed, image, row = (
-        torch.tensor([7, -9, 11])[: shape[0]],
-        torch.arange(shape[0]) + 2**33,
-        torch.arange(shape[0]) * 1000,
-    )
+    maps = torch.randn(2, *shape).to(device)
+    out, x_0 = (v.contiguous(memory_format=LAYOUTS[layout]) for v in maps)
+    t, n = torch.randint(0, 1000, shape[:1]), shape[0]
+    seed, image = torch.tensor([7, -9, 11])[:n], torch.arange(n) + 2**33
+    vectors = (v.to(device) for v in (t, torch.arange(n) * 1000, seed, image))
     coef = target_table(SCHEDULE, prediction, device)
-    return (
-        out.to(dtype),
-        None if prediction == "eps" else x_0,
-        coef,
-        *(v.to(device) for v in (t, row, seed, image)),
-    )
+    return out.to(dtype), None if prediction == "eps" else x_0, coef, *vectors
 
 
 def check(args):
-    """Loss and gradient of the operation against plain PyTorch and fp64."""
+    """Compares loss and gradient of the operation with plain PyTorch and fp64."""
     out, x_0, coef, t, row, seed, image = args
     eps = N.noise_reference(seed, image, row, N.Q_SAMPLE, tuple(out.shape[1:]))
     weights = torch.linspace(0.5, 2, len(out), device=out.device)
@@ -44,12 +37,8 @@ def check(args):
         loss = call(out)
         return loss.detach(), torch.autograd.grad((loss * weights).sum(), out)[0]
 
-    exact = loss_and_gradient(
-        lambda o: noise_mse_reference(
-            o, eps.double(), None if x_0 is None else x_0.double(), coef.double(), t
-        ),
-        out.double(),
-    )
+    exact_args = eps.double(), None if x_0 is None else x_0.double(), coef.double(), t
+    exact = loss_and_gradient(lambda o: noise_mse_reference(o, *exact_args), out.double())
     plain = loss_and_gradient(lambda o: noise_mse_reference(o, eps, x_0, coef, t), out)
     got = loss_and_gradient(lambda o: noise_mse(o, x_0, coef, t, row, seed, image), out)
     for g, p, e in zip(got, plain, exact, strict=True):
@@ -70,27 +59,25 @@ def test_kernel(shape, dtype, layout, prediction, device):
 
 @pytest.mark.kernel
 def test_kernel_reads_half_of_a_wider_output(device):
-    """A network that learns its variance: only its mean has a part in the loss."""
+    """If the network learns its variance, the loss uses only the mean."""
     out, *rest = case((2, 3, 8, 8), device=device)
-    wide = torch.cat([out, torch.full_like(out, float("nan"))], dim=1).contiguous(
-        memory_format=torch.channels_last
-    )
-    wide.requires_grad_()
-    loss = noise_mse(wide[:, :3], *rest)
+    with_variance = torch.cat([out, torch.full_like(out, float("nan"))], dim=1)
+    with_variance = with_variance.contiguous(memory_format=torch.channels_last).requires_grad_()
+    loss = noise_mse(with_variance[:, :3], *rest)
     torch.testing.assert_close(loss, noise_mse(out, *rest))
-    (gradient,) = torch.autograd.grad(loss.sum(), wide)
+    (gradient,) = torch.autograd.grad(loss.sum(), with_variance)
     assert gradient[:, :3].abs().min() > 0 and not gradient[:, 3:].any()
 
 
 @pytest.mark.kernel
-def test_kernel_of_nothing(device):
+def test_kernel_with_empty_batch(device):
     out, x_0, coef, *rest = case((2, 3, 4, 4), device=device)
     assert noise_mse(out[:0], x_0, coef, *(v[:0] for v in rest)).shape == (0,)
 
 
 @pytest.mark.kernel
 def test_kernel_finds_the_noise_of_q_sample(device):
-    """A network that answers (x_t - signal x_0) / sigma has no loss but rounding, whose size the division sets."""
+    """The loss of (x_t - signal x_0) / sigma, the exact eps, is only the rounding error."""
     shape = (3, 3, 9, 9)
     out, _, coef, t, row, seed, image = case(shape, device=device)
     t = torch.tensor([999, 500, 100], device=device)
@@ -146,10 +133,7 @@ def test_targets_are_those_of_the_papers():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (
-            dict(out=torch.zeros(2, 3, 4, dtype=torch.int64)),
-            r"out is .* expected floating \[B, C, H, W\]",
-        ),
+        (dict(out=torch.zeros(2, 3, 4, dtype=torch.int64)), r"out is .* floating \[B, C, H, W\]"),
         (dict(x_0=torch.zeros(2, 3, 4, 5)), r"x_0 is .* expected floating \(2, 3, 4, 4\)"),
         (dict(coef=torch.zeros(1000, 3)), "coef is"),
         (dict(t=torch.zeros(1, dtype=torch.int64)), "t is"),

@@ -1,3 +1,5 @@
+"""Forward process: `kernels.q_sample`."""
+
 import pytest
 import torch
 
@@ -13,20 +15,10 @@ LAYOUTS = {"channels-first": torch.contiguous_format, "channels-last": torch.cha
 def case(shape, dtype, layout, device):
     torch.manual_seed(0)
     x_0 = torch.randn(shape).to(device, dtype).contiguous(memory_format=LAYOUTS[layout])
-    t = torch.randint(0, 1000, shape[:1]).to(device)
-    seed, image, row = (
-        torch.tensor([7, -9, 11])[: shape[0]],
-        torch.arange(shape[0]) + 2**33,
-        torch.arange(shape[0]) * 1000,
-    )
-    return (
-        x_0,
-        NoiseSchedule.linear().q_sample_table(device),
-        t,
-        row.to(device),
-        seed.to(device),
-        image.to(device),
-    )
+    t, n = torch.randint(0, 1000, shape[:1]), shape[0]
+    seed, image = torch.tensor([7, -9, 11])[:n], torch.arange(n) + 2**33
+    vectors = (v.to(device) for v in (t, torch.arange(n) * 1000, seed, image))
+    return x_0, NoiseSchedule.linear().q_sample_table(device), *vectors
 
 
 @pytest.mark.kernel
@@ -41,7 +33,7 @@ def test_kernel(shape, dtype, layout, device):
     plain = q_sample_reference(x_0, eps, coef, t)
     got = q_sample(x_0, coef, t, row, seed, image)
     assert_as_accurate(got, plain, exact)
-    assert torch.equal(got, plain)  # the same operations in the same order, none of them fused
+    assert torch.equal(got, plain)  # the same operations in the same order, without fusion
     assert got.dtype == torch.float32 and got.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -54,7 +46,7 @@ def test_kernel_reads_slices_in_place(device):
 
 
 @pytest.mark.kernel
-def test_kernel_of_nothing(device):
+def test_kernel_with_empty_batch(device):
     x_0, coef, *rest = case((2, 3, 4, 4), torch.float32, "channels-first", device)
     assert q_sample(x_0[:0], coef, *(v[:0] for v in rest)).shape == (0, 3, 4, 4)
 
@@ -90,9 +82,7 @@ def test_reference_op_against_fp64(layout):
 )
 def test_refuses(change, message):
     names = ("x_0", "coef", "t", "noise_row", "seed", "image")
-    kwargs = (
-        dict(zip(names, case((2, 3, 4, 4), torch.float32, "channels-first", "cpu"), strict=True))
-        | change
-    )
+    args = case((2, 3, 4, 4), torch.float32, "channels-first", "cpu")
+    kwargs = dict(zip(names, args, strict=True)) | change
     with pytest.raises(ValueError, match=message):
         q_sample(**kwargs)

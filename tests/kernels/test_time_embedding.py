@@ -1,9 +1,9 @@
-"""Projection of the time embedding for every layer: `kernels.time_embedding`."""
+"""Projection of the time embedding for all layers: `kernels.time_embedding`."""
 
 import pytest
 import torch
 
-from ddpm_fast.kernels._gemm import Target, cut
+from ddpm_fast.kernels._gemm import Target, choose_tiles
 from ddpm_fast.kernels.time_embedding import TimeEmbeddingProjection, time_embedding_reference
 from ddpm_fast.testing import assert_operation, assert_written, poisoned, relative_error
 
@@ -11,11 +11,12 @@ STEPS, CLASSES, WIDTH = 20, 7, 64
 
 
 def case(n, outputs, dtype, device):
-    """(operation, t, label) for n images; the weights are values that `dtype` holds."""
+    """Returns (operation, t, label) for n images; the weights are exact in `dtype`."""
     rng = torch.Generator().manual_seed(0)
     normal = lambda *shape: torch.randn(*shape, generator=rng).to(device)
     weight = (normal(outputs, WIDTH) * WIDTH**-0.5).to(dtype)
-    tiles = cut(Target.of(torch.device(device)), dtype, WIDTH, outputs, n, tma=False, warps=4)
+    target = Target.of(torch.device(device))
+    tiles = choose_tiles(target, dtype, WIDTH, outputs, n, tma=False, warps=4)
     time, classes, bias = normal(STEPS, WIDTH), normal(CLASSES, WIDTH), normal(outputs)
     t = torch.randint(STEPS, (n,), generator=rng).to(device)
     label = torch.randint(CLASSES, (n,), generator=rng).to(device)
@@ -30,7 +31,7 @@ def reference(op, t, label, dtype):
 @pytest.mark.kernel
 @pytest.mark.parametrize(("n", "outputs"), [(1, 64), (5, 80), (130, 192)])
 def test_fp32(n, outputs, device):
-    """The fallback takes SiLU in fp32, so it is held to that precision."""
+    """The fallback computes SiLU in fp32, so its tolerance is that of fp32."""
     op, t, label = case(n, outputs, torch.float32, device)
     out = poisoned(n, 1, 1, outputs, torch.float32, device, bordered=False)
     assert_operation(
@@ -50,11 +51,8 @@ def test_fp16_operands(device):
 
 
 def test_reference_of_one_row_by_hand():
-    time, classes, weight = (
-        torch.tensor([[0.0], [2.0]]),
-        torch.tensor([[-2.0], [1.0]]),
-        torch.tensor([[3.0]]),
-    )
+    time, classes = torch.tensor([[0.0], [2.0]]), torch.tensor([[-2.0], [1.0]])
+    weight = torch.tensor([[3.0]])
     got = time_embedding_reference(
         time, classes, torch.tensor([1, 1]), torch.tensor([0, 1]), weight, torch.tensor([0.5])
     )

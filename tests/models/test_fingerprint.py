@@ -3,8 +3,8 @@ import torch
 from ddpm_fast.models.fingerprint import weights_fingerprint
 
 
-def test_every_bit_of_every_weight_counts():
-    """Odd sizes, half precision, any memory layout, views into a larger tensor at any place."""
+def test_fingerprint_depends_on_every_bit():
+    """For odd sizes, half precision, any memory layout, and views at any offset."""
     flat = torch.randn(101)
     values = [
         torch.randn(3),

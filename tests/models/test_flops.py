@@ -14,7 +14,7 @@ CELEBA = UNetConfig(
     [(UNetConfig(), 35_746_307, 12.444), (CELEBA, 113_673_219, 497.03)],
 )
 def test_classic_networks(config, parameters, gflops):
-    """FLOPs as counted layer by layer by hand."""
+    """FLOPs were counted by hand, layer by layer."""
     cost = unet_cost(config)
     assert cost.parameters == parameters and cost.weight_bytes == 4 * parameters
     assert cost.flops / 1e9 == pytest.approx(gflops, rel=1e-4)

@@ -91,15 +91,15 @@ MODELS = {
 }
 
 
-def ours_and_theirs(config):
+def unet_and_baseline(config):
     torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        theirs = diffusers.UNet2DModel(**config).eval()
-    ours = UNet(UNetConfig.from_diffusers(dict(theirs.config))).eval()
-    ours.load_state_dict(theirs.state_dict(), strict=True)
-    theirs.load_state_dict(ours.state_dict(), strict=True)
-    return ours, theirs
+        baseline = diffusers.UNet2DModel(**config).eval()
+    unet = UNet(UNetConfig.from_diffusers(dict(baseline.config))).eval()
+    unet.load_state_dict(baseline.state_dict(), strict=True)
+    baseline.load_state_dict(unet.state_dict(), strict=True)
+    return unet, baseline
 
 
 @pytest.mark.parametrize(
@@ -109,13 +109,13 @@ def ours_and_theirs(config):
 @torch.no_grad()
 def test_parity_with_diffusers(name, figure):
     config, shape, parameters = MODELS[name]
-    ours, theirs = ours_and_theirs(config)
-    count = sum(p.numel() for p in ours.parameters())
+    unet, baseline = unet_and_baseline(config)
+    count = sum(p.numel() for p in unet.parameters())
     assert parameters in (None, count)
     x, t = torch.randn(shape), torch.tensor([3, 977, 500])[: shape[0]]
-    labels = torch.tensor([1, 9, 0])[: shape[0]] if ours.config.num_classes else None
-    want = theirs(x, t, class_labels=labels).sample
-    got = ours(x, t, labels)
+    labels = torch.tensor([1, 9, 0])[: shape[0]] if unet.config.num_classes else None
+    want = baseline(x, t, class_labels=labels).sample
+    got = unet(x, t, labels)
     assert got.shape == want.shape
     error = relative_error(got, want)
     figure(
@@ -195,7 +195,7 @@ def test_residual_blocks_per_level():
     assert unet(torch.randn(1, 3, 8, 8), 5).shape == (1, 3, 8, 8)
     expected = config.to_diffusers()
     assert expected["layers_per_block"] == [1, 3] and UNetConfig.from_diffusers(expected) == config
-    with pytest.raises(TypeError):  # diffusers never builds another network instead
+    with pytest.raises(TypeError):  # diffusers does not build another network
         diffusers.UNet2DModel.from_config(expected)
     with pytest.raises(ValueError, match=r"layers=\(1, 3, 1\) has 3 entries"):
         UNetConfig.from_diffusers({**expected, "layers_per_block": [1, 3, 1]})
@@ -209,21 +209,21 @@ def test_residual_blocks_per_level():
 
 @torch.no_grad()
 def test_residual_blocks_per_level_are_those_of_diffusers():
-    """`UNet2DModel` with the blocks that differ replaced by those of a deeper one: the truth for layers (1, 2)."""
+    """The baseline is a `UNet2DModel` with the blocks of one level from a deeper one."""
     common = dict(
         SMALL, block_out_channels=(16, 32), down_block_types=("DownBlock2D", "AttnDownBlock2D")
     )
     common["up_block_types"] = ("AttnUpBlock2D", "UpBlock2D")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        theirs, deeper = (
+        baseline, deeper = (
             diffusers.UNet2DModel(**dict(common, layers_per_block=n)).eval() for n in (1, 2)
         )
-    theirs.down_blocks[1], theirs.up_blocks[0] = deeper.down_blocks[1], deeper.up_blocks[0]
-    ours = UNet(UNetConfig.from_diffusers(dict(theirs.config, layers_per_block=[1, 2]))).eval()
-    ours.load_state_dict(theirs.state_dict(), strict=True)
+    baseline.down_blocks[1], baseline.up_blocks[0] = deeper.down_blocks[1], deeper.up_blocks[0]
+    unet = UNet(UNetConfig.from_diffusers(dict(baseline.config, layers_per_block=[1, 2]))).eval()
+    unet.load_state_dict(baseline.state_dict(), strict=True)
     x, t = torch.randn(2, SMALL["in_channels"], 16, 16), torch.tensor([3, 977])
-    assert relative_error(ours(x, t), theirs(x, t).sample) < 1e-5
+    assert relative_error(unet(x, t), baseline(x, t).sample) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -231,21 +231,21 @@ def test_residual_blocks_per_level_are_those_of_diffusers():
 )
 @torch.no_grad()
 def test_runs_in_every_precision(dtype):
-    ours, _ = ours_and_theirs(dict(SMALL, num_class_embeds=10))
+    unet, _ = unet_and_baseline(dict(SMALL, num_class_embeds=10))
     x, t, labels = torch.randn(2, 1, 16, 16), torch.tensor([5, 990]), torch.tensor([0, 9])
-    exact = ours.double()(x.double(), t, labels)
-    got = ours.to(dtype)(x, t, labels)
+    exact = unet.double()(x.double(), t, labels)
+    got = unet.to(dtype)(x, t, labels)
     assert got.dtype == dtype
     assert relative_error(got, exact) < {8: 1e-6, 4: 1e-5}.get(dtype.itemsize, 0.05)
 
 
 @torch.no_grad()
 def test_fractional_and_single_timesteps():
-    ours, theirs = ours_and_theirs(SMALL)
+    unet, baseline = unet_and_baseline(SMALL)
     x = torch.randn(2, 1, 16, 16)
     t = torch.tensor([0.25, 998.5])
-    assert relative_error(ours(x, t), theirs(x, t).sample) < 1e-5
-    assert torch.equal(ours(x, 7), ours(x, torch.tensor([7, 7])))
+    assert relative_error(unet(x, t), baseline(x, t).sample) < 1e-5
+    assert torch.equal(unet(x, 7), unet(x, torch.tensor([7, 7])))
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 32, 32), (1, 1, 30, 32), (1, 32, 32)])

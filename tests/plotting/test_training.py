@@ -1,4 +1,4 @@
-"""The pictures hold what the run's files say."""
+"""Plots of training runs."""
 
 import json
 from importlib import import_module
@@ -17,107 +17,71 @@ pytest.importorskip("matplotlib")
 def run(tmp_path):
     home = tmp_path / "run"
     (home / "samples").mkdir(parents=True)
-    with open(home / "log.jsonl", "w") as f:
-        for step in range(50, 2050, 50):
-            line = dict(
-                step=step,
-                images=64 * step,
-                epoch=step / 938,
-                loss=0.03 + 1 / step,
-                seconds=step / 2,
-            )
-            f.write(json.dumps(line) + "\n")
-            if step % 500 == 0:
-                f.write(
-                    json.dumps(
-                        dict(
-                            step=step,
-                            ema_loss=0.028 + 1 / step,
-                            raw_loss=0.03 + 1 / step,
-                            held_out=True,
-                        )
-                    )
-                    + "\n"
-                )
-        f.write('{"step": 2050, "los')  # as a kill leaves it
-    for step in (500, 1000, 1500, 2000):
-        save_grid(
-            home / "samples" / f"{step:08d}.png",
-            np.full((12, 8, 8, 1), step // 10, np.uint8),
-            columns=4,
-        )
+    lines = []
+    for step in range(50, 2050, 50):
+        line = dict(step=step, images=64 * step, epoch=step / 938, loss=0.03 + 1 / step)
+        lines.append(line | dict(seconds=step / 2))
+        if step % 500 == 0:
+            line = dict(step=step, ema_loss=0.028 + 1 / step, raw_loss=0.03 + 1 / step)
+            lines.append(line | dict(held_out=True))
+            grid = np.full((12, 8, 8, 1), step // 10, np.uint8)
+            save_grid(home / "samples" / f"{step:08d}.png", grid, columns=4)
+    write_log(home, lines)
+    with open(home / "log.jsonl", "a") as f:
+        f.write('{"step": 2050, "los')  # truncated, as after a kill
     return home
 
 
-def test_loss(run, tmp_path, monkeypatch):
-    import ddpm_fast.plotting.training
+def write_log(run, lines):
+    (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
-    kept, save = [], ddpm_fast.plotting.training.save
-    monkeypatch.setattr(
-        "ddpm_fast.plotting.training.save",
-        lambda figure, out: (kept.append(figure), save(figure, out)),
-    )
-    plot_loss(run, tmp_path / "loss.png")
-    lines = {line.get_label(): line.get_data() for line in kept[0].axes[0].get_lines()}
+
+def figure_of(plot, monkeypatch, *arguments):
+    """Returns the figure that a function saves, and saves it."""
+    figures, module = [], import_module("ddpm_fast.plotting.training")
+    save = module.save
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            module, "save", lambda figure, out: figures.append(figure) or save(figure, out)
+        )
+        plot(*arguments)
+    return figures[0]
+
+
+def test_loss(run, tmp_path, monkeypatch):
+    figure = figure_of(plot_loss, monkeypatch, run, tmp_path / "loss.png")
+    lines = {line.get_label(): line.get_data() for line in figure.axes[0].get_lines()}
     assert len(lines) == 4
     x, y = lines["averaged weights, on held-out images"]
     assert list(x) == [32000, 64000, 96000, 128000] and y[1] == pytest.approx(0.029)
     x, y = lines["training, as logged"]
     assert x[0] == 3200 and y[0] == pytest.approx(0.05) and len(x) == 40
-    with Image.open(tmp_path / "loss.png") as picture:
-        assert picture.width > 500
+    with Image.open(tmp_path / "loss.png") as png:
+        assert png.width > 500
 
 
-def test_losses_by_quartile_get_a_panel(run, tmp_path, monkeypatch):
-    import ddpm_fast.plotting.training
-
-    with open(run / "log.jsonl", "w") as f:
-        for step in (1, 2, 3):
-            quartiles = {f"loss_q{i}": None if i == step else i + 1 / step for i in range(4)}
-            f.write(
-                json.dumps(
-                    dict(
-                        step=step,
-                        images=64 * step,
-                        epoch=step,
-                        loss=1 / step,
-                        seconds=step,
-                        **quartiles,
-                    )
-                )
-                + "\n"
-            )
-            f.write(json.dumps(dict(step=step, ema_kid=0.1, ema_kid_deviation=0.01)) + "\n")
-    kept, save = [], ddpm_fast.plotting.training.save
-    monkeypatch.setattr(
-        "ddpm_fast.plotting.training.save",
-        lambda figure, out: (kept.append(figure), save(figure, out)),
-    )
-    plot_loss(run, tmp_path / "loss.png")
-    lines = [line.get_data() for line in kept[0].axes[1].get_lines()]
-    assert [list(x) for x, _ in lines] == [[64, 128, 192]] * 4
-    assert lines[0][1] == pytest.approx([1, 1 / 2, 1 / 3]) and lines[2][1] == pytest.approx(
-        [3, np.nan, 2 + 1 / 3], nan_ok=True
-    )
+def test_losses_by_quartile_have_a_panel(run, tmp_path, monkeypatch):
+    lines = []
+    for step in (1, 2, 3):
+        quartiles = {f"loss_q{i}": None if i == step else i + 1 / step for i in range(4)}
+        line = dict(step=step, images=64 * step, epoch=step, loss=1 / step, seconds=step)
+        lines += [line | quartiles, dict(step=step, ema_kid=0.1, ema_kid_deviation=0.01)]
+    write_log(run, lines)
+    figure = figure_of(plot_loss, monkeypatch, run, tmp_path / "loss.png")
+    curves = [line.get_data() for line in figure.axes[1].get_lines()]
+    assert [list(x) for x, _ in curves] == [[64, 128, 192]] * 4
+    assert curves[0][1] == pytest.approx([1, 1 / 2, 1 / 3])
+    assert curves[2][1] == pytest.approx([3, np.nan, 2 + 1 / 3], nan_ok=True)
 
 
-def figure_of(plot, monkeypatch, *arguments):
-    figures, module = [], import_module("ddpm_fast.plotting.training")
-    monkeypatch.setattr(module, "save", lambda figure, out: figures.append(figure))
-    plot(*arguments)
-    return figures[0]
-
-
-def test_the_axes_hold_the_whole_curve(run, tmp_path, monkeypatch):
-    """Regression: the axis ended at five times the lowest loss, below the first half of the curve."""
-    with open(run / "log.jsonl", "w") as f:
-        for step, loss in ((1, 1.13), (2, None), (3, 0.5), (4, 0.12)):
-            quartiles = {f"loss_q{i}": loss and loss * 10**-i for i in range(4)}
-            entry = dict(
-                step=step, images=step, epoch=step / 9, loss=loss, seconds=162, **quartiles
-            )
-            f.write(json.dumps(entry) + "\n")
-        f.write(json.dumps(dict(step=4, ema_loss=0.1, raw_loss=None, held_out=True)) + "\n")
+def test_the_axes_cover_the_whole_curve(run, tmp_path, monkeypatch):
+    """Regression: the upper limit was five times the lowest loss and cut off the first half."""
+    lines = []
+    for step, loss in ((1, 1.13), (2, None), (3, 0.5), (4, 0.12)):
+        quartiles = {f"loss_q{i}": loss and loss * 10**-i for i in range(4)}
+        line = dict(step=step, images=step, epoch=step / 9, loss=loss, seconds=162)
+        lines.append(line | quartiles)
+    write_log(run, [*lines, dict(step=4, ema_loss=0.1, raw_loss=None, held_out=True)])
     upper, lower = figure_of(plot_loss, monkeypatch, run, tmp_path / "loss.png").axes
     for axes, lowest in ((upper, 0.1), (lower, 0.12e-3)):
         low, high = axes.get_ylim()
@@ -126,16 +90,15 @@ def test_the_axes_hold_the_whole_curve(run, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("columns", [1, 3, 10])
-def test_the_sheet_is_as_wide_as_its_grids(run, tmp_path, monkeypatch, columns):
-    """Regression: three columns stood in the middle of a sheet of eight inches."""
+def test_the_figure_is_as_wide_as_the_images(run, tmp_path, monkeypatch, columns):
+    """Regression: three columns had wide margins in a figure of eight inches."""
     for path in (run / "samples").iterdir():
         save_grid(path, np.zeros((4 * columns, 8, 8, 1), np.uint8), columns)
     figure = figure_of(plot_course, monkeypatch, run, tmp_path / "course.png")
     figure.draw_without_rendering()
-    rows = figure.axes[0].get_window_extent()
-    assert (
-        figure.bbox.width - rows.width < 1.3 * figure.dpi and rows.height > 0.8 * figure.bbox.height
-    )
+    images = figure.axes[0].get_window_extent()
+    assert figure.bbox.width - images.width < 1.3 * figure.dpi
+    assert images.height > 0.8 * figure.bbox.height
 
 
 def test_course(run, tmp_path):
@@ -154,7 +117,7 @@ def test_first_row(tmp_path):
         first_row(tmp_path / "other.png")
 
 
-def test_commands_and_bad_input(run, tmp_path, capsys):
+def test_command_line(run, tmp_path, capsys):
     main = import_module("ddpm_fast.cli.main").main
 
     def call(*arguments):
@@ -165,9 +128,9 @@ def test_commands_and_bad_input(run, tmp_path, capsys):
     assert call("loss", run, "--out", tmp_path / "a.png") == (0, "")
     assert call("course", run, "--out", tmp_path / "b.png") == (0, "")
     for arguments, message in (
-        (("loss", tmp_path), "holds no losses"),
-        (("course", tmp_path), "holds no grids"),
-        (("loss", run, "--out", tmp_path / "a.txt"), "unknown kind of picture"),
+        (("loss", tmp_path), "has no losses"),
+        (("course", tmp_path), "has no grids"),
+        (("loss", run, "--out", tmp_path / "a.txt"), "unknown kind of file"),
         (("loss", run, "--out", tmp_path / "no" / "a.png"), "create it first"),
     ):
         code, err = call(*arguments)

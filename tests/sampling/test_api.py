@@ -1,4 +1,4 @@
-"""The API of a sampler beyond its images: names of dtypes and devices, hints in errors, repr, memory."""
+"""Sampler API: names of dtypes and devices, hints in errors, repr, outputs, memory."""
 
 import inspect
 
@@ -37,7 +37,7 @@ def sampler_of(model=half, **options):
         "fp8": ["fp8", "float8", "float8_e4m3fn", "torch.float8_e4m3fn"],
     }.items(),
 )
-def test_a_dtype_has_the_names_of_pytorch(name, names):
+def test_dtype_aliases(name, names):
     assert [dtype_name(n) for n in names] == [name] * len(names)
 
 
@@ -47,7 +47,7 @@ def test_refuses_other_dtypes(dtype):
         dtype_name(dtype)
 
 
-def test_refuses_devices_in_one_line_with_those_that_there_are():
+def test_the_error_for_an_unknown_device_lists_available_devices():
     for device in ("bogus", "cuda:99", "meta"):
         with pytest.raises(ValueError, match=r"device is .*; expected one of cpu") as raised:
             sampler_of(device=device)
@@ -81,7 +81,7 @@ def test_refuses_cuda_without_a_gpu():
     ],
 )
 @pytest.mark.parametrize("method", ["sample", "stream"])
-def test_an_unknown_keyword_names_the_method_and_the_right_one(method, keyword, hint):
+def test_the_error_for_an_unknown_keyword_names_the_method_and_a_replacement(method, keyword, hint):
     with pytest.raises(TypeError) as raised:
         getattr(sampler_of(), method)(1, **{keyword: 1})
     message = str(raised.value)
@@ -94,7 +94,7 @@ def test_an_unknown_keyword_of_table():
         sampler_of().table(step=3)
 
 
-def test_a_forgotten_num_classes_is_named():
+def test_errors_about_num_classes_and_the_signature():
     def conditional(x_t, t, labels):
         return x_t * labels[:, None, None, None]
 
@@ -162,7 +162,7 @@ def test_to_leaves_the_sampler_unchanged_if_it_raises():
     before = {name: value.clone() for name, value in model.state_dict().items()}
     sampler = sampler_of(model)
     with pytest.raises(ValueError, match="fp8"):
-        sampler.to(dtype="fp8")  # rounds the weights to bf16 before it is refused
+        sampler.to(dtype="fp8")  # casts the weights to bf16 before it raises
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert sampler.sample(1, steps=2).shape == (1, *sampler.shape[1:], sampler.shape[0])
 
@@ -209,7 +209,7 @@ def test_a_stopped_run_continues_with_the_remaining_indices():
 # ---- trajectories
 
 
-def test_a_trajectory_holds_the_last_run():
+def test_a_trajectory_has_the_records_of_the_last_run():
     sampler, trajectory = sampler_of(), Trajectory(every=2)
     sampler.sample(5, steps=6, callback=trajectory, batch_size=2)
     expected = Trajectory(every=2)
@@ -220,7 +220,7 @@ def test_a_trajectory_holds_the_last_run():
 
 
 def test_a_trajectory_has_the_images_that_are_returned():
-    """A batch that is stopped before its end, or repeated after a lack of memory, is left out."""
+    """A stopped batch is left out."""
     sampler, trajectory, polls = sampler_of(), Trajectory(), iter(range(100))
     images = sampler.sample(
         5, steps=4, batch_size=2, callback=trajectory, stop=lambda: next(polls) == 6, output="float"
@@ -228,7 +228,7 @@ def test_a_trajectory_has_the_images_that_are_returned():
     assert len(images) == 2 and torch.equal(trajectory.x[-1], images)
 
 
-def test_an_unused_trajectory_is_an_error_with_a_hint():
+def test_an_empty_trajectory_raises():
     trajectory = Trajectory(every=3)
     with pytest.raises(RuntimeError, match=r"pass it as callback= to Sampler\.sample"):
         _ = trajectory.x
@@ -245,9 +245,9 @@ def test_images_that_memory_cannot_hold_are_refused_before_the_run(tmp_path):
         raise AssertionError("the run has started")
 
     for output in ("uint8", "float", "pil"):
-        with pytest.raises(ValueError, match=r"GiB of memory .* Sampler\.stream, or into a direct"):
+        with pytest.raises(ValueError, match=r"GiB of memory .* Sampler\.stream, or write .* dir"):
             sampler_of(model).sample(10**12, output=output)
-    sampler_of(model).stream(10**12)  # holds one batch
+    sampler_of(model).stream(10**12)  # needs memory for one batch
     for name in ("many.npz", "many.npy", "many.png"):
         with pytest.raises(ValueError, match=r"GiB of memory are available .* write a directory"):
             open_sink(tmp_path / name, range(10**12), (1, 4, 4))
@@ -271,7 +271,7 @@ def test_available_memory_is_the_least_of_system_and_control_groups(tmp_path):
     write(root / "a/memory.current", "700\n")
     write(root / "a/memory.stat", "anon 1\ninactive_file 50\n")
     membership = write(tmp_path / "membership", "0::/a/b\n")
-    assert memory._of_groups(membership, root) == [350]  # the limit of the group around
+    assert memory._of_groups(membership, root) == [350]  # the limit of the parent group
     write(root / "memory/c/memory.limit_in_bytes", "500\n")
     write(root / "memory/c/memory.usage_in_bytes", "450\n")
     write(membership, "5:cpu:/c\n4:memory,x:/c\n")
@@ -292,7 +292,7 @@ def test_available_memory_is_the_least_of_system_and_control_groups(tmp_path):
         (noise.words, "seed image noise_row tag count"),
     ],
 )
-def test_operations_show_their_parameters_and_docstrings(operation, parameters):
+def test_signatures_and_docstrings_of_operations(operation, parameters):
     assert list(inspect.signature(operation).parameters) == parameters.split()
     assert "[B" in operation.__doc__ and operation.__name__ in str(operation.__qualname__)
 
@@ -306,7 +306,7 @@ def test_operations_compile():
     assert torch.equal(compiled(index), draw(index))
 
 
-def test_differentiation_through_the_forward_process_is_a_clear_error():
+def test_backward_through_q_sample_raises():
     index = torch.zeros(1, dtype=torch.int64)
     x_0 = torch.zeros(1, 1, 2, 2, requires_grad=True)
     x_t = q_sample.q_sample(x_0, SCHEDULE.q_sample_table("cpu"), index, index, index, index)

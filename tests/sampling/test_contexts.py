@@ -1,4 +1,4 @@
-"""What the caller's process does must not change images: autocast, defaults, forks, pickling."""
+"""Images do not depend on the caller's context: autocast, default dtype and device, pickling."""
 
 import copy
 import os
@@ -72,7 +72,7 @@ def sampler_of(model, engine="auto"):
 @pytest.mark.parametrize("context", CONTEXTS)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_images_do_not_depend_on_the_context(engine, context):
-    """Neither those of a sampler from outside the context nor those of one from inside."""
+    """Of a sampler that is constructed outside the context, and of one constructed inside."""
     if engine == "cpu":
         pytest.importorskip("llvmlite")
     model = unet()
@@ -96,7 +96,7 @@ def test_images_of_another_module_do_not_depend_on_the_context(context):
         assert torch.equal(sampler.sample(3, **OPTIONS), expected)
 
 
-def test_the_context_is_the_callers_between_batches():
+def test_the_callers_context_is_restored_between_batches():
     model, inside = unet(), []
 
     def callback(step, t, x):
@@ -129,7 +129,7 @@ def test_a_fork_after_use_is_refused(monkeypatch):
     assert sampler_of(Custom()).sample(1, steps=1).shape == (1, 8, 8, 1)
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="os.fork is unavailable")
 def test_a_forked_child_raises_instead_of_waiting():
     code = (
         "import os, torch\n"
@@ -145,6 +145,6 @@ def test_a_forked_child_raises_instead_of_waiting():
         "        os._exit(0 if 'spawn' in str(error) else 1)\n"
         "    os._exit(2)\n"
         "assert os.waitpid(child, 0)[1] == 0\n"
-        "sampler.sample(1, steps=1)\n"  # the parent goes on
+        "sampler.sample(1, steps=1)\n"  # the parent still works
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0

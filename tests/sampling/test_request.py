@@ -18,38 +18,31 @@ PARAMS = [
 
 
 @pytest.mark.parametrize("params", PARAMS, ids=str)
-def test_json_there_and_back(params):
+def test_json_round_trip(params):
     text = params.to_json()
     assert SamplingParams.from_json(text) == params == SamplingParams(**asdict(params))
-    assert hash(SamplingParams.from_json(text)) == hash(params) and set(json.loads(text)) == set(
-        asdict(params)
-    )
+    assert hash(SamplingParams.from_json(text)) == hash(params)
+    assert set(json.loads(text)) == set(asdict(params))
     with pytest.raises(FrozenInstanceError):
         params.seed = 1
 
 
-def test_equal_requests_are_equal_whatever_their_types():
-    given = [
-        SamplingParams(np.uint64(7), "ddim", np.int32(5), eta=np.float32(0.5)),
-        SamplingParams(7, "ddim", 5, eta=0.5),
-    ]
-    assert len(set(given)) == 1 and len({p.to_json() for p in given}) == 1
+def test_equality_does_not_depend_on_number_types():
+    a = SamplingParams(np.uint64(7), "ddim", np.int32(5), eta=np.float32(0.5))
+    b = SamplingParams(7, "ddim", 5, eta=0.5)
+    assert a == b and hash(a) == hash(b) and a.to_json() == b.to_json()
     steps = [[9, 5, 0], (9, 5, 0), np.array([9, 5, 0]), torch.tensor([9, 5, 0])]
     assert {SamplingParams(steps=s) for s in steps} == {SamplingParams(steps=(9, 5, 0))}
-    assert (
-        SamplingParams(eta=0) == SamplingParams()
-        and SamplingParams.from_json("{}") == SamplingParams()
-    )
+    assert SamplingParams(eta=0) == SamplingParams() == SamplingParams.from_json("{}")
 
 
 @pytest.mark.parametrize("params", PARAMS, ids=str)
 def test_keywords_and_params_are_the_same_request(params):
-    want = SAMPLER.sample(3, **asdict(params), output="float") if params.steps else None
-    if want is not None:
-        assert torch.equal(SAMPLER.sample(3, params, output="float"), want)
-        assert torch.equal(
-            torch.cat([x for _, x in SAMPLER.stream(3, params, batch_size=2, output="float")]), want
-        )
+    if params.steps:
+        expected = SAMPLER.sample(3, **asdict(params), output="float")
+        assert torch.equal(SAMPLER.sample(3, params, output="float"), expected)
+        stream = SAMPLER.stream(3, params, batch_size=2, output="float")
+        assert torch.equal(torch.cat([x for _, x in stream]), expected)
     a, b = SAMPLER.table(params), SAMPLER.table(**asdict(params))
     assert np.array_equal(a.t, b.t) and np.array_equal(a.coef, b.coef)
 
@@ -63,7 +56,7 @@ def test_keywords_and_params_are_the_same_request(params):
         (dict(solver=["ddim"]), "expected a name"),
         (dict(steps=2.5), "steps = 2.5; expected an integer"),
         (dict(steps=[1.5]), "steps = 1.5; expected an integer"),
-        (dict(spacing="even"), "spacing 'even'"),
+        (dict(spacing="even"), "spacing is 'even'"),
         (dict(spacing=["linspace"]), "spacing"),
         (dict(eta=float("nan"), solver="ddim"), "eta = nan"),
         (dict(eta="1", solver="ddim"), "eta = '1'"),
@@ -88,9 +81,7 @@ def test_refuses_other_json(text):
 
 
 def test_params_and_keywords_together_are_refused():
-    with pytest.raises(
-        ValueError, match=r"params and seed were both given; use dataclasses.replace"
-    ):
+    with pytest.raises(ValueError, match="params and seed were both given"):
         SAMPLER.sample(1, SamplingParams(), seed=1)
     with pytest.raises(ValueError, match="params is int; expected SamplingParams"):
         SAMPLER.sample(1, 7)

@@ -12,7 +12,7 @@ MEAN, STD = 0.3, 0.25
 
 
 def gaussian_denoiser(x_t, t):
-    """The exact eps of data ~ N(MEAN, STD^2), pixel by pixel."""
+    """The exact eps of data ~ N(MEAN, STD^2), independent per pixel."""
     bar = torch.from_numpy(SCHEDULE.alpha_bar.copy()).float()[t][:, None, None, None]
     noise = torch.from_numpy(SCHEDULE.noise_var.copy()).float()[t][:, None, None, None]
     return noise.sqrt() * (x_t - bar.sqrt() * MEAN) / (bar * STD**2 + noise)
@@ -24,15 +24,9 @@ def gaussian_sampler(**options):
 
 def small_unet(num_classes=10, **options):
     torch.manual_seed(0)
-    config = dict(
-        sample_size=16,
-        in_channels=1,
-        out_channels=1,
-        channels=(16, 32),
-        layers=1,
-        attention=(False, True),
-    )
-    return UNet(UNetConfig(**config, norm_groups=4, num_classes=num_classes, **options)).eval()
+    config = dict(sample_size=16, in_channels=1, out_channels=1, channels=(16, 32), layers=1)
+    config |= dict(attention=(False, True), norm_groups=4, num_classes=num_classes)
+    return UNet(UNetConfig(**config, **options)).eval()
 
 
 def unet_sampler(**options):
@@ -40,7 +34,7 @@ def unet_sampler(**options):
 
 
 def chain_of_the_gaussian(table):
-    """Mean and standard deviation after the table's steps, exactly: every step is linear in x_t."""
+    """Exact mean and standard deviation after the table's steps: every step is linear in x_t."""
     mean, var = 0.0, 1.0
     for t, (x_0_x, x_0_out, _, mean_x_0, mean_x, mean_out, _, sigma, *_) in zip(
         table.t, table.coef, strict=True
@@ -64,8 +58,8 @@ def chain_of_the_gaussian(table):
     ],
     ids=str,
 )
-def test_gaussian_data_comes_out_as_the_chain_says(variance, options, ratio, figure):
-    """100,000 samples: each of 100 pixels of 1,000 images is one."""
+def test_moments_of_gaussian_samples(variance, options, ratio, figure):
+    """100,000 samples: 1,000 images of 100 independent pixels."""
     sampler = gaussian_sampler(shape=(1, 10, 10), variance=variance)
     x = sampler.sample(1000, batch_size=500, output="float", **options).double()
     name = f"{x.numel():,} samples of a Gaussian, {variance} {options or ''}".strip()
@@ -84,24 +78,18 @@ def test_gaussian_data_comes_out_as_the_chain_says(variance, options, ratio, fig
     "options", [dict(steps=20), dict(solver="ddim", steps=20, eta=0.5)], ids=str
 )
 def test_an_image_does_not_depend_on_its_batch_pointwise(options):
-    sampler = gaussian_sampler()
-    whole = sampler.sample(7, seed=3, output="float", **options)
-    for batch_size in (1, 3):
-        torch.testing.assert_close(
-            sampler.sample(7, seed=3, output="float", batch_size=batch_size, **options),
-            whole,
-            rtol=0,
-            atol=1e-6,
-        )
-    torch.testing.assert_close(
-        sampler.sample(range(4, 6), seed=3, output="float", **options),
-        whole[4:6],
-        rtol=0,
-        atol=1e-6,
-    )
-    torch.testing.assert_close(
-        sampler.sample([6, 2], seed=3, output="float", **options), whole[[6, 2]], rtol=0, atol=1e-6
-    )
+    def sample(indices, **more):
+        return gaussian_sampler().sample(indices, seed=3, output="float", **options, **more)
+
+    whole = sample(7)
+    parts = [
+        (sample(7, batch_size=1), whole),
+        (sample(7, batch_size=3), whole),
+        (sample(range(4, 6)), whole[4:6]),
+        (sample([6, 2]), whole[[6, 2]]),
+    ]
+    for images, expected in parts:
+        torch.testing.assert_close(images, expected, rtol=0, atol=1e-6)
 
 
 def test_an_image_does_not_depend_on_its_batch_unet(figure):
@@ -119,7 +107,7 @@ def test_an_image_does_not_depend_on_its_batch_unet(figure):
     assert (difference[0].permute(2, 0, 1)[~ties] == 0).all() and difference.max() <= 1
 
 
-def test_padded_batches_are_equal_to_the_bit():
+def test_padded_batches_are_bit_exact():
     sampler = unet_sampler()
     options = dict(seed=1, steps=10, output="float", batch_size=4, pad=True)
     whole = sampler.sample(10, **options)
@@ -136,25 +124,20 @@ def test_stream_yields_what_sample_returns():
     )
 
 
-def test_x_T_and_noise_are_the_streams_of_the_image():
+def test_x_T_is_the_noise_of_the_image_index():
     sampler = gaussian_sampler()
     state = sampler.begin(torch.tensor([4]), seed_bits(9))
     seed, image, row = torch.tensor([9]), torch.tensor([4]), torch.tensor([0], dtype=torch.int32)
     assert torch.equal(state.x, N.noise_reference(seed, image, row, N.X_T, (1, 8, 8)))
 
 
-def test_counts_and_indices_of_every_kind():
+def test_types_of_indices():
     sampler = gaussian_sampler()
-    want = sampler.sample(3, steps=2)
-    for images in (
-        np.int64(3),
-        range(3),
-        [0, 1, 2],
-        (0, 1, 2),
-        np.arange(3),
-        torch.arange(3, dtype=torch.int32),
-    ):
-        assert torch.equal(sampler.sample(images, seed=np.uint64(0), steps=np.int32(2)), want)
+    expected = sampler.sample(3, steps=2)
+    lists = [0, 1, 2], (0, 1, 2), np.arange(3), torch.arange(3, dtype=torch.int32)
+    for indices in (np.int64(3), range(3), *lists):
+        images = sampler.sample(indices, seed=np.uint64(0), steps=np.int32(2))
+        assert torch.equal(images, expected)
     assert sampler.sample([]).shape == sampler.sample(range(5, 5)).shape == (0, 8, 8, 1)
 
 
@@ -187,9 +170,8 @@ def test_classes():
     options = dict(steps=2, output="float")
     drawn = sampler.begin(torch.arange(2000), 0).labels
     assert drawn.bincount(minlength=10).min() > 140 and drawn.max() == 9  # each class 200 +- 13
-    assert torch.equal(
-        sampler.begin(torch.tensor([77]), 0).labels, drawn[77:78]
-    )  # the image's own, whatever the batch
+    # a class does not depend on the batch
+    assert torch.equal(sampler.begin(torch.tensor([77]), 0).labels, drawn[77:78])
     assert torch.equal(sampler.sample(3, labels=drawn[:3], **options), sampler.sample(3, **options))
     assert torch.equal(
         sampler.sample(3, labels=4, **options), sampler.sample(3, labels=[4, 4, 4], **options)
@@ -201,19 +183,18 @@ def test_classes():
 
 @pytest.mark.parametrize("solver", ["ddpm", "ddim"])
 def test_learned_variance(solver):
-    """A network whose second half says "the upper end" samples like fixed_large; DDIM does not read that half."""
+    """Variance output 1 is the upper end of the range: fixed_large. DDIM ignores that output."""
 
     def model(x_t, t):
         return torch.cat([gaussian_denoiser(x_t, t), torch.ones_like(x_t)], dim=1)
 
     options = dict(solver=solver, steps=10, output="float")
-    got = Sampler(model, SCHEDULE, (1, 8, 8), variance="learned_range", clip=None).sample(
-        4, **options
-    )
-    torch.testing.assert_close(got, gaussian_sampler().sample(4, **options), rtol=0, atol=1e-5)
+    learned = Sampler(model, SCHEDULE, (1, 8, 8), variance="learned_range", clip=None)
+    expected = gaussian_sampler().sample(4, **options)
+    torch.testing.assert_close(learned.sample(4, **options), expected, rtol=0, atol=1e-5)
 
 
-def test_a_model_must_not_write_into_the_state():
+def test_a_model_that_modifies_the_state_is_refused():
     with pytest.raises(ValueError, match="changed its input x_t in place"):
         Sampler(lambda x, t: x.mul_(0.5), SCHEDULE, (1, 4, 4)).sample(1, steps=2)
 
@@ -228,26 +209,25 @@ def test_a_model_that_returns_no_tensor_is_refused():
         Sampler(lambda x, t: (x,), SCHEDULE, (1, 4, 4)).sample(1, steps=2)
 
 
-def test_dropout_is_off_while_sampling_and_training_mode_comes_back():
+def test_dropout_is_off_during_sampling_and_training_mode_is_restored():
     unet = small_unet(dropout=0.5).train()
     sampler = Sampler(unet, SCHEDULE, (1, 16, 16))
     assert torch.equal(sampler.sample(1, steps=3), sampler.sample(1, steps=3))
     assert unet.training
 
 
-def test_the_default_dtype_does_not_reach_the_noise():
-    want = gaussian_sampler().sample(2, steps=3, output="float")
+def test_the_noise_does_not_depend_on_the_default_dtype():
+    expected = gaussian_sampler().sample(2, steps=3, output="float")
     torch.set_default_dtype(torch.float64)
     try:
-        assert torch.equal(gaussian_sampler().sample(2, steps=3, output="float"), want)
+        assert torch.equal(gaussian_sampler().sample(2, steps=3, output="float"), expected)
     finally:
         torch.set_default_dtype(torch.float32)
 
 
-def test_long_ranges_are_not_written_out():
-    first, images = next(
-        gaussian_sampler().stream(range(10**15, 2 * 10**15), batch_size=2, steps=2)
-    )
+def test_long_ranges_are_not_expanded():
+    indices = range(10**15, 2 * 10**15)
+    first, images = next(gaussian_sampler().stream(indices, batch_size=2, steps=2))
     assert first == 10**15 and images.shape == (2, 8, 8, 1)
 
 
@@ -259,17 +239,12 @@ def test_other_predictions_give_the_same_images(prediction):
         x_0 = (x_t.double() - (1 - bar).sqrt() * eps) / bar.sqrt()
         return (x_0 if prediction == "x_0" else bar.sqrt() * eps - (1 - bar).sqrt() * x_0).float()
 
-    got = gaussian_sampler_of(model, prediction).sample(2, steps=50, output="float")
-    torch.testing.assert_close(
-        got, gaussian_sampler().sample(2, steps=50, output="float"), rtol=0, atol=2e-3
-    )
+    other = Sampler(model, SCHEDULE, (1, 8, 8), prediction=prediction, clip=None)
+    images, expected = (s.sample(2, steps=50, output="float") for s in (other, gaussian_sampler()))
+    torch.testing.assert_close(images, expected, rtol=0, atol=2e-3)
 
 
-def gaussian_sampler_of(model, prediction):
-    return Sampler(model, SCHEDULE, (1, 8, 8), prediction=prediction, clip=None)
-
-
-def test_half_precision_network_keeps_a_wide_state():
+def test_the_state_of_a_half_precision_network_is_fp32():
     sampler = Sampler(small_unet().bfloat16(), SCHEDULE, (1, 16, 16))
     x = sampler.sample(2, steps=5, output="float")
     assert sampler.dtype == torch.bfloat16 and x.dtype == torch.float32
@@ -280,33 +255,21 @@ def test_output():
     sampler = gaussian_sampler(shape=(3, 8, 4), clip=1.0)
     pixels, x = sampler.sample(2, steps=3), sampler.sample(2, steps=3, output="float")
     assert pixels.dtype == torch.uint8 and pixels.shape == (2, 8, 4, 3) and x.shape == (2, 3, 8, 4)
-    want = (
-        np.rint((np.clip(x.numpy().astype(np.float64), -1, 1) + 1) * 127.5)
-        .astype(np.uint8)
-        .transpose(0, 2, 3, 1)
-    )
-    assert (
-        np.abs(pixels.numpy().astype(int) - want).max() <= 1
-        and (pixels.numpy() == want).mean() > 0.99
-    )
-    assert to_uint8(torch.tensor([-2.0, -1, 0.999, 1, 2]).view(1, 1, 1, 5)).flatten().tolist() == [
-        0,
-        0,
-        255,
-        255,
-        255,
-    ]
+    levels = np.rint((np.clip(x.numpy().astype(np.float64), -1, 1) + 1) * 127.5)
+    expected = levels.astype(np.uint8).transpose(0, 2, 3, 1)
+    assert np.abs(pixels.numpy().astype(int) - expected).max() <= 1
+    assert (pixels.numpy() == expected).mean() > 0.99
+    values = torch.tensor([-2.0, -1, 0.999, 1, 2]).view(1, 1, 1, 5)
+    assert to_uint8(values).flatten().tolist() == [0, 0, 255, 255, 255]
     assert sampler.sample(0).shape == (0, 8, 4, 3)
 
 
-def test_nothing_broken_is_returned():
-    broken = Sampler(
-        lambda x, t: torch.where(torch.arange(len(x))[:, None, None, None] == 1, float("nan"), x),
-        SCHEDULE,
-        (1, 4, 4),
-    )
+def test_images_with_nan_raise():
+    def model(x, t):
+        return torch.where(torch.arange(len(x))[:, None, None, None] == 1, float("nan"), x)
+
     with pytest.raises(RuntimeError, match=r"images \[8\] contain NaN or Inf"):
-        broken.sample(range(7, 10), steps=2)
+        Sampler(model, SCHEDULE, (1, 4, 4)).sample(range(7, 10), steps=2)
 
 
 @pytest.mark.parametrize(
@@ -318,15 +281,15 @@ def test_nothing_broken_is_returned():
         (dict(indices=[[1, 2]]), "expected a count, or a range or list of integers"),
         (dict(indices=2, seed=0.5), "seed = 0.5; expected an integer"),
         (dict(indices=2, batch_size=1.5), "batch_size = 1.5; expected an integer"),
-        (dict(indices=[3, -2]), "image index -2"),
+        (dict(indices=[3, -2]), "image index is -2"),
         (dict(indices=2, seed=-1), "seed = -1"),
         (dict(indices=2, seed=2**64), "seed = 18446744073709551616"),
         (dict(indices=2, steps=0), "0 steps"),
         (dict(indices=2, solver="heun"), "solver 'heun'"),
         (dict(indices=2, batch_size=0), "batch_size = 0"),
-        (dict(indices=2, output="png"), "output 'png'"),
+        (dict(indices=2, output="png"), "output is 'png'"),
         (dict(indices=2, labels=3), "the sampler has no classes"),
-        (dict(indices=2, start=(torch.zeros(1, 1, 8, 8), 5)), r"expected floating \(2, 1, 8, 8\)"),
+        (dict(indices=2, start=(torch.zeros(1, 1, 8, 8), 5)), r"expected floating-point \(2, 1, 8"),
         (
             dict(indices=2, start=(torch.zeros(2, 1, 8, 8, dtype=torch.uint8), 5)),
             "images are torch.uint8",
@@ -334,7 +297,7 @@ def test_nothing_broken_is_returned():
         (dict(indices=2, start=(torch.zeros(2, 1, 8, 8), 1000)), "timestep = 1000"),
         (dict(indices=2, start=(torch.zeros(2, 1, 8, 8), None)), "timestep = None"),
         (dict(indices=2, start=torch.zeros(2, 1, 8, 8)), "start is Tensor"),
-        (dict(indices=2**63 + 1), "image indices from 0 to"),
+        (dict(indices=2**63 + 1), "image indices are 0 to"),
         (dict(indices=True), "indices = True; expected an integer"),
     ],
     ids=lambda v: str(v)[:40],
@@ -362,10 +325,7 @@ def test_refuses_at_construction():
     ):
         with pytest.raises(ValueError, match="expected"):
             gaussian_sampler(**options)
-    with pytest.raises(
-        ValueError,
-        match="needs a network with 2 output channels, mean and variance; this one has 1",
-    ):
+    with pytest.raises(ValueError, match=r"needs a network with 2 output channels, .* has 1"):
         unet_sampler(variance="learned_range")
     with pytest.raises(ValueError, match="every = 0"):
         Trajectory(0)

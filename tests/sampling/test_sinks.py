@@ -28,35 +28,33 @@ def write(sink, batches, first):
             first += len(images)
 
 
+def names(directory):
+    return sorted(path.name for path in directory.iterdir())
+
+
 def test_folder_has_a_png_per_image_named_by_its_index(tmp_path):
     write(open_sink(tmp_path / "many", range(7, 12), (3, 4, 4)), IMAGES.split(2), 7)
-    assert sorted(p.name for p in (tmp_path / "many").iterdir()) == [
-        f"{i:06d}.png" for i in range(7, 12)
-    ]
-    for i, want in zip(range(7, 12), IMAGES.numpy(), strict=True):
-        assert np.array_equal(np.array(Image.open(tmp_path / "many" / f"{i:06d}.png")), want)
+    assert names(tmp_path / "many") == [f"{i:06d}.png" for i in range(7, 12)]
+    for i, expected in zip(range(7, 12), IMAGES.numpy(), strict=True):
+        assert np.array_equal(np.array(Image.open(tmp_path / "many" / f"{i:06d}.png")), expected)
 
 
 def test_indices_need_not_be_consecutive(tmp_path):
     sink = open_sink(tmp_path / "many", [3, 10**7, 5])
     sink.write(3, IMAGES[:1])
     sink.write(10**7, IMAGES[1:3])
-    assert sink.count == 3 and sorted(p.name for p in (tmp_path / "many").iterdir()) == [
-        "00000003.png",
-        "00000005.png",
-        "10000000.png",
-    ]
+    assert sink.count == 3
+    assert names(tmp_path / "many") == ["00000003.png", "00000005.png", "10000000.png"]
     assert np.array_equal(np.array(Image.open(tmp_path / "many" / "00000005.png")), IMAGES[2])
 
 
 @pytest.mark.parametrize("count", [5, 3])
-def test_arrays_hold_what_was_written_also_if_the_run_was_stopped(tmp_path, count):
+def test_arrays_have_the_images_written_before_a_stop(tmp_path, count):
     write(open_sink(tmp_path / "a.npz", range(2, 7)), IMAGES[:count].split(2), 2)
     write(open_sink(tmp_path / "a.npy", range(2, 7)), IMAGES[:count].split(2), 2)
     with np.load(tmp_path / "a.npz") as arrays:
-        assert np.array_equal(arrays["images"], IMAGES[:count]) and arrays[
-            "indices"
-        ].tolist() == list(range(2, 2 + count))
+        assert np.array_equal(arrays["images"], IMAGES[:count])
+        assert arrays["indices"].tolist() == list(range(2, 2 + count))
     assert np.array_equal(np.load(tmp_path / "a.npy"), IMAGES[:count])
 
 
@@ -147,7 +145,7 @@ def test_files_that_memory_cannot_hold_are_refused(tmp_path):
     assert isinstance(open_sink(tmp_path / "many", 10**12, (1, 32, 32)), FolderSink)
 
 
-def test_a_full_disk_names_the_file_and_counts_the_images(tmp_path, monkeypatch):
+def test_the_error_for_a_full_disk_has_the_file_and_the_number_of_images(tmp_path, monkeypatch):
     sink, real = open_sink(tmp_path / "many", 5), write_atomically
 
     def full(path, content):
@@ -163,8 +161,8 @@ def test_a_full_disk_names_the_file_and_counts_the_images(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("name", ["a.npy", "a.npz", "a.png"])
-def test_a_file_that_the_system_refuses_to_write_leaves_nothing(tmp_path, name):
-    """A limit on the size of files makes the system itself refuse, as a full disk does."""
+def test_a_failed_write_leaves_no_file(tmp_path, name):
+    """RLIMIT_FSIZE makes the operating system fail as on a full disk."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     images = torch.randint(0, 256, (5, 64, 64, 3), dtype=torch.uint8)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))

@@ -1,6 +1,4 @@
-"""Training with the losses of Nichol & Dhariwal 2021 and Hang et al. 2023, and timesteps drawn by their loss."""
-
-from importlib import import_module
+"""Losses of Nichol & Dhariwal 2021 and Hang et al. 2023 in training; loss-aware timesteps."""
 
 import numpy as np
 import pytest
@@ -12,6 +10,7 @@ from ddpm_fast.diffusion.losses import Bound, min_snr_weights
 from ddpm_fast.evaluation.likelihood import bits_per_dimension
 from ddpm_fast.kernels import noise as N
 from ddpm_fast.training.config import TrainConfig
+from ddpm_fast.training.flat_weights import as_vector
 from ddpm_fast.training.trainer import Trainer
 from ddpm_fast.utils.numerics import relative_error
 
@@ -29,33 +28,21 @@ KINDS = [
 def unet_for(loss_type="simple", **_):
     torch.manual_seed(0)
     out = 2 if loss_type in ("hybrid", "vlb") else 1
-    config = dict(
-        sample_size=8,
-        in_channels=1,
-        out_channels=out,
-        channels=(8, 16),
-        layers=1,
-        attention=(False, True),
-    )
-    return UNet(UNetConfig(**config, norm_groups=4))
+    network = dict(sample_size=8, in_channels=1, out_channels=out, norm_groups=4, layers=1)
+    return UNet(UNetConfig(**network, channels=(8, 16), attention=(False, True)))
 
 
 def trainer(schedule=SHORT, data=DATA, **options):
-    options = {
-        "train_batch_size": 8,
-        "max_train_steps": 100,
-        "lr_warmup_steps": 3,
-        "learning_rate": 1e-3,
-        **options,
-    }
-    return Trainer(unet_for(**options), schedule, data, TrainConfig(**options), "cpu")
+    steps = dict(train_batch_size=8, max_train_steps=100, lr_warmup_steps=3, learning_rate=1e-3)
+    config = TrainConfig(**steps | options)
+    return Trainer(unet_for(**options), schedule, data, config, "cpu")
 
 
 @pytest.mark.parametrize("options", KINDS, ids=lambda o: "-".join(o.values()))
 def test_gradient_is_that_of_the_formula_in_fp64(options):
     t = trainer(max_grad_norm=1e9, **options)
     t.step()
-    got = t.weights.grad
+    result = t.weights.grad
     t = trainer(**options)
     inputs, unet = t._noised(t.loader.batch(0)), unet_for(**options).double()
     out = unet(inputs.x_t.double(), inputs.t)
@@ -65,44 +52,42 @@ def test_gradient_is_that_of_the_formula_in_fp64(options):
         for v in (SHORT.alpha_bar, SHORT.noise_var)
     )
     prediction = options.get("prediction_type", "eps")
-    truth = {"eps": eps, "x_0": inputs.x_0, "v": a * eps - s * inputs.x_0}[prediction]
-    loss = (out[:, :1] - truth).square().mean((1, 2, 3))
+    target = {"eps": eps, "x_0": inputs.x_0, "v": a * eps - s * inputs.x_0}[prediction]
+    loss = (out[:, :1] - target).square().mean((1, 2, 3))
     bound = Bound(SHORT, prediction, "learned_range", clip=None)
     if options["loss_type"] == "min_snr":
         loss = loss * torch.from_numpy(min_snr_weights(SHORT, prediction, 5.0))[inputs.t]
     if options["loss_type"] == "vlb":
         loss = 12 * bound.terms(out, inputs.x_0, inputs.x_t, inputs.t)
     if options["loss_type"] == "hybrid":
-        kept = torch.cat([out[:, :1].detach(), out[:, 1:]], dim=1)
-        loss = loss + 12 / 1000 * bound.terms(kept, inputs.x_0, inputs.x_t, inputs.t)
+        variance_only = torch.cat([out[:, :1].detach(), out[:, 1:]], dim=1)
+        loss = loss + 12 / 1000 * bound.terms(variance_only, inputs.x_0, inputs.x_t, inputs.t)
     exact = torch.autograd.grad(loss.mean(), list(unet.parameters()))
-    exact = torch.cat(
-        [g.permute(0, 2, 3, 1).flatten() if g.ndim == 4 else g.flatten() for g in exact]
-    )
-    assert relative_error(got, exact) < 2e-5
+    assert relative_error(result, torch.cat([as_vector(g) for g in exact])) < 2e-5
 
 
 @pytest.mark.parametrize("options", KINDS, ids=lambda o: "-".join(o.values()))
-def test_state_goes_on_to_the_bit(options):
-    """Over the moment when loss-aware drawing begins: 12 timesteps times ten losses."""
-    straight, held = trainer(**options), None
+def test_a_resumed_state_is_bit_exact(options):
+    """Across the start of loss-aware sampling, after ten losses of each of the 12 timesteps."""
+    straight, saved = trainer(**options), None
     half = 25 if "timestep_sampling" in options else 5
     for step in range(2 * half):
         if step == half:
-            held = {k: v.clone() for k, v in straight.state().items()}
+            saved = {k: v.clone() for k, v in straight.state().items()}
         straight.step()
     resumed = trainer(**options)
-    resumed.load_state(held, half)
+    resumed.load_state(saved, half)
     for _ in range(half):
         resumed.step()
-    want, got = straight.state(), resumed.state()
-    assert want.keys() == got.keys() and all(torch.equal(want[k], got[k]) for k in want)
+    expected, result = straight.state(), resumed.state()
+    assert expected.keys() == result.keys()
+    assert all(torch.equal(expected[k], result[k]) for k in expected)
     if straight.timesteps is not None:
-        assert "loss_squares" in want and (straight.timesteps.count >= 10).all()
+        assert "loss_squares" in expected and (straight.timesteps.count >= 10).all()
         assert straight.timesteps.shares().unique().numel() > 1
 
 
-def test_threads_draw_and_learn_the_same():
+def test_draws_do_not_depend_on_threads():
     def run(threads):
         torch.set_num_threads(threads)
         t = trainer(train_batch_size=16, loss_type="hybrid", timestep_sampling="loss_aware")
@@ -120,30 +105,23 @@ def test_threads_draw_and_learn_the_same():
     assert relative_error(two.weights.detach(), one.weights.detach()) < 1e-3
 
 
-def test_vlb_brings_the_bits_down():
-    data = ImageData(
-        np.full((64, 8, 8, 1), 90, np.uint8)
-        + (np.arange(64) % 2 * 60).astype(np.uint8)[:, None, None, None]
-    )
+def test_vlb_reduces_the_bits_per_dimension():
+    values = (90 + np.arange(64) % 2 * 60).astype(np.uint8)
+    data = ImageData(np.tile(values[:, None, None, None], (1, 8, 8, 1)))
 
     def bits(t):
-        return bits_per_dimension(
-            Sampler(t.ema, SHORT, (1, 8, 8), variance="learned_range", clip=None), data
-        ).mean
+        sampler = Sampler(t.ema, SHORT, (1, 8, 8), variance="learned_range", clip=None)
+        return bits_per_dimension(sampler, data).mean
 
-    t = trainer(
-        data=data, loss_type="vlb", learning_rate=1e-3, max_train_steps=150, train_batch_size=16
-    )
+    t = trainer(data=data, loss_type="vlb", max_train_steps=150, train_batch_size=16)
     before = bits(t)
     for _ in range(150):
         t.step()
     assert bits(t) < 0.8 * before
 
 
-def test_refuses_what_does_not_fit():
-    with pytest.raises(
-        ValueError, match=r"must take 1 and give 2 \(mean and variance\); it takes 1 and gives 1"
-    ):
+def test_networks_and_options_that_do_not_fit():
+    with pytest.raises(ValueError, match=r"expected 1 and 2 \(mean and variance\) for images of 1"):
         Trainer(unet_for(), SHORT, DATA, TrainConfig(8, loss_type="vlb"), "cpu")
     with pytest.raises(ValueError, match="let the network predict x_0 or v"):
         trainer(SHORT.zero_terminal_snr())
@@ -153,74 +131,27 @@ def test_refuses_what_does_not_fit():
             TrainConfig(**options)
 
 
-def test_command_line_to_a_model_that_knows_its_variance(tmp_path, capsys):
+def test_a_learned_variance_from_the_command_line_to_samples(command, tmp_path):
     pytest.importorskip("click")
     pytest.importorskip("safetensors")
-    cli = import_module("ddpm_fast.cli.main")
     np.savez(tmp_path / "images.npz", images=DATA.images)
-    tiny = [
-        "--resolution",
-        8,
-        "--channels",
-        "8,16",
-        "--layers",
-        1,
-        "--head-dim",
-        8,
-        "--train-batch-size",
-        4,
-        "--learning-rate",
-        1e-4,
-    ]
-    kind = ["--loss-type", "hybrid", "--timestep-sampling", "loss-aware", "--ddpm-num-steps", 8]
 
-    def call(*arguments):
-        with pytest.raises(SystemExit) as end:
-            cli.main([str(a) for a in arguments])
-        assert end.value.code == 0, capsys.readouterr().err
+    def run(*arguments):
+        code, _, err = command(*arguments)
+        assert code == 0, err
 
-    train = [
-        "train",
-        "--train-data-dir",
-        tmp_path / "images.npz",
-        "--output-dir",
-        tmp_path / "run",
-        *tiny,
-        *kind,
-    ]
-    call(*train, "--max-train-steps", 40)
-    call(*train, "--max-train-steps", 44, "--resume-from-checkpoint", "latest")
-    checkpoint = load_pretrained(tmp_path / "run" / "model")
+    network = "--resolution 8 --channels 8,16 --layers 1 --head-dim 8 --train-batch-size 4"
+    train = ("train --train-data-dir", tmp_path / "images.npz", network, "--output-dir")
+    hybrid = "--loss-type hybrid --timestep-sampling loss-aware --ddpm-num-steps 8"
+    run(*train, tmp_path / "run", hybrid, "--max-train-steps 40")
+    more = "--max-train-steps 44 --resume-from-checkpoint latest"
+    run(*train, tmp_path / "run", hybrid, more)
+    model = tmp_path / "run" / "model"
+    checkpoint = load_pretrained(model)
     assert checkpoint.variance == "learned_range" and checkpoint.unet.config.out_channels == 2
-    call(
-        "sample",
-        "--weights",
-        tmp_path / "run" / "model",
-        "--images",
-        2,
-        "--out",
-        tmp_path / "a.npy",
-    )
-    v = [
-        *train[:4],
-        tmp_path / "v",
-        *tiny,
-        "--rescale-betas-zero-snr",
-        "--prediction-type",
-        "v",
-        "--loss-type",
-        "min-snr",
-    ]
-    call(*v, "--max-train-steps", 2)
-    assert load_pretrained(tmp_path / "v" / "model").schedule.alpha_bar[-1] == 0
-    call(
-        "sample",
-        "--weights",
-        tmp_path / "v" / "model",
-        "--images",
-        2,
-        "--steps",
-        5,
-        "--out",
-        tmp_path / "b.npy",
-    )
+    run("sample --images 2 --weights", model, "--out", tmp_path / "a.npy")
+    v = "--rescale-betas-zero-snr --prediction-type v --loss-type min-snr --max-train-steps 2"
+    run(*train, tmp_path / "v", v)
+    model = tmp_path / "v" / "model"
+    assert load_pretrained(model).schedule.alpha_bar[-1] == 0
+    run("sample --images 2 --steps 5 --weights", model, "--out", tmp_path / "b.npy")

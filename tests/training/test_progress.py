@@ -1,4 +1,4 @@
-"""First line, progress bar, estimates and warnings of a run."""
+"""First line, progress bar, time estimates and warnings of a run."""
 
 import io
 import subprocess
@@ -28,16 +28,16 @@ class Terminal(io.StringIO):
 
 
 def trainer(channels=(8, 16), layers=1, **options):
-    network = dict(sample_size=8, in_channels=1, out_channels=1, norm_groups=4)
-    unet = UNet(
-        UNetConfig(**network, channels=channels, layers=layers, attention=(False,) * len(channels))
+    network = dict(sample_size=8, in_channels=1, out_channels=1, norm_groups=4, layers=layers)
+    network |= dict(channels=channels, attention=(False,) * len(channels))
+    config = TrainConfig(
+        **dict(train_batch_size=8, max_train_steps=10, lr_warmup_steps=0) | options
     )
-    options = {"train_batch_size": 8, "max_train_steps": 10, "lr_warmup_steps": 0, **options}
-    return Trainer(unet, NoiseSchedule.linear(), DATA, TrainConfig(**options), "cpu")
+    return Trainer(UNet(UNetConfig(**network)), NoiseSchedule.linear(), DATA, config, "cpu")
 
 
 def test_the_first_line_comes_before_torch():
-    """Regression: imports and data were loaded for seconds before the first sign of life."""
+    """Regression: the first line appeared only after seconds of imports and loading."""
     code = """
 import sys
 import click
@@ -88,17 +88,12 @@ def test_the_bar_of_a_run_on_a_terminal(tmp_path):
 
 
 def test_speed_is_that_of_the_steps_and_the_estimate_includes_the_rest():
-    """5 steps of 2 s, of which the first took 10 s, and 10 s of grids: 8 images in 2 s, 4.5 s per step."""
+    """A step of 10 s, four of 2 s (8 images each), and grids of 10 s: 4.5 s per step."""
     terminal, lines = Terminal(), []
     t = trainer(max_train_steps=1000)
     progress = Progress(t, lines.append, terminal)
-    for t.done, training, elapsed in (
-        (1, 10, 10),
-        (2, 12, 12),
-        (3, 14, 24),
-        (4, 16, 26),
-        (5, 18, 28),
-    ):
+    times = ((10, 10), (12, 12), (14, 24), (16, 26), (18, 28))
+    for t.done, (training, elapsed) in enumerate(times, start=1):
         progress.update(training, elapsed)
     assert "4 images/s, 75 min left" in terminal.getvalue().split("\r")[-1]
     assert lines[0] == "about 89 min for 996 more steps (4 images/s)"  # after 4 steps
@@ -107,7 +102,7 @@ def test_speed_is_that_of_the_steps_and_the_estimate_includes_the_rest():
     assert len(lines) == 2
 
 
-def test_a_short_run_gets_no_estimate():
+def test_a_short_run_has_no_estimate():
     lines, t = [], trainer(max_train_steps=20)
     progress = Progress(t, lines.append)
     for t.done in range(1, 11):
@@ -115,29 +110,20 @@ def test_a_short_run_gets_no_estimate():
     assert not lines
 
 
-def test_what_shortens_a_run(monkeypatch):
+def test_hints_that_shorten_a_run(monkeypatch):
     progress = import_module("ddpm_fast.training.progress")
-    smaller, fewer = (
-        "a smaller network (--channels 32,64,96 --layers 1)",
-        "fewer epochs (--num_epochs)",
-    )
-    bf16 = "bf16 (--mixed_precision bf16)"
-    for has_units in (False, True):
-        monkeypatch.setattr(progress, "is_native", lambda dtype, value=has_units: value)
-        assert faster_choices(trainer((64, 128, 128), 2)) == [smaller, fewer] + [bf16] * has_units
-        assert faster_choices(trainer((32, 64, 96))) == [fewer] + [bf16] * has_units
+    smaller = "a smaller network (--channels 32,64,96 --layers 1)"
+    fewer, bf16 = "fewer epochs (--num_epochs)", "bf16 (--mixed_precision bf16)"
+    for is_native in (False, True):
+        monkeypatch.setattr(progress, "is_native", lambda dtype, value=is_native: value)
+        assert faster_choices(trainer((64, 128, 128), 2)) == [smaller, fewer] + [bf16] * is_native
+        assert faster_choices(trainer((32, 64, 96))) == [fewer] + [bf16] * is_native
         assert faster_choices(trainer(mixed_precision="bf16")) == [fewer]
 
 
 def test_durations():
-    assert [duration(s) for s in (0, 40, 89, 600, 5300, 12600)] == [
-        "0 s",
-        "40 s",
-        "89 s",
-        "10 min",
-        "88 min",
-        "3.5 h",
-    ]
+    texts = {0: "0 s", 40: "40 s", 89: "89 s", 600: "10 min", 5300: "88 min", 12600: "3.5 h"}
+    assert {seconds: duration(seconds) for seconds in texts} == texts
 
 
 @pytest.mark.parametrize(
@@ -162,7 +148,7 @@ def test_warnings(options, expected):
     assert len(lines) == (expected is not None) and all(expected in line for line in lines)
 
 
-def test_a_batch_far_beyond_the_data_is_refused():
+def test_a_batch_much_larger_than_the_data():
     """Regression: one step of 100,000 images ignored every signal until SIGKILL."""
     with pytest.raises(ValueError, match="train_batch_size is 100000 with 20 images"):
         trainer(train_batch_size=100_000)

@@ -16,7 +16,7 @@ def contents(directory):
     }
 
 
-def test_a_file_is_replaced_whole_or_stays(tmp_path, monkeypatch):
+def test_a_file_is_replaced_or_unchanged(tmp_path, monkeypatch):
     path = tmp_path / "a.json"
     write_atomically(path, b"old")
     monkeypatch.setattr(os, "fsync", full)
@@ -31,7 +31,7 @@ def test_a_file_is_replaced_whole_or_stays(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "exchange", [files._exchange, lambda a, b: False], ids=["exchange", "two renames"]
 )
-def test_a_directory_is_replaced_whole_or_stays(tmp_path, monkeypatch, exchange):
+def test_a_directory_is_replaced_or_unchanged(tmp_path, monkeypatch, exchange):
     monkeypatch.setattr(files, "_exchange", exchange)
     old, new = {"x.json": b"1", "deep/y.bin": b"2"}, {"x.json": b"3", "z.json": b"4"}
     write_directory_atomically(tmp_path / "d", old)

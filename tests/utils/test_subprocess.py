@@ -1,4 +1,4 @@
-"""A worker answers line by line; a timeout, a crash and a kill are told apart; nothing outlives its parent's handle."""
+"""Worker processes: messages, timeouts, crashes and kills."""
 
 import os
 import subprocess
@@ -19,7 +19,7 @@ ECHO = """
 import os, sys, time
 from ddpm_fast.utils.subprocess import json_stdio
 requests, send = json_stdio()
-print("{not a message}")  # as a library might
+print("{not a message}")  # output of a library
 os.system("echo '{neither is this}'")
 send(dict(hello=sys.argv[1:], variable=os.environ.get("VARIABLE")))
 for request in requests:
@@ -27,7 +27,7 @@ for request in requests:
         time.sleep(request["sleep"])
     if "exit" in request:
         sys.exit(request["exit"])
-    if "orphan" in request:  # a process that keeps what it inherits open
+    if "orphan" in request:  # a child that keeps inherited files open
         os.posix_spawn("/bin/sleep", ["sleep", "5"], os.environ)
         os.abort()
     send(request)
@@ -49,7 +49,7 @@ def test_requests_and_messages():
             worker.receive(20)
 
 
-def test_a_late_answer_can_be_awaited_again():
+def test_a_late_message_can_be_received_after_a_timeout():
     with echo() as worker:
         worker.receive(20)
         with pytest.raises(WorkerTimeout, match=r"no answer for 0\.1 s"):
@@ -68,7 +68,7 @@ def test_the_end_is_reported_after_the_messages_before_it():
         assert (raised.value.code, raised.value.last_line) == (1, "for this")
 
 
-def test_a_crash_is_noticed_while_a_process_of_the_worker_lives_on():
+def test_a_crash_is_reported_while_a_child_of_the_worker_runs():
     with echo() as worker:
         worker.receive(20)
         started = time.perf_counter()
@@ -86,9 +86,9 @@ def test_leaving_the_block_kills_a_worker_that_hangs():
         os.kill(worker.pid, 0)
 
 
-def test_a_worker_finds_this_package_and_nothing_in_the_current_folder(monkeypatch, tmp_path):
-    """Nor another ddpm_fast that is installed."""
-    (tmp_path / "queue.py").write_text("raise SystemExit('not the queue you wanted')")
+def test_a_worker_imports_this_package_and_nothing_in_the_current_directory(monkeypatch, tmp_path):
+    """It does not import another installed ddpm_fast either."""
+    (tmp_path / "queue.py").write_text("raise SystemExit('the queue of the current directory')")
     (tmp_path / "installed" / "ddpm_fast").mkdir(parents=True)
     (tmp_path / "installed" / "ddpm_fast" / "__init__.py").write_text(
         "raise SystemExit('not this package')"
@@ -100,10 +100,10 @@ def test_a_worker_finds_this_package_and_nothing_in_the_current_folder(monkeypat
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_a_torn_line_does_not_hide_the_end():
-    code = "import os; os.write(1, b'{\"torn\": '); os.abort()"
+def test_a_truncated_message_does_not_hide_the_end():
+    code = "import os; os.write(1, b'{\"cut\": '); os.abort()"
     with (
-        JsonWorker("torn", command=[sys.executable, "-c", code]) as worker,
+        JsonWorker("truncated", command=[sys.executable, "-c", code]) as worker,
         pytest.raises(WorkerEnded, match="-6"),
     ):
         worker.receive(20)

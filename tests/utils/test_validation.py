@@ -23,7 +23,7 @@ def test_integer_and_counts():
     )
 
 
-def test_numbers_beyond_fp64_are_no_numbers():
+def test_integers_beyond_fp64_are_not_numbers():
     assert is_number(10**300) and not is_number(10**400) and not is_number(float("inf"))
     assert is_count(5, 5) and not is_count(6, 5) and not is_counts([5, 6], 2, 5)
 

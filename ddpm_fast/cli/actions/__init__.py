@@ -1,1 +1,1 @@
-"""What the commands do. Imported, with torch, after their options have been parsed."""
+"""Implementations of the commands. Imported, with torch, after options have been parsed."""

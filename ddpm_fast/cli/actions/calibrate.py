@@ -1,4 +1,4 @@
-"""The work of ddpm-fast calibrate."""
+"""Implementation of ddpm-fast calibrate."""
 
 from __future__ import annotations
 
@@ -52,22 +52,21 @@ def _check_target(path: Path) -> Path:
         raise ValueError(f"--out {path} is a directory; expected a file name")
     if not folder.is_dir():
         raise ValueError(
-            f"{folder} is not a directory; expected a checkpoint, or --out FILE in a directory that exists"
+            f"{folder} is not a directory; expected a checkpoint, or --out FILE in an existing "
+            "directory"
         )
     if not os.access(folder, os.W_OK):
-        raise ValueError(f"{folder} cannot be written to; give --out FILE in one that can")
+        raise ValueError(f"{folder} is not writable; give --out FILE in another directory")
     return path
 
 
 def _lines(c: Calibration, report: dict[str, Any]) -> list[str]:
     lines = [f"{'convolution':46} {'largest input':>13} {'error in e4m3':>13}"]
     for name, layer in c.layers.items():
-        lines.append(
-            f"{name:46} {layer.amax:13.4g} {layer.error:13.4f}{'  stays bf16' if layer.keep_bf16 else ''}"
-        )
-    rule = (
-        f"{c.allowed:.4f} is allowed, the larger of {TIMES_MEDIAN:g} times the median and {FLOOR:g}"
-    )
-    lines.append(f"{len(c.keep_bf16) or 'none'} of {len(c.layers)} stay bf16: {rule}")
-    drawn = f"{report['images']} images of seed {report['seed']} in {report['steps']} {report['solver']} steps"
-    return [*lines, f"{drawn}, twice, {report['seconds']} s -> {report['out']}"]
+        dtype = "  stays in bf16" if layer.keep_bf16 else ""
+        lines.append(f"{name:46} {layer.amax:13.4g} {layer.error:13.4f}{dtype}")
+    count = f"{len(c.keep_bf16)} of {len(c.layers)} convolutions stay in bf16"
+    rule = f"the larger of {TIMES_MEDIAN:g} times the median and {FLOOR:g}"
+    lines.append(f"{count}: error above {c.allowed:.4f}, {rule}")
+    run = "{images} images of seed {seed}, {steps} {solver} steps, two runs, {seconds} s -> {out}"
+    return [*lines, run.format_map(report)]

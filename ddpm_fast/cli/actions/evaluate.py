@@ -1,4 +1,4 @@
-"""The work of ddpm-fast eval."""
+"""Implementation of ddpm-fast eval."""
 
 from __future__ import annotations
 
@@ -34,12 +34,13 @@ from ..common import pick_device, print_report
 def evaluate(as_json: bool, options: dict[str, Any]) -> None:
     """Scores images, or computes bits per dimension, and prints a report."""
     if options["bits_per_dim"]:
-        print_report(*_bits(options, as_json))
+        bits, text = _bits(options)
+        print_report(bits, as_json, text)
         return
     device = pick_device(options["device"])
     features = Features(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     classifier = load_classifier(options["classifier"]) if options["classifier"] else None
-    # all inputs are validated before the long computation
+    # validate all inputs before the long computation
     if options["weights"] is not None:
         sampler = Sampler.from_pretrained(
             options["weights"], device, options["dtype"], variance=options["variance"]
@@ -50,14 +51,18 @@ def evaluate(as_json: bool, options: dict[str, Any]) -> None:
         samples = load_images(options["samples"], options["resolution"], options["fit"])
         count, side, _, channels = samples.images.shape
         if count < 4:
-            raise ValueError(f"{options['samples']} holds {count} images; expected at least 4")
+            raise ValueError(f"{options['samples']} has {count} images; expected at least 4")
     if classifier is not None:
         classifier.check((side, side, channels))
     test, train = _real(options, count, side, channels)
     start, log = time.perf_counter(), _log(options["show"])
-    drawn, labels, source = (
-        _draw(sampler, options) if options["weights"] else _of(samples, str(options["samples"]))
-    )
+    if options["weights"] is not None:
+        drawn, labels, source = _draw(sampler, options)
+        rounding = f"uint8, {PRESETS[options['preset']].rounding}"
+    else:
+        drawn = torch.from_numpy(np.array(samples.images))
+        labels, source = _labels_of(samples), str(options["samples"])
+        rounding = "as stored"
     seconds = time.perf_counter() - start
     log("computing features")
     report: dict[str, Any] = dict(
@@ -65,13 +70,11 @@ def evaluate(as_json: bool, options: dict[str, Any]) -> None:
         images=len(drawn),
         real_images=len(test),
         features=FEATURES,
-        rounding="as given"
-        if options["samples"]
-        else f"uint8, {PRESETS[options['preset']].rounding}",
+        rounding=rounding,
         seconds_of_drawing=round(seconds, 1),
     )
     lines = [
-        f"{len(drawn)} images ({source}) against {len(test)} real ones; {report['rounding']}",
+        f"{len(drawn)} images ({source}) compared with {len(test)} real images; {rounding}",
         f"features: {FEATURES}",
         *_add_distances(report, features, drawn, test, train),
     ]
@@ -85,20 +88,18 @@ def _log(show: bool) -> Callable[[str], None]:
     return lambda line: click.echo(f"ddpm-fast: {line} ...", err=True) if show else None
 
 
-def _bits(options: dict[str, Any], as_json: bool) -> tuple[dict[str, Any], bool, str]:
-    """Bits per dimension: the arguments of `print_report`."""
+def _bits(options: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """Bits per dimension as (report, text)."""
+    weights, device = options["weights"], pick_device(options["device"])
     sampler = Sampler.from_pretrained(
-        options["weights"],
-        pick_device(options["device"]),
-        options["dtype"],
-        variance=options["variance"],
+        weights, device, options["dtype"], variance=options["variance"]
     )
     channels, side, _ = sampler.shape
-    split = "test" if has_test_split(options["data_dir"]) else "train"
+    source, split = options["data_dir"], "test" if has_test_split(options["data_dir"]) else "train"
     data = load_images(
-        options["data_dir"], side, options["fit"], channels if channels in (1, 3) else None, split
+        source, side, options["fit"], channels if channels in (1, 3) else None, split
     )
-    data = _some(data, slice(options["images"]))
+    data = _select(data, slice(options["images"]))
     steps, preset = options["steps"], options["preset"]
     visited = preset_of(preset).timesteps(len(sampler.schedule), "ddpm", steps, options["spacing"])
     start = time.perf_counter()
@@ -132,17 +133,17 @@ def _bits(options: dict[str, Any], as_json: bool) -> tuple[dict[str, Any], bool,
         **means,
         seconds=round(seconds, 1),
     )
-    deviation = f" +- {bits.standard_error:.4f}" if len(data) > 1 else ""
+    error = f" +- {bits.standard_error:.4f}" if len(data) > 1 else ""
+    condition = ", given the labels" if sampler.num_classes is not None else ""
     lines = [
-        f"{options['weights']}: {len(data)} images ({split}), {len(visited)} steps, {sampler.variance}, preset {preset}, "
-        f"seed {options['seed']}, {options['dtype']}, {seconds:.0f} s",
-        f"bits per dimension  {bits.mean:.4f}{deviation}  at most"
-        + (", given the labels" if sampler.num_classes is not None else ""),
-        f"  L_0               {means['l_0']:.4f}  the last step, on 256 levels",
-        f"  L_1 ... L_T-1     {means['l_t']:.4f}  the steps before",
-        f"  L_T               {means['l_T']:.6f}  the start",
+        f"{weights}: {len(data)} images ({split}), {len(visited)} steps, {sampler.variance}, "
+        f"preset {preset}, seed {options['seed']}, {options['dtype']}, {seconds:.0f} s",
+        f"bits per dimension  {bits.mean:.4f}{error}  upper bound{condition}",
+        f"  L_0               {means['l_0']:.4f}  last step, 256 levels",
+        f"  L_1 ... L_T-1     {means['l_t']:.4f}  other steps",
+        f"  L_T               {means['l_T']:.6f}  prior",
     ]
-    return report, as_json, "\n".join(lines)
+    return report, "\n".join(lines)
 
 
 def _add_distances(
@@ -153,9 +154,10 @@ def _add_distances(
         features(x) for x in (torch.from_numpy(test.images), torch.from_numpy(train.images), drawn)
     )
     report.update(kid=kid(real, sampled), kid_floor=kid(real, other_real))
+    mean, floor = ("{:.4f} +- {:.4f}".format(*report[key]) for key in ("kid", "kid_floor"))
     lines = [
-        f"KID        {_with_deviation(report['kid'])}",
-        f"KID floor  {_with_deviation(report['kid_floor'])}  real images against real ones, {len(train)} and {len(test)}",
+        f"KID        {mean}",
+        f"KID floor  {floor}  two sets of real images, {len(train)} and {len(test)}",
     ]
     if min(len(drawn), len(test)) >= FID_FROM:
         report.update(fid=fid(real, sampled), fid_floor=fid(real, other_real))
@@ -170,30 +172,24 @@ def _add_classes(
     labels: Tensor | None,
     test: ImageData,
 ) -> list[str]:
-    """Adds the classifier's scores of drawn and of real images; returns them as lines of text."""
-    real_labels = None if test.labels is None else torch.from_numpy(test.labels)
-    of_drawn = class_scores(classifier, drawn, labels)
-    of_real = class_scores(classifier, torch.from_numpy(test.images), real_labels)
-    report.update(classes_drawn=vars(of_drawn), classes_real=vars(of_real))
-    return _class_lines(of_drawn, of_real)
+    """Adds class scores of drawn and of real images to the report; returns them as lines."""
+    drawn_scores = class_scores(classifier, drawn, labels)
+    real_scores = class_scores(classifier, torch.from_numpy(test.images), _labels_of(test))
+    report.update(classes_drawn=vars(drawn_scores), classes_real=vars(real_scores))
+    return _class_lines(drawn_scores, real_scores)
 
 
 def _draw(sampler: Sampler, options: dict[str, Any]) -> tuple[Tensor, Tensor | None, str]:
-    """(images uint8 [N, H, W, C], labels or None, description)"""
-    params = _params(options)
+    """Draws images: (images uint8 [N, H, W, C], labels or None, description)."""
+    params, count, seed = _params(options), options["images"], options["seed"]
     images = sampler.sample(
-        options["images"], params, batch_size=options["batch_size"], progress=options["show"]
+        count, params, batch_size=options["batch_size"], progress=options["show"]
     )
-    labels = (
-        sampler.labels(options["images"], options["seed"]).cpu() if sampler.num_classes else None
-    )
+    labels = sampler.labels(count, seed).cpu() if sampler.num_classes else None
     solver = f"ddpm {sampler.variance}" if params.solver == "ddpm" else params.solver
-    steps, preset = (
-        len(sampler.table(params)),
-        "" if params.preset == "exact" else f" as {params.preset}",
-    )
-    source = f"{options['weights']}, seed {options['seed']}, {solver} {steps} steps{preset}, {options['dtype']}"
-    return images, labels, source
+    preset = "" if params.preset == "exact" else f", preset {params.preset}"
+    steps = f"{solver} {len(sampler.table(params))} steps{preset}"
+    return images, labels, f"{options['weights']}, seed {seed}, {steps}, {options['dtype']}"
 
 
 def _params(options: dict[str, Any]) -> SamplingParams:
@@ -201,40 +197,30 @@ def _params(options: dict[str, Any]) -> SamplingParams:
     return SamplingParams(steps=options["steps"], **named)
 
 
-def _of(data: ImageData, name: str) -> tuple[Tensor, Tensor | None, str]:
-    return (
-        torch.from_numpy(np.array(data.images)),
-        None if data.labels is None else torch.from_numpy(data.labels),
-        name,
-    )
+def _labels_of(data: ImageData) -> Tensor | None:
+    return None if data.labels is None else torch.from_numpy(data.labels)
 
 
 def _real(
     options: dict[str, Any], count: int, resolution: int, channels: int
 ) -> tuple[ImageData, ImageData]:
-    """Two sets of real images, `count` each or what there is: of the test and the training split, or two parts of one set."""
+    """Two sets of up to `count` real images: of the test and training splits, or of one split."""
     source = options["data_dir"]
     train = load_images(source, resolution, options["fit"], channels)
     order = np.random.default_rng(0).permutation(len(train))
     if has_test_split(source):
         test = load_images(source, resolution, options["fit"], channels, split="test")
-        return _some(test, np.random.default_rng(1).permutation(len(test))[:count]), _some(
-            train, order[:count]
-        )
+        test_order = np.random.default_rng(1).permutation(len(test))
+        return _select(test, test_order[:count]), _select(train, order[:count])
     count = min(count, len(train) // 2)
     if count < 4:
-        raise ValueError(f"{source} holds {len(train)} images; expected at least 8")
-    return _some(train, order[:count]), _some(train, order[count : 2 * count])
+        raise ValueError(f"{source} has {len(train)} images; expected at least 8")
+    return _select(train, order[:count]), _select(train, order[count : 2 * count])
 
 
-def _some(data: ImageData, chosen: Any) -> ImageData:
-    return ImageData(
-        data.images[chosen], None if data.labels is None else data.labels[chosen], data.classes
-    )
-
-
-def _with_deviation(value: tuple[float, float]) -> str:
-    return f"{value[0]:.4f} +- {value[1]:.4f}"
+def _select(data: ImageData, rows: Any) -> ImageData:
+    labels = None if data.labels is None else data.labels[rows]
+    return ImageData(data.images[rows], labels, data.classes)
 
 
 def _class_lines(drawn: ClassScores, real: ClassScores) -> list[str]:
@@ -246,8 +232,8 @@ def _class_lines(drawn: ClassScores, real: ClassScores) -> list[str]:
         f"{'classifier':28} {'drawn':>7}  {'real':>7}  {'ratio':>7}",
         row(f"confidence above {CONFIDENT}", drawn.confident, real.confident),
     ]
-    if drawn.right is not None and real.right is not None:
-        lines.append(row("label found", drawn.right, real.right))
+    if drawn.accuracy is not None and real.accuracy is not None:
+        lines.append(row("accuracy", drawn.accuracy, real.accuracy))
     return lines + [
         row(f"share of class {i}", *pair)
         for i, pair in enumerate(zip(drawn.shares, real.shares, strict=True))

@@ -1,4 +1,4 @@
-"""The work of ddpm-fast info and collect-env."""
+"""Implementation of ddpm-fast info and collect-env."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ...engines.fused.calibration import Calibration, load_calibration
 from ...engines.fused.checks import CheckResult
 from ...engines.fused.model import PlannedUNet
 from ...engines.fused.plan import Buffer, Launch
-from ...engines.fused.roofline import GPUS, Estimate, estimate
+from ...engines.fused.roofline import GPUS, Estimate, predict_step
 from ...engines.fused.verification import cached_results
 from ...kernels._gemm import Target
 from ...models.flops import unet_cost
@@ -53,7 +53,7 @@ def describe_environment(as_json: bool) -> None:
 
 
 def describe_cache(clear: bool, as_json: bool) -> None:
-    """Prints the contents of the cache folder, and removes them if `clear`."""
+    """Prints the contents of the cache folder; removes them if `clear`."""
     files = cached_files()
     size = sum(p.stat().st_size for p in files)
     report = dict(
@@ -73,7 +73,8 @@ def describe(directory: Path, as_json: bool) -> None:
     """Prints a checkpoint's configuration and cost."""
     c = load_pretrained(directory)
     config, schedule = c.unet.config, c.schedule
-    cost = unet_cost(config, config.size or (32, 32))
+    h, w = config.size or (32, 32)
+    cost = unet_cost(config, (h, w))
     report = dict(
         directory=str(directory),
         config={k: v for k, v in config.to_config().items() if not k.startswith("_")},
@@ -84,27 +85,25 @@ def describe(directory: Path, as_json: bool) -> None:
         clip=c.clip,
         **cost.as_dict(),
     )
-    h, w = config.size or (32, 32)
+    assumed = "" if config.size else " (assumed: the configuration has no sample_size)"
     classes = f", {config.num_classes} classes" if config.num_classes else ""
+    levels = ", ".join(f"level {i}" for i, attends in enumerate(config.attends) if attends)
+    attention = f"attention on {levels}" if levels else "no attention"
+    blocks = f"{config.levels_of('layers')} residual blocks per level"
+    clip = "no clipping" if c.clip is None else f"x_0 clipped to {c.clip}"
+    beta = f"beta {schedule.beta[0]:.3g} to {schedule.beta[-1]:.3g}"
+    flops = f"{cost.flops / 1e9:.3f} GFLOP per image per step"
     lines = [
         f"{directory}",
-        f"  images      {config.in_channels} x {h} x {w}{'' if config.size else ' assumed, none is recorded'}{classes}",
-        f"  network     widths {config.channels}, {config.levels_of('layers')} residual blocks, {_where(config.attends)}",
-        f"  predicts    {c.prediction}, variance {c.variance}, x_0 clipped to {c.clip}",
-        f"  schedule    {len(schedule)} steps, beta {schedule.beta[0]:.3g} to {schedule.beta[-1]:.3g}",
+        f"  images      {config.in_channels} x {h} x {w}{assumed}{classes}",
+        f"  network     channels {config.channels}, {blocks}, {attention}",
+        f"  prediction  {c.prediction}, variance {c.variance}, {clip}",
+        f"  schedule    {len(schedule)} timesteps, {beta}",
         f"  parameters  {cost.parameters:,} ({mebibytes(cost.weight_bytes)} in fp32)",
-        f"  cost        {cost.flops / 1e9:.3f} GFLOP per image per step, as PyTorch computes the network",
-        f"  memory      {mebibytes(cost.activation_bytes)} of activations per image at the peak in fp32",
+        f"  cost        {flops}, as PyTorch computes the network",
+        f"  memory      {mebibytes(cost.activation_bytes)} of activations per image, peak in fp32",
     ]
     print_report(report, as_json, "\n".join(lines))
-
-
-def _where(flags: Any) -> str:
-    return (
-        "attention on " + ", ".join(f"level {i}" for i, f in enumerate(flags) if f)
-        if any(flags)
-        else "no attention"
-    )
 
 
 # ---- the plan
@@ -118,28 +117,20 @@ def describe_plan(
     gpu_name: str,
     as_json: bool,
 ) -> None:
-    """Prints the plan of a checkpoint, made on the meta device for the named GPU, with this machine's check results."""
+    """Prints the plan of a checkpoint for the named GPU, with this machine's check results."""
     c, gpu = load_pretrained(directory), GPUS[gpu_name]
     calibration = load_calibration(directory, c.unet) if dtype == "fp8" else None
-    steps = len(c.schedule)
-    fused = PlannedUNet(
-        c.unet.to("meta"),
-        batch,
-        dtype,
-        "meta",
-        size,
-        steps,
-        target=gpu.target,
-        calibration=calibration,
-    )
+    arguments = c.unet.to("meta"), batch, dtype, "meta", size, len(c.schedule)
+    fused = PlannedUNet(*arguments, target=gpu.target, calibration=calibration)
     plan = fused.plan()
-    estimates = [estimate(launch, gpu) for launch in plan]
+    prediction = predict_step(plan, gpu)
+    estimates = prediction.launches
     results = _cached_results(fused)
     rows = [
         _row(launch, e, results.get(launch.name), fused.keep_bf16)
         for launch, e in zip(plan, estimates, strict=True)
     ]
-    floor, predicted = sum(e.floor for e in estimates), sum(e.predicted for e in estimates)
+    floor, predicted = prediction.floor, prediction.forward
     flops, moved = sum(e.flops for e in estimates), sum(e.bytes for e in estimates)
     totals = dict(
         gpu=gpu.name,
@@ -159,15 +150,17 @@ def describe_plan(
     defined = unet_cost(c.unet.config, fused.size).flops
     totals["gflop_per_image_as_defined"] = round(defined / 1e9, 3)
     lines = [*_table(rows), ""]
-    lines += _about_fp8(fused, calibration) if dtype == "fp8" else []
-    basis = "" if gpu.measured else ", from an H100's shares of its peaks"
+    lines += _fp8_lines(fused, calibration) if dtype == "fp8" else []
+    basis = "" if gpu.measured else " from the utilization of an H100"
+    rate = f"{batch / predicted:,.0f} image-steps per second"
     lines += [
-        f"{len(plan)} launches, {mebibytes(plan.arena.size)} of feature maps; self-check: {totals['checks']}",
-        f"{totals['gflop_per_image']} GFLOP per image per step, {moved / batch / 1e6:.1f} MB with the weights; "
-        f"{totals['gflop_per_image_as_defined']} GFLOP in PyTorch,",
-        "  where upsampled pixels are multiplied one by one and time embeddings are not a table",
-        f"{gpu.name}, batch {batch}, {dtype}: no faster than {1e3 * floor:.3f} ms per step",
-        f"  predicted{basis}: {1e3 * predicted:.3f} ms per step, {batch / predicted:,.0f} images per second per step",
+        f"{len(plan)} launches, {mebibytes(plan.arena.size)} of feature maps; "
+        f"self-check: {totals['checks']}",
+        f"{totals['gflop_per_image']} GFLOP per image per step, {moved / batch / 1e6:.1f} MB with "
+        f"the weights; {totals['gflop_per_image_as_defined']} GFLOP in PyTorch,",
+        "  which convolves upsampled feature maps and has no time embedding table",
+        f"{gpu.name}, batch {batch}, {dtype}: lower bound {1e3 * floor:.3f} ms per step",
+        f"  predicted{basis}: {1e3 * predicted:.3f} ms per step, {rate}",
     ]
     print_report(dict(**totals, plan=rows), as_json, "\n".join(lines))
 
@@ -180,20 +173,21 @@ def _cached_results(fused: PlannedUNet) -> dict[str, CheckResult]:
     return cached_results(replace(spec, options=options)) or {}
 
 
-def _about_fp8(fused: PlannedUNet, calibration: Calibration | None) -> list[str]:
-    """Where the units come from, which layers stay in bf16, and why."""
-    narrow = sum(_operands(launch) == "e4m3" for launch in fused.plan())
+def _fp8_lines(fused: PlannedUNet, calibration: Calibration | None) -> list[str]:
+    """Source of the ranges, and the layers that stay in bf16."""
+    count = sum(_operands(launch) == "e4m3" for launch in fused.plan())
     if calibration is None:
         return [
-            f"{narrow} convolutions in e4m3, with ranges by rule: ddpm-fast calibrate would look at the activations themselves"
+            f"{count} convolutions in e4m3, default ranges; run ddpm-fast calibrate to measure them"
         ]
-    lines = [
-        f"{narrow} convolutions in e4m3, with ranges as calibrated, {len(fused.keep_bf16) or 'none'} kept in bf16"
-    ]
+    bf16 = len(fused.keep_bf16)
     errors = ((name, calibration.layers[name].error) for name in fused.keep_bf16)
-    return lines + [
-        f"  {name} stays bf16: off by {error:.4f} in e4m3, {calibration.allowed:.4f} allowed"
-        for name, error in errors
+    return [
+        f"{count} convolutions in e4m3, calibrated ranges; {bf16} convolutions stay in bf16",
+        *(
+            f"  {name}: error {error:.4f} in e4m3; limit {calibration.allowed:.4f}"
+            for name, error in errors
+        ),
     ]
 
 
@@ -221,7 +215,7 @@ def _row(
 
 
 def _operands(launch: Launch) -> str | None:
-    """The type that a launch multiplies; None where it does not."""
+    """The dtype of a launch's weights; None without weights."""
     weight = getattr(launch.op, "weight", None)
     return None if weight is None else TYPES[weight.dtype]
 
@@ -231,7 +225,7 @@ def _shape(b: Buffer) -> str:
 
 
 def _table(rows: list[dict[str, Any]]) -> list[str]:
-    """Rows in columns, at most 120 wide, under a line for each block of the network."""
+    """Lines of at most 120 characters, with a heading per block of the network."""
     cells = [HEADER, *map(_cells, rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     blocks = ["", *(_block_of(row["launch"]) for row in rows)]
@@ -247,7 +241,7 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _block_of(launch: str) -> str:
-    """The block of a launch's name, such as "up_blocks.2"; "" outside blocks."""
+    """Block of a launch by its name, such as "up_blocks.2"; "" outside blocks."""
     parts = launch.split(".")
     return ".".join(parts[: 2 if parts[0].endswith("blocks") else 1]) if len(parts) > 2 else ""
 

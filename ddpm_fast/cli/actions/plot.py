@@ -1,4 +1,4 @@
-"""The work of ddpm-fast plot."""
+"""Implementation of ddpm-fast plot."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import click
 import numpy as np
 
 from ...checkpoints.checkpoint import load_pretrained
-from ...data.animation import KINDS, LEAST, find_av, save_animation
+from ...data.animation import KINDS, MIN_FRAMES, find_av, save_animation
 from ...data.datasets import load_images
 from ...diffusion.schedule import NoiseSchedule
 from ...plotting.diffusion import (
@@ -38,16 +38,16 @@ SCHEDULES: dict[str, Callable[[int], NoiseSchedule]] = {
 def schedule(
     names: tuple[str, ...], weights: Path | None, timesteps: int, zero_snr: bool, out: Path
 ) -> None:
-    """beta, alpha_bar and signal-to-noise ratio over t."""
+    """Plots noise schedules."""
     check_out(out)
     if weights is not None:
-        chosen = {weights.resolve().name: load_pretrained(weights).schedule}
+        plotted = {weights.resolve().name: load_pretrained(weights).schedule}
     else:
-        chosen = {name: SCHEDULES[name](timesteps) for name in names}
+        plotted = {name: SCHEDULES[name](timesteps) for name in names}
     if zero_snr:
-        chosen |= {f"{name}{ZERO_SNR}": s.zero_terminal_snr() for name, s in list(chosen.items())}
-    plot_schedules(chosen, out)
-    click.echo(f"{', '.join(chosen)} -> {out}")
+        plotted |= {f"{name}{ZERO_SNR}": s.zero_terminal_snr() for name, s in plotted.items()}
+    plot_schedules(plotted, out)
+    click.echo(f"{', '.join(plotted)} -> {out}")
 
 
 def forward(
@@ -60,12 +60,12 @@ def forward(
     seed: int,
     out: Path,
 ) -> None:
-    """Images noised by the forward chain, step by step until nothing is left."""
+    """Plots the forward process."""
     check_out(out)
     data = load_images(data_dir, resolution, fit)
     if max(numbers) >= len(data):
         raise ValueError(
-            f"--image {max(numbers)}: {data_dir} holds {len(data)} images, counted from 0"
+            f"--image is {max(numbers)}; expected 0 to {len(data) - 1}, the images of {data_dir}"
         )
     plot_forward(SCHEDULES[name](1000), data.images[np.array(numbers)], out, seed, steps)
     click.echo(f"{data_dir} -> {out}")
@@ -77,44 +77,41 @@ def reverse(
     weights: Path,
     seed: int,
     label: int | None,
-    moments: int,
+    columns: int,
     device: str | None,
     variance: str | None,
     out: Path,
     show: bool,
     **options: Any,
 ) -> None:
-    """Noise on its way to images, and below it what image the network sees in it: as a strip or as a film."""
+    """Plots the reverse process as a figure or as an animation."""
     check_out(out, (".png", ".svg", ".pdf", *KINDS))
     if out.suffix == ".mp4":
         find_av()
     sampler = Sampler.from_pretrained(weights, pick_device(device), variance=variance)
     if sampler.shape[0] not in (1, 3):
         raise ValueError(f"cannot plot {sampler.shape[0]}-channel images; expected 1 or 3 channels")
-    film = out.suffix in KINDS
+    animated = out.suffix in KINDS
     trajectory = reverse_trajectory(
-        sampler, indices, seed, label, LEAST if film else moments, show, **options
+        sampler, indices, seed, label, MIN_FRAMES if animated else columns, show, **options
     )
-    if film:
-        width, target = (
-            len(indices) * (sampler.shape[2] + 2),
-            240 if out.suffix == ".gif" else 480,
-        )  # GIF cannot compress noise
+    if animated:
+        width = len(indices) * (sampler.shape[2] + 2)
+        target = 240 if out.suffix == ".gif" else 480  # GIF does not compress noise
         save_animation(frames_of(trajectory, max(1, math.ceil(target / width))), out)
     else:
         plot_reverse(trajectory, out)
-    click.echo(
-        f"{len(indices)} images of seed {seed}, {len(sampler.table(**options))} {options['solver']} steps -> {out}"
-    )
+    steps = f"{len(sampler.table(**options))} {options['solver']} steps"
+    click.echo(f"{len(indices)} images of seed {seed}, {steps} -> {out}")
 
 
 def loss(run: Path, out: Path) -> None:
-    """Losses over images seen, from the log in RUN."""
+    """Plots the losses of a training run."""
     plot_loss(run, out)
     click.echo(f"{run} -> {out}")
 
 
 def course(run: Path, out: Path, rows: int) -> None:
-    """The same images drawn over the course of training, from the grids in RUN."""
+    """Plots samples over the course of training."""
     plot_course(run, out, rows)
     click.echo(f"{run} -> {out}")

@@ -1,4 +1,4 @@
-"""The work of ddpm-fast sample."""
+"""Implementation of ddpm-fast sample."""
 
 from __future__ import annotations
 
@@ -58,10 +58,8 @@ def sample(
         raise ValueError(f"--out: {error}") from None
     others = sum(index not in indices for index in images_in(out))
     if others:
-        click.echo(
-            f"ddpm-fast: {out} already holds {others} images of other indices; they are left as they are",
-            err=True,
-        )
+        message = f"{out} already has {others} images of other indices; they are not changed"
+        click.echo(f"ddpm-fast: {message}", err=True)
     calibration = load_calibration(weights, checkpoint.unet) if dtype == "fp8" else None
     _log(show, "preparing the engine")
     sampler = Sampler.from_checkpoint(
@@ -107,9 +105,7 @@ def _log(show: bool, line: str) -> None:
 
 
 def _check_size(c: Checkpoint, size: tuple[int, int] | None, batch: int) -> tuple[int, int, int]:
-    """Shape (C, H, W) of the images. ValueError for sides that the network cannot halve often
-    enough, or for a batch whose state x_t alone exceeds the memory of this machine.
-    """
+    """Returns (C, H, W). ValueError for sides that the network cannot halve, or too much memory."""
     config = c.unet.config
     sides = size or config.size
     if sides is None:
@@ -130,17 +126,11 @@ def _check_size(c: Checkpoint, size: tuple[int, int] | None, batch: int) -> tupl
 
 
 def _notes(sampler: Sampler, dtype: str) -> list[str]:
-    """What a user of fp16 or bf16 on a CPU should know."""
+    """Notes on fp16 and bf16 on a CPU."""
     if sampler.device.type != "cpu" or dtype == "fp32" or sampler.engine.invariant:
         return []
     notes = [f"{dtype} on a CPU is not batch-invariant; --dtype fp32 is"]
-    supported = torch.ops.mkldnn
-    has_units = (
-        supported._is_mkldnn_bf16_supported()
-        if dtype == "bf16"
-        else supported._is_mkldnn_fp16_supported()
-    )
-    if not has_units:
+    if not getattr(torch.ops.mkldnn, f"_is_mkldnn_{dtype}_supported")():
         notes.append(
             f"this CPU has no {dtype} units: {dtype} is slower than fp32; use --dtype fp32"
         )
@@ -148,16 +138,20 @@ def _notes(sampler: Sampler, dtype: str) -> list[str]:
 
 
 def _text_of(r: dict[str, Any]) -> str:
-    run = f"{r['images']} images of seed {r['seed']}, {r['steps']} {r['solver']} steps, {r['dtype']} on {r['device']}"
-    rates = f"{r['images_per_second']:.2f} images/s, {r['milliseconds_per_image_step']:.2f} ms per image per step"
-    invariance = "batch-invariant" if r["invariant"] else "not batch-invariant"
-    return "\n".join(
-        [
-            f"{run}: {r['seconds']:.1f} s, {rates} -> {r['out']}",
-            f"engine {r['engine']} ({r['reason']}), {invariance}, peak memory {mebibytes(r['peak_memory_bytes'])}",
-            *(f"note: {note}" for note in r["notes"]),
-        ]
+    run = "{images} images of seed {seed}, {steps} {solver} steps, {dtype} on {device}".format_map(
+        r
     )
+    rates = (
+        f"{r['images_per_second']:.2f} images/s, "
+        f"{r['milliseconds_per_image_step']:.2f} ms per image per step"
+    )
+    invariance = "batch-invariant" if r["invariant"] else "not batch-invariant"
+    memory = f"peak memory {mebibytes(r['peak_memory_bytes'])}"
+    lines = [
+        f"{run}: {r['seconds']:.1f} s, {rates} -> {r['out']}",
+        f"engine {r['engine']} ({r['reason']}), {invariance}, {memory}",
+    ]
+    return "\n".join([*lines, *(f"note: {note}" for note in r["notes"])])
 
 
 def _device_name(device: torch.device) -> str:

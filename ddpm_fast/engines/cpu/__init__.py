@@ -1,1 +1,1 @@
-"""CPU engine: the fp32 network as machine code that LLVM compiles here. Needs llvmlite."""
+"""CPU engine: the fp32 network as machine code, compiled by LLVM on this machine."""

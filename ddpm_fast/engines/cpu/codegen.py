@@ -1,9 +1,8 @@
-"""Machine code for this CPU, written as loops over vectors: a thin layer over LLVM's builder, and
-the cache of object code.
+"""Code generation for this CPU: a thin layer over LLVM's builder, and the cache of object code.
 
-llvmlite contains LLVM, so no compiler needs to be installed. A `Function` is filled by
-ordinary Python: numbers are `Value`s with operators, `loop` and `when` are `with` blocks. Addresses
-are integers, in bytes; indices count 4-byte elements.
+llvmlite contains LLVM, so no compiler needs to be installed. Python code fills a `Function`:
+numbers are `Value`s with operators; `loop` and `when` are `with` blocks. Addresses are integers in
+bytes; indices count 4-byte elements.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import llvmlite
@@ -37,7 +36,7 @@ class Value:
         return isinstance(getattr(self.v.type, "element", self.v.type), ir.FloatType)
 
     def lift(self, other: Any) -> ir.Value:
-        """`other` as a value of this type; Python numbers become constants, in every lane."""
+        """Converts `other` to this type; Python numbers become constants in every lane."""
         if isinstance(other, Value):
             return other.v
         t = self.v.type
@@ -75,7 +74,7 @@ class Value:
         return self._binary(o, "fdiv", None, swap=True)
 
     def __floordiv__(self, o: Any) -> Value:
-        return self._binary(o, None, "udiv")  # nothing here is negative
+        return self._binary(o, None, "udiv")  # operands are never negative
 
     def __mod__(self, o: Any) -> Value:
         return self._binary(o, None, "urem")
@@ -96,29 +95,27 @@ class Value:
         return self._binary(o, None, "lshr")
 
     def sar(self, o: Any) -> Value:
-        """Shifted right, the sign kept."""
+        """Arithmetic shift right."""
         return self._binary(o, None, "ashr")
 
     def is_(self, comparison: str, o: Any) -> Value:
-        """A truth value: "==", "!=", "<", "<=", ">", ">="; integers are signed, NaN compares as
-        false.
-        """
+        """Compares by "==", "!=", "<", "<=", ">" or ">="; integers are signed, NaN gives false."""
         compare = self.b.fcmp_ordered if self.floating else self.b.icmp_signed
         return Value(self.b, compare(comparison, self.v, self.lift(o)))
 
     def pick(self, yes: Any, no: Value) -> Value:
-        """yes where this truth value holds, else no."""
+        """Selects `yes` where this truth value is true, else `no`."""
         return Value(self.b, self.b.select(self.v, no.lift(yes), no.v))
 
     def cast(self, conversion: str, scalar: ir.Type) -> Value:
-        """By an LLVM conversion, e.g. "uitofp", to `scalar` in as many lanes."""
+        """Converts the lanes to `scalar` by an LLVM conversion such as "uitofp"."""
         t = self.v.type
         to = ir.VectorType(scalar, t.count) if isinstance(t, ir.VectorType) else scalar
         return Value(self.b, getattr(self.b, conversion)(self.v, to))
 
 
 class Variable:
-    """A place that holds a value across iterations; LLVM keeps it in a register."""
+    """Mutable value; LLVM keeps it in a register."""
 
     def __init__(self, f: Function, start: Value) -> None:
         self.b = f.b
@@ -135,7 +132,7 @@ class Variable:
 
 
 class Function:
-    """A function of 64-bit integers that returns nothing."""
+    """Function of 64-bit integers that returns nothing."""
 
     def __init__(self, module: ir.Module, name: str, count: int, width: int) -> None:
         self.module, self.width = module, width
@@ -143,9 +140,8 @@ class Function:
         self.entry = self.function.append_basic_block("entry")
         body = self.function.append_basic_block("body")
         self.b = ir.IRBuilder(self.entry)
-        jump = self.b.branch(body)
+        self.b.branch(body)
         self.b.position_at_end(body)
-        self.entry_end = jump
         self.arguments = [Value(self.b, a) for a in self.function.args]
 
     # ---- numbers
@@ -175,7 +171,7 @@ class Function:
         return Variable(self, start)
 
     def fma(self, a: Value, c: Value, plus: Value) -> Value:
-        """a c + plus, in one instruction where the CPU has it."""
+        """a c + plus, in one instruction if the CPU has it."""
         return self.intrinsic("llvm.fmuladd", a, c, plus)
 
     def intrinsic(self, name: str, *values: Value) -> Value:
@@ -191,7 +187,7 @@ class Function:
         return Value(self.b, self.b.shuffle_vector(a.v, c.v, mask))
 
     def sum(self, x: Value) -> Value:
-        """Of a vector's lanes, by halves: one order on every CPU of this width."""
+        """Sum of a vector's lanes, by halves: in the same order on every CPU of this width."""
         return self.reduce(x, lambda a, c: a + c)
 
     def reduce(self, x: Value, combine: Callable[[Value, Value], Value]) -> Value:
@@ -209,7 +205,7 @@ class Function:
         return self.b.gep(base, [index], source_etype=I32)
 
     def load(self, address: Value, index: Value | int = 0, typ: ir.Type | None = None) -> Value:
-        """A vector of floats, or one value of `typ`."""
+        """Loads a vector of floats, or one value of `typ`."""
         typ = typ or ir.VectorType(F32, self.width)
         return Value(self.b, self.b.load(self.pointer(address, index), align=4, typ=typ))
 
@@ -235,7 +231,7 @@ class Function:
 
     @contextmanager
     def forever(self) -> Iterator[Callable[[Value], None]]:
-        """A loop that the body leaves by calling what it is given with a truth value."""
+        """Endless loop; yields a function that leaves it if its argument is true."""
         body, after = (self.function.append_basic_block(n) for n in ("again", "out"))
         self.b.branch(body)
         self.b.position_at_end(body)
@@ -255,7 +251,7 @@ class Function:
             yield
 
     def share(self, count: Value, part: Value, parts: Value) -> tuple[Value, Value]:
-        """Where the part of `count` that belongs to thread `part` of `parts` starts and stops."""
+        """(start, stop) of the part of `count` items that thread `part` of `parts` computes."""
         return count * part // parts, count * (part + 1) // parts
 
     def end(self) -> None:
@@ -266,23 +262,22 @@ class Function:
 
 
 def vector_width() -> int:
-    """Floats in the widest register of this CPU that arithmetic runs on."""
+    """Floats in the widest arithmetic register of this CPU."""
     features = llvm.get_host_cpu_features()
     return 16 if features.get("avx512f") else 8 if features.get("avx") else 4
 
 
 def compile_cached(build: Callable[[], str], sources: Sequence[str]) -> tuple[Any, bool]:
-    """(engine that holds the functions, whether the code comes from the cache): `build` writes the
-    module, if it must be written.
+    """Returns (engine that owns the functions, whether the code comes from the cache).
 
-    The object code is cached under (CPU, package and LLVM versions, `sources`), with its checksum;
-    a damaged file is compiled again.
+    `build` returns the module's text. The object code is cached by CPU, package and LLVM versions
+    and `sources`, with its checksum. If the file is damaged, the module is compiled again.
     """
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     cpu, features = llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()
-    what = [cpu, features, __version__, llvmlite.__version__, str(llvm.llvm_version_info), *sources]
-    path = cache_dir() / CPU / f"{hashlib.sha256(repr(what).encode()).hexdigest()}.o"
+    key = [cpu, features, __version__, llvmlite.__version__, str(llvm.llvm_version_info), *sources]
+    path = cache_dir() / CPU / f"{hashlib.sha256(repr(key).encode()).hexdigest()}.o"
     target = llvm.Target.from_default_triple()
     machine = target.create_target_machine(
         cpu, features, opt=3, reloc="default", codemodel="jitdefault"
@@ -294,13 +289,12 @@ def compile_cached(build: Callable[[], str], sources: Sequence[str]) -> tuple[An
         module = llvm.parse_assembly(build())
         module.verify()
         options = llvm.create_pipeline_tuning_options(speed_level=2)
-        options.loop_vectorization = options.slp_vectorization = (
-            False  # the vectors are there already
-        )
+        # the code is vectorized already
+        options.loop_vectorization = options.slp_vectorization = False
         passes = llvm.create_pass_builder(machine, options)
         passes.getModulePassManager().run(module, passes)
         code = machine.emit_object(module)
-        _keep(path, code)
+        _cache(path, code)
     engine.add_object_file(llvm.object_file.ObjectFileRef.from_data(code))
     engine.finalize_object()
     return engine, from_cache
@@ -315,15 +309,13 @@ def _cached(path: Any) -> bytes | None:
     return code if hashlib.sha256(code).digest() == digest else None
 
 
-def _keep(path: Any, code: bytes) -> None:
-    """A cache that cannot be written costs a second at the next start, nothing else."""
-    try:
+def _cache(path: Any, code: bytes) -> None:
+    """Writes the code to the cache; if it cannot be written, the next process compiles again."""
+    with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, hashlib.sha256(code).digest() + code)
-    except OSError:
-        pass
 
 
 def entry(engine: Any, name: str, count: int) -> Callable[..., None]:
-    """The compiled function, to be called with integers; Python's lock is free meanwhile."""
+    """Returns the compiled function of `count` integers. It runs without Python's lock."""
     return ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * count)(engine.get_function_address(name))

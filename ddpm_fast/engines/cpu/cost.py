@@ -1,4 +1,4 @@
-"""Cost of an instruction, (FLOP, bytes): each operand is counted once, whatever cache holds it."""
+"""Cost of an instruction: (FLOP, bytes), each operand counted once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .instructions import INSTRUCTIONS
 from .program import Program, Segments
 
 NAMES = list(INSTRUCTIONS)
-EXP = 10  # FLOP of an exponential, about
+EXP = 10  # approximate FLOP of an exponential
 
 
 def costs(program: Program) -> list[tuple[str, int, int]]:
@@ -28,7 +28,7 @@ def _gemm(p: Program, **a: Any) -> tuple[int, int]:
     segments = p.segments[a["segments"].first :][: a["segment_count"]]
     summed, outputs = sum(s.channels for s in segments), a["vectors"] * p.vector
     pixels = a["batch"] * a["height"] * a["width"]
-    taps = 9 if len(segments) % 9 == 0 else 1  # of a 3x3 convolution, which all read one map
+    taps = 9 if len(segments) % 9 == 0 else 1  # the taps of a 3x3 convolution read the same map
     stride = segments[0].stride_x // segments[0].channels if taps == 9 else 1
     moved = (
         pixels * (stride**2 * summed // taps + outputs * (1 + bool(a["residual"])))

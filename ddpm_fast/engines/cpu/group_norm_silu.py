@@ -1,8 +1,8 @@
-"""GroupNorm with SiLU as one autograd operation on a CPU, with the time row that is added before it
-and the residual path.
+"""GroupNorm with SiLU as one autograd operation on a CPU, with the time embedding that is added
+before it and the gradient of the residual path.
 
-x is [N, C, H, W], channels-last, fp32 or bf16; arithmetic is fp32 (see `norm_loops`). Every image is computed by one thread, and
-sums over images run in their order: bits do not depend on the number of threads.
+x is [N, C, H, W], channels-last, fp32 or bf16; arithmetic is fp32 (see `norm_loops`). One thread
+computes an image and sums over images run in order, so bits do not depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ from torch.autograd.function import once_differentiable
 
 from .norm_loops import fitting_width, functions
 
-WORTHWHILE = 2**17  # elements from which a second thread is started
+MIN_ELEMENTS = 2**17  # for more than one thread
 SUFFIX = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
 def group_norm_silu_reference(
     x: Tensor, time: Tensor | None, gamma: Tensor, beta: Tensor, groups: int, eps: float, silu: bool
 ) -> Tensor:
-    """[SiLU of] GroupNorm of x + time: x [N, C, H, W]; time [N, C] or None; gamma, beta [C]."""
+    """GroupNorm of x + time, then SiLU if `silu`: x [N, C, H, W]; time [N, C]; gamma, beta [C]."""
     y = F.group_norm(x if time is None else x + time[:, :, None, None], groups, gamma, beta, eps)
     return F.silu(y) if silu else y
 
 
 def fits(x: Tensor, gamma: Tensor) -> bool:
-    """Whether `group_norm_silu` computes this; elsewhere PyTorch has to."""
-    here = x.device.type == "cpu" and x.dtype in SUFFIX and x.ndim == 4 and x.numel() > 0
-    return here and gamma.dtype == torch.float32 and fitting_width(x.shape[1]) is not None
+    """Whether `group_norm_silu` supports these tensors."""
+    supported = x.device.type == "cpu" and x.dtype in SUFFIX and x.ndim == 4 and x.numel() > 0
+    return supported and gamma.dtype == torch.float32 and fitting_width(x.shape[1]) is not None
 
 
 def prepare() -> None:
-    """Compiles the loops for this CPU. OSError or RuntimeError where LLVM does not support it."""
+    """Compiles the loops. Raises OSError or RuntimeError if LLVM does not support this CPU."""
     functions(fitting_width(64) or 4)
 
 
@@ -54,21 +54,20 @@ def group_norm_silu(
     eps: float,
     silu: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """[SiLU of] GroupNorm of x + time, and x itself, to be used wherever x goes besides the norm.
-
-    The gradient of that second x is added to the norm's in the pass that writes it.
+    """Computes GroupNorm of x + time, then SiLU if `silu` is set (Wu & He 2018).
 
     Args:
         x: [N, C, H, W] on the CPU, fp32 or bf16; channels-last is not copied.
         time: [N, C] floating, added to every pixel before the norm; or None.
-        gamma: scale [C], fp32.
-        beta: shift [C], fp32.
-        groups: a divisor of C.
-        eps: added to the variance.
-        silu: whether SiLU follows.
+        gamma: Scale [C], fp32.
+        beta: Shift [C], fp32.
+        groups: A divisor of C.
+        eps: Added to the variance.
+        silu: Whether SiLU follows.
 
     Returns:
-        (y, x): y [N, C, H, W] in x's dtype, channels-last.
+        (y, x): y [N, C, H, W] in x's dtype, channels-last. Use this x for a residual path: the pass
+        that writes the norm's gradient adds the gradient of this x.
     """
     return _GroupNormSiLU.apply(x, time, gamma, beta, groups, eps, silu)
 
@@ -78,7 +77,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _empty(*shape: int) -> Tensor:
-    """What machine code writes is fp32 on the CPU, whatever PyTorch's defaults are."""
+    """An fp32 tensor on the CPU, independent of PyTorch's defaults."""
     return torch.empty(shape, dtype=torch.float32, device="cpu")
 
 
@@ -142,7 +141,7 @@ class _GroupNormSiLU(torch.autograd.Function):
 
 
 def _sum_of_images(sums: Tensor) -> Tensor:
-    """[N, 2, C] -> [2, C], the images added in their order: `sum` may choose another with more threads."""
+    """[N, 2, C] -> [2, C], summed in order; the order of `sum` depends on the number of threads."""
     return sums.cumsum(0)[-1]
 
 
@@ -158,8 +157,8 @@ os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
 def _split(part: Callable[[int, int], None], images: int, elements: int) -> None:
-    """part(first, last) over all images, in as many threads as PyTorch would use here."""
-    threads = min(torch.get_num_threads(), images) if elements >= WORTHWHILE else 1
+    """Calls part(first, last) for all images, in up to torch.get_num_threads() threads."""
+    threads = min(torch.get_num_threads(), images) if elements >= MIN_ELEMENTS else 1
     if threads == 1:
         return part(0, images)
     first_bounds, *rest = pairwise(images * i // threads for i in range(threads + 1))

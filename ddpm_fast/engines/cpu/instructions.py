@@ -1,11 +1,10 @@
-"""Instruction set of the CPU engine for one image, each instruction as machine code for this CPU's
-vectors.
+"""Instruction set of the CPU engine for one image.
 
-A program (`program.Program`) is rows of integers: an instruction's number and its arguments;
-addresses in bytes, strides in floats. Feature maps are [pixel][channel], channels padded to whole
-vectors with zeros. "Bordered" maps have a zero pixel around them, so that a 3x3 convolution is nine
-products whose first operand begins at nine places. Threads that share an image share each
-instruction's rows or channels, never a sum: so the bits do not depend on how many they are.
+A program (`program.Program`) is rows of integers: an instruction's number and its arguments, with
+addresses in bytes and strides in floats. Feature maps are [pixel][channel]; channels are padded to
+whole vectors with zeros. Bordered maps have a border of one zero pixel, so that a 3x3 convolution
+is nine products over shifted maps. Threads that share an image split an instruction's rows or
+channels, never a sum, so the bits do not depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -19,13 +18,13 @@ from .products import INSTRUCTIONS, as_float, instruction
 __all__ = ["INSTRUCTIONS", "exponential"]
 
 
-# ---- group norm: mean first, then squared deviations, each channel's sum in one thread
+# ---- group norm: mean, then squared deviations; one thread sums a channel
 
 
 @instruction("x x_channels y y_channels pixels means sums")
 def channel_sums(f: Function, part: Value, parts: Value, **a: Value) -> None:
-    """sums[c] = the sum over pixels of x (and after it y), or where means is not 0 of (x -
-    means[c])^2.
+    """sums[c] = sum over pixels of x, or of (x - means[c])^2 if means is not 0; y's channels follow
+    x's.
     """
     first, every = a["x_channels"] // f.width, (a["x_channels"] + a["y_channels"]) // f.width
     with f.loop(*f.share(every, part, parts)) as vector:
@@ -42,7 +41,7 @@ def channel_sums(f: Function, part: Value, parts: Value, **a: Value) -> None:
 def _sum_pixels(
     f: Function, source: Value, stride: Value, pixels: Value, out: Value, mean: Value, squared: bool
 ) -> None:
-    """Four sums side by side, so that neither rounding nor latency adds up."""
+    """Uses four independent sums, which hides latency and reduces rounding errors."""
     sums = [f.variable(f.vector(0)) for _ in range(4)]
 
     def add(pixel: Value, total: Any) -> None:
@@ -61,9 +60,7 @@ def _sum_pixels(
 
 @instruction("sums channels group groups totals count means")
 def group_means(f: Function, part: Value, parts: Value, **a: Value) -> None:
-    """means[c] = the mean of the group that channel c belongs to; padding has a separate group
-    after the others.
-    """
+    """means[c] = mean of the group of channel c. Padding channels form one more group."""
     with f.when(part.is_("==", 0)):
         _totals(f, a)
         with f.loop(0, a["channels"]) as c:
@@ -83,8 +80,8 @@ def _totals(f: Function, a: dict[str, Value]) -> None:
     "sums channels group groups totals count means eps gamma beta time_row factors offsets"
 )
 def norm_factors(f: Function, part: Value, parts: Value, **a: Value) -> None:
-    """norm(x) = factors x + offsets; where time_row is not 0, (1 + time_row[c]) norm(x) +
-    time_row[channels + c] instead.
+    """norm(x) = factors x + offsets. If time_row is not 0: (1 + time_row[c]) norm(x) +
+    time_row[channels + c].
     """
     with f.when(part.is_("==", 0)):
         _totals(f, a)
@@ -107,7 +104,7 @@ def norm_factors(f: Function, part: Value, parts: Value, **a: Value) -> None:
 
 @instruction("x x_channels y y_channels factors offsets silu height width out out_y out_x")
 def normalise(f: Function, part: Value, parts: Value, **a: Value) -> None:
-    """out = factors x + offsets (then SiLU) of x and, in the channels after it, y."""
+    """out = factors x + offsets (then SiLU); y's channels follow x's."""
     with f.loop(*f.share(a["height"], part, parts)) as y, f.loop(0, a["width"]) as x:
         pixel = y * a["width"] + x
         out = a["out"] + (y * a["out_y"] + x * a["out_x"]) * 4
@@ -128,7 +125,7 @@ def normalise(f: Function, part: Value, parts: Value, **a: Value) -> None:
 
 
 def exponential(f: Function, x: Value) -> Value:
-    """e^x within 2 units of the last place, for |x| up to 87; beyond, that of 87."""
+    """e^x within 2 ulp, x clamped to +-87."""
     x = x.is_(">", 87.0).pick(87.0, x)
     x = x.is_("<", -87.0).pick(-87.0, x)
     magic = 12582912.0  # 1.5 * 2^23: adding it rounds to an integer
@@ -142,14 +139,12 @@ def exponential(f: Function, x: Value) -> Value:
     return y * power.cast("bitcast", F32)
 
 
-# ---- moving pixels
+# ---- copies
 
 
 @instruction("x elements channels width out out_y center")
 def place(f: Function, part: Value, parts: Value, **a: Value) -> None:
-    """x_t [pixel][channel], without padding, into a bordered map; 2 x - 1 where the network wants
-    it so.
-    """
+    """Copies x_t [pixel][channel] without padding into a bordered map; 2 x - 1 if `center`."""
     row_length = a["width"] * a["channels"]
     with f.when(part.is_("==", 0)), f.loop(0, a["elements"]) as i:
         value = f.load(a["x"], i, F32)
@@ -159,7 +154,7 @@ def place(f: Function, part: Value, parts: Value, **a: Value) -> None:
 
 @instruction("x x_channels first channels pixels out")
 def take(f: Function, part: Value, parts: Value, **a: Value) -> None:
-    """out [pixel][channel] = `channels` channels of x, from `first`, without padding."""
+    """out [pixel][channel], without padding = `channels` channels of x, starting at `first`."""
     with f.when(part.is_("==", 0)), f.loop(0, a["pixels"]) as pixel, f.loop(0, a["channels"]) as c:
         f.store(
             f.load(a["x"], pixel * a["x_channels"] + a["first"] + c, F32),
@@ -170,9 +165,7 @@ def take(f: Function, part: Value, parts: Value, **a: Value) -> None:
 
 @instruction("x channels height width divide repeat out out_y out_x")
 def resample(f: Function, part: Value, parts: Value, **a: Value) -> None:
-    """Dense x into out of height x width: its pixels where divide and repeat are 1; each as 2x2
-    with repeat 2; means of 2x2 with divide 2.
-    """
+    """Copies dense x to [height][width]. repeat 2: each pixel as 2x2; divide 2: means of 2x2."""
     x_row = a["width"] * a["divide"] // a["repeat"] * a["channels"]
     with f.loop(*f.share(a["height"], part, parts)) as y, f.loop(0, a["width"]) as x:
         at = y * a["divide"] // a["repeat"] * x_row + x * a["divide"] // a["repeat"] * a["channels"]
@@ -194,8 +187,8 @@ def resample(f: Function, part: Value, parts: Value, **a: Value) -> None:
 
 @instruction("x stride heads head pixels channels out")
 def transpose(f: Function, part: Value, parts: Value, **a: Value) -> None:
-    """Keys [pixel][head][channel] as a product's second operand [head][block][channel][2 vectors of
-    pixels], zeros after them.
+    """Packs keys [pixel][head][channel] as a product's second operand, padded with zeros:
+    [head][block][channel][2 vectors of pixels].
     """
     block_width = 2 * f.width
     blocks = (a["pixels"] + (block_width - 1)) // block_width
@@ -212,7 +205,7 @@ def transpose(f: Function, part: Value, parts: Value, **a: Value) -> None:
 
 @instruction("x rows stride count")
 def softmax(f: Function, part: Value, parts: Value, **a: Value) -> None:
-    """Each row's first `count` numbers, in place; zeros in the padding after them."""
+    """Softmax of each row's first `count` numbers, in place; sets the padding to 0."""
     with f.loop(*f.share(a["rows"], part, parts)) as i:
         scores = a["x"] + i * a["stride"] * 4
         lane = f.lanes(I64)

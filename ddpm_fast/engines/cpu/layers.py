@@ -1,7 +1,6 @@
 """Layers of a network as instructions: norms, resampling and convolutions.
 
-3x3 convolutions of stride 1 take Winograd's F(2x2, 3x3) where the map is large enough to pay for
-its transforms.
+3x3 convolutions of stride 1 use Winograd's F(2x2, 3x3) if the map is large enough.
 """
 
 from __future__ import annotations
@@ -14,19 +13,18 @@ from torch import Tensor, nn
 
 from .program import Map, Place, Program, Segment
 
-# of 2x2 pixels, below which Winograd's larger weights cost more to read than its products save
+# tiles of 2x2 pixels; for fewer, reading Winograd's larger weights costs more than it saves
 FEWEST_TILES = 16
-# bytes that transformed tiles may take at once: they should stay in the cache
-TRANSFORMED = 4 * 2**20
+TRANSFORMED = 4 * 2**20  # bytes of transformed tiles at once, so that they stay in the cache
 _G = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], dtype=torch.float64)
 
 
 class LayerProgram(Program):
-    """A program under construction that is extended layer by layer."""
+    """Program under construction that is extended layer by layer."""
 
     _scratch: dict[str, Place]  # memory for the statistics of norms
 
-    # ---- norms and moving pixels
+    # ---- norms and resampling
 
     def norm(
         self,
@@ -36,7 +34,7 @@ class LayerProgram(Program):
         bordered: bool = True,
         time_row: Place | None = None,
     ) -> Map:
-        """time_row: scale and shift after the norm."""
+        """GroupNorm of the concatenated sources; time_row: scale and shift after the norm."""
         s, a = self._scratch, sources[0]
         b = sources[1] if len(sources) > 1 else Map(a.at, a.height, a.width, 0, 0)
         real, channels, blocks = a.real + b.real, a.channels + b.channels, [n.real for n in sources]
@@ -46,7 +44,7 @@ class LayerProgram(Program):
         group[a.channels : a.channels + b.real] = torch.arange(a.real, real) // per_group
         two = dict(x=a.at, x_channels=a.channels, y=b.at, y_channels=b.channels)
         groups: dict[str, Any] = dict(
-            channels=channels, group=self.keep(group), groups=m.num_groups, totals=s["totals"]
+            channels=channels, group=self.copied(group), groups=m.num_groups, totals=s["totals"]
         )
         groups |= dict(means=s["means"], count=1 / (a.pixels * per_group))
         self.emit("channel_sums", **two, pixels=a.pixels, means=0, sums=s["sums"])
@@ -74,7 +72,7 @@ class LayerProgram(Program):
         return out
 
     def move(self, x: Map, resample: str | None, bordered: bool = False) -> Map:
-        """x copied, "up" (each pixel as 2x2) or "down" (means of 2x2)."""
+        """Copies x, resampled "up" (each pixel as 2x2) or "down" (means of 2x2)."""
         repeat, divide = 1 + (resample == "up"), 1 + (resample == "down")
         height, width = x.height * repeat // divide, x.width * repeat // divide
         out = self.map(height, width, x.real, bordered, x.channels)
@@ -95,10 +93,10 @@ class LayerProgram(Program):
         scale: float = 1.0,
         blocks: list[int] | None = None,
     ) -> Map:
-        """scale (conv(x) + residual), 3x3, of a bordered map, which is free afterwards.
+        """scale (conv(x) + residual), 3x3, of a bordered map, which is freed.
 
-        time_row: added instead of the bias, which it contains; blocks: the channels of x are
-        concatenated from.
+        time_row: added instead of the bias, which it contains; blocks: channels of the maps that x
+        was concatenated from.
         """
         stride, blocks = m.stride[0], blocks or [x.real]
         weight = m.weight.detach().double() * scale  # [K, C, 3, 3]
@@ -114,15 +112,13 @@ class LayerProgram(Program):
             self._winograd(x, weight, out, epilogue)
         else:
             self._direct(x, weight, out, epilogue, stride, 1 - int(m.padding[0]))
-        self.give(x)
+        self.free_map(x)
         return out
 
     def _direct(
         self, x: Map, weight: Tensor, out: Map, epilogue: dict[str, Any], stride: int, first: int
     ) -> None:
-        """Nine products summed in registers. first: 1 where the window begins inside the border,
-        for want of padding.
-        """
+        """Nine products summed in registers. first: 1 if the convolution has no padding."""
         starts = [
             x.at + (i + first) * x.row_stride + (j + first) * x.channels
             for i in range(3)
@@ -144,7 +140,7 @@ class LayerProgram(Program):
         tiles_x, tile_rows = x.width // 2, x.height // 2
         rows = max(1, min(tile_rows, TRANSFORMED // (64 * (x.channels + out.channels) * tiles_x)))
         sizes = [16 * rows * tiles_x * c for c in (x.channels, out.channels)]
-        v, m = (self.take(size, "tiles") for size in sizes)
+        v, m = (self.allocate(size, "tiles") for size in sizes)
         for first in range(0, tile_rows, rows):
             tiles = min(rows, tile_rows - first) * tiles_x
             where = dict(tiles_x=tiles_x, first=first * tiles_x, tiles=tiles)
@@ -175,10 +171,10 @@ class LayerProgram(Program):
                 **epilogue,
             )
         for place, size in zip((v, m), sizes, strict=True):
-            self.give_back(place, size, "tiles")
+            self.free(place, size, "tiles")
 
     def conv1x1(self, sources: list[Map], m: nn.Conv2d) -> Map:
-        """A 1x1 convolution of the sources' channels, concatenated."""
+        """1x1 convolution of the concatenated sources."""
         out = self.map(sources[0].height, sources[0].width, m.out_channels)
         u = self.pack(self.pad(m.weight.detach().double().flatten(1), [s.real for s in sources], 1))
         segments = [Segment(s.at, s.channels, 0, s.channels) for s in sources]

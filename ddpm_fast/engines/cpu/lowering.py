@@ -1,8 +1,7 @@
 """Lowering of a `UNet` to a program for one image.
 
-Exact algebra, as in `fused.model`: the time embedding's projections are rows of a table,
-single-head attention is folded, and 3x3 convolutions of stride 1 take Winograd's F(2x2, 3x3) where
-the map is large enough to pay for its transforms.
+Exact algebra, as in `fused.model`: projections of the time embedding are rows of a table, and
+single-head attention is folded.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from .program import Map, Place, Segment
 
 
 class UNetProgram(LayerProgram):
-    """The program of a forward pass of a `UNet`.
+    """Program of a forward pass of a `UNet`.
 
     Args:
         unet: The network. Weights are copied.
@@ -37,43 +36,41 @@ class UNetProgram(LayerProgram):
             self.time_column[m] = self.time_row_length
             self.time_row_length += self.padded(m.conv1.out_channels) * (2 if m.scale_shift else 1)
         self.projection = self._project(blocks)
-        self._time_row = self.take(self.time_row_length, "time_row")
+        self._time_row = self.allocate(self.time_row_length, "time_row")
         widest = 2 * max(self.padded(n) for n in unet.config.channels) + self.vector
         names = ("sums", "means", "deviations", "factors", "offsets", "totals")
-        self._scratch = {name: self.take(widest, name) for name in names}
+        self._scratch = {name: self.allocate(widest, name) for name in names}
         state = self._state(unet, shape)
-        y = self._walk(unet, self._begin(unet, shape, state))
-        self._end(unet, shape[0], state, y)
+        y = self._emit_network(unet, self._emit_input(unet, shape, state))
+        self._emit_output(unet, shape[0], state, y)
         self.finish()
-        self.time_column = {}  # the network itself is no longer needed
+        self.time_column = {}  # releases the network
 
     def _project(self, blocks: list[ResBlock]) -> tuple[Tensor, Tensor]:
-        """(weight [time_row_length, time_dim], bias): from SiLU(embedding) to what the residual
-        blocks add, padded as they read it.
+        """(weight [time_row_length, time_dim], bias): from SiLU(embedding) to the time row, padded
+        for the residual blocks.
         """
         weights, biases = [], []
         for m in blocks:
             projected, c = m.time_emb_proj.bias.detach(), m.conv1.out_channels
-            if not m.scale_shift:
-                projected = projected + cast(
-                    Tensor, m.conv1.bias
-                )  # both are added at the same place
+            if not m.scale_shift:  # the convolution's bias is added together with the row
+                projected = projected + cast(Tensor, m.conv1.bias)
             each = [c, c] if m.scale_shift else [c]
             weights.append(self.pad(m.time_emb_proj.weight.detach(), each, 0))
             biases.append(self.pad(projected.detach(), each, 0))
         return torch.cat(weights), torch.cat(biases)
 
-    # ---- from the state and back
+    # ---- state
 
     def _state(self, unet: UNet, shape: tuple[int, int, int]) -> dict[str, Place]:
         channels, height, width = shape
         elements, outputs = channels * height * width, unet.config.out_channels * height * width
-        # the noise is made four vectors at a time
+        # the noise is generated four vectors at a time
         state = {
-            name: self.take(elements + 4 * self.vector, name)
+            name: self.allocate(elements + 4 * self.vector, name)
             for name in ("x", "eps", "variance", "z", "old")
         }
-        state["out"] = self.take(outputs, "out")
+        state["out"] = self.allocate(outputs, "out")
         self.header = {
             **state,
             "elements": elements,
@@ -83,7 +80,7 @@ class UNetProgram(LayerProgram):
         }
         return state
 
-    def _begin(self, unet: UNet, shape: tuple[int, int, int], state: dict[str, Place]) -> Map:
+    def _emit_input(self, unet: UNet, shape: tuple[int, int, int], state: dict[str, Place]) -> Map:
         channels, height, width = shape
         x = self.map(height, width, channels, bordered=True, channels=channels)
         where = dict(channels=channels, width=width, out=x.inside, out_y=x.row_stride)
@@ -96,14 +93,17 @@ class UNetProgram(LayerProgram):
         )
         return x
 
-    def _end(self, unet: UNet, channels: int, state: dict[str, Place], y: Map) -> None:
-        of_y, every = dict(x=y.at, x_channels=y.channels, pixels=y.pixels), unet.config.out_channels
-        self.emit("take", **of_y, first=0, channels=every, out=state["out"])
-        self.emit("take", **of_y, first=0, channels=min(channels, every), out=state["eps"])
-        if every == 2 * channels:
+    def _emit_output(self, unet: UNet, channels: int, state: dict[str, Place], y: Map) -> None:
+        of_y, outputs = (
+            dict(x=y.at, x_channels=y.channels, pixels=y.pixels),
+            unet.config.out_channels,
+        )
+        self.emit("take", **of_y, first=0, channels=outputs, out=state["out"])
+        self.emit("take", **of_y, first=0, channels=min(channels, outputs), out=state["eps"])
+        if outputs == 2 * channels:
             self.emit("take", **of_y, first=channels, channels=channels, out=state["variance"])
 
-    def _walk(self, unet: UNet, x: Map) -> Map:
+    def _emit_network(self, unet: UNet, x: Map) -> Map:
         x = self.convolve(x, unet.conv_in)
         skips = [x]
         for level in cast("list[Level]", unet.down_blocks):
@@ -126,7 +126,7 @@ class UNetProgram(LayerProgram):
         h = self.norm([x], unet.conv_norm_out, silu=True)
         return self.convolve(h, unet.conv_out)
 
-    # ---- blocks; keep: the input is read again later
+    # ---- blocks; keep: the first input is read again later
 
     def block(self, level: Level, j: int, sources: list[Map], keep: bool = False) -> Map:
         x = self.residual(cast(ResBlock, level.resnets[j]), sources, keep)
@@ -141,7 +141,7 @@ class UNetProgram(LayerProgram):
             return self.residual(layer, [x], keep)
         y = self.move(x, "up" if isinstance(layer, Upsample) else None, bordered=True)
         if not keep:
-            self.give(x)
+            self.free_map(x)
         return self.convolve(y, cast(nn.Conv2d, layer.conv))
 
     def residual(self, m: ResBlock, sources: list[Map], keep: bool = False) -> Map:
@@ -150,18 +150,18 @@ class UNetProgram(LayerProgram):
         h = self.norm(sources, m.norm1, silu=True, bordered=m.resample is None)
         if m.resample is not None:
             x, dense, h = self.move(x, m.resample), h, self.move(h, m.resample, bordered=True)
-            self.give(dense)
+            self.free_map(dense)
         dense = self.convolve(
             h, m.conv1, None if m.scale_shift else time_row, blocks=[s.real for s in sources]
         )
         h = self.norm([dense], m.norm2, silu=True, time_row=time_row if m.scale_shift else None)
-        self.give(dense)
+        self.free_map(dense)
         shortcut = x if m.conv_shortcut is None else self.conv1x1(sources, m.conv_shortcut)
         out = self.convolve(h, m.conv2, residual=shortcut, scale=1 / m.scale)
         if shortcut is not sources[0]:
-            self.give(shortcut)
+            self.free_map(shortcut)
         for source in sources[1:] if keep else sources:
-            self.give(source)
+            self.free_map(source)
         return out
 
     # ---- attention
@@ -175,12 +175,12 @@ class UNetProgram(LayerProgram):
         mixed, (weight, bias) = self._folded(m, n) if m.heads == 1 else self._heads(m, n)
         out = self.linear(mixed, weight / m.scale, bias / m.scale, residual=x, scale=1 / m.scale)
         for done in {mixed, n, x}:
-            self.give(done)
+            self.free_map(done)
         return out
 
     def _folded(self, m: Attention, n: Map) -> tuple[Map, tuple[Tensor, Tensor]]:
-        """One head: keys and values are n itself (`kernels.attention.fold`). Returns what was
-        mixed, and its projection.
+        """One head: n is both keys and values (`kernels.attention.fold`). Returns the mixed map and
+        the (weight, bias) of the output projection.
         """
         layers = (m.to_q, m.to_k, m.to_v, cast(nn.Linear, m.to_out[0]))
         (weight, bias), out = fold(
@@ -188,11 +188,11 @@ class UNetProgram(LayerProgram):
         )
         q = self.linear(n, weight * n.real**-0.5, bias * n.real**-0.5)
         mixed = self._mix(q.at, n.at, n.at, q.channels, n.channels, 1, n.channels, n)
-        self.give(q)
+        self.free_map(q)
         return mixed, out
 
     def _heads(self, m: Attention, n: Map) -> tuple[Map, tuple[Tensor, Tensor]]:
-        """Several heads, the channels of each padded on their own."""
+        """Several heads, the channels of each padded to whole vectors. Returns as `_folded`."""
         d = n.real // m.heads
         each, inner = [d] * m.heads, self.padded(d)
         scaled = ((m.to_q, d**-0.5), (m.to_k, 1.0), (m.to_v, 1.0))
@@ -213,7 +213,7 @@ class UNetProgram(LayerProgram):
             inner,
             n,
         )
-        self.give(qkv)
+        self.free_map(qkv)
         last = cast(nn.Linear, m.to_out[0])
         return mixed, (
             self.pad(last.weight.detach().double(), each, 1),
@@ -231,12 +231,10 @@ class UNetProgram(LayerProgram):
         inner: int,
         x: Map,
     ) -> Map:
-        """softmax(q k^T) v of each head over the pixels of x, q scaled already:
-        [pixel][head][inner].
-        """
+        """softmax(q k^T) v of each head over the pixels of x, q scaled: [pixel][head][inner]."""
         pixels, padded, block = x.pixels, self.padded(x.pixels), 2 * self.vector
         of_keys = -(-pixels // block) * inner * block
-        keys, scores = self.take(heads * of_keys), self.take(heads * pixels * padded)
+        keys, scores = self.allocate(heads * of_keys), self.allocate(heads * pixels * padded)
         self.emit(
             "transpose",
             x=k,
@@ -266,6 +264,6 @@ class UNetProgram(LayerProgram):
         self.product(
             [segment], v, out.at, inner // self.vector, width=pixels, out_x=out.channels, **batch
         )
-        self.give_back(keys, heads * of_keys)
-        self.give_back(scores, heads * pixels * padded)
+        self.free(keys, heads * of_keys)
+        self.free(scores, heads * pixels * padded)
         return out

@@ -1,10 +1,10 @@
-"""Loops over [pixel][channel] of GroupNorm with SiLU, forward and backward: machine code for this CPU's vectors.
+"""Machine code of GroupNorm with SiLU on [pixel][channel], forward and backward.
 
     z = (x + time - mean) / sigma * gamma + beta;   y = z, or z sigmoid(z)
 
-Forward: one pass over an image for the means, one for the squared deviations, one for y. Backward: one for the sums, one for dx.
-x, y and their gradients are fp32 or bf16, all arithmetic is fp32. Channels are summed in vectors and added to groups afterwards, so
-a group may have any width.
+Forward: one pass over an image for the means, one for the squared deviations, one for y. Backward:
+one for the sums, one for dx. x, y and their gradients are fp32 or bf16; all arithmetic is fp32.
+Channels are summed in vectors and then added to groups, so a group may have any width.
 """
 
 from __future__ import annotations
@@ -21,19 +21,20 @@ from .codegen import F32, I32, Function, Value, compile_cached, entry, vector_wi
 from .instructions import exponential
 
 I16 = ir.IntType(16)
-BLOCK = 4  # vectors of channels that one sweep over the pixels takes: whole cache lines
-CHUNK = 64  # pixels added up before they join the total: keeps rounding errors small
+BLOCK = 4  # vectors of channels per pass over the pixels: whole cache lines
+CHUNK = 64  # pixels per partial sum, which keeps rounding errors small
 DTYPES = ("fp32", "bf16")
 ARGUMENTS = {
     "forward": "x time time_stride gamma beta y stats first last pixels channels groups eps silu",
-    "backward": "dy x residual gamma beta stats dx sums time_gradient scratch first last pixels channels groups silu",
+    "backward": "dy x residual gamma beta stats dx sums time_gradient scratch first last "
+    "pixels channels groups silu",
 }
 Arguments = dict[str, Value]
 _compiling = Lock()
 
 
 class _Image:
-    """Loops over the pixels and channels of an image [pixel][channel], fp32 or bf16, computed with in fp32."""
+    """Loops over an image [pixel][channel], stored in fp32 or bf16 and computed in fp32."""
 
     def __init__(self, f: Function, dtype: str, a: Arguments) -> None:
         self.f, self.a, self.bf16 = f, a, dtype == "bf16"
@@ -41,7 +42,7 @@ class _Image:
         self.bytes = self.pixels * self.channels * (2 if self.bf16 else 4)
 
     def columns(self, address: Value, c: Value, count: int) -> list[Value]:
-        """`count` vectors of fp32 from channel c on."""
+        """Loads `count` vectors of fp32 from channel c on."""
         return [self.f.load(address, c + v * self.f.width) for v in range(count)]
 
     def read(self, address: Value, pixel: Value, c: Value, count: int) -> list[Value]:
@@ -68,7 +69,7 @@ class _Image:
             f.store(bits.cast("trunc", I16), address + (at + v * f.width) * 2)
 
     def blocks(self, emit: Callable[[Value, int], None]) -> None:
-        """Emits the channels BLOCK vectors at a time, the rest one by one: emit(first channel, vectors)."""
+        """Calls emit(first channel, vectors): BLOCK vectors at a time, then one at a time."""
         f = self.f
         whole = self.channels // (BLOCK * f.width) * (BLOCK * f.width)
         for start, stop, count in ((f.integer(0), whole, BLOCK), (whole, self.channels, 1)):
@@ -76,7 +77,7 @@ class _Image:
                 emit(c, count)
 
     def sums(self, count: int, terms: Callable[[Value], Sequence[Value]]) -> list[Value]:
-        """The sums over pixels of `count` vectors."""
+        """Sums `count` vectors of terms over the pixels."""
         f = self.f
         totals = [f.variable(f.vector(0)) for _ in range(count)]
         with f.loop(0, self.pixels, CHUNK) as first:
@@ -90,7 +91,7 @@ class _Image:
         return [total.get() for total in totals]
 
     def groups(self, terms: Callable[[Value], Sequence[Value]], emit: Callable[..., None]) -> None:
-        """For every channel, the means over its group of two sums per channel: emit(channel, mean, mean)."""
+        """Calls emit(channel, mean, mean): the means over its group of two sums per channel."""
         f, width = self.f, self.channels // self.a["groups"]
         share = f.number(1) / (width * self.pixels).cast("sitofp", F32)
         with f.loop(0, self.a["groups"]) as group:
@@ -109,7 +110,7 @@ class _Image:
 
 
 def _forward(f: Function, image: _Image, a: Arguments) -> None:
-    """Writes y, and stats [N, 2, C]: what is subtracted from x (mean - time) and what it is multiplied with (1 / sigma)."""
+    """Writes y, and stats [N, 2, C]: mean - time, which is subtracted from x, and 1 / sigma."""
     with f.loop(a["first"], a["last"]) as n:
         x, y = a["x"] + n * image.bytes, a["y"] + n * image.bytes
         means = a["stats"] + n * image.channels * 8
@@ -178,7 +179,7 @@ def _sigmoid(f: Function, z: Value) -> Value:
 
 
 def _backward(f: Function, image: _Image, a: Arguments) -> None:
-    """Writes dx (+ residual), time_gradient [N, C] and sums [N, 2, C]: each image's share of dgamma and dbeta."""
+    """Writes dx (+ residual), time_gradient [N, C] and sums [N, 2, C]: dgamma, dbeta per image."""
     channels = image.channels
     with f.loop(a["first"], a["last"]) as n:
         x, dy, dx = (a[name] + n * image.bytes for name in ("x", "dy", "dx"))
@@ -193,11 +194,11 @@ def _backward(f: Function, image: _Image, a: Arguments) -> None:
                 image.blocks(partial(_gradient_sums, f, image, a, at, silu))
         weighted = lambda c, name: f.load(at[name], c, F32) * f.load(a["gamma"], c, F32)
 
-        def keep(c: Value, of_product: Value, of_gradient: Value) -> None:
+        def store(c: Value, of_product: Value, of_gradient: Value) -> None:
             f.store(of_product, averages, c)
             f.store(of_gradient, averages, channels + c)
 
-        image.groups(lambda c: [weighted(c, "dgamma"), weighted(c, "dbeta")], keep)
+        image.groups(lambda c: [weighted(c, "dgamma"), weighted(c, "dbeta")], store)
         for residual in (True, False):
             with f.when(a["residual"].is_("!=" if residual else "==", 0)):
                 image.blocks(partial(_input_gradient, f, image, a, at, residual))
@@ -206,7 +207,7 @@ def _backward(f: Function, image: _Image, a: Arguments) -> None:
 def _gradient_sums(
     f: Function, image: _Image, a: Arguments, at: Arguments, silu: bool, c: Value, count: int
 ) -> None:
-    """dz = dy times the slope of SiLU, kept for the next pass; its sums over pixels, plain and times (x - mean) / sigma."""
+    """Stores dz = dy silu'(z), and its sums over pixels: plain, and times (x - mean) / sigma."""
     mean, factor, beta = _affine(image, a, at["means"], at["factors"], c, count)
 
     def terms(pixel: Value) -> list[Value]:
@@ -227,7 +228,7 @@ def _gradient_sums(
 
 
 def _slope(f: Function, z: Value) -> Value:
-    """The derivative of z sigmoid(z)."""
+    """Derivative of z sigmoid(z)."""
     s = _sigmoid(f, z)
     return s * f.fma(z, 1 - s, f.vector(1))
 
@@ -235,7 +236,9 @@ def _slope(f: Function, z: Value) -> Value:
 def _input_gradient(
     f: Function, image: _Image, a: Arguments, at: Arguments, residual: bool, c: Value, count: int
 ) -> None:
-    """dx = (gamma dz - mean(gamma dz) - x_hat mean(gamma dz x_hat)) / sigma, means over the group; then the residual's gradient."""
+    """dx = (gamma dz - mean(gamma dz) - x_hat mean(gamma dz x_hat)) / sigma, with means over the
+    group; plus the gradient of the residual path.
+    """
     mean, of_dz, _ = _affine(image, a, at["means"], at["factors"], c, count)
     inverse = image.columns(at["factors"], c, count)
     products = image.columns(at["averages"], c, count)
@@ -272,30 +275,26 @@ def _module(width: int) -> str:
 
 
 def functions(width: int) -> dict[str, Callable[..., None]]:
-    """forward_fp32, forward_bf16, backward_fp32, backward_bf16, called with the integers of `ARGUMENTS`; images first to last."""
-    with _compiling:  # one engine, kept for good: the functions live in it
+    """Functions of the integers in `ARGUMENTS`, for images first..last-1: forward_fp32,
+    forward_bf16, backward_fp32, backward_bf16.
+    """
+    with _compiling:  # one engine per width, which owns the functions
         return _compiled(width)[0]
 
 
 @cache
 def _compiled(width: int) -> tuple[dict[str, Callable[..., None]], Any]:
-    here = Path(__file__).parent
-    sources = [
-        str(width),
-        *(
-            (here / name).read_text()
-            for name in (Path(__file__).name, "codegen.py", "instructions.py")
-        ),
-    ]
+    files = (Path(__file__).with_name(f"{n}.py") for n in ("norm_loops", "codegen", "instructions"))
+    sources = [str(width), *(path.read_text() for path in files)]
     engine, _ = compile_cached(lambda: _module(width), sources)
-    made = {}
+    compiled = {}
     for name, arguments in ARGUMENTS.items():
         for dtype in DTYPES:
-            made[f"{name}_{dtype}"] = entry(engine, f"{name}_{dtype}", len(arguments.split()))
-    return made, engine
+            compiled[f"{name}_{dtype}"] = entry(engine, f"{name}_{dtype}", len(arguments.split()))
+    return compiled, engine
 
 
 @cache
 def fitting_width(channels: int) -> int | None:
-    """The widest vectors of this CPU of which the channels are a multiple."""
+    """Returns the widest vector of this CPU that divides the channels, or None."""
     return next((w for w in (16, 8, 4) if w <= vector_width() and channels % w == 0), None)

@@ -7,13 +7,13 @@ from itertools import product
 
 from .codegen import F32, I32, I64, Function, Value
 
-# 2x2 outputs from 4x4 inputs by 16 products instead of 36 (Winograd 1980; Lavin & Gray 2016, F(2x2,
-# 3x3))
 Instruction = Callable[..., None]
 INSTRUCTIONS: dict[str, tuple[Instruction, list[str]]] = {}
 
 
 def instruction(arguments: str) -> Callable[[Instruction], Instruction]:
+    """Registers the decorated emitter under its name, with the names of its arguments."""
+
     def register(emit: Instruction) -> Instruction:
         INSTRUCTIONS[emit.__name__] = (emit, arguments.split())
         return emit
@@ -22,7 +22,7 @@ def instruction(arguments: str) -> Callable[[Instruction], Instruction]:
 
 
 def tile_rows(width: int) -> int:
-    """Pixels that one pass of a product holds in registers, besides two vectors of channels."""
+    """Pixels whose sums fit in registers, two vectors of channels each."""
     return 6 if width == 8 else 8  # AVX2 has 16 registers, the others 32
 
 
@@ -34,20 +34,17 @@ def tile_rows(width: int) -> int:
     "out out_batch out_y out_x height width vectors"
 )
 def gemm(f: Function, part: Value, parts: Value, **a: Value) -> None:
-    """out[y, x] = bias + residual_scale residual[y, x] + sum over segments s, c of a_s[y, x, c]
-    u[s, c].
+    """out[y, x] = bias + residual_scale residual[y, x] + sum over s, c of a_s[y, x, c] u[s, c].
 
-    A segment is (address, channels, stride of y, stride of x): a tap of a convolution, or one of
-    two concatenated sources. u [block][s, c][2 vectors] with strides u_block, u_row; bias and
-    residual may be 0. The innermost loop is one row of u against
-    some pixels: every sum runs over s, then c, whatever the tile.
+    A segment s is (address, channels, stride of y, stride of x): a tap of a convolution, or one of
+    two concatenated sources. u is [block][s, c][2 vectors] with strides u_block, u_row; bias and
+    residual may be 0. Every sum runs over s, then c, for all tile sizes.
     """
     a["residual_scale"] = as_float(f, a["residual_scale"])
     blocks = (a["vectors"] + 1) // 2
     rows = a["batch"] * blocks * a["height"]
     size = tile_rows(f.width)
-    # pixels are shared where there are enough: then each thread goes on with what it wrote itself,
-    # in its own cache
+    # Threads share the pixels if there are enough, so that each reads what it has in its cache.
     by_pixel = _units(f, a["width"]).is_(">=", parts)
     pixels = [
         by_pixel.pick(part_bound, bound)
@@ -79,7 +76,7 @@ def _units(f: Function, pixels: Value) -> Value:
 
 
 def _share_pixels(f: Function, pixels: Value, part: Value, parts: Value) -> tuple[Value, Value]:
-    """As `Function.share`, by whole tiles of a product; the last may be cut short."""
+    """As `Function.share`, in whole tiles of a product except for the last."""
     first, stop = (v * tile_rows(f.width) for v in f.share(_units(f, pixels), part, parts))
     return first, stop.is_(">", pixels).pick(pixels, stop)
 
@@ -128,14 +125,15 @@ def _tile(
 
 
 def as_float(f: Function, bits: Value) -> Value:
-    """The fp32 number whose bits are the low 32 of an integer."""
+    """Reinterprets the low 32 bits of an integer as fp32."""
     return bits.cast("trunc", I32).cast("bitcast", F32)
 
 
 @instruction("x width channels tiles_x first tiles v")
 def winograd_in(f: Function, part: Value, parts: Value, **a: Value) -> None:
-    """v[16][tile][channel] = B^T d B of the 4x4 pixels d at every second place of a bordered map
-    `width` pixels wide.
+    """v[16][tile][channel] = B^T d B, the input transform of F(2x2, 3x3) (Lavin & Gray 2016).
+
+    d: 4x4 pixels at every second row and column of a bordered map `width` pixels wide.
     """
     with f.loop(*_share_pixels(f, a["tiles"], part, parts)) as t:
         tile = a["first"] + t
@@ -163,7 +161,7 @@ def _b(d0: Value, d1: Value, d2: Value, d3: Value) -> tuple[Value, Value, Value,
 
 @instruction("m channels tiles_x first tiles bias residual residual_scale out width")
 def winograd_out(f: Function, part: Value, parts: Value, **a: Value) -> None:
-    """out[2x2 pixels] = bias + residual_scale residual + A^T m A of m[16][tile][channel], into a
+    """out[2x2 pixels] = bias + residual_scale residual + A^T m A, for m[16][tile][channel] and a
     dense map `width` pixels wide.
     """
     scale = f.splat(as_float(f, a["residual_scale"]))

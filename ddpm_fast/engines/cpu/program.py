@@ -1,4 +1,4 @@
-"""Program of the CPU engine: its instructions, their memory, and the weights in their layouts."""
+"""Program of the CPU engine: its instructions, their memory, and the packed weights."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LINE = 64  # bytes of a cache line
 
 @dataclass(frozen=True)
 class Place:
-    """An address in a worker's memory, in bytes from its start."""
+    """Address in a worker's memory: offset in bytes."""
 
     offset: int
 
@@ -33,8 +33,8 @@ class Place:
 
 @dataclass(frozen=True)
 class Segment:
-    """What a product sums over: `channels` floats at `at` + y stride_y + x stride_x, for every
-    output pixel (y, x).
+    """Operand of a product: `channels` floats at `at` + y stride_y + x stride_x for each output
+    pixel (y, x).
     """
 
     at: Place
@@ -45,14 +45,14 @@ class Segment:
 
 @dataclass(frozen=True)
 class Segments:
-    """The number of a product's first segment in the program's table of them."""
+    """Index of a product's first segment in the program's table of segments."""
 
     first: int
 
 
 @dataclass(frozen=True)
 class Map:
-    """[height][width][channels] floats; channels padded to whole vectors, `real` of them real."""
+    """Feature map: [height][width][channels] floats; `real` channels, padded to whole vectors."""
 
     at: Place
     height: int
@@ -67,19 +67,17 @@ class Map:
 
     @property
     def row_stride(self) -> int:
-        """Numbers from a pixel to the one below it."""
+        """Floats from a pixel to the one below it."""
         return (self.width + 2 * self.bordered) * self.channels
 
     @property
     def inside(self) -> Place:
-        """Its first pixel that is no border."""
+        """Address of the first pixel that is not a border."""
         return self.at + (self.row_stride + self.channels if self.bordered else 0)
 
     @property
     def kind(self) -> tuple[int, ...]:
-        """Maps of one kind may take each other's memory: borders stay zero, since no instruction
-        writes there.
-        """
+        """Key of maps that can share memory: their borders, which no instruction writes, stay 0."""
         floats = (self.height + 2 * self.bordered) * self.row_stride
         return (floats, self.height, self.width, self.channels) if self.bordered else (floats,)
 
@@ -88,7 +86,7 @@ Argument = int | float | Place | Segments | Tensor
 
 
 class Program:
-    """A program under construction: rows of integers for `runtime`. Weights are copied."""
+    """Program under construction: rows of integers for `runtime`. Weights are copied."""
 
     def __init__(self, vector: int) -> None:
         self.vector = vector
@@ -96,13 +94,13 @@ class Program:
         self.header: dict[str, Argument] = {}
         self.instructions: list[list[Argument]] = []
         self.segments: list[Segment] = []
-        self._weights: list[Tensor] = []  # what the instructions point to
+        self._weights: list[Tensor] = []  # the instructions contain their addresses
         self._free: dict[tuple[object, ...], list[Place]] = defaultdict(list)
 
     # ---- memory
 
-    def take(self, floats: int, *kind: object) -> Place:
-        """Allocates memory; reuses what was given back under the same key."""
+    def allocate(self, floats: int, *kind: object) -> Place:
+        """Allocates memory; reuses memory that was freed under the same key."""
         key = (floats, *kind)
         if self._free[key]:
             return self._free[key].pop()
@@ -110,19 +108,19 @@ class Program:
         self.size += (-(-4 * floats // LINE) + 1) * LINE
         return place
 
-    def give_back(self, place: Place, floats: int, *kind: object) -> None:
+    def free(self, place: Place, floats: int, *kind: object) -> None:
         key = (floats, *kind)
         self._free[key].append(place)
 
     def map(
         self, height: int, width: int, real: int, bordered: bool = False, channels: int = 0
     ) -> Map:
-        """A new map; default for channels: `real` padded to whole vectors."""
+        """Allocates a map; default for channels: `real` padded to whole vectors."""
         m = Map(Place(0), height, width, channels or self.padded(real), real, bordered)
-        return Map(self.take(*m.kind), height, width, m.channels, real, bordered)
+        return Map(self.allocate(*m.kind), height, width, m.channels, real, bordered)
 
-    def give(self, m: Map) -> None:
-        self.give_back(m.at, *m.kind)
+    def free_map(self, m: Map) -> None:
+        self.free(m.at, *m.kind)
 
     # ---- weights
 
@@ -134,7 +132,7 @@ class Program:
         return -(-channels // self.vector) * self.vector
 
     def pad(self, w: Tensor, blocks: Sequence[int], dim: int) -> Tensor:
-        """w with the channels of each of `blocks` along `dim` padded with zeros on their own."""
+        """Pads w along `dim` with zeros: each of `blocks` to whole vectors."""
         if all(real == self.padded(real) for real in blocks):
             return w
         padding = [0, 0] * (w.ndim - 1 - dim)
@@ -143,15 +141,14 @@ class Program:
             [F.pad(part, [*padding, 0, self.padded(real) - real]) for part, real in parts], dim
         )
 
-    def keep(self, t: Tensor) -> Tensor:
-        copied = torch.empty(t.shape, dtype=torch.float32 if t.is_floating_point() else t.dtype)
-        copied.copy_(t)  # never the network's own memory
-        self._weights.append(copied)
-        return copied
+    def copied(self, t: Tensor) -> Tensor:
+        copy = torch.empty(t.shape, dtype=torch.float32 if t.is_floating_point() else t.dtype)
+        self._weights.append(copy.copy_(t))
+        return copy
 
     def vector_of(self, values: Tensor, blocks: Sequence[int] | None = None) -> Tensor:
         """[C] -> [padded]"""
-        return self.keep(self.pad(values.detach().double(), blocks or [len(values)], 0))
+        return self.copied(self.pad(values.detach().double(), blocks or [len(values)], 0))
 
     def pack(self, weight: Tensor) -> Tensor:
         """[..., K, L] -> [..., block, L, 2 vectors]: a product's second operand."""
@@ -159,7 +156,7 @@ class Program:
         weight = weight.float()
         if extra := -weight.shape[-2] % block:
             weight = F.pad(weight, (0, 0, 0, extra))
-        return self.keep(weight.unflatten(-2, (-1, block)).transpose(-1, -2))
+        return self.copied(weight.unflatten(-2, (-1, block)).transpose(-1, -2))
 
     # ---- instructions
 
@@ -172,43 +169,34 @@ class Program:
     def product(
         self, segments: list[Segment], u: Tensor | Place, out: Place, vectors: int, **arguments: Any
     ) -> None:
-        """`instructions.gemm`, its second operand packed and its output one row of pixels unless
-        the arguments say otherwise.
-        """
+        """Emits `products.gemm`. By default u is packed and the output is one row of pixels."""
         table = Segments(len(self.segments))
         self.segments += segments
         block = 2 * self.vector
-        whole: dict[str, Any] = dict(
-            batch=1,
-            a_batch=0,
-            u_batch=0,
-            u_block=sum(s.channels for s in segments) * block,
-            u_row=block,
-        )
-        whole |= dict(bias=0, residual=0, residual_scale=1.0, out_batch=0, out_y=0, height=1)
-        of_product = dict(
-            segments=table, segment_count=len(segments), u=u, out=out, vectors=vectors
-        )
-        self.emit("gemm", **{**whole, **arguments, **of_product})
+        values: dict[str, Any] = dict(batch=1, a_batch=0, u_batch=0, u_row=block, bias=0)
+        values |= dict(residual=0, residual_scale=1.0, out_batch=0, out_y=0, height=1)
+        values["u_block"] = sum(s.channels for s in segments) * block
+        values |= arguments | dict(segments=table, segment_count=len(segments), u=u, out=out)
+        self.emit("gemm", **values, vectors=vectors)
 
-    # ---- finished
+    # ---- rows of integers
 
     def finish(self) -> None:
-        """No instruction comes after this."""
-        self._table_at = self.take(8 * len(self.segments))
-        self.size += 4 * LINE  # the last vector may be stored whole
+        """Ends the program: no instruction can be emitted afterwards."""
+        self._table_at = self.allocate(8 * len(self.segments))
+        self.size += 4 * LINE  # the last store may write a whole vector
 
     def rows(self, memory: NDArray[np.uint8]) -> NDArray[np.int64]:
-        """The program for a worker whose memory, `size` bytes of zeros, this is; its table of
-        segments is written there.
+        """Returns the program for a worker with this memory, `size` bytes of zeros, and writes the
+        table of segments into it.
         """
         base = memory.ctypes.data
         table = [(base + s.at.offset, s.channels, s.stride_y, s.stride_x) for s in self.segments]
         flat = np.array(table, dtype=np.int64).reshape(-1)
         memory[self._table_at.offset :][: flat.nbytes] = flat.view(np.uint8)
-        every = [[self.header[name] for name in HEADER], *self.instructions]
-        program = np.zeros((len(every), WIDTH), dtype=np.int64)
-        for line, values in zip(program, every, strict=True):
+        rows = [[self.header[name] for name in HEADER], *self.instructions]
+        program = np.zeros((len(rows), WIDTH), dtype=np.int64)
+        for line, values in zip(program, rows, strict=True):
             line[: len(values)] = [self._integer(v, base) for v in values]
         return program
 

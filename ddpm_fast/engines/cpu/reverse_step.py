@@ -1,6 +1,4 @@
-"""Reverse step x_t -> x_{t-1} as machine code: `kernels.ddpm_step`, with the noise of
-`kernels.noise`, which is bit-exact.
-"""
+"""Reverse step x_t -> x_{t-1} as machine code: `kernels.ddpm_step` with bit-exact noise."""
 
 from __future__ import annotations
 
@@ -11,13 +9,13 @@ from .instructions import exponential
 
 
 def _normals(f: Function, item: dict[str, Value], z: Value, elements: Value) -> None:
-    """z = the image's noise of this step, bit for bit `kernels.noise`: no product here is fused
-    with a sum.
+    """z = the image's noise of this step, bit-exact with `kernels.noise`: without fused
+    multiply-add.
     """
     word = f.integer(0xFFFFFFFF)
     half = lambda v: f.splat(v.cast("trunc", I32))
     key = half(item["seed"] & word), half(item["seed"] >> 32)
-    streams = half(item["step"] | (noise.REVERSE << 24))
+    streams = half(item["noise_row"] | (noise.REVERSE << 24))
     per_vector = 4 * f.width
     with f.loop(0, (elements + (per_vector - 1)) // per_vector) as i:
         block = half(i * f.width) + f.lanes(I32)
@@ -76,19 +74,19 @@ def _horner(x: Value, coefficients: tuple[float, ...]) -> Value:
 
 
 def reverse_step(f: Function, header: dict[str, Value], item: dict[str, Value]) -> None:
-    """`ddpm_step_reference`, x_t -> x_{t-1} and the x_0 of this step into `old`, over buffers
-    padded to whole vectors.
+    """`ddpm_step_reference` over padded buffers; writes x_{t-1}, and the x_0 of this step into
+    `old`.
     """
     of = {name: f.load(item["coef"], k, F32) for k, name in enumerate(COLUMNS)}
     noisy = of["sigma"].is_("!=", 0.0)
-    with f.when(noisy):
+    with f.when(noisy & item["z"].is_("==", 0)):
         _normals(f, item, header["z"], header["elements"])
     v = {name: f.splat(value) for name, value in of.items()}
     with f.loop(0, (header["elements"] + (f.width - 1)) // f.width) as vector:
         e = vector * f.width
         x_t, out, old = (f.load(header[name], e) for name in ("x", "eps", "old"))
         x_0 = v["x_0_x"] * x_t + v["x_0_out"] * out
-        x_0 = x_0.is_("<", 0 - v["clip"]).pick(0 - v["clip"], x_0)  # NaN is neither, and stays
+        x_0 = x_0.is_("<", 0 - v["clip"]).pick(0 - v["clip"], x_0)  # NaN stays NaN
         x_0 = x_0.is_(">", v["clip"]).pick(v["clip"], x_0)
         mean = v["mean_x_0"] * x_0 + v["mean_x"] * x_t + v["mean_out"] * out
         mean = mean + f.splat(of["mean_old"].is_("!=", 0.0)).pick(v["mean_old"] * old, f.vector(0))

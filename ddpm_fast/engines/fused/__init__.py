@@ -1,1 +1,1 @@
-"""The fused engine: the UNet as a fixed list of Triton launches inside a CUDA graph."""
+"""Fused engine: the UNet as a fixed list of Triton launches in a CUDA graph."""

@@ -1,4 +1,4 @@
-"""List of the launches of a `PackedUNet` for a batch size and an image size."""
+"""Builder of a plan: the launches of a `PackedUNet` for a batch size and an image size."""
 
 from __future__ import annotations
 
@@ -25,16 +25,8 @@ class PlanBuilder(LayerBuilder):
     def _build(self, unet: UNet) -> None:
         net, i = self.net, self.inputs
         if i.time_rows is not None:
-            time_rows = Buffer(
-                "time_rows",
-                self.batch,
-                1,
-                1,
-                net.time_row_width,
-                torch.float32,
-                bordered=False,
-                external=True,
-            )
+            shape = (self.batch, 1, 1, net.time_row_width)
+            time_rows = Buffer("time_rows", *shape, torch.float32, bordered=False, external=True)
             self.external[time_rows] = FeatureMap(i.table, self.batch, 1, 1, bordered=False)
             self.emit("time_rows", i.time_rows, time_rows, tensors=dict(t=i.t, label=i.label))
         x = self.conv_in(unet.conv_in)
@@ -81,19 +73,14 @@ class PlanBuilder(LayerBuilder):
         plain = block.resample is None
         a = self.norm(f"{name}.norm1", block.norm1, x, skip, block.conv1 if plain else None)
         if block.resample == "down":
-            a, x = (
-                self.resampled(f"{name}.{what}.pool", b, "half")
-                for what, b in (("norm1", a), ("x", x))
-            )
+            a = self.resampled(f"{name}.norm1.pool", a, "half")
+            x = self.resampled(f"{name}.x.pool", x, "half")
         elif block.resample == "up":
             x = self.resampled(f"{name}.x.double", x, "double")
         if block.conv_shortcut is not None:
+            conv = block.conv_shortcut
             x = self.conv1x1(
-                f"{name}.conv_shortcut",
-                block.conv_shortcut.weight[:, :, 0, 0],
-                block.conv_shortcut.bias,
-                x,
-                x2=skip,
+                f"{name}.conv_shortcut", conv.weight[:, :, 0, 0], conv.bias, x, x2=skip
             )
         bias = block.scale_shift
         if block.resample == "up":

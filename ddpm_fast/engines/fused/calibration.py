@@ -1,11 +1,10 @@
 """Calibration of e4m3 convolutions: activation ranges of one network, and the layers that stay in
 bf16 (`calibration.json`).
 
-An e4m3 number has 3 bits after its leading one and lies between 2^-9 and 448, so the value of a
-stored 1 (a unit) must be chosen beforehand for every layer. `ddpm-fast calibrate` records the
-activations of real sampling runs (`calibrate.calibrate`): the largest of each layer, and the error
-of that layer's product in e4m3. They depend on the weights, so the file lies in the weights' folder
-and contains their digest.
+An e4m3 number has 3 mantissa bits and lies between 2^-9 and 448, so each layer needs a unit: the
+value of a stored 1. `ddpm-fast calibrate` measures two figures per layer during sampling: the
+largest activation, and the error of the product in e4m3 (`sampling.calibrate`). They depend on the
+weights, so the file is in the weights' folder and contains their digest.
 """
 
 from __future__ import annotations
@@ -27,14 +26,12 @@ from ...utils.validation import is_number
 
 FILE = "calibration.json"
 FORMAT = 1
-# A unit is chosen so that the largest activation that was seen, and a quarter more, just fits. It
-# costs next to nothing: e4m3 is as precise for large numbers as for small ones, until they fall
-# below 2^-6 units.
+# The largest e4m3 number represents this multiple of the largest measured activation. This does not
+# reduce the accuracy: the relative error of e4m3 is the same for all numbers above 2^-6 units.
 MARGIN = 1.25
-# Rounding both operands of a product to 3 bits leaves it off by 0.0375 if its terms are
-# independent, whatever the layer. What is a third above that, and twice what the layers of this
-# network typically lose, loses to something else: a range too wide for one unit, or sums that
-# cancel.
+# Rounding both operands to 3 bits gives a product of independent terms a relative error of 0.0375.
+# A layer with a third more, and with twice the error that is typical in its network, has another
+# problem: a range too wide for one unit, or sums that cancel.
 FLOOR = 0.05
 TIMES_MEDIAN = 2.0
 
@@ -60,7 +57,7 @@ class Calibration:
 
     Attributes:
         weights: `digest_of` the network.
-        made: The settings of the calibration run.
+        made: Settings of the calibration run.
         layers: Name of a convolution -> `Layer`.
     """
 
@@ -76,7 +73,9 @@ class Calibration:
         amax: Mapping[str, float],
         error: Mapping[str, float],
     ) -> Calibration:
-        """From measured ranges and errors; `allowed_error` decides which layers stay in bf16."""
+        """Creates a calibration from measured ranges and errors. Layers above `allowed_error` stay
+        in bf16.
+        """
         limit = allowed_error(error)
         return cls(
             digest_of(unet),
@@ -91,7 +90,7 @@ class Calibration:
 
     @property
     def keep_bf16(self) -> list[str]:
-        """The convolutions that stay in bf16."""
+        """Names of the convolutions that stay in bf16."""
         return [name for name, layer in self.layers.items() if layer.keep_bf16]
 
     @property
@@ -100,16 +99,15 @@ class Calibration:
         return allowed_error({name: layer.error for name, layer in self.layers.items()})
 
     def expect(self, unet: UNet, source: str = "the calibration") -> None:
-        """Raises ValueError if it belongs to other weights. The weights of a network on the meta
-        device are not compared.
+        """Raises ValueError if the calibration is of other weights. Weights on the meta device are
+        not compared.
         """
         if set(self.layers) != set(e4m3_convolutions(unet)):
             raise ValueError(f"{source} is of another network: its layers differ; {_AGAIN}")
         if not unet.conv_in.weight.is_meta and digest_of(unet) != self.weights:
             raise ValueError(
-                f"{source} is of other weights ({self.weights[:12]}...; these are "
-                f"{digest_of(unet)[:12]}...), "
-                f"with which e4m3 would saturate or be coarse; {_AGAIN}"
+                f"{source} is of other weights: {self.weights[:12]}...; expected "
+                f"{digest_of(unet)[:12]}...; {_AGAIN}"
             )
 
     def to_json(self) -> bytes:
@@ -117,7 +115,7 @@ class Calibration:
 
     @classmethod
     def from_json(cls, content: bytes, source: str) -> Calibration:
-        """Reads what `to_json` writes. For other content raises ValueError, naming `source`."""
+        """Inverse of `to_json`. Raises ValueError with `source` in its message if that fails."""
         try:
             fields = json.loads(content)
             if not isinstance(fields, dict) or fields.get("format") != FORMAT:
@@ -131,7 +129,8 @@ class Calibration:
                     and isinstance(layer.keep_bf16, bool)
                 ):
                     raise ValueError(
-                        f"{name}: {asdict(layer)}; expected amax and error of 0 or more, keep_bf16 true or false"
+                        f"{name}: {asdict(layer)}; expected amax and error of 0 or more, "
+                        "keep_bf16 true or false"
                     )
             if (
                 not isinstance(fields["weights"], str)
@@ -149,16 +148,14 @@ class Calibration:
         return cls(fields["weights"], fields["made"], layers)
 
 
-_AGAIN = "make it again by ddpm-fast calibrate, or remove it"
+_AGAIN = "create it again by ddpm-fast calibrate, or remove it"
 
 
 def load_calibration(directory: str | Path, unet: UNet) -> Calibration | None:
-    """Returns the calibration in a checkpoint's folder, or None if there is none. Only fp8 reads
-    it.
+    """Returns the calibration in a checkpoint's folder, or None if there is none. Only for fp8.
 
     Raises:
-        ValueError: The file is damaged or belongs to other weights. It is not ignored, since the
-            images would differ.
+        ValueError: The file is damaged or of other weights.
     """
     path = Path(directory) / FILE
     if not path.is_file():
@@ -169,23 +166,21 @@ def load_calibration(directory: str | Path, unet: UNet) -> Calibration | None:
 
 
 def unit_of(amax: float) -> float:
-    """The value of a stored 1 for which `MARGIN` times amax is stored as the largest e4m3; 1 for a
-    layer that is never used.
-    """
+    """Value of a stored 1 for which `MARGIN` times amax is the largest e4m3; 1 if amax is 0."""
     return MARGIN * amax / E4M3_MAX or 1.0
 
 
 def allowed_error(errors: Mapping[str, float]) -> float:
-    """The largest error in e4m3 that a layer may have: twice the median of the layers, at least
-    `FLOOR`. NaN counts as large.
+    """Largest error that a layer in e4m3 may have: `TIMES_MEDIAN` times the median of the finite
+    errors, at least `FLOOR`.
     """
     finite = [e for e in errors.values() if e == e]
     return max(FLOOR, TIMES_MEDIAN * statistics.median(finite)) if finite else FLOOR
 
 
 def e4m3_convolutions(unet: UNet) -> dict[str, nn.Conv2d]:
-    """The 3x3 convolutions that can take e4m3: those of residual blocks without resampling before
-    them, with a multiple of 32 input channels, which is the K of one tensor-core instruction.
+    """3x3 convolutions that support e4m3: in residual blocks, not after resampling, with a multiple
+    of 32 input channels (the K of one tensor-core instruction).
     """
     convolutions: dict[str, nn.Conv2d] = {}
     for name, block in unet.named_modules():
@@ -196,9 +191,7 @@ def e4m3_convolutions(unet: UNet) -> dict[str, nn.Conv2d]:
 
 
 def digest_of(unet: UNet) -> str:
-    """SHA-256 of names, shapes and fp32 values of all parameters, independent of how they are
-    stored.
-    """
+    """SHA-256 of names, shapes and fp32 values of all parameters."""
     digest = hashlib.sha256()
     for name, value in sorted(unet.state_dict().items()):
         digest.update(f"{name} {tuple(value.shape)}\n".encode())

@@ -1,21 +1,18 @@
-"""Comparison of each launch of a plan with its fallback: the criterion, and the worker process that
-applies it.
+"""Comparison of each launch of a plan with its fallback, in a worker process.
 
-An illegal access poisons the process that made it, and a deadlock never returns. So this runs in a
-worker process, which `verification` starts: it checks launch by launch and reports before each
-which one runs next.
+After an illegal access a process cannot use the GPU, and a deadlock never returns. So the checks
+run in a worker process of `verification`, which reports the name of each launch before it runs.
 
-The criterion, on the first, the middle and the last image of a batch, with the output full of NaN
-before:
+The criterion, for the first, middle and last image of a batch, with outputs filled with NaN before:
 
-- relative L2 error at most twice that of the same operation by plain PyTorch in the launch's own
-  precision (or one unit in the last place; two of fp32)
-- no pixel that is off by more than twice what plain PyTorch's worst pixel is, and one unit in the
-  last place of the output's largest value: a GPU's exp and rsqrt are off by as much
-- a border of exact zeros, and the same bits in a second run
-- where it keeps statistics: those of what it stored, to `STATISTICS`
+- the relative L2 error is at most twice that of plain PyTorch in the launch's precision, or one
+  unit in the last place (two in fp32)
+- the error of the worst pixel is at most twice that of plain PyTorch plus one unit in the last
+  place of the output's largest value, which is the error of a GPU's exp and rsqrt
+- the border is exactly zero, and a second run gives the same bits
+- statistics that the launch keeps are those of its output, within `STATISTICS`
 
-The truth is the fallback in fp32, or fp64 where the plan is fp32. Then the whole forward pass is
+The truth is the fallback in fp32, or in fp64 for a plan in fp32. Finally the whole forward pass is
 compared with the reference network.
 """
 
@@ -40,9 +37,9 @@ from ...utils.subprocess import json_stdio
 from .model import PlannedUNet, PlanSpec
 from .plan import Launch, Plan
 
-FORWARD = "forward"  # the name of the check of the whole network
-STATISTICS = 1e-5  # relative error of statistics, which are sums of some dozens of values in fp32
-FP8_FORWARD = 0.15  # relative error of an fp8 forward: plain PyTorch has none to compare with
+FORWARD = "forward"  # name of the check of the whole network
+STATISTICS = 1e-5  # allowed relative error of statistics, which are sums of dozens of fp32 values
+FP8_FORWARD = 0.15  # allowed relative error of an fp8 forward pass, which plain PyTorch lacks
 Send = Callable[[Mapping[str, Any]], None]
 
 
@@ -54,7 +51,7 @@ class CheckResult:
         reason: Why it failed; empty if it passed.
         error, allowed: Relative L2 error, and its bound.
         pixel, pixel_allowed: Error of the worst pixel relative to the largest value, and its bound.
-        timed_out: There was no answer in time, which may be the fault of a busy machine.
+        timed_out: Whether the check timed out, possibly because the machine was busy.
     """
 
     reason: str = ""
@@ -73,26 +70,18 @@ class CheckResult:
 
 
 def compare(kernel: FeatureMap, exact: FeatureMap, plain: FeatureMap) -> CheckResult:
-    """Applies the criterion to three maps of the same images; exact in fp32 or fp64, plain in the
-    kernel's type.
+    """Applies the criterion to three maps of the same images: by the kernel, exact in fp32 or fp64,
+    and by plain PyTorch in the kernel's dtype.
     """
     ulp = torch.finfo(kernel.rows.dtype).eps
     if not bool((kernel.border.double() == 0).all()):
         return CheckResult("the border is not zero")
     truth = exact.pixels.double()
-    errors = []
-    for fm in (kernel, plain):
-        off = fm.pixels.double() - truth
-        errors.append(
-            (
-                float(off.norm() / truth.norm().clamp(min=1e-30)),
-                float(off.abs().max() / truth.abs().max().clamp(min=1e-30)),
-            )
-        )
-    (error, pixel), (plain_error, plain_pixel) = errors
-    # In fp32 the mean and the scale of a norm are rounded as coarsely as its output. Either's error
-    # is common to a whole group, so a few groups make the L2 error of plain PyTorch, half a unit to
-    # one, a matter of luck: twice a lucky one is less than what a right kernel rounds.
+    error, pixel = _errors(kernel.pixels.double(), truth)
+    plain_error, plain_pixel = _errors(plain.pixels.double(), truth)
+    # In fp32, mean and scale of a norm are rounded as coarsely as its output, and an error is
+    # common to a whole group. With few groups, the L2 error of plain PyTorch may be less than half
+    # that of a correct kernel by chance.
     floor = 2 * ulp if kernel.rows.dtype == torch.float32 else ulp
     allowed, pixel_allowed = max(2 * plain_error, floor), 2 * plain_pixel + ulp
     reason = ""
@@ -103,24 +92,30 @@ def compare(kernel: FeatureMap, exact: FeatureMap, plain: FeatureMap) -> CheckRe
     return CheckResult(reason, error, allowed, pixel, pixel_allowed)
 
 
-def compare_statistics(stats: FeatureMap, out: FeatureMap, tiling: Tiling) -> CheckResult:
-    """Compares the means and squared deviations that a launch kept of `out` with fp64."""
-    truth, errors, worst = tile_statistics(out.pixels.double(), tiling), [], []
-    for computed, exact in zip(stats.grid.double().unbind(2), truth.unbind(2), strict=True):
-        errors.append(float((computed - exact).norm() / exact.norm().clamp(min=1e-30)))
-        worst.append(float((computed - exact).abs().max() / exact.abs().max().clamp(min=1e-30)))
-    right = all(e <= STATISTICS for e in (*errors, *worst))
-    reason = (
-        ""
-        if right
-        else f"statistics: relative errors {errors[0]:.1e} and {errors[1]:.1e}, {STATISTICS:.1e} allowed"
+def _errors(computed: Tensor, exact: Tensor) -> tuple[float, float]:
+    """Relative L2 error, and largest error relative to the largest value."""
+    off = computed - exact
+    return (
+        float(off.norm() / exact.norm().clamp(min=1e-30)),
+        float(off.abs().max() / exact.abs().max().clamp(min=1e-30)),
     )
+
+
+def compare_statistics(stats: FeatureMap, out: FeatureMap, tiling: Tiling) -> CheckResult:
+    """Compares the means and squared deviations of `out` that a launch kept with fp64."""
+    truth = tile_statistics(out.pixels.double(), tiling)
+    pairs = zip(stats.grid.double().unbind(2), truth.unbind(2), strict=True)
+    errors, worst = zip(*(_errors(computed, exact) for computed, exact in pairs), strict=True)
+    reason = ""
+    if not all(e <= STATISTICS for e in (*errors, *worst)):
+        shown = " and ".join(f"{e:.1e}" for e in errors)
+        reason = f"statistics: relative errors {shown}, {STATISTICS:.1e} allowed"
     return CheckResult(reason, max(errors), STATISTICS, max(worst), STATISTICS)
 
 
 def check_launch(plan: Plan, launch: Launch) -> CheckResult:
-    """Runs a launch by its kernel, twice, on what its inputs hold, and by its fallback on three
-    images.
+    """Runs a launch twice by its kernel on its current inputs, and by its fallback on three images,
+    and compares the results.
     """
     arguments, out = plan.arguments(launch), plan.maps[launch.out]
     outputs = {name: plan.maps[b] for name, b in launch.writes.items() if name != "scratch"}
@@ -155,7 +150,7 @@ def _is_half(plan: Plan) -> bool:
 
 
 def _of_images(value: Any, images: list[int], batch: int) -> Any:
-    """A map's or a vector's entries for some images; what is no image's stays."""
+    """Entries of a map or vector for some images; other values are returned as they are."""
     if isinstance(value, FeatureMap) and value.images == batch:
         rows = value.rows.view(batch, -1, value.channels)[images].flatten(0, 1)
         return FeatureMap(rows, len(images), value.height, value.width, value.bordered)
@@ -169,7 +164,7 @@ def _like(fm: FeatureMap, dtype: torch.dtype) -> FeatureMap:
 
 
 def check_noise(device: torch.device) -> CheckResult:
-    """Compares noise by its kernel with the reference: bit-exact."""
+    """Compares the noise kernel with its reference, bit-exactly."""
     vectors = (
         torch.tensor([-1, 5], device=device),
         torch.tensor([2**40, 0], device=device),
@@ -177,17 +172,12 @@ def check_noise(device: torch.device) -> CheckResult:
     )
     z = noise.noise(*vectors, noise.X_T, 3, 33, 65)
     expected = noise.noise_reference(*vectors, noise.X_T, (3, 33, 65))
-    return CheckResult(
-        ""
-        if torch.equal(z.view(torch.int32), expected.view(torch.int32))
-        else "the noise is not the reference's"
-    )
+    same = torch.equal(z.view(torch.int32), expected.view(torch.int32))
+    return CheckResult("" if same else "the noise differs from the reference")
 
 
 def check_ddpm_step(device: torch.device) -> CheckResult:
-    """Compares one reverse step by its kernel with the reference: bit-exact, for neither fuses a
-    multiplication and an addition.
-    """
+    """Compares a reverse step by the kernel with its reference, bit-exactly: neither uses fma."""
     generator = torch.Generator().manual_seed(0)
     x, out = torch.randn(2, 2, 3, 16, 16, generator=generator).to(device)
     table = torch.rand(4, len(COLUMNS), generator=generator).to(device)
@@ -198,15 +188,14 @@ def check_ddpm_step(device: torch.device) -> CheckResult:
     expected = ddpm_step_reference(x, out, z, table, step_index)
     stepped = x.clone()
     ddpm_step(stepped, out, table, step_index, seed, image)
-    return CheckResult("" if torch.equal(stepped, expected) else "the step is not the reference's")
+    same = torch.equal(stepped, expected)
+    return CheckResult("" if same else "the step differs from the reference")
 
 
 def check_advance(device: torch.device) -> CheckResult:
-    """Compares the step counters by their kernel with the reference: whole numbers, so equal."""
-    step_index, t_of = (
-        torch.arange(300, dtype=torch.int32, device=device) % 7,
-        torch.arange(6, device=device) * 11,
-    )
+    """Compares the step counters by the kernel with the reference."""
+    step_index = torch.arange(300, dtype=torch.int32, device=device) % 7
+    t_of = torch.arange(6, device=device) * 11
     label = torch.arange(300, device=device) % 10
     expected = advance_reference(step_index, t_of, label, 10, 1)
     t, time_row = torch.zeros_like(label), torch.zeros_like(label)
@@ -214,49 +203,42 @@ def check_advance(device: torch.device) -> CheckResult:
     same = all(
         torch.equal(v.long(), e) for v, e in zip((step_index, t, time_row), expected, strict=True)
     )
-    return CheckResult("" if same else "the step counters are not the reference's")
+    return CheckResult("" if same else "the step counters differ from the reference")
 
 
-STEP_CHECKS: dict[
-    str, Callable[[torch.device], CheckResult]
-] = {  # what a step runs in addition to the network
-    "noise": check_noise,
-    "ddpm_step": check_ddpm_step,
-    "advance": check_advance,
-}
+Check = Callable[[torch.device], CheckResult]
+# kernels that a step runs in addition to the network
+STEP_CHECKS: dict[str, Check] = dict(
+    noise=check_noise, ddpm_step=check_ddpm_step, advance=check_advance
+)
 
 
 def check_forward(network: PlannedUNet, unet: UNet) -> CheckResult:
-    """Compares the whole network with the reference in fp32: at most twice the error of the
-    reference in the plan's precision.
+    """Compares the whole network with the reference in fp32, or fp64 for fp32: the error is at most
+    twice that of the reference in the network's dtype.
     """
     x, t, labels = inputs_of(network)
-    few = sorted({0, len(x) // 2, len(x) - 1})
-    inputs = (x[few], t[few], None if labels is None else labels[few])
+    some = sorted({0, len(x) // 2, len(x) - 1})
+    inputs = (x[some], t[some], None if labels is None else labels[some])
     dtype = network.activations
     unet = unet.to(network.device)
     exact = (unet.double() if dtype == torch.float32 else unet.float())(*inputs).double()
     plain = unet.to(dtype)(*inputs)
     error, plain_error = (
         float((v.double() - exact).norm() / exact.norm())
-        for v in (network(x, t, labels)[few], plain)
+        for v in (network(x, t, labels)[some], plain)
     )
-    allowed = max(
-        2 * plain_error, FP8_FORWARD if network.dtype == "fp8" else torch.finfo(dtype).eps
-    )
-    return CheckResult(
-        "" if error <= allowed else f"relative error {error:.1e}, {allowed:.1e} allowed",
-        error,
-        allowed,
-    )
+    floor = FP8_FORWARD if network.dtype == "fp8" else torch.finfo(dtype).eps
+    allowed = max(2 * plain_error, floor)
+    reason = "" if error <= allowed else f"relative error {error:.1e}, {allowed:.1e} allowed"
+    return CheckResult(reason, error, allowed)
 
 
 # ---- the worker
 
 
 def main() -> None:
-    """The worker: runs every check of the plan that its one request describes, but for those with a
-    known result.
+    """Entry point of a worker: runs the checks of a plan whose results are not known.
 
     Request: {"spec": of `PlanSpec`, "passed": {check: bool} of the known results}.
     Messages: {"started": check}, {"finished": check, "result": of `CheckResult`}, {"out_of_memory":
@@ -277,39 +259,42 @@ def main() -> None:
             if name not in known:
                 _report(name, partial(check, network.device), send)
         for launch in plan:
-            if (
-                launch.name not in known
-                and not _report(launch.name, partial(check_launch, plan, launch), send).passed
-            ):
-                failed.add(launch.name)
+            if launch.name not in known:
+                result = _report(launch.name, partial(check_launch, plan, launch), send)
+                if not result.passed:
+                    failed.add(launch.name)
             plan.fallbacks = failed
-            plan.run_one(launch)  # so that the next one has something to read
+            plan.run_one(launch)  # writes the inputs of the next launches
         if FORWARD not in known:
             _report(FORWARD, partial(check_forward, network, unet), send)
 
 
 def _report(name: str, check: Callable[[], CheckResult], send: Send) -> CheckResult:
-    """Runs a check and sends its result. Ends the process if no later result could be trusted."""
+    """Runs a check and sends its result. Ends the process if it cannot use the GPU any more."""
     send(dict(started=name))
-    broken = False
     try:
         result = check()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        _synchronize()
     except torch.OutOfMemoryError as error:
         send(dict(out_of_memory=" ".join(str(error).split())))
         raise SystemExit(0) from None
-    except Exception as error:  # whatever a launch does wrong counts against it
+    except Exception as error:  # any error counts as a failure of the launch
         result = CheckResult(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
-        broken = "CUDA" in str(error)  # an illegal access breaks this process's context
     send(dict(finished=name, result=asdict(result)))
-    if broken:
-        raise SystemExit(0)
+    try:
+        _synchronize()  # raises again after an illegal access
+    except RuntimeError:
+        raise SystemExit(0) from None
     return result
 
 
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def network_of(config: UNetConfig) -> UNet:
-    """A network with random weights, norms and biases included, so that a fault in them shows."""
+    """Returns a network with random weights, including norms and biases."""
     torch.manual_seed(0)
     unet = UNet(config).eval().requires_grad_(False)
     for p in unet.parameters():
@@ -319,18 +304,14 @@ def network_of(config: UNetConfig) -> UNet:
 
 
 def inputs_of(network: PlannedUNet) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Random (x_t, t, labels) of a full batch."""
+    """Returns random (x_t, t, labels) of a full batch."""
     generator = torch.Generator().manual_seed(1)
     b, c, device = network.batch_size, network.config, network.device
     x = torch.randn(b, c.in_channels, *network.size, generator=generator).to(device)
     t = torch.randint(network.timesteps, (b,), generator=generator).to(device)
-    return (
-        x,
-        t,
-        torch.randint(c.num_classes, (b,), generator=generator).to(device)
-        if c.num_classes
-        else None,
-    )
+    if not c.num_classes:
+        return x, t, None
+    return x, t, torch.randint(c.num_classes, (b,), generator=generator).to(device)
 
 
 if __name__ == "__main__":

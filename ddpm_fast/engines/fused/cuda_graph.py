@@ -1,4 +1,4 @@
-"""CUDA graph of a step, captured once and replayed: one launch by the host instead of a hundred."""
+"""CUDA graph of a step: one launch by the host instead of a hundred."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ class Graphed:
     """CUDA graph of `repeats` calls of a step. A call replays it.
 
     A replay reads and writes the tensors of the capture at their addresses: keep them, and copy new
-    values into them. The step runs twice before it is captured (kernels compile, libraries choose),
-    so its buffers are written before the first replay. During this warm-up no other thread may wait
-    for a device.
+    values into them. The step runs twice before the capture, to compile kernels and let libraries
+    choose algorithms. So its buffers are written before the first replay. No other thread may wait
+    for a device during this warm-up.
 
     Args:
         step: A function without arguments.
         repeats: Calls per replay.
-        pool: As of `torch.cuda.graph_pool_handle()`, shared by graphs that never run at once; None:
-            a new pool.
-        device: Whose graph it is; default: the current one.
+        pool: A `torch.cuda.graph_pool_handle()` that is shared by graphs that never run at the same
+            time; None: a new pool.
+        device: Device of the graph; default: the current one.
 
     Raises:
-        RuntimeError: The step cannot be captured: it waits for the device, or allocates without
-            memory. The message names the line.
-        OutOfMemoryError: As raised by the step.
+        RuntimeError: The step cannot be captured, because it waits for the device, for example. The
+            message contains the line.
+        OutOfMemoryError: The step runs out of memory.
     """
 
     def __init__(
@@ -39,15 +39,13 @@ class Graphed:
         pool: Any = None,
         device: torch.device | str | None = None,
     ) -> None:
-        self.repeats, self.device = (
-            repeats,
-            torch.device("cuda", torch.cuda.current_device()) if device is None else device,
-        )
+        self.repeats = repeats
+        self.device = torch.cuda.current_device() if device is None else device
         with torch.cuda.device(self.device):
             self._graph: torch.cuda.CUDAGraph | None = torch.cuda.CUDAGraph()
             _warm_up(step)
             options = dict(pool=pool, stream=torch.cuda.Stream(), capture_error_mode="thread_local")
-            with _named("could not be captured"), torch.cuda.graph(self._graph, **options):
+            with _with_line("cannot be captured"), torch.cuda.graph(self._graph, **options):
                 for _ in range(repeats):
                     step()
 
@@ -67,9 +65,7 @@ class Graphed:
 
 
 def _warm_up(step: Callable[[], Any]) -> None:
-    """Runs the step twice on a side stream: once to compile and choose, once to see that nothing
-    waits for the device.
-    """
+    """Runs the step twice on a side stream; the second time raises if it waits for the device."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -77,7 +73,7 @@ def _warm_up(step: Callable[[], Any]) -> None:
         mode = torch.cuda.get_sync_debug_mode()
         torch.cuda.set_sync_debug_mode("error")
         try:
-            with _named("cannot be captured: it waits for the device"):
+            with _with_line("cannot be captured: it waits for the device"):
                 step()
         finally:
             torch.cuda.set_sync_debug_mode(mode)
@@ -85,8 +81,8 @@ def _warm_up(step: Callable[[], Any]) -> None:
 
 
 @contextmanager
-def _named(what: str) -> Iterator[None]:
-    """Adds to an error of the driver or of torch the line of the step that it came from."""
+def _with_line(what: str) -> Iterator[None]:
+    """Context that adds the line of the step to an error of the driver or of torch."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -98,15 +94,9 @@ def _named(what: str) -> Iterator[None]:
 
 
 def _origin(error: BaseException) -> str:
-    """The innermost line outside of torch."""
-    torch_home = str(Path(torch.__file__).parent)
-    frames = [
-        f
-        for f in traceback.extract_tb(error.__traceback__)
-        if not f.filename.startswith(torch_home)
-    ]
-    return (
-        f"{frames[-1].filename}:{frames[-1].lineno}, {frames[-1].line}"
-        if frames
-        else "an unknown line"
-    )
+    """The innermost line outside torch."""
+    torch_folder = str(Path(torch.__file__).parent)
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if not frame.filename.startswith(torch_folder):
+            return f"{frame.filename}:{frame.lineno}, {frame.line}"
+    return "an unknown line"

@@ -1,10 +1,8 @@
-"""Fused engine for GPUs: network, noise, update and step counter as one CUDA graph over static
-buffers.
+"""Fused engine for GPUs: network, noise, update and step counter in one CUDA graph.
 
-t, coefficients, time embeddings and noise are looked up on the device, so one graph serves every
-solver, seed and number of steps.
-Elsewhere the same step runs uncaptured: by Triton's interpreter, or by the fallbacks of its
-launches.
+The step reads t, coefficients, time embeddings and seeds from static device buffers, so one graph
+serves all solvers, seeds and numbers of steps. On a CPU the step runs without a graph: by Triton's
+interpreter, or by the fallbacks of its launches.
 """
 
 from __future__ import annotations
@@ -35,18 +33,19 @@ STEPS_PER_GRAPH_MAX_BATCH = 16  # images; in larger batches a step takes much lo
 
 @dataclass(eq=False)
 class StaticBuffers:
-    """All that a captured step reads and writes, for `capacity` images, at fixed addresses.
+    """Tensors that a captured step reads and writes, for `capacity` images, at fixed addresses.
 
     Attributes:
         network: The network. Its plan's input is x.
-        x, x_0: [B, C, H, W] fp32, the state, and the prediction of x_0 in the step before.
+        x, x_0: [B, C, H, W] fp32, the state, and the x_0 predicted in the previous step.
         step_index: [B] int32.
         seed, image: [B] int64.
-        t_of, coef: The step table, one row more than the chain has steps: [T + 1] int64, [T + 1,
-            10] fp32.
-        graphs: Whether the variance is learned -> captured steps, the longest first.
-        reserved: The state that uses the buffers, views of their first places. They are free when it
-            is released, or when nothing refers to it any more.
+        t_of, coef: The padded step table: [T + 1] int64, [T + 1, 11] fp32.
+        z: [B, C, H, W] fp32, the noise of the next step, once a caller has given noise.
+        graphs: (whether the variance is learned, whether the noise is given) -> captured steps, the
+            longest first.
+        reserved: The state that uses the buffers: views of the first images. The buffers are idle
+            after its release, or when the state is garbage-collected.
     """
 
     network: PlannedUNet
@@ -57,7 +56,8 @@ class StaticBuffers:
     image: Tensor
     t_of: Tensor
     coef: Tensor
-    graphs: dict[bool, list[Any]] = field(default_factory=dict)
+    z: Tensor | None = None
+    graphs: dict[tuple[bool, bool], list[Any]] = field(default_factory=dict)
     reserved: weakref.ref[SamplingState] | None = None
 
     @property
@@ -73,7 +73,7 @@ class StaticBuffers:
         return self.state is None
 
     @classmethod
-    @torch.inference_mode(False)  # or they could be written in inference mode only
+    @torch.inference_mode(False)  # inference tensors could be written in inference mode only
     def of(cls, network: PlannedUNet, timesteps: int) -> StaticBuffers:
         plan, b, device = network.plan(), network.batch_size, network.device
         x = plan.maps[plan.x].pixels
@@ -83,31 +83,35 @@ class StaticBuffers:
         coef = torch.zeros(timesteps + 1, len(COLUMNS), dtype=torch.float32, device=device)
         return cls(network, x, torch.zeros_like(x), step_index, seed, image, t_of, coef)
 
-    def reserve(self, batch_size: int, labelled: bool) -> SamplingState:
-        """A state in the first places. The other places rest at the table's last row."""
+    def reserve(self, batch_size: int, labelled: bool, given_noise: bool) -> SamplingState:
+        """Returns a state of the first images. The others stay at the table's last row."""
         n, label = batch_size, self.network.inputs.label
         self.x[n:], self.step_index[n:] = 0, len(self.t_of) - 1
         self.x_0.zero_()
         label.zero_()
+        if given_noise:
+            with torch.inference_mode(False):
+                self.z = torch.zeros_like(self.x) if self.z is None else self.z.zero_()
         x, step_index, seed, image = (
             v[:n] for v in (self.x, self.step_index, self.seed, self.image)
         )
         labels = label[:n] if labelled else None
-        state = SamplingState(x, step_index, seed, image, labels, self.x_0[:n])
-        # references would keep the network's memory as long as the caller keeps the state
-        buffers, self.reserved = weakref.ref(self), weakref.ref(state)
+        z = self.z[:n] if given_noise and self.z is not None else None
+        state = SamplingState(x, step_index, seed, image, labels, self.x_0[:n], z)
+        # weak, because the caller may keep the state longer than the engine keeps the network
+        reference, self.reserved = weakref.ref(self), weakref.ref(state)
         reserved = self.reserved
 
         def release() -> None:
-            used = buffers()
-            if used is not None and used.reserved is reserved:  # not if another batch has them now
-                used.reserved = None
+            buffers = reference()
+            if buffers is not None and buffers.reserved is reserved:  # not by a later state
+                buffers.reserved = None
 
         state.release = release
         return state
 
     def load(self, table: StepTable) -> None:
-        """Copies a step table in."""
+        """Copies a step table to the buffers."""
         for buffer, values in zip(
             (self.t_of, self.coef), table.padded(len(self.t_of)), strict=True
         ):
@@ -115,7 +119,7 @@ class StaticBuffers:
 
     @contextmanager
     def preserved(self) -> Iterator[None]:
-        """Context that restores what steps write."""
+        """Context that restores the buffers that steps write."""
         written = (self.x, self.x_0, self.step_index)
         before = [v.clone() for v in written]
         try:
@@ -125,19 +129,9 @@ class StaticBuffers:
                 buffer.copy_(values)
 
     def advance(self, by: int = 1) -> None:
-        """Moves every image on by `by` rows of the step table, and looks up what the network reads
-        there.
-        """
-        i = self.network.inputs
-        advance(
-            self.step_index,
-            self.t_of,
-            i.t,
-            i.time_row,
-            i.label,
-            self.network.config.num_classes or 1,
-            by,
-        )
+        """Advances every image by `by` rows of the step table and updates the network's inputs."""
+        i, classes = self.network.inputs, self.network.config.num_classes or 1
+        advance(self.step_index, self.t_of, i.t, i.time_row, i.label, classes, by)
 
     def free(self) -> None:
         for graphs in self.graphs.values():
@@ -145,29 +139,29 @@ class StaticBuffers:
                 graph.free()
         self.graphs.clear()
 
-    def step(self, learned: bool) -> None:
-        """x_t -> x_{t-1} for every image at its own row of the step table; then the next row."""
+    def step(self, learned: bool, given_noise: bool) -> None:
+        """Computes x_t -> x_{t-1} of every image at its row of the step table, and advances."""
         plan = self.network.plan()
         plan.run()
         out = mean_of(plan.maps[plan.out].pixels, self.x.shape[1], learned)
-        ddpm_step(self.x, out, self.coef, self.step_index, self.seed, self.image, learned, self.x_0)
+        index = (self.step_index, self.seed, self.image)
+        z = self.z if given_noise else None
+        ddpm_step(self.x, out, self.coef, *index, learned, self.x_0, z)
         self.advance()
 
 
 class FusedEngine:
-    """`FusedUNet` and the rest of the step, captured once for each batch size (a power of two) and
-    kind of variance.
+    """Engine of a `FusedUNet`: captures a step for a few batch sizes and each kind of variance.
 
     Args:
         unet: The network. Its weights are copied.
         shape: (C, H, W).
         precision: A key of `DTYPES`.
-        device: Where the state lies.
+        device: Device of the state.
         timesteps: Length of the noise schedule.
         reason: Why this engine was chosen.
-        graph: Captures a step, as `Graphed` does; default: `Graphed` on a GPU, no capture
-            elsewhere.
-        options: Of `FusedUNet`.
+        graph: Callable that captures a step; default: `Graphed` on a GPU, no capture on a CPU.
+        options: Options of `FusedUNet`.
 
     Raises:
         ValueError: The kernels do not support the network or the device.
@@ -206,10 +200,15 @@ class FusedEngine:
 
     @torch.no_grad()
     def new_state(
-        self, batch_size: int, shape: tuple[int, int, int], device: torch.device, labelled: bool
+        self,
+        batch_size: int,
+        shape: tuple[int, int, int],
+        device: torch.device,
+        labelled: bool,
+        given_noise: bool = False,
     ) -> SamplingState:
-        """See `Engine.new_state`; a state in static buffers, of this engine's shape and device."""
-        return self._free_buffers(batch_size).reserve(batch_size, labelled)
+        """See `Engine.new_state`; the state is in static buffers."""
+        return self._free_buffers(batch_size).reserve(batch_size, labelled, given_noise)
 
     @torch.no_grad()
     def steps(
@@ -224,26 +223,26 @@ class FusedEngine:
         if buffers is None:
             raise ValueError(
                 "state is not in the buffers of this engine; expected one from new_state that was "
-                "not released: make a new one"
+                "not released: create a new one"
             )
-        done = 0
+        completed = 0
         buffers.load(table)
-        graphs = self.graphs(buffers, table.learned, every_step)
+        graphs = self.graphs(buffers, table.learned, state.z is not None, every_step)
         buffers.advance(by=0)
         for graph in graphs:  # the longest first
-            while len(table) - done >= graph.repeats:
+            while len(table) - completed >= graph.repeats:
                 graph()
-                done += graph.repeats
-                yield done
+                completed += graph.repeats
+                yield completed
 
     def prepare(self, batch_size: int) -> None:
-        """Allocates buffers for `batch_size` images, unless free ones hold as many and less than
-        twice as many.
+        """Allocates buffers for `batch_size` images, unless idle ones have a capacity from
+        `batch_size` to less than twice that.
         """
         if any(batch_size <= b.capacity < 2 * batch_size and b.idle for b in self._buffers):
             return
         capacity = batch_size
-        if self.graph is not None:  # capturing takes time, so few sizes are captured
+        if self.graph is not None:  # captures few sizes, because capturing takes time
             capacity = (
                 2 ** (batch_size - 1).bit_length() if batch_size < 16 else -(-batch_size // 8) * 8
             )
@@ -251,7 +250,7 @@ class FusedEngine:
         self._buffers.append(StaticBuffers.of(self.network(capacity), self.timesteps))
 
     def network(self, batch_size: int) -> PlannedUNet:
-        """The network for a batch size; the packed weights are shared."""
+        """Returns the network for a batch size; packed weights are shared."""
         return (
             self._buffers[0].network.resized(batch_size)
             if self._buffers
@@ -259,38 +258,37 @@ class FusedEngine:
         )
 
     def _free_buffers(self, batch_size: int) -> StaticBuffers:
-        """The smallest free buffers that suffice. Busy ones are left alone: several batches may be
-        sampled in turns.
-        """
-        if not any(batch_size <= b.capacity and b.idle for b in self._buffers):
+        """The smallest idle buffers that fit the batch. Others may be in use by other batches."""
+        fits = lambda b: batch_size <= b.capacity and b.idle
+        if not any(map(fits, self._buffers)):
             self.prepare(batch_size)
-        return min(
-            (b for b in self._buffers if batch_size <= b.capacity and b.idle),
-            key=lambda b: b.capacity,
-        )
+        return min(filter(fits, self._buffers), key=lambda b: b.capacity)
 
-    def graphs(self, buffers: StaticBuffers, learned: bool, every_step: bool) -> list[Any]:
-        """The captured step; before it several steps in one graph, if that is faster and not every
-        step is observed.
+    def graphs(
+        self, buffers: StaticBuffers, learned: bool, given_noise: bool, every_step: bool
+    ) -> list[Any]:
+        """Returns the captured step, preceded by a graph of several steps if that is faster and the
+        caller does nothing between steps.
         """
-        step = lambda: buffers.step(learned)
+        key = (learned, given_noise)
+        step = lambda: buffers.step(*key)
         if self.graph is None:
             return [_Uncaptured(step)]
-        if learned not in buffers.graphs:
+        if key not in buffers.graphs:
             pool = torch.cuda.graph_pool_handle() if buffers.x.is_cuda else None
-            with buffers.preserved():  # a capture runs the step
+            with buffers.preserved():  # capturing runs the step
                 captured = [self.graph(step, 1, pool)]
-                if buffers.capacity <= STEPS_PER_GRAPH_MAX_BATCH:
+                if buffers.capacity <= STEPS_PER_GRAPH_MAX_BATCH and not given_noise:
                     captured.insert(0, self.graph(step, STEPS_PER_GRAPH, pool))
                     if buffers.x.is_cuda and not _is_faster(
                         captured[0], captured[1], buffers.x.device
                     ):
                         captured.pop(0).free()
-            buffers.graphs[learned] = captured
-        return buffers.graphs[learned][-1:] if every_step else buffers.graphs[learned]
+            buffers.graphs[key] = captured
+        return buffers.graphs[key][-1:] if every_step else buffers.graphs[key]
 
     def free(self) -> None:
-        """Releases device memory; it is reallocated on demand. Busy buffers stay."""
+        """Releases the memory of idle buffers; it is reallocated on demand."""
         self._drop([b for b in self._buffers if b.idle])
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -303,7 +301,7 @@ class FusedEngine:
 
 @dataclass
 class _Uncaptured:
-    """A step in place of a graph."""
+    """Step with the interface of a graph."""
 
     step: Callable[[], None]
     repeats: int = 1
@@ -316,8 +314,8 @@ class _Uncaptured:
 
 
 def _is_faster(several: Any, single: Any, device: torch.device, rounds: int = 5) -> bool:
-    """Whether several steps per graph take less than 98 % of the time. Compares the best of some
-    rounds, after a warm-up.
+    """Whether several steps per graph take less than 98 % of the time: best of `rounds` after a
+    warm-up.
     """
     best = [float("inf")] * 2
     for _ in range(rounds + 1):

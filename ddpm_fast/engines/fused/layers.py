@@ -1,4 +1,4 @@
-"""Launches of single layers: each method appends the launches of one layer to a list."""
+"""Launches of single layers: each method appends the launches of one layer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...kernels._feature_map import FeatureMap
 from ...kernels._gemm import E4M3_MAX, Tiles, divisor
-from ...kernels._tile_statistics import KeepsStatistics, Tiling
+from ...kernels._tile_statistics import TileStatisticsMixin, Tiling
 from ...kernels.conv1x1 import Conv1x1
 from ...kernels.conv3x3 import Conv3x3
 from ...kernels.conv_downsample import ConvDownsample
@@ -29,28 +29,23 @@ class LayerBuilder:
 
     Attributes:
         launches: The launches so far.
-        x, out: The buffers of the network's input and output.
+        x, out: Buffers of the network's input and output.
         external: Memory of external buffers that is allocated before the plan.
+        units: Buffer -> the value of a stored 1, for e4m3.
+        writers: Buffer -> index of the launch that writes it.
+        fixed: Buffer -> tiles of its launch that do not depend on the batch size.
     """
 
     def __init__(self, net: PackedUNet, inputs: Inputs, batch: int, size: tuple[int, int]) -> None:
         self.net, self.inputs, self.batch = net, inputs, batch
         self.launches: list[Launch] = []
-        # the value of a stored 1 of an e4m3 map
         self.units: dict[Buffer, float] = {}
-        # buffers with memory that is allocated before the plan
         self.external: dict[Buffer, FeatureMap] = {}
-        # the launch that writes a map
         self.writers: dict[Buffer, int] = {}
-        # tiles that do not depend on the batch, for launches whose tiles do
         self.fixed: dict[Buffer, Tiles] = {}
-        c = net.config
-        self.x = Buffer(
-            "x_t", batch, *size, c.in_channels, torch.float32, bordered=False, external=True
-        )
-        self.out = Buffer(
-            "out", batch, *size, c.out_channels, torch.float32, bordered=False, external=True
-        )
+        dense: dict[str, Any] = dict(dtype=torch.float32, bordered=False, external=True)
+        self.x = Buffer("x_t", batch, *size, net.config.in_channels, **dense)
+        self.out = Buffer("out", batch, *size, net.config.out_channels, **dense)
 
     def emit(
         self,
@@ -90,12 +85,14 @@ class LayerBuilder:
             bordered,
         )
 
-    def cut(self, out: Buffer, kind: str, *args: Any, **options: Any) -> Tiles:
-        """Tiles that depend on the batch; those that do not are recorded, for a launch that keeps
-        statistics uses them.
+    def cut(
+        self, out: Buffer, kind: str, *args: Any, shrinks: float = 0.2, **options: Any
+    ) -> Tiles:
+        """Returns tiles that depend on the batch size. Records those that do not, which a launch
+        uses if it keeps statistics.
         """
         self.fixed[out] = self.net.cut(kind, *args, **options)
-        return self.net.cut(kind, *args, **options, shrinks=2 if kind == "conv3x3" else 0.2)
+        return self.net.cut(kind, *args, **options, shrinks=shrinks)
 
     def conv_in(self, conv: nn.Conv2d) -> Buffer:
         net, k = self.net, conv.out_channels
@@ -116,8 +113,8 @@ class LayerBuilder:
         )
 
     def operand_of(self, conv: nn.Conv2d | None) -> torch.dtype:
-        """The type of a convolution's operands: e4m3 if it takes that, and its range is known
-        beforehand.
+        """Dtype of a convolution's operands: e4m3 if the convolution uses it and the range of its
+        input is known at construction.
         """
         net = self.net
         range_known = net.time_rows is None or not net.config.scale_shift
@@ -149,13 +146,13 @@ class LayerBuilder:
             *_size(x),
             tma=True,
             dtype=x.dtype,
+            warps=8 if x.dtype == E4M3 else 4,
+            shrinks=2,
         )
 
         def make() -> Conv3x3:
-            weight, b = (
-                scale * net.weight(conv.weight),
-                scale * net.weight(conv.bias) if bias else None,
-            )
+            weight = scale * net.weight(conv.weight)
+            b = scale * net.weight(conv.bias) if bias else None
             return Conv3x3.of(weight, b, x.dtype, tiles, self.units.get(x, 1.0), scale, net.bounded)
 
         return self.emit(
@@ -227,8 +224,8 @@ class LayerBuilder:
         silu: bool = True,
         bordered: bool = True,
     ) -> Buffer:
-        """conv: the 3x3 convolution that reads this; block: the residual block whose time embedding
-        joins here.
+        """conv: the 3x3 convolution that reads the output; block: the residual block whose time
+        embedding is added.
         """
         net, i = self.net, self.inputs
         dtype = self.operand_of(conv)
@@ -259,18 +256,18 @@ class LayerBuilder:
         )
         tensors = {} if block is None else dict(table=i.table, time_row=i.time_row)
         if conv is not None and dtype == E4M3 and net.count_saturated:
-            tensors["saturated"] = net.saturated[net.e4m3_convolutions.index(net.names[conv])].view(
-                1, 1
-            )  # not [1], which would be one value per image
+            # [1, 1], since [1] would be one value per image
+            index = net.e4m3_convolutions.index(net.names[conv])
+            tensors["saturated"] = net.saturated[index].view(1, 1)
         of_stats = dict(zip(("stats", "stats2"), stats, strict=False))
         return self.emit(name, op, out, scratch=scratch, tensors=tensors, x=x, x2=x2, **of_stats)
 
     def statistics(self, maps: list[Buffer]) -> tuple[list[Buffer], tuple[Tiling, ...]]:
-        """The statistics of `maps`, which the launches that write them keep from now on; empty if
-        one of them cannot.
+        """Makes the launches that write `maps` keep statistics, and returns those; empty if one of
+        the launches cannot.
         """
         writers = [self.launches[self.writers[b]] for b in maps]
-        if not all(isinstance(launch.op, KeepsStatistics) for launch in writers):
+        if not all(isinstance(launch.op, TileStatisticsMixin) for launch in writers):
             return [], ()
         stats, tilings = [], []
         for b, launch in zip(maps, writers, strict=True):
@@ -278,14 +275,9 @@ class LayerBuilder:
                 cast(Any, launch.op), tiles=self.fixed.get(b, cast(Any, launch.op).tiles)
             )
             tiling = op.tiling(b.empty("meta"))
+            shape = (self.batch, tiling.entries, 2, b.channels)
             stored = launch.writes.get("stats") or Buffer(
-                f"{b.name}.stats",
-                self.batch,
-                tiling.entries,
-                2,
-                b.channels,
-                torch.float32,
-                bordered=False,
+                f"{b.name}.stats", *shape, torch.float32, bordered=False
             )
             self.launches[self.writers[b]] = replace(
                 launch, op=op, writes={**launch.writes, "stats": stored}
@@ -295,9 +287,7 @@ class LayerBuilder:
         return stats, tuple(tilings)
 
     def _unit(self, conv: str, gamma: Tensor, beta: Tensor, time: str | None, column: int) -> float:
-        """The value of a stored 1 of an e4m3 activation: as calibrated, or so that values some
-        deviations from the mean fit.
-        """
+        """Value of a stored 1 of an e4m3 activation: calibrated, or such that `DEVIATIONS` fit."""
         if conv in self.net.units:
             return self.net.units[conv]
         if gamma.is_meta:

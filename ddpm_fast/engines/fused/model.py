@@ -1,12 +1,10 @@
-"""Planned UNet: the function of a `UNet` as a fixed list of kernel launches over weights that are
-packed once.
+"""Planned UNet: a `UNet` as a fixed list of kernel launches over packed weights.
 
-What it does differently from the reference, all of it exact but for rounding:
+Differences from the reference, all exact except for rounding:
 
-- the time embedding, its projections for every block and the first convolutions' biases are rows of
-  one table
-- GroupNorm, SiLU, the skip's concatenation and the time embedding's addition are one pass over
-  memory
+- the time embedding, its projections in all blocks and the biases of the first convolutions are
+  rows of one table
+- GroupNorm, SiLU, concatenation of the skip and addition of the time embedding are one pass
 - bias, residual and the division by `mid_scale` are part of the convolutions
 - nearest 2x and 3x3 are four 2x2 convolutions; single-head attention is folded
   (`kernels.attention`)
@@ -32,44 +30,42 @@ from .builder import PlanBuilder
 from .calibration import Calibration
 from .packing import PackedUNet, check_tiles
 from .plan import Plan, exactly
-from .requirements import check_call, check_fp8, check_network
+from .requirements import check_fp8, check_network
 
 
 class PlannedUNet:
-    """eps_theta(x_t, t) of a trained `UNet` by kernels that are not verified; `FusedUNet` verifies
-    them first.
+    """Computes eps_theta(x_t, t) of a `UNet` by kernels, which only `FusedUNet` verifies.
 
-    `plan()` is the list of launches for an image size. On a GPU, or by Triton's interpreter, they
-    run by their kernels, elsewhere by their fallbacks (`plan.fallbacks` names them). Memory is
-    allocated once for each image size.
+    `plan()` is the list of launches for an image size. On a GPU, or by Triton's interpreter,
+    launches run by their kernels; otherwise by their fallbacks (`plan.fallbacks`). Memory is
+    allocated once per image size.
 
     Args:
         unet: The network. Its weights are copied.
-        batch_size: The most images that one call takes.
+        batch_size: Largest number of images per call.
         dtype: "fp32", "fp16", "bf16" (or the torch dtype), or "fp8": e4m3 operands in 3x3
             convolutions, bf16 elsewhere.
         device: Default: the network's; "meta" plans without memory.
-        size: (H, W); default: the configuration's. Images of another size are planned for at the
-            first call.
+        size: (H, W); default: the configuration's. Other sizes are planned at their first call.
         timesteps: t runs from 0 to timesteps - 1.
-        target: The GPU to configure launches for; default: the device's own.
+        target: GPU that launches are configured for; default: the device.
         tiles: Overrides of launch configurations, by `packing.tile_key`.
-        overlap: Launches begin while those before them finish (`kernels._launch`; sm_90 and newer),
+        overlap: Launches start while the previous ones finish (`kernels._launch`; sm_90 and newer),
             for small batches. Not yet run on a GPU.
-        calibration: For fp8, this network's (`load_calibration`): the ranges of its activations,
-            and the convolutions that stay in bf16. Default: ranges follow from the norms'
-            parameters, eight deviations.
+        calibration: For fp8, the network's calibration (`load_calibration`): activation ranges, and
+            the convolutions that stay in bf16. Default: ranges of eight deviations, computed from
+            the norms' parameters.
         keep_bf16: For fp8, names of further convolutions that stay in bf16.
-        accumulation: For fp8. "bounded": sm_90's tensor cores, which add fp8 products with fewer
-            bits than fp32 has, hand a sum over after every step; "unbounded": only at the end,
-            which may be faster and is less exact.
-        count_saturated: For fp8, count activations that do not fit (`saturated`); adds a tenth to
-            the instructions of the norms before e4m3.
+        accumulation: For fp8. Tensor cores of sm_90 add fp8 products with fewer bits than fp32.
+            "bounded": each K step's sum is added in fp32; "unbounded": only the total, which may be
+            faster and is less accurate.
+        count_saturated: For fp8, count activations outside the range (`saturated`). This adds a
+            tenth to the instructions of norms before e4m3.
 
     Raises:
-        ValueError: No launch supports it: channels that are no multiples of 16, or e4m3 on a GPU
-            without it. Or tiles name unknown launches, the calibration has other weights, or
-            `keep_bf16` names no convolutions.
+        ValueError: The kernels do not support the channels or, in e4m3, the GPU. Or tiles name
+            unknown launches, the calibration is of other weights, or `keep_bf16` contains a name
+            that is not a convolution's.
     """
 
     def __init__(
@@ -103,7 +99,7 @@ class PlannedUNet:
         self.overlap = overlap
         size = size or self.config.size
         if size is None:
-            raise ValueError("the configuration names no sample_size; give size=(height, width)")
+            raise ValueError("sample_size is None in the configuration; give size=(height, width)")
         self.size = self._check_size(size)
         self.accumulation, self.count_saturated = accumulation, count_saturated
         self.keep_bf16 = sorted(
@@ -126,12 +122,14 @@ class PlannedUNet:
             )
             self.inputs = self._packed.inputs(batch_size)
         self.plan()
-        # everything is packed now: later plans read the structure of the network, not its weights
+        # all weights are packed: later plans read the structure of the network only
         self._packed.keep_structure(copy.deepcopy(unet).to("meta"))
 
     def resized(self, batch_size: int) -> PlannedUNet:
-        """The same packed weights for another batch size. Raises ValueError unless it is at least
-        1.
+        """Returns a network for another batch size, with the same packed weights.
+
+        Raises:
+            ValueError: The batch size is not an integer of at least 1.
         """
         if not is_count(batch_size):
             raise ValueError(f"batch_size = {batch_size}; expected an integer of at least 1")
@@ -144,11 +142,11 @@ class PlannedUNet:
 
     @staticmethod
     def check_config(config: UNetConfig, dtype: str | torch.dtype, device: torch.device) -> None:
-        """Raises ValueError for what no launch on `device` supports."""
+        """Raises ValueError if the kernels do not support the network or the device."""
         check_network(config, 1, 1, dtype_name(dtype), Target.of(device))
 
     def plan(self, size: tuple[int, int] | None = None) -> Plan:
-        """The launches for images of `size` (H, W), by default `self.size`."""
+        """Returns the launches for images of `size` (H, W), by default `self.size`."""
         size = self.size if size is None else self._check_size(size)
         if size not in self._plans:
             with exactly(self.device):
@@ -164,9 +162,7 @@ class PlannedUNet:
         return plan
 
     def spec(self, size: tuple[int, int] | None = None, plan: Plan | None = None) -> PlanSpec:
-        """Description of a plan, by default the one for `self.size`, from which another process
-        makes the same plan.
-        """
+        """Returns the description of a plan, by default of the plan for `self.size`."""
         options = dict(
             batch_size=self.batch_size,
             dtype=self.dtype,
@@ -184,20 +180,19 @@ class PlannedUNet:
 
     @property
     def invariant(self) -> bool:
-        """Whether an image has the same bits in every batch. Not if a fallback runs: libraries
-        choose by batch size.
+        """Whether an image has the same bits in every batch. False if a launch runs by its
+        fallback, because libraries choose algorithms by batch size.
         """
         return not any(plan.fallbacks for plan in self._plans.values())
 
     def saturated(self, clear: bool = False) -> dict[str, int]:
-        """Convolution -> number of values of its e4m3 input that were clamped or NaN, since the
-        last `clear`.
+        """Convolution -> number of values of its e4m3 input that were clamped or NaN.
 
-        Convolutions whose values all fitted are not listed. Unused places of a batch count as well.
-        Waits for the device.
+        Counts accumulate until a call with `clear`, and include unused images of a batch. Zero
+        counts are not listed. Waits for the device.
 
         Raises:
-            ValueError: Nothing is counted.
+            ValueError: The network was constructed without `count_saturated`.
         """
         if not self.count_saturated:
             raise ValueError("nothing was counted; construct the network with count_saturated=True")
@@ -229,18 +224,22 @@ class PlannedUNet:
 
     @torch.no_grad()
     def load(self, x_t: Tensor, t: Tensor | int, labels: Tensor | None = None) -> Plan:
-        """Checks a call's arguments, copies them to where the plan reads them, and returns that
-        plan.
-        """
-        b, t, labels = check_call(
-            self.config, self.batch_size, self.timesteps, self.device, x_t, t, labels
-        )
+        """Validates a call's arguments, copies them to the plan's inputs, and returns the plan."""
+        t = torch.as_tensor(t, device=self.device)
+        t = t.expand(x_t.shape[:1]) if t.ndim == 0 else t
+        self.config.check_call(x_t, labels, t, self.timesteps)
+        b = len(x_t)
+        if not 1 <= b <= self.batch_size:
+            raise ValueError(
+                f"x_t has {b} images; expected 1 to {self.batch_size}: "
+                "give a larger batch_size at construction"
+            )
         plan = self.plan((int(x_t.shape[2]), int(x_t.shape[3])))
         plan.maps[plan.x].pixels[:b].copy_(x_t)
         i = self.inputs
-        i.t[:b], i.label[:b] = t, labels
+        i.t[:b], i.label[:b] = t, 0 if labels is None else labels
         if i.time_rows is None:
-            i.time_row[:b] = t * (self.config.num_classes or 1) + labels
+            i.time_row[:b] = i.t[:b] * (self.config.num_classes or 1) + i.label[:b]
         return plan
 
     def _check_size(self, size: Any) -> tuple[int, int]:
@@ -250,17 +249,17 @@ class PlannedUNet:
             or len(size) != 2
             or any(not is_count(n) or n % coarsest for n in size)
         ):
-            raise ValueError(f"size {size!r}; expected (H, W), both divisible by {coarsest}")
+            raise ValueError(f"size is {size!r}; expected (H, W), both divisible by {coarsest}")
         return int(size[0]), int(size[1])
 
 
 @dataclass(frozen=True)
 class PlanSpec:
-    """Description of a plan as JSON values, from which another process makes the same plan.
+    """Description of a plan as JSON values, from which another process builds the same plan.
 
     Attributes:
-        config: Of the network.
-        options: Of `PlannedUNet`.
+        config: Configuration of the network.
+        options: Options of `PlannedUNet`.
         launches: Names of the plan's launches.
     """
 
@@ -285,5 +284,5 @@ class PlanSpec:
         return Target(**self.options["target"])
 
     def network(self, unet: UNet, **changes: Any) -> PlannedUNet:
-        """The network with the weights of `unet`; changes: of the options."""
+        """Returns the network with the weights of `unet`; `changes` override options."""
         return PlannedUNet(unet, **(dict(self.options) | dict(target=self.target) | changes))

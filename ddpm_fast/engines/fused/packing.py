@@ -1,6 +1,4 @@
-"""A `UNet` packed for the kernels: every layer as an operation, and the tiles of each. `builder`
-lists its launches.
-"""
+"""Packed weights of a `UNet`: every layer as an operation with its tiles."""
 
 from __future__ import annotations
 
@@ -13,27 +11,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...kernels._gemm import Target, Tiles, cut
+from ...kernels._gemm import Target, Tiles, choose_tiles
 from ...kernels.time_embedding import TimeEmbeddingProjection
 from ...models.time_table import time_table
 from ...models.unet import ResBlock, UNet
 from .calibration import e4m3_convolutions
 
 E4M3 = torch.float8_e4m3fn
-DEVIATIONS = (
-    8.0  # from the mean that an e4m3 activation holds without saturating, without a calibration
-)
+DEVIATIONS = 8.0  # range of an e4m3 activation around its mean, without a calibration
 AnyOp = TypeVar("AnyOp")
 
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """What a forward pass reads besides x_t.
+    """Inputs of a forward pass in addition to x_t.
 
     Attributes:
         t, label: [B] int64.
         time_row: [B] int64, the rows of `table` for (t, label).
-        table: [R, S] fp32, written once; or [B, S], written in every forward pass by `time_rows`.
+        table: [R, S] fp32, written once; or [B, S], written by `time_rows` in every forward pass.
         time_rows: The operation that writes `table`, or None.
     """
 
@@ -45,19 +41,17 @@ class Inputs:
 
 
 class PackedUNet:
-    """The layers of a `UNet` as operations, packed when they are first used.
+    """Layers of a `UNet` as operations, packed at their first use.
 
     Args:
         unet: The network. Weights are copied.
-        device: Where the packed weights lie.
-        activations, operands: Number formats of activations, and of the operands of 3x3
-            convolutions.
-        target: The GPU that tiles are chosen for.
+        device: Device of the packed weights.
+        activations, operands: Dtypes of activations, and of the operands of 3x3 convolutions.
+        target: GPU that tiles are chosen for.
         timesteps: t runs from 0 to timesteps - 1.
         tiles: Overrides of the tiles of single launches, by `tile_key`.
-        units: 3x3 convolution -> the value of a stored 1 of its e4m3 input; others follow from the
-            norms.
-        keep_bf16: 3x3 convolutions with operands of type `activations`, whatever `operands` is.
+        units: 3x3 convolution -> the value of a stored 1 of its e4m3 input; default: from the norm.
+        keep_bf16: 3x3 convolutions whose operands have the dtype of activations.
         bounded: See `Conv3x3`.
         count_saturated: Count values that are clamped or NaN.
 
@@ -83,9 +77,8 @@ class PackedUNet:
     ) -> None:
         self.config, self.device, self.target, self.tiles = unet.config, device, target, tiles
         self.activations, self.operands = activations, operands
-        self.weight_dtype = (
-            torch.float64 if unet.dtype == torch.float64 else torch.float32
-        )  # before they are packed
+        # weights are packed in this type
+        self.weight_dtype = torch.float64 if unet.dtype == torch.float64 else torch.float32
         self.units, self.bounded, self.count_saturated = units, bounded, count_saturated
         candidates = list(e4m3_convolutions(unet)) if operands == E4M3 else []
         self.e4m3_convolutions = [name for name in candidates if name not in keep_bf16]
@@ -99,19 +92,17 @@ class PackedUNet:
         self._pack_time(blocks, timesteps)
 
     def keep_structure(self, unet: UNet) -> None:
-        """Reads the network's structure from `unet` from now on."""
+        """Sets the network that the structure is read from."""
         self.unet = unet
         self.names = {module: name for name, module in unet.named_modules()}
 
     def weight(self, p: Tensor | None) -> Tensor:
-        """A copy of a parameter in the type that packing computes in."""
+        """Copy of a parameter in the dtype that packing computes in."""
         assert p is not None
-        return p.detach().to(
-            self.device, self.weight_dtype, copy=True
-        )  # the caller may go on training
+        return p.detach().to(self.device, self.weight_dtype, copy=True)
 
     def cached(self, name: str, make: Callable[[], AnyOp]) -> AnyOp:
-        """The operation `name`, made at the first call."""
+        """Returns the operation `name`, which the first call makes."""
         if name not in self._operations:
             self._operations[name] = make()
         return self._operations[name]
@@ -120,8 +111,8 @@ class PackedUNet:
 
     @torch.no_grad()
     def _pack_time(self, blocks: list[ResBlock], timesteps: int) -> None:
-        """Packs the table of all that residual blocks read of (t, class), or the operation that
-        makes its rows step by step.
+        """Packs the table of time embeddings that residual blocks add, or, if it is too large, the
+        operation that computes its rows in every step.
         """
         c = self.config
         on_host = "meta" if self.device.type == "meta" else self.unet.conv_in.weight.device
@@ -133,20 +124,14 @@ class PackedUNet:
         )
         time = self.weight(embedded)
         weight = torch.cat([self.weight(b.time_emb_proj.weight) for b in blocks])
-        # without scale-shift the row is added before the norm, and the first convolution's bias
-        # with it
-        bias = torch.cat(
-            [
-                self.weight(b.time_emb_proj.bias)
-                + (0 if b.scale_shift else self.weight(b.conv1.bias))
-                for b in blocks
-            ]
-        )
+        # without scale-shift, the bias of the first convolution is added together with the row
+        with_conv = lambda b: 0 if b.scale_shift else self.weight(b.conv1.bias)
+        bias = torch.cat([self.weight(b.time_emb_proj.bias) + with_conv(b) for b in blocks])
         self.time_rows: TimeEmbeddingProjection | None = None
         self.table = time_table(time, classes, weight, bias)
         if self.table is not None:
             return
-        pad = (0, -c.time_dim % 64)  # whole steps of the product
+        pad = (0, -c.time_dim % 64)  # to whole K steps of the product
         tiles = self.cut("time_embedding", 64, self.time_row_width, 64, 1, 1, tma=False)
         time, classes = (F.pad(v, pad).float().contiguous() for v in (time, classes))
         self.time_rows = TimeEmbeddingProjection(
@@ -154,7 +139,7 @@ class PackedUNet:
         )
 
     def inputs(self, batch: int) -> Inputs:
-        """Buffers for the inputs of a batch."""
+        """Allocates the inputs of a batch."""
         t, label, time_row = (
             torch.zeros(batch, dtype=torch.int64, device=self.device) for _ in range(3)
         )
@@ -176,23 +161,21 @@ class PackedUNet:
         *,
         tma: bool,
         dtype: torch.dtype | None = None,
+        warps: int = 8,
         shrinks: float = 0,
     ) -> Tiles:
-        """The tiles of a launch: the override for its key, or by rule. The batch is not part of the
-        key.
-        """
+        """Tiles of a launch: the override for its key, or by rule."""
         dtype = dtype or self.activations
-        warps = 4 if kind == "conv3x3" and dtype != E4M3 else 8
-        by_rule = cut(self.target, dtype, c, k, rows, tma=tma, warps=warps, shrinks=shrinks)
+        by_rule = choose_tiles(
+            self.target, dtype, c, k, rows, tma=tma, warps=warps, small_rounds=shrinks
+        )
         return replace(
             by_rule, **self.tiles.get(tile_key(kind, self.target, dtype, c, k, h, w), {})
         )
 
 
 def tile_key(kind: str, target: Target, dtype: torch.dtype, c: int, k: int, h: int, w: int) -> str:
-    """Key of a launch in `tiles`: operation, architecture, operands' type, channels in and out,
-    size of the input.
-    """
+    """Key of a launch in `tiles`: operation, architecture, operands, channels, input size."""
     return f"{kind} sm{target.sm} {str(dtype).removeprefix('torch.')} {c}->{k} {h}x{w}"
 
 
@@ -200,7 +183,7 @@ KINDS = ("conv3x3", "conv_upsample", "conv_downsample", "conv1x1", "conv_in", "t
 
 
 def check_tiles(tiles: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raises ValueError for a key that `tile_key` does not return, or a field that `Tiles` has not.
+    """Raises ValueError if a key does not have the form of `tile_key` or a field is not of `Tiles`.
     Keys for other GPUs are allowed.
     """
     known = [f.name for f in fields(Tiles)]
@@ -209,9 +192,10 @@ def check_tiles(tiles: Mapping[str, Mapping[str, Any]]) -> None:
             raise ValueError(
                 f"tiles for {key!r}; expected a key such as 'conv3x3 sm90 bfloat16 128->128 32x32'"
             )
-        if odd := set(changes) - set(known):
+        if unknown := set(changes) - set(known):
             raise ValueError(
-                f"tiles for {key!r} set {', '.join(sorted(odd))}; expected some of {', '.join(known)}"
+                f"tiles for {key!r} set {', '.join(sorted(unknown))}; "
+                f"expected some of {', '.join(known)}"
             )
 
 

@@ -1,9 +1,9 @@
-"""A network as a fixed list of launches over buffers in one arena.
+"""Plan of a network: a fixed list of launches over buffers in one arena.
 
-A launch is an operation of `kernels` with the buffers it reads and writes. Each can run in two
-ways: by its Triton kernel, or by its fallback, the same function in plain PyTorch over the same
-buffers. So everything but the kernels themselves (packing, algebra, arena, wiring) is tested on any
-machine by the fallbacks, and a kernel that is not trusted is replaced by its fallback.
+A launch is an operation of `kernels` with the buffers that it reads and writes. It runs by its
+Triton kernel, or by its fallback: the same function in plain PyTorch over the same buffers. With
+fallbacks, everything except the kernels (packing, algebra, arena, wiring) is tested on any machine.
+A kernel that fails its verification is replaced by its fallback.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ALIGNMENT = 1024  # bytes: whole TMA swizzles and cache lines
 
 
 class Op(Protocol):
-    """What a launch does: see the operations in `kernels`."""
+    """Operation of a launch; see `kernels`."""
 
     @property
     def name(self) -> str: ...
@@ -39,9 +39,7 @@ class Op(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Buffer:
-    """A feature map that has no memory yet. external: its memory is not the arena's, and outlives a
-    run.
-    """
+    """Feature map without memory. external: its memory is outside the arena and outlives a run."""
 
     name: str
     images: int
@@ -61,7 +59,7 @@ class Buffer:
         return self.rows * self.channels * self.dtype.itemsize
 
     def on(self, memory: Tensor) -> FeatureMap:
-        """The map over `memory`, uint8 of at least nbytes."""
+        """Returns the map over `memory`, uint8 of at least nbytes."""
         rows = memory[: self.nbytes].view(self.dtype).view(self.rows, self.channels)
         return FeatureMap(rows, self.images, self.height, self.width, self.bordered)
 
@@ -73,8 +71,11 @@ class Buffer:
 
 @dataclass(frozen=True, eq=False)
 class Launch:
-    """reads, writes: the operation's parameters -> buffers; tensors: those that are whole tensors
-    from outside the plan.
+    """Operation with its buffers.
+
+    Attributes:
+        reads, writes: Parameters of the operation -> buffers.
+        tensors: Parameters of the operation -> tensors that are not part of the plan.
     """
 
     name: str
@@ -92,9 +93,8 @@ class Launch:
         return {**self.reads, **self.writes}
 
     def cost(self) -> tuple[int, int]:
-        """(FLOP, bytes that must move)"""
-        maps = {k: b.empty("meta") for k, b in self.buffers.items()}
-        return self.op.cost(**maps)
+        """(FLOP, bytes that must be moved)"""
+        return self.op.cost(**{k: b.empty("meta") for k, b in self.buffers.items()})
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,9 +127,7 @@ class Arena:
 
 @contextmanager
 def exactly(device: torch.device) -> Iterator[None]:
-    """Context in which PyTorch computes in the types of its operands and makes ordinary tensors,
-    whatever the caller has enabled.
-    """
+    """Context without inference mode, gradients, autocast and TF32."""
     kind = "cpu" if device.type == "meta" else device.type
     with (
         torch.inference_mode(False),
@@ -141,9 +139,7 @@ def exactly(device: torch.device) -> Iterator[None]:
 
 
 def lifetimes(launches: list[Launch]) -> dict[Buffer, tuple[int, int]]:
-    """Buffer -> the launches (first, last) between which it holds something; external ones are not
-    listed.
-    """
+    """Buffer -> indices (first, last) of the launches that use it, without external buffers."""
     life: dict[Buffer, tuple[int, int]] = {}
     for i, launch in enumerate(launches):
         for b in launch.buffers.values():
@@ -156,15 +152,15 @@ class Plan:
     """Launches bound to memory.
 
     Args:
-        launches: In the order in which they run.
-        device: Of the memory.
-        x, out: The external buffers that a run reads from and writes to.
+        launches: The launches in order.
+        device: Device of the memory.
+        x, out: External buffers of the input and output.
         external: Memory of external buffers that is allocated already.
 
     Attributes:
         fallbacks: Names of the launches that run by their fallbacks.
-        compute: The type that fallbacks compute in; None for each buffer's own. fp32 on a CPU.
-        overlap: Launches begin while those before them finish.
+        compute: Dtype that fallbacks compute in; None: the dtype of each buffer. fp32 on a CPU.
+        overlap: Launches start while the previous ones finish.
     """
 
     def __init__(
@@ -185,15 +181,13 @@ class Plan:
 
     @cached_property
     def memory(self) -> Tensor:
-        """The arena, allocated when it is first needed: not while another process checks the plan
-        on the same GPU.
-        """
+        """The arena, allocated at its first use, after a worker has verified the plan."""
         with exactly(self.device):
             return torch.empty(self.arena.size, dtype=torch.uint8, device=self.device)
 
     @cached_property
     def maps(self) -> dict[Buffer, FeatureMap]:
-        """Every buffer's memory."""
+        """Memory of every buffer."""
         with exactly(self.device):
             maps = {
                 b: b.on(self.memory[at:]) for b, at in self.arena.offsets.items()
@@ -221,7 +215,7 @@ class Plan:
                 self.run_one(launch)
 
     def poison(self) -> None:
-        """Fills the arena with NaN, in every floating type that is used."""
+        """Fills the arena with NaN in all floating types."""
         self.memory.fill_(0xFF)
 
     def __iter__(self) -> Iterator[Launch]:

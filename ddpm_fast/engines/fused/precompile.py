@@ -1,9 +1,7 @@
-"""Compilation of a plan's kernels in parallel processes, into Triton's own cache, where the plan
-finds them.
+"""Compilation of a plan's kernels in parallel processes, into Triton's cache.
 
-Triton compiles under Python's lock, so threads would wait for one another. The workers need no GPU:
-they plan on the meta device for the GPU that the parent names, and compile the launches that the
-plan would make without making them.
+Triton compiles under Python's lock, so threads would not run in parallel. The workers need no GPU:
+they plan on the meta device for the parent's GPU, record the plan's launches, and compile them.
 """
 
 from __future__ import annotations
@@ -20,14 +18,14 @@ from ...utils.subprocess import JsonWorker, WorkerTimeout, json_stdio
 from ...utils.triton_tools import RecordedLaunch, launch_key, record_launches
 from .model import PlanSpec
 
-TIMEOUT = 600.0  # seconds for the share of a process
+TIMEOUT = 600.0  # seconds per process
 MAX_PROCESSES = 8  # each takes some seconds to start
 
 
 def compile_in_parallel(spec: PlanSpec, processes: int | None = None) -> list[int]:
-    """Compiles what a plan launches and returns the processes' exit codes.
+    """Compiles the kernels of a plan and returns the processes' exit codes.
 
-    What a process that failed did not compile is compiled at its first launch.
+    If a process fails, its remaining kernels are compiled at their first launch.
     """
     count = processes or max(1, min(MAX_PROCESSES, (os.cpu_count() or 2) // 2))
     with ExitStack() as stack:
@@ -42,7 +40,7 @@ def compile_in_parallel(spec: PlanSpec, processes: int | None = None) -> list[in
 
 
 def _end_of(worker: JsonWorker) -> int:
-    """The exit code; a process that does not end in time is killed."""
+    """Exit code of a worker; kills it after the timeout."""
     try:
         return worker.wait(TIMEOUT)
     except WorkerTimeout:
@@ -50,7 +48,7 @@ def _end_of(worker: JsonWorker) -> int:
 
 
 def distinct_launches(spec: PlanSpec) -> list[RecordedLaunch]:
-    """The launches of a plan that are compiled separately, in the plan's order."""
+    """Returns the launches of a plan that are compiled separately, in order."""
     with torch.device("meta"):
         unet = UNet(spec.config)
     plan = spec.network(unet, device="meta").plan()
@@ -60,7 +58,7 @@ def distinct_launches(spec: PlanSpec) -> list[RecordedLaunch]:
 
 
 class _Device:
-    """Stands for a GPU that is not here, for Triton's compiler."""
+    """Triton driver of a GPU that this machine does not have, for compilation only."""
 
     def __init__(self, target: Target) -> None:
         from triton.backends.compiler import GPUTarget
@@ -81,8 +79,9 @@ class _Device:
 
 
 def compile_share(spec: PlanSpec, share: tuple[int, int]) -> int:
-    """Compiles every share[1]-th distinct launch from share[0] on and returns their number. This
-    process must use no GPU.
+    """Compiles every share[1]-th distinct launch from share[0] on and returns their number.
+
+    Replaces Triton's driver, so this process cannot use a GPU afterwards.
     """
     from triton.runtime import driver
 
@@ -94,7 +93,7 @@ def compile_share(spec: PlanSpec, share: tuple[int, int]) -> int:
 
 
 def main() -> None:
-    """The worker: compiles the share of one request."""
+    """Entry point of a worker: compiles the share of one request."""
     requests, send = json_stdio()
     request = next(requests)
     send(dict(compiled=compile_share(PlanSpec.from_json(request["spec"]), tuple(request["share"]))))

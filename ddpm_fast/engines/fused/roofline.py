@@ -1,11 +1,10 @@
-"""Roofline of a plan on a GPU: no launch is faster than its arithmetic at the chip's peak rate, or
-its bytes at the memory's bandwidth.
+"""Roofline and predicted times of a plan on a GPU.
 
-`floor` is that bound per launch. `predicted` is the expected time of the kernels, from rates that
-were measured on an H100: whole rounds of tiles (the last one may be half empty) with their
-borders and padding, at the rate of the flat convolution, and of tiles smaller than its own as fast
-as that convolution was fed; bytes at the rate of a device copy; and a gap between launches in a
-CUDA graph. It is a prediction until it has been measured.
+`floor` is the roofline of a launch: no launch is faster than its arithmetic at the GPU's peak rate
+or its bytes at the memory's bandwidth. `predicted` is the expected time, from rates measured on an
+H100. It counts whole rounds of tiles, with borders and padding, at the rate of the flat
+convolution, or of its operands' traffic for smaller tiles; bytes at the rate of a device copy; and
+a gap between launches in a CUDA graph. It is a prediction until it has been measured.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from ...kernels._gemm import Target
-from .plan import Launch
+from .plan import Launch, Plan
 
 
 @dataclass(frozen=True)
@@ -24,7 +23,7 @@ class Gpu:
     """Rates of a GPU, in FLOP/s and bytes/s.
 
     Attributes:
-        half, fp8, bandwidth: Peaks of the data sheet, dense.
+        half, fp8, bandwidth: Peaks from the data sheet, dense.
         product, product_fp8, copy: Sustained rates.
         measured: Whether the sustained rates were measured.
     """
@@ -41,7 +40,7 @@ class Gpu:
 
     @classmethod
     def scaled(cls, name: str, target: Target, half: float, fp8: float, bandwidth: float) -> Gpu:
-        """A GPU without measurements: it sustains the same shares of its peaks as the H100."""
+        """A GPU that is assumed to sustain the same shares of its peaks as the H100."""
         h = GPUS["h100"]
         return cls(
             name,
@@ -55,7 +54,7 @@ class Gpu:
         )
 
 
-# Sustained on the H100: by the flat convolution, border rows counted, 589 to 715 TFLOP/s in bf16,
+# Sustained on the H100: the flat convolution, border rows counted, 589 to 715 TFLOP/s in bf16 and
 # 991 to 1250 in fp8; a 4 GiB copy
 GPUS = {
     "h100": Gpu(
@@ -73,14 +72,16 @@ GPUS = {
 GPUS["a100"] = Gpu.scaled("A100 SXM 80 GB", Target(80, 108), 312e12, 312e12, 2.04e12)
 GPUS["h200"] = Gpu.scaled("H200", Target(90, 132), 989.4e12, 1978.9e12, 4.8e12)
 GPUS["b200"] = Gpu.scaled("B200", Target(100, 148), 2250e12, 4500e12, 8.0e12)
-FP32_SHARE = 1 / 16  # of the 16-bit tensor peak that plain fp32 multiply-adds reach
+FP32_SHARE = 1 / 16  # rate of plain fp32 multiply-adds as a share of the 16-bit tensor peak
 GAP = 1.5e-6  # seconds between launches of a graph: an assumption
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds; bound: what the floor is made of, "arithmetic" or "memory", or "launch" where the
-    gap alone is longer.
+    """Times of a launch in seconds.
+
+    Attributes:
+        bound: What limits the floor: "arithmetic" or "memory", or "launch" if the gap is longer.
     """
 
     flops: int
@@ -90,7 +91,46 @@ class Estimate:
     bound: str
 
 
+@dataclass(frozen=True)
+class StepPrediction:
+    """Predicted reverse step of a whole batch, in seconds.
+
+    Attributes:
+        launches: Estimates of the launches of the forward pass, in order.
+        parts: Time of the step by what bounds it: "gaps" between launches, "memory", "products".
+    """
+
+    launches: list[Estimate]
+    parts: dict[str, float]
+
+    @property
+    def floor(self) -> float:
+        """Lower bound of a forward pass."""
+        return sum(e.floor for e in self.launches)
+
+    @property
+    def forward(self) -> float:
+        """Predicted time of a forward pass."""
+        return sum(e.predicted for e in self.launches)
+
+
+def predict_step(plan: Plan, gpu: Gpu) -> StepPrediction:
+    """Predicts a reverse step: the plan's forward pass, `ddpm_step` and the step counter."""
+    estimates = [estimate(launch, gpu) for launch in plan]
+    parts = {"gaps": 0.0, "memory": 0.0, "products": 0.0}
+    for e in estimates:
+        bound = "memory" if e.bytes / gpu.copy >= 0.999 * (e.predicted - GAP) else "products"
+        parts["gaps"] += GAP
+        parts[bound] += e.predicted - GAP
+    elements = plan.x.images * plan.x.channels * plan.x.height * plan.x.width
+    # ddpm_step reads x_t, the output and the previous x_0, and writes x_{t-1} and x_0
+    parts["memory"] += elements * 20 / gpu.copy
+    parts["gaps"] += 2 * GAP
+    return StepPrediction(estimates, parts)
+
+
 def estimate(launch: Launch, gpu: Gpu) -> Estimate:
+    """Estimates the time of one launch."""
     flops, moved = launch.cost()
     operand = next((b.dtype for b in launch.reads.values()), torch.float32)
     peak, rate = {
@@ -112,9 +152,7 @@ def _operand_size(launch: Launch, operand: torch.dtype) -> int:
 
 
 def _product(launch: Launch, gpu: Gpu, rate: float) -> float:
-    """Seconds of whole rounds of tiles, one tile on each processor; of what has no tiles, of the
-    FLOP that count.
-    """
+    """Seconds of whole rounds of tiles, one per processor; without tiles, of the FLOP."""
     tiles = getattr(launch.op, "tiles", None)
     if tiles is None:
         return launch.cost()[0] / rate
@@ -122,7 +160,7 @@ def _product(launch: Launch, gpu: Gpu, rate: float) -> float:
     weight = launch.op.weight  # type: ignore[attr-defined]
     rounds = math.ceil(launch.op.grid(**maps) / gpu.target.processors)  # type: ignore[attr-defined]
     arithmetic = 2 * tiles.block_m * tiles.block_n / (rate / gpu.target.processors)
-    # the flat convolution's tiles, 128 by 128, multiply as fast as they are fed; smaller ones wait
-    # for (block_m + block_n) operands a channel
+    # tiles of 128 by 128 load operands as fast as they multiply; smaller tiles wait for
+    # block_m + block_n operands per channel
     feed = 2 * 128 * 128 / (rate / gpu.target.processors) * (tiles.block_m + tiles.block_n) / 256
     return rounds * weight.shape[1] * max(arithmetic, feed)

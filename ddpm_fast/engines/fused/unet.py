@@ -1,4 +1,4 @@
-"""FusedUNet: the function of a `UNet`, by kernels that are verified before they are used."""
+"""Fused UNet: a `UNet` computed by kernels that are verified before they are used."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from .verification import cached_results, fallbacks_of, verify
 
 
 class FusedUNet(PlannedUNet):
-    """eps_theta(x_t, t) of a trained `UNet`, for batches of up to `batch_size`.
+    """Computes eps_theta(x_t, t) of a `UNet` for batches of up to `batch_size` images.
 
-    Before a plan is used, each launch is compared with its fallback; launches that fail run by
+    Before a plan is used, each launch is compared with its fallback. Launches that fail run by
     their fallbacks, with one warning.
 
     Args:
-        check: Whether to verify; default: on a GPU.
+        check: Whether to verify; default: on a GPU only.
         unet, batch_size, dtype, device, size, timesteps, **options: See `PlannedUNet`.
 
     Raises:
@@ -48,14 +48,14 @@ class FusedUNet(PlannedUNet):
 
     @classmethod
     def from_unet(cls, unet: UNet, batch_size: int, **options: Any) -> FusedUNet:
-        """See the class."""
+        """Same as the constructor."""
         return cls(unet, batch_size, **options)
 
     @classmethod
     def from_pretrained(
         cls, directory: str | Path, batch_size: int, dtype: str = "bf16", **options: Any
     ) -> FusedUNet:
-        """From a diffusers folder; in fp8 with the folder's calibration, if it has one."""
+        """Loads a diffusers folder; in fp8 with its calibration, if there is one."""
         unet = load_pretrained(directory).unet
         if dtype == "fp8":
             options = dict(calibration=load_calibration(directory, unet)) | options
@@ -63,12 +63,12 @@ class FusedUNet(PlannedUNet):
 
     def _make_plan(self, size: tuple[int, int]) -> Plan:
         plan = super()._make_plan(size)
-        check = self.device.type == "cuda" if self.check is None else self.check
-        if (
-            check and self.device.type != "meta" and not plan.fallbacks
-        ):  # before the plan allocates: the worker needs as much
+        kind = self.device.type
+        check = kind == "cuda" if self.check is None else self.check
+        # before the plan allocates memory, because the worker needs as much
+        if check and kind != "meta" and not plan.fallbacks:
             spec = self.spec(size, plan)
-            if cached_results(spec) is None and self.device.type == "cuda":
+            if cached_results(spec) is None and kind == "cuda":
                 compile_in_parallel(spec)
             plan.fallbacks = fallbacks_of(verify(spec))
         return plan

@@ -1,8 +1,7 @@
-"""Verification of a plan's kernels in worker processes with a timeout; the results are cached.
+"""Verification of a plan's kernels in worker processes with a timeout; results are cached.
 
-If a worker dies or does not answer, the launch in progress failed, and another worker continues
-after it. Launches that fail run by their fallbacks. Results are cached per GPU, software, sources
-and plan.
+If a worker dies or times out, its current launch has failed, and another worker continues after it.
+Failed launches run by their fallbacks. Results are cached per GPU, software, sources and plan.
 """
 
 from __future__ import annotations
@@ -26,17 +25,15 @@ from ...utils.subprocess import JsonWorker, WorkerEnded, WorkerTimeout
 from .checks import FORWARD, STEP_CHECKS, CheckResult
 from .model import PlanSpec
 
-START_TIMEOUT = (
-    300.0  # seconds until a worker reports its first check: imports, packing, a busy machine
-)
+START_TIMEOUT = 300.0  # seconds until a worker reports its first check: imports and packing
 
 
 def verify(spec: PlanSpec, **options: Any) -> dict[str, CheckResult]:
-    """Returns check -> result: the cached results, or those of `run_checks`, which are cached then.
+    """Returns check -> result, from the cache or from `run_checks`.
 
     Args:
         spec: The plan.
-        options: Of `run_checks`.
+        options: Options of `run_checks`.
     """
     results = cached_results(spec)
     if results is None:
@@ -56,12 +53,12 @@ def run_checks(
 
     Args:
         spec: The plan.
-        command: Starts a worker; default: `python -m ddpm_fast.engines.fused.checks`.
-        timeout: Seconds for one launch, its compilation included.
+        command: Command of a worker; default: `python -m ddpm_fast.engines.fused.checks`.
+        timeout: Seconds for one launch, including its compilation.
         progress: Called with the name of every check before it runs.
 
     Raises:
-        OutOfMemoryError: Memory ran out, which is not the fault of a launch.
+        OutOfMemoryError: Memory ran out; no launch has failed.
         RuntimeError: A worker cannot start.
     """
     names = [*STEP_CHECKS, *spec.launches, FORWARD]
@@ -83,11 +80,9 @@ def _run_worker(
     progress: Callable[[str], object],
     results: dict[str, CheckResult],
 ) -> str:
-    """Adds to `results` what one worker sends, and a launch that ended it. Returns how the worker
-    ended.
-    """
+    """Adds the results of one worker, and of the launch that ended it. Returns why it ended."""
     running: str | None = None
-    patience = max(timeout, START_TIMEOUT)
+    seconds = max(timeout, START_TIMEOUT)
     with JsonWorker("ddpm_fast.engines.fused.checks", command=command) as worker:
         worker.send(
             dict(spec=spec.to_json(), passed={name: r.passed for name, r in results.items()})
@@ -95,11 +90,11 @@ def _run_worker(
         worker.finish()
         while True:
             try:
-                message = worker.receive(patience)
+                message = worker.receive(seconds)
             except (WorkerTimeout, WorkerEnded) as error:
                 end = error
                 break
-            patience = timeout
+            seconds = timeout
             if "started" in message:
                 running = str(message["started"])
                 progress(running)
@@ -112,7 +107,7 @@ def _run_worker(
                 )
     if isinstance(end, WorkerEnded) and end.code == -signal.SIGKILL:
         raise torch.OutOfMemoryError(
-            "the self-check's process was killed, as systems do when the host's memory runs out"
+            "the self-check's process was killed, probably because the host's memory ran out"
         )
     if running is not None:
         results[running] = CheckResult(str(end), timed_out=isinstance(end, WorkerTimeout))
@@ -120,10 +115,10 @@ def _run_worker(
 
 
 def fallbacks_of(results: Mapping[str, CheckResult]) -> set[str]:
-    """The launches that must run by their fallbacks; warns once if there are any.
+    """Returns the launches that must run by their fallbacks, with a warning if there are any.
 
-    If noise, step or step counter failed, they run their references in this process from now on. If
-    every launch passed but the whole network did not, all launches run by their fallbacks.
+    Noise, step and step counter run by their references in this process if their checks failed. All
+    launches run by their fallbacks if the check of the whole network failed.
     """
     failed = {name: r for name, r in results.items() if not r.passed}
     if not failed:
@@ -134,10 +129,10 @@ def fallbacks_of(results: Mapping[str, CheckResult]) -> set[str]:
     launches = set(results) - {*STEP_CHECKS, FORWARD}
     fallbacks = launches if FORWARD in failed else set(failed) & launches
     _triton.UNTRUSTED.update(set(failed) & set(STEP_CHECKS))
-    affected = "the whole network runs" if FORWARD in failed else "what failed runs"
+    affected = "the whole network runs" if FORWARD in failed else "the failed ones run"
     warnings.warn(
-        f"{len(failed)} of {len(results)} failed in the self-check of the kernels; {affected} in "
-        f"plain PyTorch, which is slower: {reasons}",
+        f"{len(failed)} of {len(results)} checks of the kernels failed; {affected} in plain "
+        f"PyTorch, which is slower: {reasons}",
         stacklevel=3,
     )
     return fallbacks
@@ -147,12 +142,12 @@ def fallbacks_of(results: Mapping[str, CheckResult]) -> set[str]:
 
 
 def cache_path(spec: PlanSpec) -> Path:
-    """The file in which the results for a plan are cached."""
+    """Path of the cached results of a plan."""
     return cache_dir() / CHECKS / f"{cache_key(spec)}.json"
 
 
 def cache_key(spec: PlanSpec) -> str:
-    """SHA-256 of all that results depend on: hardware, software, the kernels' sources, the plan."""
+    """SHA-256 of what results depend on: hardware, software, the kernels' sources and the plan."""
     device = torch.device(spec.options["device"])
     hardware = (
         [torch.cuda.get_device_name(device), driver()] if device.type == "cuda" else [device.type]
@@ -168,7 +163,7 @@ def cache_key(spec: PlanSpec) -> str:
 
 
 def cached_results(spec: PlanSpec) -> dict[str, CheckResult] | None:
-    """The cached results; None if the plan was not checked yet, or the file cannot be read."""
+    """Returns the cached results; None if there are none or the file cannot be read."""
     try:
         return {k: CheckResult(**v) for k, v in json.loads(cache_path(spec).read_text()).items()}
     except (OSError, ValueError, TypeError, AttributeError):
@@ -183,13 +178,13 @@ def _cache(path: Path, results: Mapping[str, CheckResult]) -> None:
         )
     except OSError as error:
         warnings.warn(
-            f"the results of the self-check cannot be cached; it runs again next time: {error}",
+            f"the results of the self-check cannot be cached; they are computed again: {error}",
             stacklevel=4,
         )
 
 
 def driver() -> str:
-    """The GPU driver's version; "unknown" if it cannot be read."""
+    """Version of the GPU driver; "unknown" if it cannot be read."""
     try:
         with open("/proc/driver/nvidia/version") as f:
             return f.readline().strip()

@@ -1,4 +1,4 @@
-"""The CPU engine against the fp64 network and the reference loop; its bits against themselves, in every batch."""
+"""CPU engine: accuracy against the fp64 network and the reference loop, and batch invariance."""
 
 import builtins
 import copy
@@ -56,7 +56,7 @@ def network(**changes):
     config = UNetConfig(**{**SMALL, **changes})
     torch.manual_seed(0)
     unet = UNet(config).eval()
-    for p in unet.parameters():  # norms and biases that matter
+    for p in unet.parameters():  # norms and biases without effect would hide faults
         p.data += 0.1 * torch.randn_like(p)
     return unet
 
@@ -94,17 +94,17 @@ def engine(unet, threads=2):
 
 
 @torch.no_grad()
-def in_fp64(unet, x, t, *labels):
+def exact_output(unet, x, t, *labels):
     return copy.deepcopy(unet).double()(x.double(), t, *labels)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_it_is_the_function_of_the_unet(name):
+def test_output_equals_that_of_the_unet(name):
     unet = network(**NETWORKS[name])
-    given = batch(unet, 3)
-    out = engine(unet)(*given)
+    inputs = batch(unet, 3)
+    out = engine(unet)(*inputs)
     assert out.dtype == torch.float32 and out.is_contiguous(memory_format=torch.channels_last)
-    assert relative_error(out, in_fp64(unet, *given)) < 1e-5
+    assert relative_error(out, exact_output(unet, *inputs)) < 1e-5
 
 
 def test_winograd_and_direct_convolutions_are_both_used():
@@ -126,27 +126,27 @@ def test_winograd_and_direct_convolutions_are_both_used():
 
 
 @pytest.mark.parametrize("name", ["heads", "resblocks resample", "28x28"])
-def test_an_image_is_the_same_to_the_bit_in_every_batch(name):
-    """Alone, first, last, in a ragged batch, on any number of threads (several share one image then)."""
+def test_bits_do_not_depend_on_the_batch(name):
+    """Alone, first, last and in a partial batch, on 1 to 3 threads, which may share an image."""
     unet = network(**NETWORKS[name])
-    given = batch(unet, 7)
+    inputs = batch(unet, 7)
     two = engine(unet, threads=2)
     assert two.invariant
-    every = two(*given)
+    every = two(*inputs)
     for threads in (1, 3):
         other = engine(unet, threads=threads)
         for part in (slice(0, 1), slice(6, 7), slice(2, 5), slice(1, 7), slice(0, 7)):
-            assert torch.equal(other(*(v[part] for v in given)), every[part]), (threads, part)
+            assert torch.equal(other(*(v[part] for v in inputs)), every[part]), (threads, part)
 
 
-def test_no_thread_waits_for_one_that_does_not_run():
-    """As on a machine whose other cores are busy: the one that is there takes over, and the bits are the same."""
+def test_running_threads_take_over_unclaimed_parts():
+    """As on a machine whose other cores are busy."""
     from concurrent.futures import Future
 
     unet = network()
-    given = batch(unet, 3)
-    here = engine(unet, threads=3)
-    every = here(*given)
+    inputs = batch(unet, 3)
+    shared = engine(unet, threads=3)
+    every = shared(*inputs)
 
     class NotRunning:
         def submit(self, *_):
@@ -154,23 +154,23 @@ def test_no_thread_waits_for_one_that_does_not_run():
             done.set_result(None)
             return done
 
-    here._executor._helpers = NotRunning()
-    assert torch.equal(here(*given), every)
-    assert torch.equal(here(*(v[:1] for v in given)), every[:1])
+    shared._executor._helpers = NotRunning()
+    assert torch.equal(shared(*inputs), every)
+    assert torch.equal(shared(*(v[:1] for v in inputs)), every[:1])
 
 
-def test_a_table_too_large_is_looked_up_row_by_row_to_the_same_function(monkeypatch):
+def test_time_rows_are_computed_per_step_if_the_table_is_too_large(monkeypatch):
     unet = network(num_classes=7)
-    given = batch(unet, 5)
-    whole = engine(unet)(*given)
+    inputs = batch(unet, 5)
+    whole = engine(unet)(*inputs)
     monkeypatch.setattr("ddpm_fast.models.time_table.LARGEST", 0)
     row_by_row = engine(unet)
-    out = row_by_row(*given)
+    out = row_by_row(*inputs)
     assert relative_error(out, whole) < 1e-6
-    assert torch.equal(row_by_row(*(v[3:] for v in given)), out[3:])
+    assert torch.equal(row_by_row(*(v[3:] for v in inputs)), out[3:])
 
 
-def test_the_noise_is_that_of_the_reference_to_the_bit():
+def test_noise_is_bit_exact():
     unet = network(sample_size=(12, 8))
     coef = np.zeros((2, len(COLUMNS)))
     coef[:, COLUMNS.index("sigma")] = coef[:, COLUMNS.index("clip")] = 1  # x_{t-1} = z
@@ -186,14 +186,14 @@ def test_the_noise_is_that_of_the_reference_to_the_bit():
 
 
 @pytest.mark.parametrize("width", [4, 8])
-def test_cpus_with_narrower_vectors(width, monkeypatch):
+def test_narrower_vectors(width, monkeypatch):
     pytest.importorskip("llvmlite")
     for module in ("executor", "runtime"):
         monkeypatch.setattr(f"ddpm_fast.engines.cpu.{module}.vector_width", lambda: width)
     for name in ("heads", "odd widths", "resblocks resample"):
         unet = network(**NETWORKS[name])
-        given = batch(unet, 2)
-        assert relative_error(engine(unet)(*given), in_fp64(unet, *given)) < 1e-5
+        inputs = batch(unet, 2)
+        assert relative_error(engine(unet)(*inputs), exact_output(unet, *inputs)) < 1e-5
     s = sampler(unet)
     table = s.table(solver="dpm++2m-sde", steps=3)
     state, exact = start(s, table), start(s, table)
@@ -244,27 +244,28 @@ OF_NETWORKS = {
 
 
 @pytest.mark.parametrize("which", OF_NETWORKS)
-def test_steps_are_the_reference_loop(which):
-    """x, x_0 and row after every loop; the reference loop, its network in fp64, is the truth."""
+def test_steps_equal_the_reference_loop(which):
+    """x, x_0 and step_index after a loop; the truth is the reference loop with an fp64 network."""
     changes, options = OF_NETWORKS[which]
     unet = network(**SHORT, **changes)
-    s, wide = sampler(unet, **options), copy.deepcopy(unet).double()
-    model = lambda x, *a: wide(x.double(), *a).float()
+    s, exact_unet = sampler(unet, **options), copy.deepcopy(unet).double()
+    model = lambda x, *a: exact_unet(x.double(), *a).float()
     reference = Sampler(model, s.schedule, s.shape, s.prediction, s.variance, s.clip)
-    engines = [engine(unet)]
+    e = engine(unet)
     for name, loop in LOOPS.items():
         table = s.table(**loop)
         exact = start(s, table)
         reference.run(exact, table)
-        for e in engines:
-            state = start(s, table)
-            assert list(e.steps(state, table)) == list(range(1, len(table) + 1))
-            assert torch.equal(state.step_index, exact.step_index)
-            for mine, true in [(state.x, exact.x), (state.x_0, exact.x_0)][: 1 + table.multistep]:
-                assert (mine - true).abs().max() < 1e-4 * max(1, float(true.abs().max())), name
+        state = start(s, table)
+        assert list(e.steps(state, table)) == list(range(1, len(table) + 1))
+        assert torch.equal(state.step_index, exact.step_index)
+        pairs = [(state.x, exact.x), (state.x_0, exact.x_0)][: 1 + table.multistep]
+        for computed, truth in pairs:
+            bound = 1e-4 * max(1, float(truth.abs().max()))
+            assert (computed - truth).abs().max() < bound, name
 
 
-def test_loops_do_not_depend_on_the_batch_and_show_every_step():
+def test_steps_do_not_depend_on_the_batch_and_update_the_state_in_place():
     unet = network(num_classes=7)
     s, e = sampler(unet), engine(unet)
     table = s.table(solver="dpm++2m-sde", steps=6)
@@ -283,7 +284,7 @@ def test_loops_do_not_depend_on_the_batch_and_show_every_step():
         assert torch.equal(alone.x[0], seen[i - 1])
 
 
-def test_images_may_be_at_different_rows_stay_after_the_last_and_lie_in_another_layout():
+def test_images_at_different_steps_and_in_another_layout():
     unet = network()
     s, e = sampler(unet), engine(unet)
     table = s.table(solver="ddpm", steps=4)
@@ -302,47 +303,47 @@ def test_images_may_be_at_different_rows_stay_after_the_last_and_lie_in_another_
     assert (apart.x - together.x).abs().max() < 1e-4
 
 
-def test_a_sampler_draws_with_it(monkeypatch):
+def test_a_sampler_uses_the_cpu_engine(monkeypatch):
     unet = network(num_classes=7)
-    drawn = Sampler(
+    reference = Sampler(
         unet, NoiseSchedule.linear(timesteps=T), shape_of(unet), engine="reference"
     ).sample(3, steps=5, output="float")
     monkeypatch.setattr("ddpm_fast.engines.cpu.engine.CPUEngine", lambda *args: engine(unet))
     s = Sampler(unet, NoiseSchedule.linear(timesteps=T), shape_of(unet))
     assert s.engine.name == "cpu"
     every = s.sample(3, steps=5, output="float")
-    assert (every - drawn).abs().max() < 1e-4
+    assert (every - reference).abs().max() < 1e-4
     assert torch.equal(s.sample(range(2, 3), steps=5, output="float"), every[2:])
 
 
-# ---- what is kept, and what is missing
+# ---- cache and dependencies
 
 
-def test_the_code_is_kept_and_a_damaged_file_is_made_again(tmp_path, monkeypatch):
+def test_code_is_cached_and_a_damaged_file_is_replaced(tmp_path, monkeypatch):
     monkeypatch.setenv("DDPM_FAST_CACHE", str(tmp_path))
     unet = network(channels=(8, 8), attention=False, mid_attention=False, sample_size=4)
-    given = batch(unet, 2)
+    inputs = batch(unet, 2)
     first = engine(unet)
     assert not first._executor.from_cache
-    [kept] = cached_files()  # nothing temporary beside it
-    whole = kept.read_bytes()
+    [cached] = cached_files()  # no temporary files
+    whole = cached.read_bytes()
     second = engine(unet)
-    assert second._executor.from_cache and torch.equal(second(*given), first(*given))
+    assert second._executor.from_cache and torch.equal(second(*inputs), first(*inputs))
     for damaged in (whole[: len(whole) // 2], whole[:-1] + bytes([whole[-1] ^ 1])):
-        kept.write_bytes(damaged)
+        cached.write_bytes(damaged)
         again = engine(unet)
-        assert not again._executor.from_cache and torch.equal(again(*given), first(*given))
-        assert kept.read_bytes() == whole and len(cached_files()) == 1
+        assert not again._executor.from_cache and torch.equal(again(*inputs), first(*inputs))
+        assert cached.read_bytes() == whole and len(cached_files()) == 1
 
 
-def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch):
+def test_a_cache_that_cannot_be_written_is_ignored(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("DDPM_FAST_CACHE", str(tmp_path / "file"))
     unet = network(channels=(8, 8), attention=False, mid_attention=False, sample_size=4)
     assert engine(unet)(*batch(unet, 2)).isfinite().all()
 
 
-def test_without_the_extra_the_reference_takes_over_and_says_what_to_install(monkeypatch):
+def test_without_llvmlite_the_reference_runs_and_names_the_package(monkeypatch):
     for name in [m for m in sys.modules if m.startswith(("ddpm_fast.engines.cpu", "llvmlite"))]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.delattr("ddpm_fast.engines.cpu", raising=False)
@@ -361,28 +362,28 @@ def test_without_the_extra_the_reference_takes_over_and_says_what_to_install(mon
         Sampler(unet, NoiseSchedule.linear(), shape_of(unet), engine="cpu")
 
 
-def test_training_may_go_on():
+def test_weights_are_copied():
     unet = network()
-    given = batch(unet, 2)
+    inputs = batch(unet, 2)
     e, changed = engine(copy.deepcopy(unet)), network()
     e2 = engine(changed)
-    before = e2(*given)
+    before = e2(*inputs)
     for p in changed.parameters():
         p.data.zero_()
-    assert torch.equal(e2(*given), before) and torch.equal(e(*given), before)
+    assert torch.equal(e2(*inputs), before) and torch.equal(e(*inputs), before)
 
 
-# ---- refusals
+# ---- errors
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_weights_of_another_type_are_refused(dtype):
+def test_weights_of_another_dtype_raise(dtype):
     unet = network().to(dtype)
     with pytest.raises(ValueError, match=f"{dtype}.*float32"):
         CPUEngine(unet, shape_of(unet), T)
 
 
-def test_bad_arguments_are_refused():
+def test_invalid_arguments_raise():
     unet = network(num_classes=7)
     for options, message in {
         (("shape", (3, 15, 16)),): r"divisible by 2",
@@ -395,19 +396,20 @@ def test_bad_arguments_are_refused():
     e = engine(unet)
     x, t, labels = batch(unet, 3)
     for arguments, message in [
-        ((x[:, :, :8], t, labels), r"expected floating \[B, 3, 16, 16\]"),
+        ((x[:, :, :8], t, labels), r"x_t .*\(16, 16\)"),
+        ((x.long(), t, labels), "x_t is torch.int64 on cpu; expected floating"),
         ((x, t + T, labels), f"0..{T - 1}"),
         ((x, t.float(), labels), "expected integers"),
         ((x, t[:2], labels), r"expected integers \[3\]"),
         ((x, t), "labels missing"),
-        ((x, t, labels + 7), "labels: .* 0..6"),
+        ((x, t, labels + 7), r"labels\b.* 0..6"),
     ]:
         with pytest.raises(ValueError, match=message):
             e(*arguments)
     assert e(x, 3, labels).shape == x.shape and e(x[:0], t[:0], labels[:0]).shape == (0, 3, 16, 16)
 
 
-def test_states_and_tables_that_do_not_fit_are_refused():
+def test_invalid_states_and_tables_raise():
     unet = network()
     s, e = sampler(unet), engine(unet)
     state = s.begin(torch.arange(2), 0)
@@ -421,11 +423,11 @@ def test_states_and_tables_that_do_not_fit_are_refused():
         e.steps(state, s.table(solver="ddpm", steps=5))
 
 
-def test_ctrl_c_leaves_no_thread_waiting(monkeypatch):
-    """An interrupt while the parts are being begun: the call ends, and the next one computes."""
+def test_an_interrupt_leaves_no_thread_waiting(monkeypatch):
+    """An interrupt while threads are started: the call ends, and the next call computes."""
     unet = network()
-    given, e = batch(unet, 4), engine(unet)
-    want = e(*given)
+    inputs, e = batch(unet, 4), engine(unet)
+    expected = e(*inputs)
     lead = e._executor._lead
     submit = lead.submit
 
@@ -435,23 +437,24 @@ def test_ctrl_c_leaves_no_thread_waiting(monkeypatch):
 
     monkeypatch.setattr(lead, "submit", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        e(*given)
+        e(*inputs)
     monkeypatch.undo()
-    assert torch.equal(e(*given), want)
+    assert torch.equal(e(*inputs), expected)
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-def test_a_forked_child_computes_too():
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+def test_a_forked_child_computes():
     code = (
         "import os, torch\n"
         "from ddpm_fast import UNet, UNetConfig\n"
         "from ddpm_fast.engines.cpu.engine import CPUEngine\n"
-        "unet = UNet(UNetConfig(8, channels=(16,), norm_groups=4, attention=False, mid_attention=False)).eval()\n"
-        "e, x, t = CPUEngine(unet, (3, 8, 8), 10, threads=2), torch.randn(4, 3, 8, 8), torch.arange(4)\n"
-        "want = e(x, t)\n"
+        "c = UNetConfig(8, channels=(16,), norm_groups=4, attention=False, mid_attention=False)\n"
+        "e = CPUEngine(UNet(c).eval(), (3, 8, 8), 10, threads=2)\n"
+        "x, t = torch.randn(4, 3, 8, 8), torch.arange(4)\n"
+        "expected = e(x, t)\n"
         "child = os.fork()\n"
         "if child == 0:\n"
-        "    os._exit(0 if torch.equal(e(x, t), want) else 1)\n"
+        "    os._exit(0 if torch.equal(e(x, t), expected) else 1)\n"
         "assert os.waitpid(child, 0)[1] == 0\n"
     )
     pytest.importorskip("llvmlite")

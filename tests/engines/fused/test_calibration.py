@@ -1,4 +1,4 @@
-"""Calibration: what is found, how it is kept, what `FusedUNet` makes of it, and what of it the plan shows."""
+"""Calibration: measurement, file format, use by `FusedUNet`, and display in plans."""
 
 import json
 from dataclasses import replace
@@ -48,12 +48,12 @@ CONFIG = UNetConfig(
     num_classes=10,
 )
 PLANTED = "up_blocks.0.resnets.1.conv2"
-HOW = dict(images=3, steps=4)
+SETTINGS = dict(images=3, steps=4)
 
 
 def network(seed=0, planted=False):
-    """Random weights. planted: one convolution gets a channel far beyond the others, of which it makes nothing; one unit for all
-    of them then leaves the others without bits.
+    """Random weights. planted: one input channel of a convolution is very large and has zero
+    weights, so that the other channels lose their bits.
     """
     torch.manual_seed(seed)
     unet = UNet(CONFIG).eval().requires_grad_(False)
@@ -72,13 +72,13 @@ def checkpoint(**options):
 
 
 @pytest.fixture(scope="module")
-def found():
-    return calibrate(checkpoint(), **HOW)
+def calibrated():
+    return calibrate(checkpoint(), **SETTINGS)
 
 
 @pytest.fixture(scope="module")
 def planted():
-    return calibrate(checkpoint(planted=True), **HOW)
+    return calibrate(checkpoint(planted=True), **SETTINGS)
 
 
 @pytest.fixture
@@ -110,19 +110,19 @@ def inputs(batch=3):
     )
 
 
-# ---- the pass
+# ---- measurement
 
 
 @torch.no_grad()
-def test_what_is_found(found):
-    """A layer's largest input and error, against the definition: all its inputs kept, and rounded in fp64 by hand."""
+def test_ranges_and_errors_equal_their_definitions(calibrated):
+    """Largest input and error of a layer, computed from all its inputs in fp64."""
     c, name, seen = checkpoint(), "mid_block.resnets.0.conv1", []
     conv = c.unet.get_submodule(name)
     conv.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].double()))
     Sampler(c.unet, c.schedule, (1, 8, 8), engine="reference").sample(
         3, seed=1, solver="ddim", steps=4
     )
-    x, layer = torch.cat(seen), found.layers[name]
+    x, layer = torch.cat(seen), calibrated.layers[name]
     assert len(seen) == 4 and layer.amax == pytest.approx(float(x.abs().max()), rel=1e-5)
 
     def rounded(v, unit):
@@ -134,14 +134,13 @@ def test_what_is_found(found):
         F.conv2d(*v, padding=1) for v in ((x, weight), (rounded(x, MARGIN * layer.amax / 448), wq))
     )
     assert layer.error == pytest.approx(relative_error(narrow, exact), rel=1e-3)
-    assert set(found.layers) == set(e4m3_convolutions(c.unet)) and not found.keep_bf16
-    assert all(
-        0.01 < v.error < FLOOR for v in found.layers.values()
-    )  # 0.0375 if all were independent
+    assert set(calibrated.layers) == set(e4m3_convolutions(c.unet)) and not calibrated.keep_bf16
+    # 0.0375 for independent terms
+    assert all(0.01 < v.error < FLOOR for v in calibrated.layers.values())
 
 
-def test_the_rule():
-    assert allowed_error(dict(a=0.01, b=0.02, c=0.9)) == FLOOR  # nothing below it is out of line
+def test_allowed_error():
+    assert allowed_error(dict(a=0.01, b=0.02, c=0.9)) == FLOOR
     assert allowed_error(dict(a=0.04, b=0.05, c=0.9)) == 0.1
     assert allowed_error(dict(a=0.04, b=float("nan"))) == 0.08
     of = lambda **errors: (
@@ -152,7 +151,7 @@ def test_the_rule():
     ) == ["c", "d"]
 
 
-def test_refuses_what_it_cannot_calibrate():
+def test_networks_that_cannot_be_calibrated_raise():
     with pytest.raises(ValueError, match="images = 0, steps = 4; expected integers"):
         calibrate(checkpoint(), images=0, steps=4)
     unet = UNet(
@@ -167,7 +166,7 @@ def test_refuses_what_it_cannot_calibrate():
 # ---- the file
 
 
-def test_the_command_writes_the_same_bytes_twice(run, folder, tmp_path, found):
+def test_the_command_writes_the_same_bytes_twice(run, folder, tmp_path, calibrated):
     options = ("calibrate", "--weights", folder, "--images", 3, "--steps", 4)
     code, out, _ = run(*options, "--json")
     report = json.loads(out)
@@ -179,10 +178,14 @@ def test_the_command_writes_the_same_bytes_twice(run, folder, tmp_path, found):
     )
     code, out, _ = run(*options, "--out", tmp_path / "again.json")
     assert code == 0 and "none of 16 stay bf16: 0.0" in out and PLANTED in out
-    assert (folder / FILE).read_bytes() == (tmp_path / "again.json").read_bytes() == found.to_json()
+    assert (
+        (folder / FILE).read_bytes()
+        == (tmp_path / "again.json").read_bytes()
+        == calibrated.to_json()
+    )
     assert not [p for p in folder.iterdir() if p.name.startswith(".")]
     back = load_calibration(folder, load_pretrained(folder).unet)
-    assert back == found and back.made == dict(HOW, solver="ddim", seed=1)
+    assert back == calibrated and back.made == dict(SETTINGS, solver="ddim", seed=1)
     for more, message in (
         (("--out", tmp_path), "is a directory"),
         (("--out", tmp_path / "no" / "x.json"), "not a directory"),
@@ -191,7 +194,7 @@ def test_the_command_writes_the_same_bytes_twice(run, folder, tmp_path, found):
         assert code == 2 and message in err and err.count("\n") == 1
 
 
-def test_a_folder_without_one(folder):
+def test_a_folder_without_a_calibration(folder):
     assert load_calibration(folder, network()) is None
 
 
@@ -215,9 +218,9 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("message", DAMAGES)
-def test_a_damaged_file_is_refused(message, folder, run, found):
-    """By all that read it, in one line; fp32 does not read it."""
-    (folder / FILE).write_text(json.dumps(DAMAGES[message](json.loads(found.to_json()))))
+def test_a_damaged_file_raises(message, folder, run, calibrated):
+    """All readers raise, with one line; fp32 does not read the file."""
+    (folder / FILE).write_text(json.dumps(DAMAGES[message](json.loads(calibrated.to_json()))))
     with pytest.raises(ValueError, match=f"calibration.json .*{message}"):
         FusedUNet.from_pretrained(folder, 1, "fp8", check=False)
     assert FusedUNet.from_pretrained(folder, 1, "fp32", check=False)
@@ -227,42 +230,42 @@ def test_a_damaged_file_is_refused(message, folder, run, found):
             code == 2
             and message in err
             and err.count("\n") == 1
-            and "make it again by ddpm-fast calibrate" in err
+            and "create it again by ddpm-fast calibrate" in err
         )
         assert run("info", folder, "--plan")[0] == 0
 
 
-def test_a_file_cut_short_is_refused(folder, found):
-    for content in (found.to_json()[:100], b"\xff\xfe", b""):
+def test_a_truncated_file_raises(folder, calibrated):
+    for content in (calibrated.to_json()[:100], b"\xff\xfe", b""):
         (folder / FILE).write_bytes(content)
         with pytest.raises(ValueError, match="cannot be read as a calibration"):
             load_calibration(folder, network())
 
 
-# ---- what the network makes of it
+# ---- use by the network
 
 
 @torch.no_grad()
-def test_units_are_the_calibrated_ones(found):
+def test_units_are_calibrated(calibrated):
     unet = network()
-    plan = FusedUNet(unet, 3, "fp8", "cpu", calibration=found).plan()
+    plan = FusedUNet(unet, 3, "fp8", "cpu", calibration=calibrated).plan()
     norms = {launch.out: launch.op for launch in plan if launch.op.name == "group_norm_silu"}
     convolutions = {launch.name: launch for launch in plan if launch.op.name == "conv3x3"}
-    for name, layer in found.layers.items():
+    for name, layer in calibrated.layers.items():
         assert norms[convolutions[name].reads["x"]].unit == MARGIN * layer.amax / 448
         assert convolutions[name].op.weight.dtype == torch.float8_e4m3fn
     assert convolutions["conv_out"].op.weight.dtype == torch.bfloat16
     with pytest.raises(ValueError, match="of other weights"):
-        FusedUNet(network(seed=1), 3, "fp8", "cpu", calibration=found)
+        FusedUNet(network(seed=1), 3, "fp8", "cpu", calibration=calibrated)
     errors = [
         relative_error(FusedUNet(unet, 3, "fp8", "cpu", **o)(*inputs()), unet(*inputs()))
-        for o in ({}, dict(calibration=found))
+        for o in ({}, dict(calibration=calibrated))
     ]
     assert max(errors) < 0.1
 
 
 @torch.no_grad()
-def test_a_layer_out_of_line_stays_in_bf16(planted, figure):
+def test_a_layer_with_a_large_error_stays_in_bf16(planted, figure):
     unet, args = network(planted=True), inputs()
     assert planted.keep_bf16 == [PLANTED] and planted.layers[PLANTED].error > 0.5
     fused = FusedUNet(unet, 3, "fp8", "cpu", calibration=planted)
@@ -280,7 +283,7 @@ def test_a_layer_out_of_line_stays_in_bf16(planted, figure):
         f"{by_rule:.2f}, {in_bf16:.3f}",
     )
     assert in_bf16 < 0.6 * by_rule
-    # the plan that a self-check's worker makes from the description has the same launches, with other weights
+    # a worker of the self-check builds the same launches from the description, with other weights
     child = PlanSpec.from_json(json.loads(json.dumps(fused.spec().to_json()))).network(
         network(seed=1)
     )
@@ -289,15 +292,16 @@ def test_a_layer_out_of_line_stays_in_bf16(planted, figure):
     ]
 
 
-def test_the_plan_shows_it(run, folder, planted):
+def test_info_shows_the_calibration(run, folder, planted):
     code, out, _ = run("info", folder, "--plan", "--dtype", "fp8", "--batch-size", 4)
     assert code == 0 and "16 convolutions in e4m3, with ranges by rule" in out
     save_pretrained(folder, network(planted=True), NoiseSchedule.linear(1e-4, 0.02, 100))
     (folder / FILE).write_bytes(planted.to_json())
     code, out, _ = run("info", folder, "--plan", "--dtype", "fp8", "--batch-size", 4)
-    why = f"{PLANTED} stays bf16: off by {planted.layers[PLANTED].error:.4f} in e4m3, {planted.allowed:.4f} allowed"
+    error = f"off by {planted.layers[PLANTED].error:.4f} in e4m3, {planted.allowed:.4f} allowed"
+    reason = f"{PLANTED} stays bf16: {error}"
     assert code == 0 and "15 convolutions in e4m3, with ranges as calibrated, 1 kept in bf16" in out
-    assert why in out
+    assert reason in out
     assert [line.split()[0] for line in out.splitlines() if " bf16 kept " in line] == [
         PLANTED.split(".", 2)[2]
     ]
@@ -314,7 +318,7 @@ def test_the_plan_shows_it(run, folder, planted):
     assert operands["conv_norm_out"] is None
 
 
-def test_the_one_that_ships(run):
+def test_the_calibration_of_the_included_weights(run):
     pytest.importorskip("click")
     weights = import_module("bench.workloads").ROOT / "weights" / "fashion-mnist-32"
     unet = load_pretrained(weights).unet
@@ -323,10 +327,10 @@ def test_the_one_that_ships(run):
     assert all(layer.error < FLOOR for layer in calibration.layers.values())
 
 
-def test_bad_options_are_said():
+def test_invalid_options_raise():
     unet = network()
     for options, message in (
-        (dict(accumulation="exact"), "accumulation 'exact'; expected one of bounded, unbounded"),
+        (dict(accumulation="exact"), "accumulation is 'exact'; expected one of bounded, unbounded"),
         (
             dict(keep_bf16=["conv_out"]),
             r"keep_bf16 is \['conv_out'\]; expected a list of convolutions' names, of down_blocks",
@@ -355,25 +359,25 @@ def test_accumulation_reaches_the_launch(accumulation):
     )
 
 
-# ---- what saturates
+# ---- saturation
 
 
 def scaled(c, factor):
-    """As if the largest activations had been so many times what they were."""
+    """A calibration whose largest activations are multiplied by `factor`."""
     return replace(c, layers={k: replace(v, amax=factor * v.amax) for k, v in c.layers.items()})
 
 
 @torch.no_grad()
-def test_saturation_is_counted(found):
-    """None where the range is ample; where a tenth of it is claimed, what an independent count of the inputs says."""
+def test_saturation_is_counted(calibrated):
+    """No value in a large range; in a tenth of the range, as many as counted from the inputs."""
     unet, args = network(), inputs()
-    fused = FusedUNet(unet, 3, "fp8", "cpu", calibration=scaled(found, 4), count_saturated=True)
+    fused = FusedUNet(
+        unet, 3, "fp8", "cpu", calibration=scaled(calibrated, 4), count_saturated=True
+    )
     fused(*args)
     assert fused.saturated() == {}
-    name = (
-        "down_blocks.0.resnets.0.conv1"  # what it reads is the same, whatever the others are told
-    )
-    claimed = scaled(found, 0.1)
+    name = "down_blocks.0.resnets.0.conv1"  # its input does not depend on other units
+    claimed = scaled(calibrated, 0.1)
     small = FusedUNet(unet, 3, "fp8", "cpu", calibration=claimed, count_saturated=True)
     small(*args)
     exact = FusedUNet(unet, 3, "fp8", "cpu", keep_bf16=[name])
@@ -385,9 +389,8 @@ def test_saturation_is_counted(found):
     over = int(
         (plan.maps[launch.out].pixels.float().abs() > MARGIN * claimed.layers[name].amax).sum()
     )
-    assert over > 100 and small.saturated()[name] == pytest.approx(
-        over, abs=over // 50
-    )  # bf16 rounded the independent count's values
+    # `over` counts values that are rounded to bf16
+    assert over > 100 and small.saturated()[name] == pytest.approx(over, abs=over // 50)
     assert small.saturated(clear=True) and small.saturated() == {}
     small(*args)
     once = small.saturated()
@@ -397,14 +400,14 @@ def test_saturation_is_counted(found):
 
 @pytest.fixture
 def right_casts(monkeypatch):
-    """The interpreter's cast to e4m3 forgets carries and cuts subnormals off: here it casts as torch and the hardware do."""
+    """Casts to e4m3 as torch and GPUs do; the interpreter loses carries and subnormals."""
     if INTERPRETED:
         interpreter = import_module("triton.runtime.interpreter")
         convert = interpreter._convert_float
 
-        def right(x, given, wanted, rounding):
-            if (str(given), str(wanted)) != ("fp32", "fp8e4nv"):
-                return convert(x, given, wanted, rounding)
+        def right(x, source, target, rounding):
+            if (str(source), str(target)) != ("fp32", "fp8e4nv"):
+                return convert(x, source, target, rounding)
             return (
                 torch.from_numpy(x.view(np.float32).copy())
                 .to(torch.float8_e4m3fn)
@@ -419,13 +422,13 @@ def right_casts(monkeypatch):
 @pytest.mark.kernel
 @pytest.mark.usefixtures("right_casts")
 @pytest.mark.full
-def test_by_kernels_as_by_fallbacks(monkeypatch, device, figure, found):
-    """End to end, in fp16 and e4m3, since the interpreter cannot multiply bf16."""
+def test_kernels_equal_fallbacks(monkeypatch, device, figure, calibrated):
+    """Whole network in fp16 and e4m3, because the interpreter cannot multiply bf16."""
     monkeypatch.setitem(DTYPES, "fp8", (torch.float16, torch.float8_e4m3fn))
     unet = network().to(device)
     args = [v.to(device) for v in inputs()]
     exact, errors, counts = unet(*args), [], []
-    for calibration in (scaled(found, 4), scaled(found, 0.3)):
+    for calibration in (scaled(calibrated, 4), scaled(calibrated, 0.3)):
         fused = FusedUNet(
             unet, 3, "fp8", check=False, calibration=calibration, count_saturated=True
         )
@@ -440,14 +443,14 @@ def test_by_kernels_as_by_fallbacks(monkeypatch, device, figure, found):
     assert counts[:2] == [{}, {}]
     by_kernels, by_fallbacks = counts[2:]
     assert sum(by_fallbacks.values()) > 100
-    first = "down_blocks.0.resnets.0.conv1"  # behind it sums in another order may change what comes
+    first = "down_blocks.0.resnets.0.conv1"  # the order of its sums may change later counts
     assert by_kernels[first] == by_fallbacks[first]
     assert sum(by_kernels.values()) == pytest.approx(sum(by_fallbacks.values()), rel=0.05)
 
 
 @torch.no_grad()
-def test_the_self_check_sees_a_wrong_unit(monkeypatch, found):
-    """In an e4m3 norm, whose fallbacks in fp32 and in e4m3 must speak in the same unit; here a fallback stands for the kernel."""
+def test_the_self_check_detects_a_wrong_unit(monkeypatch, calibrated):
+    """The unit of an e4m3 norm; the fallback replaces the kernel."""
     norm = type(
         next(
             n.op
@@ -456,7 +459,7 @@ def test_the_self_check_sees_a_wrong_unit(monkeypatch, found):
         )
     )
     monkeypatch.setattr(norm, "run", lambda op, **maps: op.fallback(**maps, compute=torch.float32))
-    plan = FusedUNet(network(), 3, "fp8", "cpu", calibration=found).load(*inputs())
+    plan = FusedUNet(network(), 3, "fp8", "cpu", calibration=calibrated).load(*inputs())
     launch = next(n for n in plan if n.out.dtype == torch.float8_e4m3fn)
     plan.run()
     assert check_launch(plan, launch).passed

@@ -1,4 +1,4 @@
-"""The arena, the plans' own totals, and what the roofline makes of them."""
+"""Plans: arena, totals, tiles and roofline."""
 
 from itertools import pairwise
 
@@ -11,7 +11,7 @@ from ddpm_fast import UNet, UNetConfig
 from ddpm_fast.engines.fused.plan import ALIGNMENT, Arena, Buffer, Launch, lifetimes
 from ddpm_fast.engines.fused.roofline import GAP, GPUS, estimate
 from ddpm_fast.engines.fused.unet import FusedUNet
-from ddpm_fast.kernels._gemm import Target, cut, outputs_of
+from ddpm_fast.kernels._gemm import Target, choose_block_n, choose_tiles
 from ddpm_fast.models.flops import unet_cost
 
 CELEBA = NETWORKS["celebahq256"]
@@ -30,7 +30,7 @@ class Nothing:
 
 
 def chain(generator, count):
-    """A random list of launches: each reads some of what came before and writes something new."""
+    """A random list of launches: each reads some of the earlier buffers and writes a new one."""
     buffers, launches = [], []
     for i in range(count):
         dtype = torch.float32 if generator.random() < 0.3 else torch.bfloat16
@@ -50,7 +50,7 @@ def chain(generator, count):
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_no_two_buffers_that_live_at_once_overlap(seed):
+def test_buffers_with_overlapping_lifetimes_do_not_share_memory(seed):
     launches = chain(np.random.default_rng(seed), 40)
     arena, life = Arena.of(launches), lifetimes(launches)
     assert set(arena.offsets) == set(life)
@@ -90,15 +90,15 @@ def test_memory_of_the_cifar10_network(figure):
     ids=["cifar", "celeba"],
 )
 def test_the_plan_counts_what_the_reference_counts(config, launches, gn_pass, figure):
-    """FLOP: torch's count of the reference, minus what the algebra saves, itemised. gn_pass: bytes of an image where everything is
-    fused but one pass for each norm (statistics out of nowhere).
+    """The plan's FLOP are torch's count of the reference minus `savings`. gn_pass: bytes per image
+    of one pass per norm, with everything else fused.
     """
     plan = planned(config, 16).plan()
     assert len(plan) < launches
     flops = sum(launch.cost()[0] for launch in plan) / 16
     saved = savings(config)
-    want = unet_cost(config).flops - sum(saved.values())
-    assert abs(flops / want - 1) < 0.001
+    expected = unet_cost(config).flops - sum(saved.values())
+    assert abs(flops / expected - 1) < 0.001
     weights = {id(launch.op): launch.op.weight for launch in plan if hasattr(launch.op, "weight")}
     moved = (
         sum(launch.cost()[1] for launch in plan)
@@ -106,17 +106,20 @@ def test_the_plan_counts_what_the_reference_counts(config, launches, gn_pass, fi
     ) / 16
     name = f"plan, {config.channels}"
     figure(
-        f"{name}: launches, GFLOP an image, saved",
+        f"{name}: launches, GFLOP per image, saved",
         f"{len(plan)}, {flops / 1e9:.3f}, { {k: f'{v / 1e9:.3f}' for k, v in saved.items()} }",
     )
-    figure(f"{name}: MB an image, of one pass a norm", f"{moved / 1e6:.1f}, {moved / gn_pass:.2f}")
+    figure(
+        f"{name}: MB per image, ratio to one pass per norm",
+        f"{moved / 1e6:.1f}, {moved / gn_pass:.2f}",
+    )
     assert moved < 1.15 * gn_pass
 
 
 @pytest.mark.parametrize("sm", [80, 90, 100])
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_writers_of_what_a_norm_would_read_twice_keep_statistics(sm, dtype):
-    """By the same tiles for every batch, alive until the last norm that reads them; where one pass holds an image, none does."""
+def test_launches_before_two_pass_norms_keep_statistics(sm, dtype):
+    """With the same tiles for every batch size, and only if one pass cannot hold an image."""
     assert not any(
         "stats" in launch.buffers for launch in planned(UNetConfig(), 1, dtype, sm).plan()
     )
@@ -127,10 +130,10 @@ def test_writers_of_what_a_norm_would_read_twice_keep_statistics(sm, dtype):
         twice = [launch for launch in norms if "scratch" in launch.writes]
         assert [launch for launch in norms if "stats" in launch.reads] == twice and len(twice) == 31
         assert all(("x2" in n.reads) == ("stats2" in n.reads) for n in twice)
-        kept = {launch.out: launch for launch in plan if "stats" in launch.writes}
+        writers = {launch.out: launch for launch in plan if "stats" in launch.writes}
         for n in twice:
             for x, s in (("x", "stats"), ("x2", "stats2"))[: len(n.op.tilings)]:
-                writer = kept[n.reads[x]]
+                writer = writers[n.reads[x]]
                 assert n.reads[s] is writer.writes["stats"]
                 assert n.op.tilings[x == "x2"] == writer.op.tiling(n.reads[x].empty("meta"))
         tilings.append([n.op.tilings for n in twice])
@@ -138,7 +141,7 @@ def test_writers_of_what_a_norm_would_read_twice_keep_statistics(sm, dtype):
 
 
 def savings(config):
-    """FLOP an image: nearest 2x and 3x3 as four 2x2; folded attention: two projections of four; the time embedding's products."""
+    """FLOP per image saved by upsampling as four 2x2, folded attention and the time table."""
     with torch.device("meta"):
         unet = UNet(config)
     h, w = config.size
@@ -166,7 +169,7 @@ def savings(config):
     return resolution
 
 
-def test_a_roofline_is_the_larger_of_two_times():
+def test_the_roofline_is_the_larger_of_two_times():
     gpu = GPUS["h100"]
     plan = planned(UNetConfig(), 256, sm=90).plan()
     for launch in plan:
@@ -175,11 +178,11 @@ def test_a_roofline_is_the_larger_of_two_times():
         assert e.floor == max(flops / gpu.half, moved / gpu.bandwidth) and e.predicted > e.floor
         assert (e.bound == "launch") == (e.floor < GAP)
     total = sum(estimate(launch, gpu).predicted for launch in plan)
-    assert 5e-3 < total < 9e-3  # the estimate made from the same rates by hand: 7.1 ms
+    assert 5e-3 < total < 9e-3  # a separate estimate from the same rates: 7.1 ms
     fp8 = sum(
         estimate(launch, gpu).predicted for launch in planned(UNetConfig(), 256, "fp8").plan()
     )
-    assert 4e-3 < fp8 < 5.5e-3  # by hand 4.6 ms
+    assert 4e-3 < fp8 < 5.5e-3  # a separate estimate: 4.6 ms
     assert all(
         GPUS[name].product < GPUS[name].half and GPUS[name].copy < GPUS[name].bandwidth
         for name in GPUS
@@ -187,19 +190,19 @@ def test_a_roofline_is_the_larger_of_two_times():
 
 
 def test_the_rule_for_tiles():
-    """Steps and outputs never follow the batch; rows may, but stay at 64 or more."""
+    """block_k and block_n do not depend on the batch; block_m may, but is 64 or more."""
     for sm in (80, 90, 100):
         for dtype in (torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float32):
             for c in (32, 48, 64, 96, 128, 384):
                 cuts = [
-                    cut(Target(sm, 132), dtype, c, 128, rows, tma=True, warps=4)
+                    choose_tiles(Target(sm, 132), dtype, c, 128, rows, tma=True, warps=4)
                     for rows in (16, 1000, 10**4, 10**6)
                 ]
                 assert len({(t.block_k, t.block_n, t.tma) for t in cuts}) == 1
                 assert all(
                     t.block_m >= 64 and c % t.block_k == 0 and t.tma == (sm >= 90) for t in cuts
                 )
-    assert [outputs_of(k) for k in (1, 3, 6, 16, 32, 48, 64, 96, 128, 192, 256, 320)] == [
+    assert [choose_block_n(k) for k in (1, 3, 6, 16, 32, 48, 64, 96, 128, 192, 256, 320)] == [
         16,
         16,
         16,

@@ -1,5 +1,7 @@
-"""Every launch of the networks' plans compiles as meant for sm_90; `make compile-check` has the other architectures."""
+"""Compilation of plans for sm_90; `make compile-check` covers the other architectures."""
 
+import signal
+import sys
 import time
 from dataclasses import replace
 
@@ -15,7 +17,7 @@ pytestmark = pytest.mark.compile
 
 
 @pytest.mark.full
-def test_every_launch_compiles_as_meant(figure):
+def test_every_launch_compiles_without_faults(figure):
     cases = distinct(NETWORKS, [256], ["bf16"], 90)
     known = {launch_key(c.launch) for c in cases}
     more = [
@@ -27,8 +29,8 @@ def test_every_launch_compiles_as_meant(figure):
     cases, wrong, serial = with_fp32(cases), [], 0.0
     for case, result, seconds in compile_all(cases):
         serial += seconds
-        found = [result] if isinstance(result, str) else faults(case, result)
-        wrong += [f"{case.kernel} in {case.where}: {'; '.join(found)}"] if found else []
+        problems = [result] if isinstance(result, str) else faults(case, result)
+        wrong += [f"{case.kernel} in {case.where}: {'; '.join(problems)}"] if problems else []
     figure(
         "launches of four networks, sm_90: distinct, seconds to compile one by one",
         f"{len(cases)}, {serial:.0f}",
@@ -36,8 +38,8 @@ def test_every_launch_compiles_as_meant(figure):
     assert not wrong
 
 
-def test_one_launch_of_every_kernel_compiles_as_meant():
-    """In the CIFAR-10 network; the test above has every launch of four networks."""
+def test_one_launch_of_every_kernel_compiles_without_faults():
+    """For the CIFAR-10 network."""
     cases = {c.kernel: c for c in distinct(["cifar10"], [256], ["bf16"], 90)}
     assert len(cases) >= 7
     for case, result, _ in compile_all(list(cases.values())):
@@ -46,14 +48,14 @@ def test_one_launch_of_every_kernel_compiles_as_meant():
 
 
 @pytest.mark.parametrize("batch", [1, 16, 256])
-def test_few_compilations_for_the_cifar10_network(batch, figure):
+def test_number_of_compilations_of_the_cifar10_network(batch, figure):
     count = len({launch_key(launch) for _, launch in launches_of("cifar10", batch, "bf16", 90)})
     figure(f"distinct compilations, CIFAR-10 network, batch {batch}", count)
     assert count < 40
 
 
-def test_a_batch_that_16_divides_compiles_no_other_kernels():
-    """Sizes that follow the batch are not specialised on; only the form of tiles follows it."""
+def test_batches_divisible_by_16_compile_no_other_kernels():
+    """Kernels are not specialized on sizes that depend on the batch size."""
 
     def keys(batch):
         return {launch_key(launch) for _, launch in launches_of("cifar10", batch, "bf16", 90)}
@@ -61,8 +63,8 @@ def test_a_batch_that_16_divides_compiles_no_other_kernels():
     assert keys(256) == keys(255) == keys(257) and keys(16) == keys(17)
 
 
-def test_faults_are_seen():
-    """A convolution of too many registers spills; one whose operand cannot stay in shared memory says so."""
+def test_spills_and_large_shared_memory_are_faults():
+    """A convolution with too few registers, and one with too much shared memory."""
     cases = distinct(["cifar10"], [256], ["bf16"], 90)
     conv = next(c for c in cases if c.kernel == "_conv3x3_kernel" and c.launch.args["RESIDUAL"])
     spilling = Case(
@@ -87,8 +89,8 @@ def test_faults_are_seen():
         )
 
 
-def test_narrow_accesses_and_foreign_instructions_are_seen():
-    """A map that begins 2 bytes beyond a multiple of 16 moves by 2 bytes; what was compiled for sm_90 has no tcgen05."""
+def test_narrow_accesses_and_instructions_of_another_gpu_are_faults():
+    """A map at an odd address is read by 2 bytes; code for sm_90 does not contain tcgen05."""
     cases = distinct(["cifar10"], [256], ["bf16"], 90)
     norm = next(c for c in cases if c.kernel == "_one_pass_kernel")
     x = norm.launch.args["x_ptr"]
@@ -102,7 +104,7 @@ def test_narrow_accesses_and_foreign_instructions_are_seen():
     ]
 
 
-def test_shortest_loop_leaves_out_what_is_jumped_over():
+def test_shortest_loop_excludes_skipped_instructions():
     lines = [
         "MOV",
         "HGMMA.64",
@@ -120,10 +122,8 @@ def test_shortest_loop_leaves_out_what_is_jumped_over():
 
 
 @pytest.mark.full
-def test_kernels_compiled_side_by_side_are_those_that_the_plan_launches(
-    tmp_path, monkeypatch, figure
-):
-    """A second process finds all of them in Triton's cache and adds nothing."""
+def test_kernels_compiled_in_parallel_are_those_of_the_plan(tmp_path, monkeypatch, figure):
+    """A second run compiles nothing, because all kernels are in Triton's cache."""
     from ddpm_fast import UNet
     from ddpm_fast.engines.fused.precompile import compile_in_parallel, distinct_launches
     from ddpm_fast.engines.fused.unet import FusedUNet
@@ -134,14 +134,25 @@ def test_kernels_compiled_side_by_side_are_those_that_the_plan_launches(
     with torch.device("meta"):
         fused = FusedUNet(UNet(config), 256, "bf16", "meta", target=H100)
     spec = fused.spec()
-    began = time.perf_counter()
+    start = time.perf_counter()
     assert compile_in_parallel(spec, 2) == [0, 0]
-    first, kept = time.perf_counter() - began, sorted(tmp_path.rglob("*.cubin"))
-    began = time.perf_counter()
+    first, cached = time.perf_counter() - start, sorted(tmp_path.rglob("*.cubin"))
+    start = time.perf_counter()
     assert compile_in_parallel(spec, 1) == [0]
-    second = time.perf_counter() - began
-    assert sorted(tmp_path.rglob("*.cubin")) == kept and len(kept) == len(distinct_launches(spec))
+    second = time.perf_counter() - start
+    assert sorted(tmp_path.rglob("*.cubin")) == cached and len(cached) == len(
+        distinct_launches(spec)
+    )
     figure(
-        f"{len(kept)} kernels of the CIFAR-10 network: seconds in two processes, in a second run",
+        f"{len(cached)} kernels of the CIFAR-10 network: seconds in two processes, in a second run",
         f"{first:.1f}, {second:.1f}",
     )
+
+
+def test_a_worker_that_does_not_end_in_time_is_killed(monkeypatch):
+    from ddpm_fast.engines.fused import precompile
+    from ddpm_fast.utils.subprocess import JsonWorker
+
+    monkeypatch.setattr(precompile, "TIMEOUT", 0.1)
+    with JsonWorker("sleeper", command=[sys.executable, "-c", "import time; time.sleep(60)"]) as w:
+        assert precompile._end_of(w) == -signal.SIGKILL

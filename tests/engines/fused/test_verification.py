@@ -1,4 +1,4 @@
-"""The self-check passes what is right and finds what is wrong, whatever the launch does to its process."""
+"""Self-check: correct kernels pass, planted faults fail, and results are cached."""
 
 import json
 import sys
@@ -21,7 +21,7 @@ from ddpm_fast.utils.cache import cache_dir, cached_files, clear_cache
 TINY = UNetConfig(
     8, 1, 1, channels=(16, 16), layers=1, attention=False, mid_attention=False, norm_groups=4
 )
-# what a worker runs instead of `python -m ddpm_fast.engines.fused.checks`: the same, with faults planted in some launches
+# a worker with planted faults
 PLANTED = """
 import os, time
 from ddpm_fast.engines.fused import checks
@@ -85,19 +85,21 @@ def planted(faults):
 
 @pytest.mark.kernel
 @pytest.mark.full
-def test_right_kernels_pass():
+def test_correct_kernels_pass():
     network, seen = fused(dtype="fp16"), []
-    found = verification.run_checks(network.spec(), progress=seen.append)
+    results = verification.run_checks(network.spec(), progress=seen.append)
     names = [*STEP_CHECKS, *(launch.name for launch in network.plan()), FORWARD]
-    assert list(found) == seen == names
-    assert all(v.passed for v in found.values()), {k: v for k, v in found.items() if not v.passed}
-    assert all(v.allowed > 0 for k, v in found.items() if k not in STEP_CHECKS)
+    assert list(results) == seen == names
+    assert all(v.passed for v in results.values()), {
+        k: v for k, v in results.items() if not v.passed
+    }
+    assert all(v.allowed > 0 for k, v in results.items() if k not in STEP_CHECKS)
 
 
 @pytest.mark.kernel
 @pytest.mark.full
 def test_planted_faults_are_found_and_count_against_their_launch():
-    """All in one plan: whatever a launch does to its process, the launches after it are checked."""
+    """All in one plan: the launches after a fault are checked."""
     network = fused()
     faults = {
         "ConvIn": ("crashes", "ended with code -6", ["conv_in"]),
@@ -126,19 +128,19 @@ def test_planted_faults_are_found_and_count_against_their_launch():
     command = planted(
         "[" + ", ".join(f"({op}, {fault})" for op, (fault, _, _) in faults.items()) + "]"
     )
-    found = verification.run_checks(network.spec(), command, timeout=12)
-    reasons = {k: v.reason for k, v in found.items() if not v.passed}
+    results = verification.run_checks(network.spec(), command, timeout=12)
+    reasons = {k: v.reason for k, v in results.items() if not v.passed}
     assert set(reasons) == {name for _, _, names in faults.values() for name in names}
     for _, reason, names in faults.values():
         for name in names:
             with pytest.raises(AssertionError, match=reason):
                 raise AssertionError(reasons[name])
-    assert found[FORWARD].passed  # by then what failed runs by its fallback
+    assert results[FORWARD].passed  # failed launches run by their fallbacks
 
 
 @pytest.mark.kernel
-def test_what_failed_runs_by_its_fallback_and_the_images_are_right(monkeypatch):
-    """Results are computed once, cached, and followed; the warning names the launch."""
+def test_a_failed_launch_runs_by_its_fallback(monkeypatch):
+    """Results are computed once and cached; the warning names the launch."""
     command = planted("[(ConvDownsample, wrong_pixel)]")
     monkeypatch.setattr(
         verification, "run_checks", partial(verification.run_checks, command=command)
@@ -146,7 +148,7 @@ def test_what_failed_runs_by_its_fallback_and_the_images_are_right(monkeypatch):
     torch.manual_seed(0)
     unet = UNet(TINY).eval().requires_grad_(False)
     with pytest.warns(
-        UserWarning, match=r"1 of \d+ failed .* down_blocks\.0\.downsamplers\.0\.conv \(relative"
+        UserWarning, match=r"1 of \d+ checks .* down_blocks\.0\.downsamplers\.0\.conv \(relative"
     ):
         network = FusedUNet(unet, 2, "fp32", check=True)
     assert (
@@ -165,16 +167,16 @@ def test_what_failed_runs_by_its_fallback_and_the_images_are_right(monkeypatch):
 @torch.no_grad()
 @pytest.mark.kernel
 def test_statistics_are_checked_in_addition_to_the_map(monkeypatch, device):
-    monkeypatch.setattr(group_norm_silu, "HELD", 1)  # one pass holds nothing
+    monkeypatch.setattr(group_norm_silu, "MAX_ONE_PASS_ELEMENTS", 1)  # one pass holds nothing
     network = FusedUNet(UNet(TINY).to(device), 3, "fp16", check=False)
     plan = network.load(torch.randn(3, 1, 8, 8, device=device), 500)
-    found = {}
+    results = {}
     for launch in plan:
-        if "stats" in launch.writes and launch.op.name not in found:
-            found[launch.op.name] = check_launch(plan, launch)
+        if "stats" in launch.writes and launch.op.name not in results:
+            results[launch.op.name] = check_launch(plan, launch)
         plan.run_one(launch)
-    assert set(found) == {"conv_in", "conv3x3", "conv_downsample", "conv_upsample"}
-    assert all(v.passed for v in found.values()), found
+    assert set(results) == {"conv_in", "conv3x3", "conv_downsample", "conv_upsample"}
+    assert all(v.passed for v in results.values()), results
     launch = plan.launches[0]
     for fault, says in (
         (lambda stats: stats[-1, 0, 1, 3].mul_(1.001), "statistics: relative errors"),
@@ -186,7 +188,7 @@ def test_statistics_are_checked_in_addition_to_the_map(monkeypatch, device):
 
 
 class DamagedStatistics(Damaged):
-    """The damage is in the statistics."""
+    """A launch with wrong statistics."""
 
     fallback = property(lambda self: self.op.fallback)
     tiling = property(lambda self: self.op.tiling)
@@ -196,8 +198,8 @@ class DamagedStatistics(Damaged):
         self.damage(stats.grid)
 
 
-def test_what_follows_from_a_result(monkeypatch):
-    """A launch that failed runs by its fallback; noise and step, which are no launches of the plan, by their references."""
+def test_fallbacks_of_results(monkeypatch):
+    """Failed launches run by their fallbacks; noise and step run by their references."""
     good, bad = CheckResult(), CheckResult("wrong")
     names = [*STEP_CHECKS, "conv_in", "conv_out", FORWARD]
     monkeypatch.setattr(_triton, "UNTRUSTED", set())
@@ -206,7 +208,7 @@ def test_what_follows_from_a_result(monkeypatch):
         assert verification.fallbacks_of(dict.fromkeys(names, good)) == set()
     with pytest.warns(
         UserWarning,
-        match=r"1 of 6 failed .* what failed runs in plain PyTorch.*: conv_in \(wrong\)",
+        match=r"1 of 6 checks .* the failed ones run in plain PyTorch.*: conv_in \(wrong\)",
     ):
         assert verification.fallbacks_of(dict.fromkeys(names, good) | dict(conv_in=bad)) == {
             "conv_in"
@@ -223,38 +225,39 @@ def test_what_follows_from_a_result(monkeypatch):
 
 
 @pytest.mark.kernel
-def test_an_untrusted_kernel_is_not_launched(monkeypatch, device):
-    """Operations that rest on it run their references, and come out right."""
+def test_a_kernel_that_failed_its_check_is_not_launched(monkeypatch, device):
+    """Operations that use it run by their references."""
     seed, row = torch.tensor([3], device=device), torch.zeros(1, dtype=torch.int64, device=device)
-    want = noise.noise(seed, row, row, noise.X_T, 1, 4, 4)
+    expected = noise.noise(seed, row, row, noise.X_T, 1, 4, 4)
     monkeypatch.setattr(noise, "_fill", lambda *_, **__: pytest.fail("launched"))
     monkeypatch.setattr(_triton, "UNTRUSTED", {"noise"})
-    assert torch.equal(noise.noise(seed, row, row, noise.X_T, 1, 4, 4), want)
+    assert torch.equal(noise.noise(seed, row, row, noise.X_T, 1, 4, 4), expected)
     assert not _triton.launches_kernel(seed, "noise", "ddpm_step") and _triton.launches_kernel(
         seed, "ddpm_step"
     )
 
 
-def test_a_worker_that_cannot_start_is_no_result():
+def test_a_worker_that_cannot_start_raises():
     command = [sys.executable, "-c", "import sys; sys.exit('no torch here')"]
     with pytest.raises(RuntimeError, match=r"could not start: .*no torch here"):
         verification.verify(fused().spec(), command=command)
     assert not cached_files()
 
 
-def test_running_out_of_memory_is_no_result():
+def test_running_out_of_memory_raises():
     command = [
         sys.executable,
         "-c",
-        "import json; print(json.dumps(dict(started='noise'))); print(json.dumps(dict(out_of_memory='tried 80 GiB')))",
+        "import json; print(json.dumps(dict(started='noise')))\n"
+        "print(json.dumps(dict(out_of_memory='tried 80 GiB')))",
     ]
     with pytest.raises(RuntimeError, match=r"ran out of memory; use a smaller batch_size .*80 GiB"):
         verification.verify(fused().spec(), command=command)
     assert not cached_files()
 
 
-def test_a_killed_worker_and_a_late_answer_are_not_kept():
-    """The first is what happens when the host's memory runs out; the second may be a busy machine's fault, and counts this once."""
+def test_a_killed_worker_and_a_timeout_are_not_cached():
+    """The host's memory may have run out, or the machine may have been busy."""
     begin = "import json, os, time; print(json.dumps(dict(started='noise')), flush=True); "
     with pytest.raises(torch.OutOfMemoryError, match="killed"):
         verification.verify(
@@ -268,7 +271,7 @@ def test_a_killed_worker_and_a_late_answer_are_not_kept():
     assert not cached_files()
 
 
-def test_a_result_that_cannot_be_cached_still_counts(monkeypatch, tmp_path):
+def test_a_result_that_cannot_be_cached_is_used(monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     monkeypatch.setenv("DDPM_FAST_CACHE", str(tmp_path / "file"))
     monkeypatch.setattr(verification, "run_checks", lambda *_, **__: {"conv_in": CheckResult()})
@@ -288,8 +291,8 @@ def test_other_files_in_the_cache_folder_stay(monkeypatch, tmp_path):
     assert cache_dir().name.startswith("ddpm_fast-")
 
 
-def test_a_result_belongs_to_its_plan():
-    """Another batch, type, size or network, other tiles: another key. A damaged file is as good as none."""
+def test_cache_keys_depend_on_the_plan():
+    """Batch size, dtype, image size and network change the key. A damaged file is ignored."""
     keys = {
         verification.cache_key(n.spec())
         for n in (
@@ -320,7 +323,7 @@ def test_compare():
     assert "relative error" in compare(worse, exact, plain).reason
     pixel = FeatureMap.of(plain.pixels)
     pixel.pixels[1, :, 2, 2] += 5e-3
-    assert "worst pixel" in compare(pixel, exact, plain).reason  # L2 alone would let it pass
+    assert "worst pixel" in compare(pixel, exact, plain).reason  # the L2 error is small enough
     pixel.pixels[1, :, 2, 2] = float("nan")
     assert "relative error" in compare(pixel, exact, plain).reason
     pixel.rows.copy_(plain.rows)
@@ -329,7 +332,7 @@ def test_compare():
 
 
 def test_compare_allows_two_units_of_fp32_in_the_last_place():
-    """Regression: a right norm failed, whose plain counterpart was lucky in the few values it has."""
+    """Regression: a correct norm failed because plain PyTorch had a small error by chance."""
     torch.manual_seed(0)
     exact = FeatureMap.of(torch.randn(2, 16, 4, 4, dtype=torch.float64))
     plain, ulp = FeatureMap.of(exact.pixels.float()), torch.finfo(torch.float32).eps

@@ -1,0 +1,1 @@
+"""Adapters between ddpm_fast and other libraries."""
