@@ -69,7 +69,7 @@ def read_architecture(weights: RawWeights) -> Architecture:
 
 
 def _output_levels(weights: RawWeights) -> tuple[list[list[int]], bool]:
-    """(numbers of each level's output blocks, finest level first; whether they upsample by blocks)"""
+    """(numbers of the output blocks per level, finest first; whether residual blocks upsample)"""
     groups: list[list[int]] = [[]]
     updown = False
     for n in range(weights.count("output_blocks.{}.0.in_layers.0.weight")):

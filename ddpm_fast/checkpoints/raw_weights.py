@@ -48,8 +48,8 @@ class RawWeights(Mapping[str, Tensor]):
             trust: Whether pickles are read, by `torch.load(weights_only=True)`.
 
         Raises:
-            ValueError: The file is missing, damaged, of another kind, an optimizer's state, a pickle
-                without `trust`, or holds anything but dense floating tensors.
+            ValueError: The file is missing, damaged, of another kind, an optimizer's state, a
+                pickle without `trust`, or holds anything but dense floating tensors.
         """
         self.path, self.notes = path, list[str]()
         _check_name(path, trust)
@@ -74,7 +74,8 @@ class RawWeights(Mapping[str, Tensor]):
             raise ValueError(f"{self.path}: parameter {name} is missing; check --from")
         if self[name].ndim != ndim or not self[name].numel():
             raise ValueError(
-                f"{self.path}: {name} has shape {tuple(self[name].shape)}; expected {ndim} dimensions"
+                f"{self.path}: {name} has shape {tuple(self[name].shape)}; "
+                f"expected {ndim} dimensions"
             )
         return tuple(self[name].shape)
 
@@ -119,8 +120,8 @@ class RawWeights(Mapping[str, Tensor]):
             nbytes = t.numel() * t.element_size()
             if nbytes > t.untyped_storage().nbytes():
                 raise ValueError(
-                    f"{self.path}: {shown(name)} has shape {tuple(t.shape)}, more elements than are "
-                    "stored; save contiguous tensors"
+                    f"{self.path}: {shown(name)} has shape {tuple(t.shape)}, more elements than "
+                    "are stored; save contiguous tensors"
                 )
             total += nbytes
         _check_expansion(self.path, total, file_size)
@@ -192,7 +193,10 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
 
 def _unreadable(path: Path, error: Exception) -> str:
     if refused := re.search(r"GLOBAL (\S+)", str(error)):
-        return f"{path} refers to {refused[1][:60]}, which is not a tensor and is never executed; {_PLAIN}"
+        return (
+            f"{path} refers to {refused[1][:60]}, which is not a tensor and is never executed; "
+            f"{_PLAIN}"
+        )
     first = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
     return f"{path} cannot be read: {first}"
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 
 class Parameters(dict):
-    """Tensors by name in fp64, whose values fp32 holds exactly; random ones are created on demand."""
+    """Tensors by name in fp64 with values that fp32 holds exactly; created on demand."""
 
     def __init__(self, seed=0):
         super().__init__()

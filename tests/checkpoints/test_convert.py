@@ -82,7 +82,10 @@ OPENAI = {
         "guided-diffusion",
         "--image_size 512 --num_channels 64 --num_res_blocks 1 --num_head_channels 32 "
         "--attention_resolutions 32,16,8 --resblock_updown True --learn_sigma True " + DIFFUSION,
-        dict(ch=64, mult=(0.5, 1, 1, 2, 2, 4, 4), factors=(16, 32, 64), head_channels=32, updown=True),
+        dict(
+            ch=64, mult=(0.5, 1, 1, 2, 2, 4, 4), factors=(16, 32, 64), head_channels=32,
+            updown=True,
+        ),
     ),
 }  # fmt: skip
 

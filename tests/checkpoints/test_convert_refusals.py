@@ -1,4 +1,4 @@
-"""Damaged, hostile and contradictory input of ddpm-fast convert: one line, exit code 2, no output."""
+"""Damaged, hostile and contradictory input of convert: one line, exit code 2, no output."""
 
 import json
 import os

@@ -76,7 +76,8 @@ def _report(c: Conversion, out: Path, as_json: bool) -> None:
     width = max((len(s.name) for s in c.settings), default=0)
     lines = [
         f"{c.source}: {mebibytes(size)}, SHA-256 {c.sha256}",
-        f"  network   {c.codebase}, widths {config.channels}, heads {heads}, {parameters:,} parameters",
+        f"  network   {c.codebase}, widths {config.channels}, heads {heads}, "
+        f"{parameters:,} parameters",
         *(f"  setting   {s.name:{width}} {s.value}  ({s.origin})" for s in c.settings),
         *(f"  note      {note}" for note in c.notes),
         f"  written   {out}, {kind}{_readers(kind)}",
