@@ -49,7 +49,7 @@ class RawWeights(Mapping[str, Tensor]):
 
         Raises:
             ValueError: The file is missing, damaged, of another kind, an optimizer's state, a
-                pickle without `trust`, or holds anything but dense floating tensors.
+                pickle without `trust`, or holds anything but dense tensors.
         """
         self.path, self.notes = path, list[str]()
         _check_name(path, trust)
@@ -97,12 +97,17 @@ class RawWeights(Mapping[str, Tensor]):
             self.notes.append(f"the prefix {prefix!r} of every name was removed")
 
     def dtypes(self) -> str:
-        """The stored types with their counts, such as "fp16 x 300, fp32 x 20"."""
+        """The stored types with their counts, such as "300 in float16, 20 in float32"."""
         counts = Counter(str(t.dtype).removeprefix("torch.") for t in self.values())
         return ", ".join(f"{count} in {dtype}" for dtype, count in counts.most_common())
 
     def read(self, name: str) -> Tensor:
-        """A copy in fp32. ValueError if it contains NaN or Inf."""
+        """A copy in fp32. ValueError if it is not floating, or contains NaN or Inf."""
+        if (dtype := self[name].dtype) not in FLOATING:
+            raise ValueError(
+                f"{self.path}: {name} has dtype {dtype}; expected a floating type: "
+                "convert the weights"
+            )
         value = self[name].to(torch.float32, copy=True)
         if not value.isfinite().all():
             raise ValueError(f"{self.path}: {name} contains NaN or Inf in fp32")
@@ -112,11 +117,6 @@ class RawWeights(Mapping[str, Tensor]):
         """Refuses views that claim more elements than the file holds."""
         total = 0
         for name, t in self.items():
-            if t.dtype not in FLOATING:
-                raise ValueError(
-                    f"{self.path}: {shown(name)} has dtype {t.dtype}; expected a floating type: "
-                    "convert the weights"
-                )
             nbytes = t.numel() * t.element_size()
             if nbytes > t.untyped_storage().nbytes():
                 raise ValueError(

@@ -81,23 +81,18 @@ def _check_settings(codebase: str | None, published: str | None, options: dict[s
         return
     needed = {flag for name in NEEDED[codebase] for flag in _FLAGS.get(name, (name,))}
     needed -= set(_PROCESS) if options["network_only"] else set()
-    allowed = needed | (
-        set(_BETAS) if options["schedule"] in ("linear", "scaled-linear") else set()
-    )
-    needed = allowed if "schedule" in needed else needed
-    if superfluous := sorted(given - allowed):
+    if "schedule" in needed and options["schedule"] in ("linear", "scaled-linear"):
+        needed |= set(_BETAS)
+    if superfluous := sorted(given - needed):
         raise ValueError(
-            f"{_flag(superfluous[0])} was given; --from {codebase} takes "
-            f"{', '.join(map(_flag, sorted(allowed))) or 'no settings'}: leave it out"
+            f"{_flag(superfluous[0])} was given; expected "
+            f"{', '.join(map(_flag, sorted(needed))) or 'no settings'}: leave it out"
         )
     if missing := sorted(needed - given):
+        has_names = any(entry.codebase == codebase for entry in PUBLISHED.values())
         raise ValueError(
             f"{', '.join(map(_flag, missing))} missing: no weight says it; give it as in training"
-            + (
-                ", or --published NAME"
-                if any(p.codebase == codebase for p in PUBLISHED.values())
-                else ""
-            )
+            + (", or --published NAME" if has_names else "")
         )
 
 

@@ -129,7 +129,7 @@ def test_network_of_ho_computes_the_same(networks, tmp_path, stored):
             averaged = {names[name]: value for name, value in variables.items()}
             variables = {name: value + 1 for name, value in variables.items()} | averaged
         slots = {f"{name}/Adam": value for name, value in variables.items()}
-        np.savez(path, **variables, **slots, global_step=np.float32(5))
+        np.savez(path, **variables, **slots, global_step=np.int64(5))
     conversion = convert_checkpoint(path, "ho", process=PROCESS, sample_size=8, dropout=0.1)
     assert error(conversion.unet, expected, x, t, None) < 1e-12
     notes = " ".join(conversion.notes)
