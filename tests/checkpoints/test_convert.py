@@ -21,6 +21,7 @@ from ddpm_fast.checkpoints.convert import convert_checkpoint
 from ddpm_fast.checkpoints.published import PUBLISHED
 from ddpm_fast.utils.numerics import relative_error
 
+pytest.importorskip("click")
 safetensors = pytest.importorskip("safetensors.torch")
 main = import_module("ddpm_fast.cli.main").main
 PROCESS = Process(NoiseSchedule.linear(), "eps", "fixed_large", 1.0)
@@ -198,6 +199,23 @@ def test_converted_folder_loads_and_saves_again(networks, tmp_path, name):
     x, t, y = call
     with torch.no_grad():
         assert relative_error(first.unet(x, t, y), unet(x, t, y).sample) < 1e-5
+
+
+@pytest.mark.parametrize("codebase", ["ho", "edm"])
+def test_diffusers_computes_the_same(networks, tmp_path, codebase):
+    diffusers = pytest.importorskip("diffusers")
+    x, t, _ = arguments(8 if codebase == "ho" else 4)
+    path = tmp_path / "network.safetensors"
+    expected = save(networks, path, getattr(networks, codebase), x, t)
+    if codebase == "ho":
+        conversion = convert_checkpoint(path, "ho", process=PROCESS, sample_size=8, dropout=0.0)
+    else:
+        conversion = convert_checkpoint(path, "edm", dropout=0.0, network_only=True)
+    conversion.save(tmp_path / "out")
+    folder = tmp_path / "out/unet" if codebase == "ho" else tmp_path / "out"
+    unet = diffusers.UNet2DModel.from_pretrained(folder).eval()
+    with torch.no_grad():
+        assert relative_error(unet(x, t).sample, expected) < 1e-5
 
 
 def test_settings_of_flags_reach_the_checkpoint(networks, tmp_path):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+pytest.importorskip("click")
 safetensors = pytest.importorskip("safetensors.torch")
 main = import_module("ddpm_fast.cli.main").main
 
