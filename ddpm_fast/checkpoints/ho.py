@@ -77,7 +77,11 @@ def _rename_variables(weights: RawWeights) -> None:
         if averaged
         else "no averaged variables (EMA) are stored: the raw ones were taken"
     )
-    weights.rename({_port_name(weights, k): _transposed(v) for k, v in (averaged or raw).items()})
+    chosen = averaged or raw
+    renamed = {_port_name(weights, name): _transposed(v) for name, v in chosen.items()}
+    if len(variables) != len(weights) or len(renamed) != len(chosen):
+        raise ValueError(f"{weights.path} holds a variable under two names; store each once")
+    weights.rename(renamed)
 
 
 def _port_name(weights: RawWeights, variable: str) -> str:

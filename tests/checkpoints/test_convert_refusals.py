@@ -116,7 +116,7 @@ def test_pickle_of_something_else(tmp_path, refuse, content, message):
     assert message in refuse("ema.pt", *guided(True))
 
 
-@pytest.mark.parametrize("kind", ["objects", "bomb", "text", "unknown variable"])
+@pytest.mark.parametrize("kind", ["objects", "bomb", "text", "unknown variable", "twice"])
 def test_hostile_arrays(tmp_path, refuse, kind):
     path = tmp_path / "variables.npz"
     if kind == "objects":
@@ -126,12 +126,16 @@ def test_hostile_arrays(tmp_path, refuse, kind):
     elif kind == "text":
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("model/conv_in/W.npy", "hello")
+    elif kind == "twice":
+        names = ("model/conv_in/W", "conv_in/W")
+        np.savez(path, **{name: np.zeros((3, 3, 3, 32), np.float32) for name in names})
     else:
         np.savez(path, **{"model/conv_in/kernel": np.zeros(3, np.float32)})
     expected = dict(
         objects="allow_pickle",
         bomb="at most 8 times",
         text="cannot be read",
+        twice="under two names",
     ).get(kind, "expected W, b, gamma or beta")
     assert expected in refuse(path.name, *HO.split())
 
