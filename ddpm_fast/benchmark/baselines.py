@@ -177,7 +177,11 @@ class DiffusersUNet(nn.Module):
             raise Unavailable(
                 f"has one layers_per_block for all levels; this network has {unet.config.layers}"
             )
-        self.unet: Any = UNet2DModel.from_config(unet.config.to_diffusers())
+        try:
+            config = unet.config.to_diffusers()
+        except ValueError as error:
+            raise Unavailable(f"cannot express this network: {error}") from None
+        self.unet: Any = UNet2DModel.from_config(config)
         self.unet.load_state_dict(unet.state_dict())
         self.eval().requires_grad_(False)
 

@@ -20,6 +20,7 @@ from .diffusers import (
     folder_files,
     read_folder,
 )
+from .hub import download, is_repository_id
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,9 @@ class Checkpoint:
 def load_pretrained(directory: str | Path) -> Checkpoint:
     """Loads a diffusers folder (DDPM or DDIM pipeline) on the CPU, in fp32.
 
+    `directory` may be a repository of the Hugging Face hub, such as "google/ddpm-cifar10-32", if
+    huggingface_hub is installed: its JSON and safetensors files are downloaded.
+
     The result does not depend on torch's default dtype or device. Only regular files are read, and
     nothing is unpickled. `config.json` may have 1 MiB and `scheduler_config.json` 16 MiB.
 
@@ -49,6 +53,8 @@ def load_pretrained(directory: str | Path) -> Checkpoint:
         ValueError: A file, key or value is missing, unknown, unsupported, out of range, of the
             wrong shape or type, or contains NaN or Inf. The message is one line and names the file.
     """
+    if not os.path.isdir(directory) and is_repository_id(directory):
+        directory = download(directory)
     directory = Path(directory)
     if not os.path.isdir(directory):
         raise ValueError(

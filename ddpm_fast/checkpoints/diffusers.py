@@ -17,13 +17,14 @@ import numpy as np
 
 from ..diffusion.schedule import MAX_TIMESTEPS, NoiseSchedule
 from ..models.config import UNetConfig
+from ..models.diffusers_format import MODEL as DIFFUSERS_MODEL
 from ..models.limits import FLAG, Rule, count, number
 from ..models.unet import UNet
 from ..utils.input_files import JSON_LIMIT, MIB, naming, read_json_object
 from ..utils.validation import is_number, shown
 from .weights import WEIGHTS, read_unet
 
-INDEX, UNET = "model_index.json", "unet/config.json"
+INDEX, CONFIG, UNET = "model_index.json", "config.json", "unet/config.json"
 SCHEDULER = "scheduler/scheduler_config.json"
 SCHEDULER_LIMIT = 16 * MIB  # bytes; trained_betas has about 25 per step
 PREDICTIONS = {"epsilon": "eps", "sample": "x_0", "v_prediction": "v"}
@@ -82,15 +83,25 @@ def folder_files(
     unet: UNet, schedule: NoiseSchedule, prediction: str, variance: str, clip: float | None
 ) -> dict[str, bytes]:
     """The files of a checkpoint by relative path."""
-    from safetensors.torch import save
-
-    classes = dict(unet=["diffusers", "UNet2DModel"], scheduler=["diffusers", "DDPMScheduler"])
-    weights = {k: v.detach().cpu().contiguous() for k, v in unet.state_dict().items()}
+    network = network_files(unet)
+    unet_class = unet.config.to_config()["_class_name"]
+    library = "diffusers" if unet_class == DIFFUSERS_MODEL else "ddpm_fast"
+    classes = dict(unet=[library, unet_class], scheduler=["diffusers", "DDPMScheduler"])
     return {
         INDEX: _json(dict(_class_name="DDPMPipeline", **classes)),
-        UNET: _json(unet.config.to_diffusers()),
-        f"unet/{WEIGHTS}": save(weights, metadata={"format": "pt"}),
+        **{f"unet/{name}": content for name, content in network.items()},
         SCHEDULER: _json(scheduler_config(schedule, prediction, variance, clip)),
+    }
+
+
+def network_files(unet: UNet) -> dict[str, bytes]:
+    """The files of a network without its process."""
+    from safetensors.torch import save
+
+    weights = {k: v.detach().cpu().contiguous() for k, v in unet.state_dict().items()}
+    return {
+        CONFIG: _json(unet.config.to_config()),
+        WEIGHTS: save(weights, metadata={"format": "pt"}),
     }
 
 
@@ -100,13 +111,21 @@ def _json(content: Mapping[str, Any]) -> bytes:
 
 def read_folder(directory: Path) -> tuple[UNet, NoiseSchedule, str, str, float | None]:
     """(network, schedule, prediction, variance, clip) of a folder."""
-    unet_config = _read_json(directory / UNET, JSON_LIMIT)
-    scheduler = _read_json(directory / SCHEDULER, SCHEDULER_LIMIT)
-    with naming(directory / UNET):
-        config = UNetConfig.from_diffusers(unet_config)
-    with naming(directory / SCHEDULER):
-        process = read_scheduler(scheduler)
-    return read_unet(directory / "unet", config), *process
+    # older repositories have all files at the top
+    flat = (directory / CONFIG).is_file() and not (directory / "unet").is_dir()
+    unet, scheduler = (CONFIG, Path(SCHEDULER).name) if flat else (UNET, SCHEDULER)
+    unet_config = _read_json(directory / unet, JSON_LIMIT)
+    if flat and not os.path.lexists(directory / scheduler):
+        raise ValueError(
+            f"{directory} holds a network without its noise schedule, which no weight says: "
+            "convert it with ddpm-fast convert --from diffusers-unet --schedule ..."
+        )
+    scheduler_config = _read_json(directory / scheduler, SCHEDULER_LIMIT)
+    with naming(directory / unet):
+        config = UNetConfig.from_config(unet_config)
+    with naming(directory / scheduler):
+        process = read_scheduler(scheduler_config)
+    return read_unet((directory / unet).parent, config), *process
 
 
 def _read_json(path: Path, limit: int) -> dict[str, Any]:

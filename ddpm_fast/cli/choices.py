@@ -7,6 +7,8 @@ from __future__ import annotations
 
 SOLVERS = ("ddpm", "ddim", "dpm++2m", "dpm++2m-sde")
 VARIANCES = ("fixed_small", "fixed_large", "learned", "learned_range")
+STORED_VARIANCES = ("fixed_small", "fixed_large", "learned_range")  # that a checkpoint may have
+PREDICTIONS = ("eps", "x_0", "v")
 SPACINGS = ("linspace", "leading", "trailing", "quadratic", "openai")
 PRESETS = ("exact", "ho", "openai", "diffusers", "ddim")
 DTYPES = ("fp32", "fp16", "bf16", "fp8")

@@ -29,6 +29,7 @@ _COMMANDS = {
     "sample": _Command("sample", "sample", "Draw images."),
     "train": _Command("train", "train", "Train a network on your images."),
     "eval": _Command("evaluate", "evaluate", "Compare samples with real images."),
+    "convert": _Command("convert", "convert", "Convert a checkpoint of another codebase."),
     "plot": _Command("plot", "plot", "Plot schedules, diffusion processes and training runs."),
     "calibrate": _Command("calibrate", "calibrate_command", "Calibrate activation ranges for FP8."),
     "bench": _Command("bench", "bench", "Benchmark ddpm_fast against its baselines."),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import InitVar, asdict, dataclass
+from dataclasses import InitVar, asdict, dataclass, fields
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from ..utils.validation import is_count, shown
 from .diffusers_format import arguments_from_diffusers, to_diffusers
 from .limits import FIELDS, WIDTHS
+from .own_format import MODEL, arguments_from_own, to_own
 
 
 class LevelConfig(NamedTuple):
@@ -53,6 +54,9 @@ class UNetConfig:
         time_dim: Width of the time embedding; 0: 4 * channels[0].
         cos_first: The sinusoid starts with its cosines.
         freq_shift: The frequencies of the sinusoid are 1e4^(-i / (half - freq_shift)).
+        time_scale: The sinusoid is that of time_scale * t: 1000 / T for OpenAI's
+            `rescale_timesteps`.
+        sinusoid_dim: Width of the sinusoid; 0: channels[0].
         num_classes: Size of the class embedding, which is added to the time embedding; None:
             unconditional.
         dropout: Probability of dropout in the residual blocks.
@@ -60,8 +64,9 @@ class UNetConfig:
         center_input: The network receives 2 x - 1.
 
     Bounds: sample_size 16,384 per side; in_channels and out_channels 4,096; 16 levels of up to
-    16,384 channels and 128 layers each; time_dim 65,536; num_classes 1,000,000; norm_eps 1e-12 to
-    1; freq_shift 0 to below channels[0] / 2; dropout 0 to below 1; mid_scale 1e-6 to 1e6.
+    16,384 channels and 128 layers each; time_dim and sinusoid_dim 65,536; time_scale 1e-6
+    to 1e6; num_classes 1,000,000; norm_eps 1e-12 to 1; freq_shift 0 to below sinusoid_dim / 2;
+    dropout 0 to below 1; mid_scale 1e-6 to 1e6.
 
     Raises:
         ValueError: A value has another type or is out of bounds, or a combination is invalid.
@@ -87,6 +92,8 @@ class UNetConfig:
     time_dim: int = 0
     cos_first: bool = False
     freq_shift: float = 1
+    time_scale: float = 1.0
+    sinusoid_dim: int = 0
     num_classes: int | None = None
     dropout: float = 0.0
     mid_scale: float = 1.0
@@ -105,6 +112,8 @@ class UNetConfig:
             self._store(name, self._per_level(name, getattr(self, name)))
         if self.time_dim == 0:
             self._store("time_dim", 4 * self.channels[0])
+        if self.sinusoid_dim == 0:
+            self._store("sinusoid_dim", self.channels[0])
         if self.mid_norm_groups is None:
             self._store("mid_norm_groups", self.norm_groups)
         if head_dim is not None:
@@ -164,12 +173,14 @@ class UNetConfig:
                 f"mid_norm_groups={self.mid_norm_groups}; expected a divisor of the "
                 f"{self.channels[-1]} channels of the coarsest level"
             )
-        if self.channels[0] % 2:
-            raise ValueError(f"channels[0]={self.channels[0]}; the sinusoid needs an even number")
-        if self.freq_shift >= self.channels[0] // 2:  # the frequencies divide by the difference
+        if self.sinusoid_dim % 2:
             raise ValueError(
-                f"freq_shift={self.freq_shift}; expected below {self.channels[0] // 2}, "
-                "half the channels of the finest level"
+                f"sinusoid_dim={self.sinusoid_dim}, by default channels[0]; expected an even number"
+            )
+        if self.freq_shift >= self.sinusoid_dim // 2:  # the frequencies divide by the difference
+            raise ValueError(
+                f"freq_shift={self.freq_shift}; expected below {self.sinusoid_dim // 2}, "
+                "half of sinusoid_dim"
             )
 
     def levels_of(self, name: str) -> tuple[Any, ...]:
@@ -272,6 +283,23 @@ class UNetConfig:
             ValueError: `UNet2DModel` cannot express this network.
         """
         return to_diffusers(asdict(self), self.attends)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> UNetConfig:
+        """From the content of a folder's config.json, of diffusers' class or of this package's.
+
+        ValueError as in `from_diffusers`; in this package's format, every field must be given.
+        """
+        if config.get("_class_name") == MODEL:
+            return cls(**arguments_from_own(config, [field.name for field in fields(cls)]))
+        return cls.from_diffusers(config)
+
+    def to_config(self) -> dict[str, Any]:
+        """The content of config.json: diffusers' where `UNet2DModel` can express this network."""
+        try:
+            return self.to_diffusers()
+        except ValueError:
+            return to_own(asdict(self))
 
 
 def check_integers(name: str, values: Tensor, count: int, stop: int) -> None:

@@ -182,6 +182,9 @@ def to_diffusers(c: Mapping[str, Any], attends: Sequence[bool]) -> dict[str, Any
             f"heads={c['heads']} at channels={c['channels']}: diffusers has one attention_head_dim "
             "for all levels"
         )
+    for name, value in (("time_scale", 1), ("sinusoid_dim", c["channels"][0])):
+        if c[name] != value:
+            raise ValueError(f"{name}={c[name]}: diffusers has no such option, expected {value}")
     if c["mid_attention"] and not c["scale_shift"] and not c["mid_norm_groups"]:
         raise ValueError("mid_norm_groups=0: diffusers omits this norm only with scale_shift")
     down, down_type = _names(

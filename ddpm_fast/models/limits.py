@@ -86,6 +86,8 @@ FIELDS: dict[str, Rule] = dict(
     time_dim=count(MAX_TIME_DIM),
     cos_first=FLAG,
     freq_shift=("a number of at least 0", lambda v: is_number(v) and v >= 0),
+    time_scale=number(1e-6, 1e6),
+    sinusoid_dim=count(MAX_TIME_DIM),
     num_classes=optional(count(MAX_CLASSES)),
     dropout=("a number from 0 to below 1", lambda v: is_number(v) and 0 <= v < 1),
     mid_scale=number(1e-6, 1e6),

@@ -242,7 +242,7 @@ class UNet(nn.Module):
         c = self.config = config
         self.norm_silu = norm_silu
         self.conv_in = nn.Conv2d(c.in_channels, c.channels[0], 3, padding=1)
-        self.time_embedding = TimeEmbedding(c.channels[0], c.time_dim)
+        self.time_embedding = TimeEmbedding(c.sinusoid_dim, c.time_dim)
         if c.num_classes is not None:
             self.class_embedding = nn.Embedding(c.num_classes, c.time_dim)
 
@@ -319,7 +319,11 @@ class UNet(nn.Module):
         # half precision does not resolve adjacent timesteps
         dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
         sinusoid = timestep_embedding(
-            t, c.channels[0], cos_first=c.cos_first, freq_shift=c.freq_shift, dtype=dtype
+            t.to(dtype) * c.time_scale,
+            c.sinusoid_dim,
+            cos_first=c.cos_first,
+            freq_shift=c.freq_shift,
+            dtype=dtype,
         )
         emb = self.time_embedding(sinusoid.to(self.dtype))
         return emb if labels is None else emb + self.class_embedding(labels)

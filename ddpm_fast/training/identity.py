@@ -33,7 +33,7 @@ def run_identity(
 ) -> dict[str, Any]:
     """All settings that must not change when a run resumes, as JSON values."""
     return dict(
-        network=network.to_diffusers(),
+        network=network.to_config(),
         beta=hashlib.sha256(schedule.beta.tobytes()).hexdigest(),
         **data_identity(data),
         **config_identity(config),

@@ -24,6 +24,9 @@ QUICK = [
     ("sample --weights x --seed -1", 2, "expected 0 to 2^64 - 1"),
     ("eval --help", 0, "--bits-per-dim"),
     ("eval --data-dir x", 2, "give --weights to draw from"),
+    ("convert --help", 0, "adm-imagenet512"),
+    ("convert a b", 2, "--from is missing"),
+    ("convert a b --from ho", 2, "no weight says it"),
     ("plot reverse --help", 0, "--columns"),
     ("plot schedule --schedule square", 2, "'square' is not one of"),
     ("calibrate --help", 0, "--images"),
@@ -66,6 +69,9 @@ def test_choices_are_those_of_the_library():
     assert choices.SOLVERS == of("diffusion.solvers").SOLVERS
     assert choices.VARIANCES == of("diffusion.solvers").VARIANCES
     assert choices.SPACINGS == of("diffusion.timesteps").SPACINGS
+    diffusers = of("checkpoints.diffusers")
+    assert set(choices.STORED_VARIANCES) == set(diffusers.VARIANCES.values())
+    assert set(choices.PREDICTIONS) == set(diffusers.PREDICTIONS.values())
     assert tuple(of("diffusion.presets").PRESETS) == choices.PRESETS
     assert tuple(of("engines.base").DTYPES) == choices.DTYPES
     assert choices.DTYPES[:3] == choices.NETWORK_DTYPES

@@ -77,7 +77,7 @@ def describe(directory: Path, as_json: bool) -> None:
     cost = unet_cost(config, (h, w))
     report = dict(
         directory=str(directory),
-        config={k: v for k, v in config.to_diffusers().items() if not k.startswith("_")},
+        config={k: v for k, v in config.to_config().items() if not k.startswith("_")},
         timesteps=len(schedule),
         beta=[float(schedule.beta[0]), float(schedule.beta[-1])],
         prediction=c.prediction,

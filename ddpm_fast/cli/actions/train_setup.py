@@ -86,7 +86,7 @@ def set_up(
     if weights is not None:
         unet = weights.unet
     elif header and not explicit & (_NETWORK | {"model_config_name_or_path"}):
-        unet = UNet(UNetConfig.from_diffusers(header["identity"]["network"]))
+        unet = UNet(UNetConfig.from_config(header["identity"]["network"]))
     else:
         unet = _unet(options, data)
     unet.config = replace(unet.config, sample_size=options["resolution"])
@@ -232,7 +232,7 @@ def _unet(options: Options, data: ImageData) -> UNet:
     path = options["model_config_name_or_path"]
     if path is not None:
         try:
-            return UNet(UNetConfig.from_diffusers(read_json_object(Path(path))))
+            return UNet(UNetConfig.from_config(read_json_object(Path(path))))
         except ValueError as error:
             raise ValueError(f"--model-config-name-or-path {path}: {error}") from None
     channels = _numbers("--channels", options["channels"])
