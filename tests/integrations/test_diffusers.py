@@ -151,7 +151,13 @@ MULTISTEP = {
 }
 
 
-@pytest.mark.parametrize("form", MULTISTEP)
+SLOW_FORMS = ("heun", "sde, heun", "sigma_min", "euler at final")
+
+
+@pytest.mark.parametrize(
+    "form",
+    [pytest.param(f, marks=pytest.mark.full) if f in SLOW_FORMS else f for f in MULTISTEP],
+)
 def test_dpm_solver_on_trained_weights(trained, form):
     pipe = pipeline(trained, diffusers.DPMSolverMultistepScheduler(**MULTISTEP[form]))
     for steps in (8, 16):
@@ -167,6 +173,7 @@ def test_learned_variance():
     assert (images - expected).abs().max() < 2e-3
 
 
+@pytest.mark.full
 def test_bf16_pipeline_keeps_its_dtype_and_agrees_within_rounding(trained):
     pipe = pipeline(copy.deepcopy(trained).to(torch.bfloat16))
     fast = ddpm_fast.accelerate(pipe)

@@ -48,6 +48,7 @@ def step():
     return Step()
 
 
+@pytest.mark.full
 def test_torch_compile_without_graph_breaks(step):
     compiled = torch.compile(step, fullgraph=True)
     assert relative_error(compiled(*arguments(3)), step(*arguments(3))) < 1e-5

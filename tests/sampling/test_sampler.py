@@ -51,7 +51,7 @@ def chain_of_the_gaussian(table):
 @pytest.mark.parametrize(
     ("variance", "options", "ratio"),
     [
-        ("fixed_small", {}, 0.985),
+        pytest.param("fixed_small", {}, 0.985, marks=pytest.mark.full),
         pytest.param("fixed_large", {}, 1.004, marks=pytest.mark.full),
         ("fixed_large", dict(steps=100), None),
         ("fixed_large", dict(solver="ddim", eta=0.5), None),
