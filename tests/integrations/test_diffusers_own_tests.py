@@ -1,6 +1,7 @@
 """diffusers' own tests on accelerated pipelines and fused schedulers: what passes must still pass.
 
-DIFFUSERS_CHECKOUT names a checkout of huggingface/diffusers near the installed release.
+DIFFUSERS_CHECKOUT names a folder with the `tests` of huggingface/diffusers near the installed
+release (without its `src`). They need the packages transformers, accelerate and parameterized.
 """
 
 import os
@@ -22,7 +23,8 @@ SUITES = {
 
 def passed(suite, tmp_path, *options):
     report = tmp_path / "report.xml"
-    environment = os.environ | dict(PYTHONPATH=os.pathsep.join([str(HERE), str(HERE.parents[1])]))
+    path = os.pathsep.join([str(HERE), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | dict(PYTHONPATH=path)
     command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *options]
     subprocess.run(
         [sys.executable, *command, *SUITES[suite]],
