@@ -1,8 +1,8 @@
 # make sample         draw a grid of images into samples.png; installs only what sampling needs
-# make test           every operation, engine and command, with or without a GPU; about ten minutes
-#                     on two cores (aim: eight)
-# make test-all       in addition the oldest Triton, whole networks and long statistics (aim: twenty
-#                     minutes, check and sample included)
+# make test           every operation, engine and command, with or without a GPU; about eight
+#                     minutes on two cores
+# make test-all       in addition the oldest Triton, whole networks and long statistics; about
+#                     twenty minutes, check and sample included
 # make acceptance     tests in full size, and compile-check: hours
 # make check          lint, format, types
 # make bench          benchmark ddpm_fast and the baselines on this machine, within ten minutes:
