@@ -319,7 +319,7 @@ class UNet(nn.Module):
         # half precision does not resolve adjacent timesteps
         dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
         sinusoid = timestep_embedding(
-            t.to(dtype) * c.time_scale,
+            t if c.time_scale == 1 else t.to(dtype) * c.time_scale,
             c.sinusoid_dim,
             cos_first=c.cos_first,
             freq_shift=c.freq_shift,
